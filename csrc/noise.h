@@ -1,0 +1,23 @@
+// Counter-based Gaussian noise; torch-free, so that any compiler can check it.
+//
+// The definition, which every backend shares, is in lcr_fast/noise.py.
+#pragma once
+#include <cstdint>
+
+namespace lcr_fast {
+
+struct NoiseArgs {
+  const int64_t* rows;  // [n_rows], the user row of each block of trajectories
+  float* out;           // [n_rows, n_trajectories, length, dim]
+  uint64_t seed;
+  int64_t n_rows;
+  int64_t n_trajectories;
+  int64_t length;
+  int64_t dim;
+  int64_t stream;  // 0 search, 1 recommendation
+};
+
+// Fill the blocks (row, trajectory) numbered begin..end-1, row-major.
+void normal_noise_cpu(const NoiseArgs& args, int64_t begin, int64_t end);
+
+}  // namespace lcr_fast

@@ -1,0 +1,50 @@
+// Operator schemas and dispatch, on the LibTorch stable ABI only: one binary serves
+// torch 2.10 and later, and Python 3.10 and later.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "noise.h"
+
+namespace lcr_fast {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Tensor normal_noise(const Tensor& rows, int64_t seed, int64_t n_trajectories, int64_t stream,
+                    int64_t length, int64_t dim) {
+  STD_TORCH_CHECK(rows.dim() == 1 && rows.scalar_type() == ScalarType::Long && rows.is_contiguous(),
+                  "rows must be a contiguous int64 vector");
+  STD_TORCH_CHECK(n_trajectories >= 0 && length >= 0 && dim >= 0 && (stream == 0 || stream == 1),
+                  "sizes must not be negative, and stream must be 0 or 1");
+  Tensor out = torch::stable::new_empty(rows, {rows.size(0), n_trajectories, length, dim},
+                                        ScalarType::Float);
+  const NoiseArgs args{rows.const_data_ptr<int64_t>(), out.mutable_data_ptr<float>(),
+                       static_cast<uint64_t>(seed), rows.size(0), n_trajectories, length, dim,
+                       stream};
+  torch::stable::parallel_for(0, args.n_rows * n_trajectories, 1, [&](int64_t begin, int64_t end) {
+    normal_noise_cpu(args, begin, end);
+  });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lcr_fast, m) {
+  m.def(
+      "normal_noise(Tensor rows, int seed, int n_trajectories, int stream, int length, int dim)"
+      " -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(lcr_fast, CPU, m) { m.impl("normal_noise", TORCH_BOX(&normal_noise)); }
+
+}  // namespace lcr_fast
+
+// `import lcr_fast._C` loads the shared object, which runs the registrations above.
+extern "C" PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef def = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr,
+                            nullptr, nullptr, nullptr};
+  return PyModule_Create(&def);
+}

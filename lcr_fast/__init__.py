@@ -1,0 +1,1 @@
+"""lcr_fast: latent cross reasoning for search-aware recommendation (LCR-SER), fast."""
