@@ -44,7 +44,6 @@ def extension():
         "-O3",
         "-std=c++20",
         "-Wall",
-        "-Wextra",
         f"-DPy_LIMITED_API={CPYTHON_API}",
         f"-DTORCH_TARGET_VERSION={TORCH_API}",
     ]

@@ -1,4 +1,4 @@
-// Counter-based Gaussian noise; torch-free, so that any compiler can check it.
+// Counter-based noise and dropout; torch-free, so that any compiler can check it.
 //
 // The definition, which every backend shares, is in lcr_fast/noise.py.
 #pragma once
@@ -19,5 +19,19 @@ struct NoiseArgs {
 
 // Fill the blocks (row, trajectory) numbered begin..end-1, row-major.
 void normal_noise_cpu(const NoiseArgs& args, int64_t begin, int64_t end);
+
+struct DropoutArgs {
+  const int64_t* rows;  // [n_rows]
+  float* out;           // [n_sites, n_rows, length, dim]
+  uint64_t seed;
+  int64_t first_site;
+  int64_t n_rows;
+  int64_t length;
+  int64_t dim;
+  uint32_t threshold;  // rate in units of 2^-16
+};
+
+// Fill the blocks (site, row) numbered begin..end-1, row-major.
+void dropout_masks_cpu(const DropoutArgs& args, int64_t begin, int64_t end);
 
 }  // namespace lcr_fast

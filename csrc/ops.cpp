@@ -14,10 +14,14 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-Tensor normal_noise(const Tensor& rows, int64_t seed, int64_t n_trajectories, int64_t stream,
-                    int64_t length, int64_t dim) {
+void check_rows(const Tensor& rows) {
   STD_TORCH_CHECK(rows.dim() == 1 && rows.scalar_type() == ScalarType::Long && rows.is_contiguous(),
                   "rows must be a contiguous int64 vector");
+}
+
+Tensor normal_noise(const Tensor& rows, int64_t seed, int64_t n_trajectories, int64_t stream,
+                    int64_t length, int64_t dim) {
+  check_rows(rows);
   STD_TORCH_CHECK(n_trajectories >= 0 && length >= 0 && dim >= 0 && (stream == 0 || stream == 1),
                   "sizes must not be negative, and stream must be 0 or 1");
   Tensor out = torch::stable::new_empty(rows, {rows.size(0), n_trajectories, length, dim},
@@ -31,14 +35,38 @@ Tensor normal_noise(const Tensor& rows, int64_t seed, int64_t n_trajectories, in
   return out;
 }
 
+Tensor dropout_masks(const Tensor& rows, int64_t seed, int64_t first_site, int64_t n_sites,
+                     int64_t length, int64_t dim, int64_t threshold) {
+  check_rows(rows);
+  STD_TORCH_CHECK(first_site >= 0 && n_sites >= 0 && length >= 0 && dim >= 0,
+                  "sizes must not be negative");
+  STD_TORCH_CHECK(threshold >= 0 && threshold < 65536, "threshold must be in 0..65535, got ",
+                  threshold);
+  Tensor out = torch::stable::new_empty(rows, {n_sites, rows.size(0), length, dim},
+                                        ScalarType::Float);
+  const DropoutArgs args{rows.const_data_ptr<int64_t>(), out.mutable_data_ptr<float>(),
+                         static_cast<uint64_t>(seed), first_site, rows.size(0), length, dim,
+                         static_cast<uint32_t>(threshold)};
+  torch::stable::parallel_for(
+      0, n_sites * args.n_rows, 1,
+      [&](int64_t begin, int64_t end) { dropout_masks_cpu(args, begin, end); });
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lcr_fast, m) {
   m.def(
       "normal_noise(Tensor rows, int seed, int n_trajectories, int stream, int length, int dim)"
       " -> Tensor");
+  m.def(
+      "dropout_masks(Tensor rows, int seed, int first_site, int n_sites, int length, int dim,"
+      " int threshold) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(lcr_fast, CPU, m) { m.impl("normal_noise", TORCH_BOX(&normal_noise)); }
+STABLE_TORCH_LIBRARY_IMPL(lcr_fast, CPU, m) {
+  m.impl("normal_noise", TORCH_BOX(&normal_noise));
+  m.impl("dropout_masks", TORCH_BOX(&dropout_masks));
+}
 
 }  // namespace lcr_fast
 

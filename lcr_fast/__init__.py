@@ -1,1 +1,23 @@
-"""lcr_fast: latent cross reasoning for search-aware recommendation (LCR-SER), fast."""
+"""lcr_fast: latent cross reasoning for search-aware recommendation (LCR-SER), fast.
+
+``import lcr_fast`` needs neither Triton nor a GPU nor the compiled extension.
+"""
+
+import importlib.metadata
+import warnings
+
+from lcr_fast.batch import Batch
+from lcr_fast.config import LCRConfig, TrainConfig
+from lcr_fast.model import LCRSER
+from lcr_fast.ops._extension import extension_error
+
+__version__ = importlib.metadata.version("lcr-fast")
+
+if extension_error() is not None:
+    warnings.warn(
+        f"lcr_fast._C is not there ({extension_error()}); the slower reference serves in its place. "
+        "Build it with: pip install --no-build-isolation --no-deps -e .",
+        stacklevel=2,
+    )
+
+__all__ = ["LCRSER", "Batch", "LCRConfig", "TrainConfig", "__version__"]

@@ -42,4 +42,68 @@ void normal_noise_cpu(const NoiseArgs& args, int64_t begin, int64_t end) {
   }
 }
 
+namespace {
+
+constexpr int kLanes = 8;  // counters side by side, so that the compiler vectorises the rounds
+
+// Philox for the counters (first, first + 1, ..., position, site, row).
+__attribute__((target_clones("avx512f", "avx2", "default"))) void philox_lanes(
+    uint32_t first, uint32_t position, uint32_t site, uint32_t row, uint64_t seed,
+    uint32_t (&words)[4][kLanes]) {
+  uint32_t c0[kLanes], c1[kLanes], c2[kLanes], c3[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    c0[i] = first + static_cast<uint32_t>(i);
+    c1[i] = position;
+    c2[i] = site;
+    c3[i] = row;
+  }
+  uint32_t key0 = static_cast<uint32_t>(seed);
+  uint32_t key1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    for (int i = 0; i < kLanes; ++i) {
+      const uint64_t p0 = uint64_t{kPhiloxMultiplier0} * c0[i];
+      const uint64_t p1 = uint64_t{kPhiloxMultiplier1} * c2[i];
+      c0[i] = static_cast<uint32_t>(p1 >> 32) ^ c1[i] ^ key0;
+      c2[i] = static_cast<uint32_t>(p0 >> 32) ^ c3[i] ^ key1;
+      c1[i] = static_cast<uint32_t>(p1);
+      c3[i] = static_cast<uint32_t>(p0);
+    }
+    key0 += kPhiloxWeyl0;
+    key1 += kPhiloxWeyl1;
+  }
+  std::copy_n(c0, kLanes, words[0]);
+  std::copy_n(c1, kLanes, words[1]);
+  std::copy_n(c2, kLanes, words[2]);
+  std::copy_n(c3, kLanes, words[3]);
+}
+
+}  // namespace
+
+void dropout_masks_cpu(const DropoutArgs& args, int64_t begin, int64_t end) {
+  constexpr uint32_t kDropoutSites = uint32_t{1} << 31;
+  constexpr int64_t kPerCall = 8 * kLanes;
+  const float kept = 65536.0f / static_cast<float>(65536 - args.threshold);
+  uint32_t words[4][kLanes];
+  float block[kPerCall];
+  for (int64_t b = begin; b < end; ++b) {
+    const auto row = static_cast<uint32_t>(args.rows[b % args.n_rows]);
+    const auto site = kDropoutSites + static_cast<uint32_t>(args.first_site + b / args.n_rows);
+    float* out = args.out + b * args.length * args.dim;
+    for (int64_t position = 0; position < args.length; ++position, out += args.dim) {
+      for (int64_t d = 0; d < args.dim; d += kPerCall) {
+        philox_lanes(static_cast<uint32_t>(d / 8), static_cast<uint32_t>(position), site, row,
+                     args.seed, words);
+        for (int lane = 0; lane < kLanes; ++lane) {
+          for (int w = 0; w < 4; ++w) {
+            const uint32_t word = words[w][lane];
+            block[8 * lane + 2 * w] = (word & 0xFFFF) >= args.threshold ? kept : 0.0f;
+            block[8 * lane + 2 * w + 1] = (word >> 16) >= args.threshold ? kept : 0.0f;
+          }
+        }
+        std::copy_n(block, std::min<int64_t>(kPerCall, args.dim - d), out + d);
+      }
+    }
+  }
+}
+
 }  // namespace lcr_fast

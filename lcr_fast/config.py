@@ -1,0 +1,230 @@
+"""Configuration: frozen dataclasses, validated, with a JSON round trip."""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+Backend = Literal["auto", "reference", "triton", "cpp"]
+_Config = TypeVar("_Config", bound="_JsonConfig")
+
+
+def _describe(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(get_args(kind))
+    if get_origin(kind) is tuple:
+        return "a list of " + _describe(get_args(kind)[0]) + "s"
+    return {int: "an integer", float: "a number", bool: "true or false", str: "a text"}[kind]
+
+
+def _matches(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_matches(v, get_args(kind)[0]) for v in value)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+class _JsonConfig:
+    """Type checks, ``replace`` and JSON for a frozen dataclass of numbers, names and flags."""
+
+    def _check(self, minimum: dict[str, float], maximum: dict[str, float]) -> None:
+        name = type(self).__name__
+        for key, kind in typing.get_type_hints(type(self)).items():
+            value = getattr(self, key)
+            if not _matches(value, kind):
+                raise ValueError(f"{name}.{key} must be {_describe(kind)}, got {value!r}")
+            if key in minimum and value < minimum[key]:
+                raise ValueError(f"{name}.{key} must be at least {minimum[key]}, got {value}")
+            if key in maximum and value > maximum[key]:
+                raise ValueError(f"{name}.{key} must be at most {maximum[key]}, got {value}")
+
+    @classmethod
+    def from_dict(cls: type[_Config], values: dict[str, Any]) -> _Config:
+        """Build from plain values; an unknown or missing key is a ValueError that names it."""
+        known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        for key in values:
+            if key not in known:
+                close = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ValueError(f"{cls.__name__} has no field {key!r}{hint}")
+        for key, f in known.items():
+            if key not in values and f.default is dataclasses.MISSING:
+                raise ValueError(f"{cls.__name__} needs a value for {key!r}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    @classmethod
+    def from_json(cls: type[_Config], text: str) -> _Config:
+        """Read what :meth:`to_json` wrote."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{cls.__name__}: not valid JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{cls.__name__} must be a JSON object, got {type(values).__name__}")
+        return cls.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def replace(self: _Config, **changes: Any) -> _Config:
+        """Copy with some fields changed; an unknown one is a ValueError."""
+        return type(self).from_dict({**self.to_dict(), **changes})
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class LCRConfig(_JsonConfig):
+    """Shape and switches of an :class:`~lcr_fast.LCRSER`; raises ValueError on a bad value.
+
+    The switches and their meaning stand in :mod:`lcr_fast.reference`. Defaults follow the paper's
+    summary where it states a value, and the same authors' public systems elsewhere.
+    """
+
+    n_items: int = _option(1, "items of the catalogue; ids are 1..n_items")
+    n_users: int = _option(0, "users with a vector of their own; others are user 0")
+    n_queries: int = _option(0, "distinct queries, for query_encoder=id and query text vectors")
+    n_terms: int = _option(0, "distinct query terms, for query_encoder=terms")
+    dim: int = _option(64, "width D of every vector")
+    n_heads: int = _option(2, "attention heads H; must divide dim")
+    n_layers: int = _option(1, "Transformer layers of each encoder")
+    ffn_dim: int = _option(0, "hidden width of every FFN; 0 means dim")
+    steps: int = _option(3, "latent reasoning steps K; 0 is the dual-encoder base")
+    max_search_len: int = _option(30, "most recent searches that are read")
+    max_rec_len: int = _option(30, "most recent recommendation events that are read")
+    max_clicks: int = _option(5, "clicked items read per search")
+    dropout: float = _option(0.1, "dropout on every sublayer's output and in the head")
+    query_encoder: Literal["terms", "id"] = _option(
+        "terms", "a query's vector: its terms' mean or its id's"
+    )
+    user_embedding: bool = _option(True, "give the head a user vector")
+    item_text_dim: int = _option(0, "width of frozen item text vectors; 0 means none")
+    query_text_dim: int = _option(0, "width of frozen query text vectors; 0 means none")
+    step_ffn: bool = _option(True, "FFN at the end of each reasoning step")
+    share_steps: bool = _option(True, "the K steps share one set of weights")
+    step_embedding: bool = _option(False, "add a learned vector per step (ReaRec)")
+    update: Literal["jacobi", "search_first", "rec_first"] = _option(
+        "jacobi", "both streams at once, or one after the other"
+    )
+    cross_memory: Literal["post_msa", "step_input", "initial"] = _option(
+        "post_msa", "the state of the other stream that cross-attention reads"
+    )
+    score: Literal["mlp", "dot"] = _option("mlp", "head")
+    mlp_hidden: tuple[int, ...] = _option((200, 80), "hidden widths of the MLP head")
+    backend: Backend = _option("auto", "which implementation the ops use")
+
+    def __post_init__(self) -> None:
+        minimum = dict.fromkeys(("n_items", "dim", "n_heads", "n_layers"), 1)
+        minimum |= dict.fromkeys(
+            (
+                "n_users", "n_queries", "n_terms", "ffn_dim", "steps", "max_search_len",
+                "max_rec_len", "max_clicks", "dropout", "item_text_dim", "query_text_dim",
+            ),
+            0,
+        )  # fmt: skip
+        self._check(minimum, {"dropout": 0.99})
+        if self.dim % self.n_heads:
+            raise ValueError(
+                f"LCRConfig.n_heads must divide dim, got {self.n_heads} heads for dim {self.dim}"
+            )
+        if not self.mlp_hidden or min(self.mlp_hidden) < 1:
+            raise ValueError(
+                f"LCRConfig.mlp_hidden must list positive widths, got {list(self.mlp_hidden)}"
+            )
+
+    @property
+    def ffn_width(self) -> int:
+        return self.ffn_dim or self.dim
+
+
+@dataclass(frozen=True)
+class TrainConfig(_JsonConfig):
+    """How to train, in both phases; raises ValueError on a bad value. Times are counted in epochs."""
+
+    seed: int = _option(0, "seed of everything random")
+    epochs: int = _option(20, "phase 1: most epochs")
+    batch_size: int = _option(256, "phase 1: users in a batch")
+    learning_rate: float = _option(1e-3, "phase 1: Adam's learning rate")
+    weight_decay: float = _option(1e-2, "decoupled decay, on dense weights only")
+    grad_clip: float = _option(1.0, "largest gradient norm; 0 means no clipping")
+    patience: int = _option(3, "epochs without a better validation NDCG@5 before stopping")
+    rank_loss: Literal["bce", "softmax", "bpr"] = _option("bce", "phase 1: ranking loss")
+    negatives: Literal["popularity", "uniform", "in_batch"] = _option(
+        "popularity", "where sampled negatives come from"
+    )
+    n_negatives: int = _option(4, "phase 1: sampled negatives a positive")
+    tcl_weight: float = _option(0.1, "phase 1: weight of the target-aware contrastive loss")
+    tcl_margin: float = _option(0.1, "TCL margin m")
+    tcl_distance: Literal["l2", "cosine"] = _option("l2", "TCL distance D")
+    tcl_detach_negative: bool = _option(False, "no gradient through TCL's negative")
+    rl_epochs: int = _option(2, "phase 2: most epochs")
+    rl_batch_size: int = _option(64, "phase 2: users in a batch")
+    rl_learning_rate: float = _option(1e-4, "phase 2: Adam's learning rate")
+    rl_negatives: int = _option(99, "phase 2: fresh negatives a positive")
+    n_trajectories: int = _option(8, "phase 2: noisy trajectories N of a user")
+    noise_scale: float = _option(0.1, "phase 2: gamma, the scale of the noise on h^(0)")
+    reward: str = _option("hr@1", "phase 2: hr@k, ndcg@k or mrr")
+    action: Literal["top1", "sampled", "target"] = _option("top1", "phase 2: the action a_n")
+    clip: float = _option(0.2, "phase 2: clipping of the probability ratio")
+    kl: Literal["exact", "k3"] = _option("exact", "phase 2: KL to the frozen phase-1 policy")
+    kl_weight: float = _option(0.1, "phase 2: weight of that KL")
+    temperature: float = _option(1.0, "phase 2: temperature of the policy")
+    inner_epochs: int = _option(1, "phase 2: updates on each rollout")
+    rl_trainable: Literal["reasoning", "all"] = _option(
+        "reasoning", "phase 2: train reasoning and head, or everything"
+    )
+
+    def __post_init__(self) -> None:
+        minimum = dict.fromkeys(
+            (
+                "batch_size",
+                "n_negatives",
+                "rl_batch_size",
+                "rl_negatives",
+                "n_trajectories",
+                "inner_epochs",
+            ),
+            1,
+        )
+        minimum |= dict.fromkeys(
+            (
+                "seed", "epochs", "learning_rate", "weight_decay", "grad_clip", "patience",
+                "tcl_weight", "tcl_margin", "rl_epochs", "rl_learning_rate", "noise_scale",
+                "clip", "kl_weight",
+            ),
+            0,
+        )  # fmt: skip
+        self._check(minimum, {"seed": 2**63 - 1})
+        if self.temperature <= 0:
+            raise ValueError(f"TrainConfig.temperature must be positive, got {self.temperature}")
+        parse_metric(self.reward)
+
+
+def parse_metric(name: str) -> tuple[str, int]:
+    """Split ``hr@5`` or ``ndcg@10`` into name and cut-off; ``mrr`` has cut-off 0 (the whole list)."""
+    kind, _, cut = name.partition("@")
+    if name == "mrr":
+        return "mrr", 0
+    if kind in ("hr", "ndcg") and cut.isdigit() and int(cut) > 0:
+        return kind, int(cut)
+    raise ValueError(f"reward must be hr@k, ndcg@k or mrr with k at least 1, got {name!r}")
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    """Resolved type of every field of a config class, for building flags."""
+    return {
+        k: t for k, t in typing.get_type_hints(cls).items() if not isinstance(t, types.NoneType)
+    }

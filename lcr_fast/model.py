@@ -1,0 +1,434 @@
+"""LCRSER: embed -> encode -> reason -> aggregate and score. Thin modules over :mod:`lcr_fast.ops`."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lcr_fast import ops
+from lcr_fast.batch import Batch
+from lcr_fast.config import LCRConfig
+from lcr_fast.ops import reasoning, scoring
+from lcr_fast.ops.noise import Dropout
+from lcr_fast.reference import States, Streams
+from lcr_fast.storage import load_tensors, save_tensors
+from lcr_fast.weights import REC, SEARCH, EncoderWeights, ReasoningWeights, ScoringWeights
+
+_KIND = "model"
+_CATALOGUE_BLOCK = 1024  # items scored at once; bounds the memory of recommend()
+
+
+class _Packed(nn.Module):
+    """The parameters of one weights tuple, under its field names."""
+
+    def __init__(self, weights_type, shapes: dict[str, tuple[int, ...]]) -> None:
+        super().__init__()
+        self.weights_type = weights_type
+        for name in weights_type._fields:
+            self.register_parameter(name, nn.Parameter(torch.empty(shapes[name])))
+        for name, parameter in self.named_parameters():
+            if "norm_weight" in name:
+                nn.init.ones_(parameter)
+            elif "bias" in name:
+                nn.init.zeros_(parameter)
+            elif parameter.numel():
+                _init_linear(parameter, square_blocks="qkv" in name)
+
+    def weights(self):
+        return self.weights_type(*(getattr(self, name) for name in self.weights_type._fields))
+
+
+def _init_linear(weight: Tensor, square_blocks: bool = False) -> None:
+    """Glorot-uniform over the last two axes; packed Q, K and V count as three square matrices."""
+    fan_out, fan_in = weight.shape[-2:]
+    bound = math.sqrt(6.0 / (fan_in + (fan_in if square_blocks else fan_out)))
+    nn.init.uniform_(weight, -bound, bound)
+
+
+def _encoder_shapes(config: LCRConfig) -> dict[str, tuple[int, ...]]:
+    n, d, f = config.n_layers, config.dim, config.ffn_width
+    return {
+        "qkv_weight": (n, 2, 3 * d, d), "qkv_bias": (n, 2, 3 * d),
+        "out_weight": (n, 2, d, d), "out_bias": (n, 2, d),
+        "ffn_in_weight": (n, 2, f, d), "ffn_in_bias": (n, 2, f),
+        "ffn_out_weight": (n, 2, d, f), "ffn_out_bias": (n, 2, d),
+        "norm_weight": (n, 2, 2, d), "norm_bias": (n, 2, 2, d),
+    }  # fmt: skip
+
+
+def _reasoning_shapes(config: LCRConfig) -> dict[str, tuple[int, ...]]:
+    p = 1 if config.share_steps and config.steps else config.steps
+    d, f = config.dim, config.ffn_width if config.step_ffn else 0
+    shapes = {
+        "ffn_in_weight": (p, 2, f, d), "ffn_in_bias": (p, 2, f),
+        "ffn_out_weight": (p, 2, d, f), "ffn_out_bias": (p, 2, d),
+        "norm_weight": (p, 2, 3, d), "norm_bias": (p, 2, 3, d),
+    }  # fmt: skip
+    for kind in ("self", "cross"):
+        shapes |= {
+            f"{kind}_qkv_weight": (p, 2, 3 * d, d), f"{kind}_qkv_bias": (p, 2, 3 * d),
+            f"{kind}_out_weight": (p, 2, d, d), f"{kind}_out_bias": (p, 2, d),
+        }  # fmt: skip
+    return shapes
+
+
+class _Head(nn.Module):
+    """Parameters of the target-aware aggregation and the MLP."""
+
+    def __init__(self, config: LCRConfig) -> None:
+        super().__init__()
+        d = config.dim
+        # Starting from the identity, an event attends to candidates that resemble it.
+        self.target_weight = nn.Parameter(torch.eye(d).repeat(2, 1, 1))
+        widths = (d * (4 if config.user_embedding else 3), *config.mlp_hidden, 1)
+        n_linear = len(widths) - 1 if config.score == "mlp" else 0
+        self.mlp_weights = nn.ParameterList(
+            nn.Parameter(torch.empty(widths[i + 1], widths[i])) for i in range(n_linear)
+        )
+        self.mlp_biases = nn.ParameterList(
+            nn.Parameter(torch.zeros(widths[i + 1])) for i in range(n_linear)
+        )
+        for weight in self.mlp_weights:
+            _init_linear(weight)
+
+    def weights(self) -> ScoringWeights:
+        return ScoringWeights(self.target_weight, tuple(self.mlp_weights), tuple(self.mlp_biases))
+
+
+class LCRSER(nn.Module):
+    """The LCR-SER model (arXiv 2508.04152), phase-1 forward and noisy rollouts.
+
+    ``model(batch)`` scores the batch's candidates, [B, C]; candidate 0 (padding) scores -inf.
+    Raises ValueError on ids, lengths or widths that do not fit the config.
+    """
+
+    def __init__(self, config: LCRConfig) -> None:
+        super().__init__()
+        self.config = config
+        d = config.dim
+
+        def table(n_rows: int) -> nn.Embedding:
+            embedding = nn.Embedding(n_rows + 1, d, padding_idx=0)
+            nn.init.normal_(embedding.weight, std=d**-0.5)
+            with torch.no_grad():
+                embedding.weight[0].zero_()
+            return embedding
+
+        self.item_embedding = table(config.n_items)
+        self.user_embedding = table(config.n_users) if config.user_embedding else None
+        n_query_rows = config.n_terms if config.query_encoder == "terms" else config.n_queries
+        self.query_embedding = table(n_query_rows)
+        self.search_position = nn.Parameter(torch.randn(config.max_search_len, d) * d**-0.5)
+        self.rec_position = nn.Parameter(torch.randn(config.max_rec_len, d) * d**-0.5)
+        self.item_text_projection = self._text_projection(config.item_text_dim)
+        self.query_text_projection = self._text_projection(config.query_text_dim)
+        self.register_buffer("item_text", None, persistent=False)
+        self.register_buffer("query_text", None, persistent=False)
+
+        self.encoder = _Packed(EncoderWeights, _encoder_shapes(config))
+        self.reasoning = _Packed(ReasoningWeights, _reasoning_shapes(config))
+        self.step_embedding = (
+            nn.Parameter(torch.zeros(config.steps, 2, d)) if config.step_embedding else None
+        )
+        self.head = _Head(config)
+        #: Key of the dropout masks in training mode; a trainer sets a new one every step.
+        self.dropout_seed = 0
+        # An explicit backend that cannot serve this model must fail here, not mid-training.
+        self.backend_report()
+
+    def _text_projection(self, text_dim: int) -> nn.Linear | None:
+        return nn.Linear(text_dim, self.config.dim, bias=False) if text_dim else None
+
+    def _dropout(self, batch: Batch) -> Dropout | None:
+        if not self.training or not self.config.dropout:
+            return None
+        return Dropout(self.config.dropout, self.dropout_seed, batch.row)
+
+    # -- inputs ---------------------------------------------------------------------------------
+
+    def set_text(self, item_text: Any = None, query_text: Any = None) -> None:
+        """Attach frozen text vectors, [I+1, item_text_dim] and [Q+1, query_text_dim], row 0 unused.
+
+        Arrays (memory-mapped ones too) or tensors; not saved with the model. A model whose config
+        names a text width needs them before its first forward.
+        """
+        rows = {"item": self.config.n_items, "query": self.config.n_queries}
+        for kind, given in (("item", item_text), ("query", query_text)):
+            width = getattr(self.config, f"{kind}_text_dim")
+            if given is None:
+                continue
+            expected = (rows[kind] + 1, width)
+            if not width or tuple(given.shape) != expected:
+                raise ValueError(
+                    f"{kind}_text must be {list(expected)}, got {list(given.shape)}"
+                    + ("" if width else f" (the config has {kind}_text_dim=0)")
+                )
+            tensor = given if isinstance(given, Tensor) else torch.from_numpy(np.asarray(given))
+            setattr(self, f"{kind}_text", tensor.to(self.head.target_weight.device))
+
+    def _text(self, kind: str, ids: Tensor) -> Tensor:
+        table, projection = getattr(self, f"{kind}_text"), getattr(self, f"{kind}_text_projection")
+        if table is None:
+            raise ValueError(
+                f"the config has {kind}_text_dim={projection.in_features}: call "
+                f"set_text({kind}_text=...) first"
+            )
+        return projection(table[ids].to(projection.weight.dtype)) * (ids > 0).unsqueeze(-1)
+
+    def item_vectors(self, ids: Tensor) -> Tensor:
+        """Item vectors e_i: ids [...] -> [..., D]; id 0 is the zero vector."""
+        vectors = self.item_embedding(ids)
+        if self.item_text_projection is not None:
+            vectors = vectors + self._text("item", ids)
+        return vectors
+
+    def query_vectors(self, queries: Tensor, terms: Tensor) -> Tensor:
+        """Query vectors: ids [...] and terms [..., T] -> [..., D] (terms' mean, padding ignored)."""
+        if self.config.query_encoder == "id":
+            vectors = self.query_embedding(queries)
+        else:
+            vectors = _masked_mean(self.query_embedding(terms), terms > 0)
+        if self.query_text_projection is not None:
+            vectors = vectors + self._text("query", queries)
+        return vectors
+
+    def user_vectors(self, users: Tensor) -> Tensor | None:
+        """User vectors e_u [B, D], or None where the config has no user embedding."""
+        return None if self.user_embedding is None else self.user_embedding(users)
+
+    def embed(self, batch: Batch) -> Streams:
+        """Input vectors of both streams: [B, L_s, D], [B, L_r, D]."""
+        queries = self.query_vectors(batch.search_queries, batch.search_terms)
+        clicked = batch.search_clicks[..., : self.config.max_clicks]
+        clicks = _masked_mean(self.item_vectors(clicked), clicked > 0)
+        search = queries + clicks + self.search_position[: queries.shape[1]]
+        items = self.item_vectors(batch.rec_items)
+        return search, items + self.rec_position[: items.shape[1]]
+
+    def check(self, batch: Batch) -> None:
+        """Raise ValueError, naming the field, if the batch does not fit the config.
+
+        ``forward`` does so by itself for CPU tensors; on a GPU this synchronises, so call it
+        where batches are made.
+        """
+        config = self.config
+        limits = {
+            "user": config.n_users if config.user_embedding else None,
+            "rec_items": config.n_items,
+            "search_queries": config.n_queries
+            if config.query_encoder == "id" or config.query_text_dim
+            else None,
+            "search_terms": config.n_terms if config.query_encoder == "terms" else None,
+            "search_clicks": config.n_items,
+            "candidates": config.n_items,
+        }
+        for name, limit in limits.items():
+            ids = getattr(batch, name)
+            if limit is not None and ids.numel():
+                low, high = (int(v) for v in torch.aminmax(ids))
+                if low < 0 or high > limit:
+                    raise ValueError(
+                        f"{name} must be ids in 0..{limit}, got {low if low < 0 else high}"
+                    )
+        for name, events in (("search", batch.search_queries), ("rec", batch.rec_items)):
+            lengths, size = getattr(batch, f"{name}_lengths"), events.shape[1]
+            allowed = getattr(config, f"max_{name}_len")
+            if size > allowed:
+                raise ValueError(
+                    f"{name} histories hold {size} events, but max_{name}_len is {allowed}"
+                )
+            if len(lengths) and (int(lengths.min()) < 0 or int(lengths.max()) > size):
+                raise ValueError(
+                    f"{name}_lengths must be in 0..{size}, got {int(lengths.min())}.."
+                    f"{int(lengths.max())}"
+                )
+        if len(batch) and int(batch.target.max()) >= batch.candidates.shape[1]:
+            raise ValueError(
+                f"target must be a column of candidates, below {batch.candidates.shape[1]}, "
+                f"got {int(batch.target.max())}"
+            )
+
+    # -- stages ---------------------------------------------------------------------------------
+
+    def encode(self, batch: Batch) -> Streams:
+        """Encoder states h^(0): [B, L_s, D], [B, L_r, D]."""
+        if not batch.user.is_cuda and not torch.compiler.is_compiling():
+            self.check(batch)
+        search, rec = self.embed(batch)
+        weights = self.encoder.weights()
+        options = {
+            "n_heads": self.config.n_heads,
+            "dropout": self._dropout(batch),
+            "backend": self.config.backend,
+        }
+        return (
+            reasoning.encode(search, batch.search_lengths, weights, SEARCH, **options),
+            reasoning.encode(rec, batch.rec_lengths, weights, REC, **options),
+        )
+
+    def _reasoning_options(self) -> dict[str, Any]:
+        return {
+            "n_heads": self.config.n_heads,
+            "step_embedding": self.step_embedding,
+            "update": self.config.update,
+            "cross_memory": self.config.cross_memory,
+            "backend": self.config.backend,
+        }
+
+    def reason(self, h0: Streams, batch: Batch) -> States:
+        """Run the K reasoning steps from h^(0); every state, [B, L, D]."""
+        return reasoning.latent_reasoning(
+            *h0, batch.search_lengths, batch.rec_lengths, self.reasoning.weights(),
+            self.config.steps, dropout=self._dropout(batch), **self._reasoning_options(),
+        )  # fmt: skip
+
+    def rollout(
+        self, h0: Streams, batch: Batch, n_trajectories: int, noise_scale: float, seed: int
+    ) -> States:
+        """Reason from N noisy copies of h^(0) (paper, Eq. 14); every state, [B, N, L, D]."""
+        return reasoning.rollout(
+            *h0, batch.search_lengths, batch.rec_lengths, batch.row, self.reasoning.weights(),
+            self.config.steps, n_trajectories=n_trajectories, noise_scale=noise_scale, seed=seed,
+            **self._reasoning_options(),
+        )  # fmt: skip
+
+    def score(self, h: Streams, batch: Batch, candidates: Tensor | None = None) -> Tensor:
+        """Score candidates (default: the batch's) from final states.
+
+        States [B, L, D] give [B, C]; states [B, N, L, D] of N trajectories give [B, N, C].
+        """
+        ids = batch.candidates if candidates is None else candidates  # [B, C]
+        return self.score_vectors(h, batch, self.item_vectors(ids)).masked_fill(
+            _align(ids == 0, h), -math.inf
+        )
+
+    def score_vectors(self, h: Streams, batch: Batch, vectors: Tensor) -> Tensor:
+        """Score item vectors [B, C, D], or [1, C, D] shared by all users: [B, (N,) C]."""
+        user = self.user_vectors(batch.user)
+        return scoring.score(
+            *h, _align(batch.search_lengths, h), _align(batch.rec_lengths, h), _align(vectors, h),
+            None if user is None else _align(user, h), self.head.weights(),
+            dropout=self._dropout(batch), backend=self.config.backend,
+        )  # fmt: skip
+
+    # -- public API -----------------------------------------------------------------------------
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Score the batch's candidates: [B, C], -inf where a candidate is 0."""
+        return self.score(self.states(batch).h[-1], batch)
+
+    def states(self, batch: Batch) -> States:
+        """Every state of the reasoning: h^(0)..h^(K) and a^(1)..a^(K), (search, rec) pairs."""
+        return self.reason(self.encode(batch), batch)
+
+    @torch.no_grad()
+    def recommend(
+        self, batch: Batch, k: int = 10, exclude: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Find the top-k items of the whole catalogue, seen items masked; equal scores: lower id first.
+
+        Seen are the items of the batch's histories and of ``exclude``, int64 [B, X] padded with 0
+        (histories are truncated; pass what they lost). Returns items [B, k] and scores [B, k]; a
+        user with fewer than k unseen items ends in item 0 with score -inf. Memory O(B * k).
+        """
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        if exclude is not None and (exclude.ndim != 2 or exclude.shape[0] != len(batch)):
+            raise ValueError(f"exclude must be int64 [{len(batch)}, X], got {list(exclude.shape)}")
+        was_training = self.training
+        self.eval()
+        h = self.states(batch).h[-1]
+        seen = seen_items(batch, exclude)
+        items = torch.zeros(len(batch), k, dtype=torch.int64, device=batch.device)
+        scores = torch.full((len(batch), k), -math.inf, device=batch.device, dtype=h[0].dtype)
+        for ids, vectors in self.catalogue_blocks():
+            block = self.score_vectors(h, batch, vectors.unsqueeze(0))  # [B, block]
+            block = mask_items(block, seen, int(ids[0]))
+            # Stable sort: earlier columns, which hold lower ids, win ties.
+            merged, order = torch.cat((scores, block), 1).sort(dim=1, descending=True, stable=True)
+            pool = torch.cat((items, ids.expand(len(batch), -1)), 1)
+            scores, items = merged[:, :k], pool.gather(1, order[:, :k])
+        self.train(was_training)
+        return items.masked_fill(scores == -math.inf, 0), scores
+
+    def catalogue_blocks(self, size: int = _CATALOGUE_BLOCK):
+        """Yield (ids [c], item vectors [c, D]) over the catalogue, in order of id."""
+        for start in range(1, self.config.n_items + 1, size):
+            ids = torch.arange(
+                start,
+                min(start + size, self.config.n_items + 1),
+                device=self.head.target_weight.device,
+            )
+            yield ids, self.item_vectors(ids)
+
+    def backend_report(self) -> str:
+        """Say which implementation serves each op of this model, and why; one line an op."""
+        lines = []
+        for op, available in (
+            ("encode", reasoning.AVAILABLE),
+            ("latent_reasoning", reasoning.AVAILABLE),
+            ("score", scoring.AVAILABLE),
+        ):
+            chosen = ops.choose_backend(op, self.config.backend, available)
+            others = [f"{name}: {why}" for name, why in available.items() if why]
+            lines.append(f"{op}: {chosen}" + (f" ({'; '.join(others)})" if others else ""))
+        return "\n".join(lines)
+
+    def save(self, path: str | Path) -> None:
+        """Write weights and config to one safetensors file, atomically; text vectors are not in it."""
+        save_tensors(path, _KIND, self.state_dict(), self.config.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: str = "cpu", backend: str | None = None) -> "LCRSER":
+        """Read a model that :meth:`save` wrote; nothing in the file can run code.
+
+        ``backend`` overrides the saved one. Raises ValueError, in one sentence, on a missing,
+        truncated or foreign file, NaN weights, an unknown config key or tensors that do not fit.
+        """
+        tensors, values = load_tensors(path, _KIND)
+        config = LCRConfig.from_dict(values if backend is None else {**values, "backend": backend})
+        model = cls(config)
+        expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+        found = {name: tuple(t.shape) for name, t in tensors.items()}
+        for name in sorted(expected.keys() | found.keys()):
+            if expected.get(name) != found.get(name):
+                raise ValueError(
+                    f"{path}: tensor {name!r} should have shape {expected.get(name)}, "
+                    f"the file has {found.get(name)}"
+                )
+        model.load_state_dict(tensors)
+        return model.to(device)
+
+
+def _masked_mean(vectors: Tensor, valid: Tensor) -> Tensor:
+    """Mean over the second last axis where ``valid``: [..., n, D], [..., n] -> [..., D]; 0 if none."""
+    # Row 0 of every table is zero, so padding adds nothing to the sum.
+    return vectors.sum(-2) / valid.sum(-1, keepdim=True).clamp(min=1)
+
+
+def _align(x: Tensor, h: Streams) -> Tensor:
+    """Insert a trajectory axis after the first where the states have one."""
+    return x.unsqueeze(1) if h[0].ndim == 4 else x
+
+
+def seen_items(batch: Batch, exclude: Tensor | None = None) -> Tensor:
+    """Items that a user of the batch has seen, [B, X], padded with 0."""
+    lengths = torch.arange(batch.rec_items.shape[1], device=batch.device)
+    rec = batch.rec_items * (lengths < batch.rec_lengths.unsqueeze(1))
+    searches = torch.arange(batch.search_clicks.shape[1], device=batch.device)
+    valid = (searches < batch.search_lengths.unsqueeze(1)).unsqueeze(-1)
+    parts = [rec, (batch.search_clicks * valid).flatten(1)]
+    return torch.cat(parts if exclude is None else [*parts, exclude], 1)
+
+
+def mask_items(scores: Tensor, items: Tensor, first_id: int) -> Tensor:
+    """Set the columns of ``items`` [B, X] to -inf in ``scores`` [B, c] of ids first_id, first_id+1, ..."""
+    column = items - first_id
+    outside = (column < 0) | (column >= scores.shape[1])
+    # A spare last column takes what lies outside this block.
+    padded = torch.cat((scores, scores.new_zeros(len(scores), 1)), 1)
+    padded.scatter_(1, column.masked_fill(outside, scores.shape[1]), -math.inf)
+    return padded[:, :-1]

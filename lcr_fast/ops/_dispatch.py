@@ -1,0 +1,29 @@
+"""Which implementation serves an op: one rule for all of them."""
+
+from collections.abc import Mapping
+
+from lcr_fast.ops._extension import extension_error
+
+
+def choose_backend(op: str, backend: str, available: Mapping[str, str | None]) -> str:
+    """Return the implementation that serves ``op``.
+
+    ``available`` lists the op's implementations, the preferred one first, each with None or the
+    reason why it cannot serve this call. ``auto`` takes the first that can; an explicit request
+    that cannot be served raises ValueError and names what can.
+    """
+    able = [name for name, obstacle in available.items() if obstacle is None]
+    if backend == "auto":
+        return able[0]
+    if backend in able:
+        return backend
+    reason = available.get(backend) or "there is no such implementation of this op"
+    raise ValueError(
+        f"backend={backend!r} cannot serve {op}: {reason}; use backend={' or '.join(map(repr, able))}"
+    )
+
+
+def extension_obstacle() -> str | None:
+    """Why an op of the C++ extension cannot serve, or None."""
+    error = extension_error()
+    return None if error is None else f"the C++ extension is not built ({error})"

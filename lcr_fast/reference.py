@@ -1,0 +1,293 @@
+"""LCR-SER in plain PyTorch: the definition of every op, and the oracle of every test.
+
+Read it beside the paper (arXiv 2508.04152), from the top. Halves are computed in float32 and
+rounded once at the end of an op; float64 stays float64 and gives the exact answer. Histories are
+right-padded, so a length is a mask; what stands behind it is not read, and is 0 in every result.
+A leading ``...`` is B users, or B users x N trajectories.
+
+Dropout masks are arguments (0 or 1 / (1 - p), see :mod:`lcr_fast.noise`), so that every function
+here is deterministic; None means no dropout.
+
+"Paper" marks what the paper states; where it is silent, the choice is ours ("our reading").
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lcr_fast.weights import REC, SEARCH, EncoderWeights, ReasoningWeights, ScoringWeights
+
+EPS = 1e-5  # of every LayerNorm
+
+Streams = tuple[Tensor, Tensor]  # (search, recommendation)
+
+
+def length_mask(lengths: Tensor, size: int) -> Tensor:
+    """Mark valid positions: lengths [...] -> bool [..., size]."""
+    return torch.arange(size, device=lengths.device) < lengths.unsqueeze(-1)
+
+
+def _zero_padding(x: Tensor, lengths: Tensor) -> Tensor:
+    return x.masked_fill(~length_mask(lengths, x.shape[-2]).unsqueeze(-1), 0.0)
+
+
+def _key_bias(lengths: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """Give 0 to valid keys and the lowest finite number to padding: [...] -> [..., 1, size].
+
+    Not -inf: a history without events must have finite attention and gradients. Its softmax is
+    uniform over zero vectors, which aggregation turns into 0 and reasoning gates away.
+    """
+    bias = torch.zeros((*lengths.shape, 1, size), dtype=dtype, device=lengths.device)
+    return bias.masked_fill(~length_mask(lengths, size).unsqueeze(-2), torch.finfo(dtype).min)
+
+
+def _project_heads(
+    query: Tensor,  # [..., Lq, D]
+    memory: Tensor,  # [..., Lk, D]
+    qkv_weight: Tensor,  # [3D, D]
+    qkv_bias: Tensor,  # [3D]
+    n_heads: int,
+) -> list[Tensor]:
+    """Project to queries [..., H, Lq, D/H], keys and values [..., H, Lk, D/H]."""
+    dim = query.shape[-1]
+    if query is memory:
+        q, k, v = F.linear(query, qkv_weight, qkv_bias).chunk(3, -1)
+    else:
+        q = F.linear(query, qkv_weight[:dim], qkv_bias[:dim])
+        k, v = F.linear(memory, qkv_weight[dim:], qkv_bias[dim:]).chunk(2, -1)
+    return [x.unflatten(-1, (n_heads, -1)).transpose(-2, -3) for x in (q, k, v)]
+
+
+def attention(
+    query: Tensor,  # [..., Lq, D]
+    memory: Tensor,  # [..., Lk, D]
+    memory_lengths: Tensor,  # [...]
+    qkv_weight: Tensor,  # [3D, D] rows: queries, keys, values
+    qkv_bias: Tensor,  # [3D]
+    out_weight: Tensor,  # [D, D]
+    out_bias: Tensor,  # [D]
+    n_heads: int,
+) -> Tensor:
+    """Attend from ``query`` to ``memory``; self-attention where they are the same tensor.
+
+    head_h = softmax(Q_h K_h^T / sqrt(D/H)) V_h over the valid keys; the heads are concatenated
+    and projected. Returns [..., Lq, D], finite but meaningless where the memory has no event.
+    """
+    q, k, v = _project_heads(query, memory, qkv_weight, qkv_bias, n_heads)
+    bias = _key_bias(memory_lengths, memory.shape[-2], q.dtype).unsqueeze(-3)  # [..., 1, 1, Lk]
+    heads = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # [..., H, Lq, D/H]
+    return F.linear(heads.transpose(-2, -3).flatten(-2), out_weight, out_bias)
+
+
+def attention_probabilities(
+    query: Tensor,  # [..., Lq, D]
+    memory: Tensor,  # [..., Lk, D]
+    memory_lengths: Tensor,  # [...]
+    qkv_weight: Tensor,  # [3D, D]
+    qkv_bias: Tensor,  # [3D]
+    n_heads: int,
+) -> Tensor:
+    """Where :func:`attention` looks: softmax(Q K^T / sqrt(D/H)), [..., H, Lq, Lk]; for analysis."""
+    q, k, _ = _project_heads(query, memory, qkv_weight, qkv_bias, n_heads)
+    bias = _key_bias(memory_lengths, memory.shape[-2], q.dtype).unsqueeze(-3)
+    return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + bias).softmax(-1)
+
+
+def _ffn(x: Tensor, weights: EncoderWeights | ReasoningWeights) -> Tensor:
+    hidden = F.relu(F.linear(x, weights.ffn_in_weight, weights.ffn_in_bias))
+    return F.linear(hidden, weights.ffn_out_weight, weights.ffn_out_bias)
+
+
+def _add_norm(
+    x: Tensor, update: Tensor, mask: Tensor | None, norm_weight: Tensor, norm_bias: Tensor
+) -> Tensor:
+    """LN(x + dropout(update)): the end of every sublayer (post-norm)."""
+    x = x + (update if mask is None else update * mask)
+    return F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, EPS)
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _unpack(weights, dtype: torch.dtype):
+    """Split packed weights: entry [i][x] holds layer or step i of stream x, without those axes."""
+    first_axis = [w.to(dtype).unbind(0) for w in weights]
+    slices = [[w.unbind(0) for w in layer] for layer in zip(*first_axis, strict=True)]
+    return [[type(weights)(*(w[x] for w in layer)) for x in (SEARCH, REC)] for layer in slices]
+
+
+def encode(
+    x: Tensor,  # [..., L, D]
+    lengths: Tensor,  # [...]
+    weights: EncoderWeights,
+    stream: int,
+    *,
+    n_heads: int,
+    masks: Tensor | None = None,  # [2 n_layers, ..., L, D]
+) -> Tensor:
+    """Encode one stream with its own post-norm Transformer (paper: separate Transformers).
+
+        h <- LN(x + MSA(x));   h <- LN(h + FFN(h))
+
+    Bidirectional, ReLU, dropout on each sublayer's output (our reading).
+    Returns h^(0) [..., L, D] in x's dtype.
+    """
+    acc = _accumulator(x)
+    h = _zero_padding(x.to(acc), lengths)
+    for i, layer in enumerate(_unpack(weights, acc)):
+        w = layer[stream]
+        mask_msa, mask_ffn = (None, None) if masks is None else masks[2 * i : 2 * i + 2]
+        attended = attention(
+            h, h, lengths, w.qkv_weight, w.qkv_bias, w.out_weight, w.out_bias, n_heads
+        )
+        h = _add_norm(h, attended, mask_msa, w.norm_weight[0], w.norm_bias[0])
+        h = _add_norm(h, _ffn(h, w), mask_ffn, w.norm_weight[1], w.norm_bias[1])
+    return _zero_padding(h, lengths).to(x.dtype)
+
+
+class States(NamedTuple):
+    """Every state of the reasoning; each entry is (search, recommendation), [..., L, D]."""
+
+    h: list[Streams]  # K+1 entries: h^(0) .. h^(K), cross-attentive
+    a: list[Streams]  # K entries: a^(1) .. a^(K), non-cross-attentive
+
+
+def latent_reasoning(
+    search: Tensor,  # [..., L_s, D] h_s^(0)
+    rec: Tensor,  # [..., L_r, D] h_r^(0)
+    search_lengths: Tensor,  # [...]
+    rec_lengths: Tensor,  # [...]
+    weights: ReasoningWeights,
+    steps: int,
+    *,
+    n_heads: int,
+    step_embedding: Tensor | None = None,  # [K, 2, D]
+    update: str = "jacobi",
+    cross_memory: str = "post_msa",
+    masks: Streams | None = None,  # [3K, ..., L_s, D], [3K, ..., L_r, D]
+) -> States:
+    """Run K latent cross reasoning steps on both streams (paper: interleaved MSA and MCA).
+
+    For each stream x with the other stream x' and g = 1 if x' has an event, else 0:
+
+        a_x = LN1_x( h_x + MSA_x(h_x) )
+        c_x = LN2_x( a_x + g * MCA_x(Q = a_x, K = V = a_x') )
+        h_x <- LN3_x( c_x + FFN_x(c_x) )
+
+    The equations are our reading, after the same authors' public systems. Step k uses weight
+    set k, or set 0 if there is one set; a set with F = 0 has no FFN: h_x <- c_x. Switches:
+
+    - ``update``: ``jacobi``, each stream reads the other's state from before the exchange;
+      ``search_first`` / ``rec_first``, the second stream reads the first one's new h.
+    - ``cross_memory``: MCA reads a_x' (``post_msa``), the step's input h_x' (``step_input``), or
+      h_x'^(0) (``initial``, in both streams whatever the update).
+    - ``step_embedding`` is added to the valid positions of the step's input (ReaRec).
+    """
+    acc = _accumulator(search)
+    lengths = (search_lengths, rec_lengths)
+    gates = tuple((n > 0).to(acc)[..., None, None] for n in lengths)  # [..., 1, 1]
+    sets = _unpack(weights, acc)
+    initial = (_zero_padding(search.to(acc), lengths[0]), _zero_padding(rec.to(acc), lengths[1]))
+
+    def self_attend(x: int, h: Tensor, w: ReasoningWeights, mask: Tensor | None) -> Tensor:
+        attended = attention(
+            h, h, lengths[x], w.self_qkv_weight, w.self_qkv_bias,
+            w.self_out_weight, w.self_out_bias, n_heads,
+        )  # fmt: skip
+        a = _add_norm(h, attended, mask, w.norm_weight[0], w.norm_bias[0])
+        return _zero_padding(a, lengths[x])
+
+    def cross_attend(x, a: Tensor, memory: Tensor, w: ReasoningWeights, masks) -> Tensor:
+        attended = attention(
+            a, memory, lengths[1 - x], w.cross_qkv_weight, w.cross_qkv_bias,
+            w.cross_out_weight, w.cross_out_bias, n_heads,
+        )  # fmt: skip
+        c = _add_norm(a, gates[1 - x] * attended, masks[1], w.norm_weight[1], w.norm_bias[1])
+        if w.ffn_in_weight.shape[0]:
+            c = _add_norm(c, _ffn(c, w), masks[2], w.norm_weight[2], w.norm_bias[2])
+        return _zero_padding(c, lengths[x])
+
+    states = States([initial], [])
+    h = initial
+    for k in range(steps):
+        w = sets[min(k, len(sets) - 1)]
+        m = [[None] * 3 if masks is None else masks[x][3 * k : 3 * k + 3] for x in (SEARCH, REC)]
+        if step_embedding is not None:
+            shifted = (h[x] + step_embedding[k, x].to(acc) for x in (SEARCH, REC))
+            h = tuple(map(_zero_padding, shifted, lengths))
+        a = tuple(self_attend(x, h[x], w[x], m[x][0]) for x in (SEARCH, REC))
+
+        memory = list({"post_msa": a, "step_input": h, "initial": initial}[cross_memory])
+        new = list(h)
+        for x in (REC, SEARCH) if update == "rec_first" else (SEARCH, REC):
+            new[x] = cross_attend(x, a[x], memory[1 - x], w[x], m[x])
+            if update != "jacobi" and cross_memory != "initial":
+                memory[x] = new[x]
+        h = (new[SEARCH], new[REC])
+        states.h.append(h)
+        states.a.append(a)
+    return States(*([tuple(t.to(search.dtype) for t in pair) for pair in part] for part in states))
+
+
+def aggregate(
+    states: Tensor,  # [..., L, D]
+    lengths: Tensor,  # [...]
+    candidates: Tensor,  # [..., C, D] item vectors
+    target_weight: Tensor,  # [D, D] W_x
+) -> tuple[Tensor, Tensor]:
+    """Target-aware aggregation (paper) of one stream for every candidate.
+
+        alpha_ij = softmax_j( h_j^T W e_i );   z(i) = sum_j alpha_ij h_j     (0 without an event)
+
+    Computed as (E W^T) H^T, so a history is never repeated per candidate.
+    Returns z [..., C, D] and alpha [..., C, L].
+    """
+    acc = _accumulator(states)
+    h = _zero_padding(states.to(acc), lengths)
+    keys = F.linear(candidates.to(acc), target_weight.to(acc))  # [..., C, D] W e_i
+    logits = keys @ h.transpose(-1, -2) + _key_bias(lengths, h.shape[-2], acc)
+    alpha = logits.softmax(-1)  # [..., C, L]
+    return (alpha @ h).to(states.dtype), alpha.to(states.dtype)
+
+
+def score(
+    search: Tensor,  # [..., L_s, D] h_s^(K)
+    rec: Tensor,  # [..., L_r, D] h_r^(K)
+    search_lengths: Tensor,  # [...]
+    rec_lengths: Tensor,  # [...]
+    candidates: Tensor,  # [..., C, D] item vectors
+    user: Tensor | None,  # [..., D] user vector
+    weights: ScoringWeights,
+    *,
+    masks: tuple[Tensor, ...] = (),  # [..., C, H1], [..., C, H2]
+) -> Tensor:
+    """Score every candidate from both streams.
+
+        y(i) = MLP( z_r(i); z_s(i); e_i; e_u )       ReLU, dropout after each hidden layer
+        y(i) = (z_r(i) + z_s(i))^T e_i               if the weights hold no MLP
+
+    Returns [..., C] in the states' dtype.
+    """
+    acc = _accumulator(search)
+    w_s, w_r = weights.target_weight
+    z_s, _ = aggregate(search.to(acc), search_lengths, candidates, w_s)  # [..., C, D]
+    z_r, _ = aggregate(rec.to(acc), rec_lengths, candidates, w_r)  # [..., C, D]
+    items = candidates.to(acc).expand_as(z_s)
+    if not weights.mlp_weights:
+        return ((z_r + z_s) * items).sum(-1).to(search.dtype)
+    layers = [
+        (w.to(acc), b.to(acc)) for w, b in zip(weights.mlp_weights, weights.mlp_biases, strict=True)
+    ]
+    pair = torch.cat((z_r, z_s, items), -1)  # [..., C, 3D]
+    w_in, b_in = layers[0]
+    x = F.linear(pair, w_in[:, : pair.shape[-1]], b_in)  # [..., C, H1]
+    if user is not None:
+        # The user's share of the first layer is the same for every candidate.
+        x = x + F.linear(user.to(acc), w_in[:, pair.shape[-1] :]).unsqueeze(-2)
+    for i, (w, b) in enumerate(layers[1:]):
+        x = F.relu(x) if not masks else F.relu(x) * masks[i]
+        x = F.linear(x, w, b)
+    return x.squeeze(-1).to(search.dtype)
