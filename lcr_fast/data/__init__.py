@@ -1,1 +1,32 @@
-"""TODO"""
+"""Data: one reader per raw format, the prepared format, negatives and batching.
+
+Readers and ``prepare`` need polars, which is imported only when they are.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .log import InteractionLog
+
+# Source name -> the module whose ``read(path, **options)`` reads it.
+SOURCES = {
+    "trivago": "lcr_fast.data.trivago",
+    "kuaisar": "lcr_fast.data.kuaisar",
+    "qilin": "lcr_fast.data.qilin",
+    "jdsearch": "lcr_fast.data.jdsearch",
+}
+
+
+def read(source: str, path: str | os.PathLike, **options) -> InteractionLog:
+    """Read raw data of a named source.
+
+    ``options`` go to the source's reader. Raises ValueError for an unknown source and for malformed
+    data, FileNotFoundError for a missing file.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {source!r}")
+    return importlib.import_module(SOURCES[source]).read(path, **options)

@@ -1,0 +1,364 @@
+"""prepare: an InteractionLog becomes a folder of prepared data (see ``prepared.py``)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from .folder import require_free, write_folder
+from .log import InteractionLog, Vectors
+from .negatives import KINDS, NegativeSampler
+from .prepared import SPLITS, PreparedData
+from .segments import lower_bound, offsets_of
+
+_TERM_END = "\x1f"  # joins the terms of a query into its key; no text holds it
+_NEGATIVES_CHUNK = 8192  # samples whose negatives are drawn at a time, to bound memory
+
+
+def prepare(
+    log: InteractionLog,
+    out: str | os.PathLike,
+    *,
+    seed: int = 0,
+    n_negatives: int = 99,
+    negatives: str = "popularity",
+    min_targets: int = 3,
+    min_history: int = 1,
+    overwrite: bool = False,
+) -> PreparedData:
+    """Split a log leave-one-out by time and write it as prepared data.
+
+    A target event becomes a sample if at least ``min_history`` events of either stream lie strictly
+    before it; users without a sample are dropped. Of a user with at least ``min_targets`` samples
+    the last is a test sample, the one before a validation sample if the user has three or more, and
+    the rest are training samples: with ``min_targets=2`` a user of two gives one to training and
+    one to test. Users with fewer samples only train.
+
+    Every validation and test sample gets ``n_negatives`` distinct negatives (``negatives``:
+    "popularity" or "uniform"; see ``NegativeSampler``). The same log, options and seed give the
+    same bytes. Raises ValueError for bad options, for a log without any sample, where negatives run
+    out, and if ``out`` is occupied; nothing is written then.
+    """
+    if negatives not in KINDS:
+        raise ValueError(f"negatives must be one of {', '.join(KINDS)}, got {negatives!r}")
+    for name, value, least in (
+        ("min_targets", min_targets, 1),
+        ("min_history", min_history, 0),
+        ("n_negatives", n_negatives, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    require_free(out, overwrite)
+    events, searches, clicks, notes = _keep_users_with_samples(log, min_history)
+    users = _numbered([events["user"]])
+    items = _numbered([events["item"], clicks["item"], _shown(events)["item"]])
+    arrays: dict[str, NDArray] = {}
+    events = _add_events(arrays, events, users, items)
+    searches = _add_searches(arrays, searches, users)
+    _add_clicks(arrays, clicks, searches, items)
+    queries = _add_queries(arrays, searches)
+    _add_seen(arrays)
+    for name, table in (("user", users), ("item", items)):
+        arrays |= _id_table(name, table["value"])
+    notes += _add_samples(arrays, events, items, min_targets)
+    data = PreparedData(arrays, {})
+    for number, split in enumerate(("valid", "test")):
+        rng = np.random.default_rng([seed, number])
+        arrays[f"{split}_negatives"] = _negatives(data, rng, split, negatives, n_negatives)
+    manifest = {
+        "source": log.source,
+        "counts": {
+            "users": data.n_users, "items": data.n_items, "queries": data.n_queries,
+            "terms": data.n_terms, "events": len(data.rec_items),
+            "searches": len(data.search_times), "clicks": len(data.click_items),
+            **{split: len(arrays[f"{split}_users"]) for split in SPLITS},
+        },
+        "options": {
+            "seed": seed, "n_negatives": n_negatives, "negatives": negatives,
+            "min_targets": min_targets, "min_history": min_history,
+        },
+        "notes": [*log.notes, *notes],
+    }  # fmt: skip
+
+    def fill(folder: Path) -> None:
+        for name, array in arrays.items():
+            np.save(folder / f"{name}.npy", array, allow_pickle=False)
+        if log.item_text is not None:
+            _write_vectors(folder / "item_text.npy", log.item_text, items)
+        if log.query_text is not None:
+            _write_vectors(folder / "query_text.npy", log.query_text, queries)
+
+    return PreparedData.open(write_folder(out, manifest, fill, overwrite=overwrite), verify=False)
+
+
+def _keep_users_with_samples(
+    log: InteractionLog, min_history: int
+) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame, list[str]]:
+    """Mark the samples among the events, drop what belongs to users without any."""
+    events = log.events
+    if "impressions" not in events.columns:
+        events = events.with_columns(impressions=pl.lit(None, pl.List(events["item"].dtype)))
+    sample = pl.col("target")
+    if min_history:
+        # A history of min_history events exists once the min_history-th smallest time has passed.
+        both = pl.concat([frame.select("user", "time") for frame in (events, log.searches)])
+        passed = both.group_by("user").agg(
+            since=pl.col("time").sort().slice(min_history - 1, 1).first()
+        )
+        events = events.join(passed, on="user", how="left")
+        sample &= (pl.col("time") > pl.col("since")).fill_null(False)
+    events = events.with_columns(sample=sample)
+    n_targets, n_samples = int(events["target"].sum()), int(events["sample"].sum())
+    if not n_samples:
+        raise ValueError(
+            f"{log.source}: no target event has a history of at least {min_history} events, "
+            "so there is nothing to prepare"
+        )
+    kept = events.filter("sample").select("user").unique()
+    n_users = pl.concat([events["user"], log.searches["user"]]).n_unique()
+    n_events, n_searches = events.height, log.searches.height
+    events = events.join(kept, on="user", how="semi")
+    searches = log.searches.join(kept, on="user", how="semi")
+    clicks = log.clicks.join(searches, on="search", how="semi")
+    notes = [
+        f"prepare: {n_samples:,} of {n_targets:,} targets are samples; "
+        f"{n_targets - n_samples:,} dropped: fewer than {min_history} events before them",
+        f"prepare: kept {kept.height:,} of {n_users:,} users; {n_users - kept.height:,} dropped, "
+        f"with {n_events - events.height:,} events and {n_searches - searches.height:,} searches: "
+        "no sample",
+    ]
+    return events, searches, clicks, notes
+
+
+def _shown(events: pl.DataFrame) -> pl.DataFrame:
+    """List the items shown with the samples, a row each: item."""
+    shown = events.filter(pl.col("sample") & (pl.col("impressions").list.len() > 0))
+    shown = shown.select(item="impressions").explode("item")
+    return shown.filter(pl.col("item").is_not_null())
+
+
+def _numbered(columns: list[pl.Series]) -> pl.DataFrame:
+    """Give the distinct values numbers from 1 in sorted order: value, number (Int32)."""
+    values = pl.concat([column.unique().rename("value") for column in columns]).unique().sort()
+    return values.to_frame().with_columns(number=pl.int_range(1, pl.len() + 1, dtype=pl.Int32))
+
+
+def _number(frame: pl.DataFrame, column: str, table: pl.DataFrame, name: str) -> pl.DataFrame:
+    """Add the dense number of a column's values as column ``name``; order may change."""
+    numbers = table.select(pl.col("value").alias(column), pl.col("number").alias(name))
+    return frame.join(numbers, on=column, how="inner")
+
+
+def _add_events(
+    arrays: dict[str, NDArray], events: pl.DataFrame, users: pl.DataFrame, items: pl.DataFrame
+) -> pl.DataFrame:
+    events = _number(_number(events, "user", users, "u"), "item", items, "i")
+    events = events.sort("u", "time", "order", "i")
+    arrays["rec_offsets"] = offsets_of(events["u"].to_numpy(), users.height + 1)
+    arrays["rec_items"] = events["i"].to_numpy()
+    arrays["rec_times"] = events["time"].cast(pl.Int64).to_numpy()
+    return events
+
+
+def _add_searches(
+    arrays: dict[str, NDArray], searches: pl.DataFrame, users: pl.DataFrame
+) -> pl.DataFrame:
+    searches = _number(searches, "user", users, "u").sort("u", "time", "search")
+    searches = searches.with_columns(
+        place=pl.int_range(pl.len(), dtype=pl.Int64),
+        key=pl.col("terms").list.join(_TERM_END).fill_null(""),
+    )
+    arrays["search_offsets"] = offsets_of(searches["u"].to_numpy(), users.height + 1)
+    arrays["search_times"] = searches["time"].cast(pl.Int64).to_numpy()
+    for column, dtype in (("relevant", pl.Int8), ("topic", pl.Int32)):
+        if column in searches.columns:
+            arrays[f"search_{column}"] = searches[column].fill_null(-1).cast(dtype).to_numpy()
+    return searches
+
+
+def _add_clicks(
+    arrays: dict[str, NDArray], clicks: pl.DataFrame, searches: pl.DataFrame, items: pl.DataFrame
+) -> None:
+    clicks = clicks.join(searches.select("search", "place"), on="search", how="inner")
+    clicks = _number(clicks, "item", items, "i").group_by("place", "i").agg(pl.col("time").min())
+    clicks = clicks.sort("place", "time", "i")
+    arrays["click_offsets"] = offsets_of(clicks["place"].to_numpy(), searches.height)
+    arrays["click_items"] = clicks["i"].to_numpy()
+    arrays["click_times"] = clicks["time"].cast(pl.Int64).to_numpy()
+
+
+def _add_queries(arrays: dict[str, NDArray], searches: pl.DataFrame) -> pl.DataFrame:
+    """Assign numbers to queries and terms; return the query number of each search key."""
+    queries = _numbered([searches["key"]])
+    numbered = _number(searches, "key", queries, "q").sort("place")
+    arrays["search_queries"] = numbered["q"].to_numpy()
+    texts = queries.select("number", value=pl.col("value").str.split(_TERM_END)).explode("value")
+    texts = texts.filter(pl.col("value") != "").with_columns(
+        place=pl.int_range(pl.len(), dtype=pl.Int64)
+    )
+    terms = _numbered([texts["value"]])
+    texts = _number(texts, "value", terms, "t").sort("place")
+    arrays["query_term_offsets"] = offsets_of(texts["number"].to_numpy(), queries.height + 1)
+    arrays["query_terms"] = texts["t"].to_numpy()
+    arrays.update(_id_table("term", terms["value"]))
+    return numbered.select(value="search", number="q")
+
+
+def _add_seen(arrays: dict[str, NDArray]) -> None:
+    """First sight of every item, in an event or in a click of a search."""
+    n_users = len(arrays["rec_offsets"]) - 2
+    every_user = np.arange(n_users + 1, dtype=np.int32)
+    searcher = np.repeat(every_user, np.diff(arrays["search_offsets"]))
+    sights = pl.DataFrame(
+        {
+            "u": np.concatenate(
+                [
+                    np.repeat(every_user, np.diff(arrays["rec_offsets"])),
+                    np.repeat(searcher, np.diff(arrays["click_offsets"])),
+                ]
+            ),
+            "i": np.concatenate([arrays["rec_items"], arrays["click_items"]]),
+            "time": np.concatenate([arrays["rec_times"], arrays["click_times"]]),
+        }
+    )
+    sights = sights.group_by("u", "i").agg(pl.col("time").min()).sort("u", "i")
+    arrays["seen_offsets"] = offsets_of(sights["u"].to_numpy(), n_users + 1)
+    arrays["seen_items"] = sights["i"].to_numpy()
+    arrays["seen_times"] = sights["time"].to_numpy()
+
+
+def _add_samples(
+    arrays: dict[str, NDArray], events: pl.DataFrame, items: pl.DataFrame, min_targets: int
+) -> list[str]:
+    place = np.flatnonzero(events["sample"].to_numpy())
+    users = events["u"].to_numpy()[place]
+    times = arrays["rec_times"][place]
+    ends = {
+        stream: lower_bound(
+            arrays[f"{stream}_times"],
+            arrays[f"{stream}_offsets"][users],
+            arrays[f"{stream}_offsets"][users + 1],
+            times,
+        )
+        for stream in ("rec", "search")
+    }
+    n_users = len(arrays["rec_offsets"]) - 2
+    split, notes = _leave_one_out(users, n_users, min_targets)
+    seen = PreparedData(arrays, {}).seen
+    repeat = seen.has(users, arrays["rec_items"][place], times)
+    impressions = _impressions(events, items)
+    for number, name in enumerate(SPLITS):
+        rows = np.flatnonzero(split == number)
+        arrays[f"{name}_users"] = users[rows]
+        arrays[f"{name}_items"] = arrays["rec_items"][place[rows]]
+        arrays[f"{name}_times"] = times[rows]
+        for stream, end in ends.items():
+            arrays[f"{name}_{stream}_end"] = end[rows]
+        arrays[f"{name}_repeat"] = repeat[rows]
+        if impressions.height:
+            shown = impressions.join(
+                pl.DataFrame({"sample": rows, "row": np.arange(len(rows))}), on="sample"
+            ).sort("row", "rank")
+            offsets = offsets_of(shown["row"].to_numpy(), len(rows))
+            arrays[f"{name}_impression_offsets"] = offsets
+            arrays[f"{name}_impressions"] = shown["i"].to_numpy()
+    _add_counts(arrays, place, users, ends["rec"], split, n_items=items.height)
+    return notes
+
+
+def _leave_one_out(users: NDArray, n_users: int, min_targets: int) -> tuple[NDArray, list[str]]:
+    """Split of every sample (place in SPLITS), samples being sorted by user and time."""
+    offsets = offsets_of(users, n_users + 1)
+    count = np.diff(offsets)[users]
+    from_end = offsets[users + 1] - 1 - np.arange(len(users))
+    held_out = count >= min_targets
+    split = np.zeros(len(users), dtype=np.int8)
+    split[held_out & (from_end == 0)] = SPLITS.index("test")
+    split[held_out & (from_end == 1) & (count >= 3)] = SPLITS.index("valid")
+    tested, validated = (int((split == SPLITS.index(name)).sum()) for name in ("test", "valid"))
+    return split, [
+        f"prepare: {tested:,} users are tested and {validated:,} validated; "
+        f"{n_users - tested:,} only train: fewer than {min_targets} samples"
+    ]
+
+
+def _impressions(events: pl.DataFrame, items: pl.DataFrame) -> pl.DataFrame:
+    """Distinct items shown with each sample, in the order shown: sample, i, rank.
+
+    A target that is missing from its own list is put behind it; a list of the target alone ranks
+    nothing and is left out. Samples are numbered by their order in ``events``.
+    """
+    samples = events.filter("sample").with_columns(sample=pl.int_range(pl.len(), dtype=pl.Int64))
+    samples = samples.filter(pl.col("impressions").list.len() > 0)
+    shown = samples.select("sample", item="impressions").explode("item")
+    shown = shown.with_columns(rank=pl.int_range(pl.len(), dtype=pl.Int64))
+    shown = _number(shown, "item", items, "i").select("sample", "i", "rank")
+    target = samples.select("sample", "i", rank=pl.lit(shown.height, pl.Int64))
+    both = pl.concat([shown, target]).group_by("sample", "i").agg(pl.col("rank").min())
+    return both.filter(pl.len().over("sample") > 1)
+
+
+def _add_counts(
+    arrays: dict[str, NDArray],
+    place: NDArray,
+    users: NDArray,
+    rec_end: NDArray,
+    split: NDArray,
+    n_items: int,
+) -> None:
+    """Popularity from what training may know: nothing at or after a user's first held-out target.
+
+    A training target may carry the held-out target's own time; it counts too.
+    """
+    train = split == SPLITS.index("train")
+    limit = arrays["rec_offsets"][1:].copy()
+    np.minimum.at(limit, users[~train], rec_end[~train])
+    owner = np.repeat(np.arange(len(limit)), np.diff(arrays["rec_offsets"]))
+    known = np.arange(len(owner)) < limit[owner]
+    known[place[train]] = True
+    items = arrays["rec_items"]
+    arrays["item_count"] = np.bincount(items[known], minlength=n_items + 1).astype(np.int64)
+    targets = items[place[train]]
+    arrays["train_target_count"] = np.bincount(targets, minlength=n_items + 1).astype(np.int64)
+
+
+def _negatives(
+    data: PreparedData, rng: np.random.Generator, split: str, kind: str, n: int
+) -> NDArray[np.int32]:
+    samples = data.split(split)
+    sampler = NegativeSampler(data, kind)
+    drawn = np.empty((len(samples), n), dtype=np.int32)
+    for start in range(0, len(samples), _NEGATIVES_CHUNK):
+        rows = slice(start, start + _NEGATIVES_CHUNK)
+        drawn[rows] = sampler.draw(
+            rng, samples.users[rows], samples.times[rows], samples.items[rows], n, distinct=True
+        )
+    return drawn
+
+
+def _id_table(name: str, values: pl.Series) -> dict[str, NDArray]:
+    text = values.cast(pl.String)
+    lengths = text.str.len_bytes().to_numpy().astype(np.int64)
+    joined = "".join(text.to_list()).encode()
+    return {
+        f"{name}_id_offsets": np.concatenate([[0, 0], np.cumsum(lengths)]).astype(np.int64),
+        f"{name}_id_bytes": np.frombuffer(joined, dtype=np.uint8),
+    }
+
+
+def _write_vectors(path: Path, vectors: Vectors, numbers: pl.DataFrame) -> None:
+    """Stream text vectors into a float32 array by dense id; ids without a vector stay 0."""
+    array = None
+    for keys, block in vectors():
+        if array is None:
+            shape = (int(numbers["number"].max()) + 1, block.shape[1])
+            array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        rows = keys.rename("value").to_frame().with_row_index("row")
+        found = rows.join(numbers, on="value", how="inner")
+        array[found["number"].to_numpy()] = block[found["row"].to_numpy()]
+    if array is not None:
+        array.flush()

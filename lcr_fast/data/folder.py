@@ -1,0 +1,169 @@
+"""A folder of plain ``.npy`` arrays with a JSON manifest: written atomically, checked when opened.
+
+Nothing here knows what the arrays mean; ``prepared.py`` does.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FORMAT = "lcr_fast prepared data"
+VERSION = 1
+MANIFEST = "manifest.json"
+_CHUNK = 1 << 22  # bytes read at a time while hashing
+
+
+class PreparedDataError(ValueError):
+    """A prepared folder that is missing, incomplete, damaged or of another version."""
+
+
+def write_folder(
+    out: str | os.PathLike,
+    manifest: Mapping[str, Any],
+    fill: Callable[[Path], None],
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Write a folder of arrays so that ``out`` is either complete or untouched.
+
+    ``fill`` saves the ``.npy`` files into the temporary sibling folder it is given; ``manifest`` is
+    completed with the format, its version and the checksum of every array. Raises ValueError if
+    ``out`` is occupied: only a prepared folder is replaced, and only with ``overwrite``.
+    """
+    out = Path(out)
+    require_free(out, overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial-{uuid.uuid4().hex}")
+    partial.mkdir()
+    try:
+        fill(partial)
+        arrays = {path.stem: _describe(path) for path in sorted(partial.glob("*.npy"))}
+        content = {"format": FORMAT, "version": VERSION, **manifest, "arrays": arrays}
+        (partial / MANIFEST).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        for path in partial.iterdir():
+            _fsync(path)
+        _fsync(partial)
+        _swap(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    _fsync(out.parent)
+    return out
+
+
+def open_folder(
+    path: str | os.PathLike, *, verify: bool = True
+) -> tuple[dict[str, NDArray], dict[str, Any]]:
+    """Open the arrays of a folder memory-mapped, and its manifest.
+
+    Raises PreparedDataError, naming the file and what is wrong with it, if the manifest is missing
+    or of another version, or an array is missing, truncated or not as the manifest describes it;
+    ``verify`` compares the checksum of every file too.
+    """
+    path = Path(path)
+    manifest = _read_manifest(path)
+    arrays = {
+        name: _open_array(path / f"{name}.npy", entry, verify)
+        for name, entry in manifest["arrays"].items()
+    }
+    return arrays, manifest
+
+
+def require_free(out: str | os.PathLike, overwrite: bool) -> None:
+    """Raise ValueError unless ``out`` is free to be written by ``write_folder``."""
+    out = Path(out)
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ValueError(f"{out} is a file, not a folder")
+    if not any(out.iterdir()):
+        return
+    try:
+        _read_manifest(out)
+    except PreparedDataError:
+        raise ValueError(
+            f"{out} is not empty and not prepared data: it is never overwritten"
+        ) from None
+    if not overwrite:
+        raise ValueError(f"{out} already holds prepared data: pass overwrite=True to replace it")
+
+
+def _swap(partial: Path, out: Path) -> None:
+    if not out.exists():
+        partial.rename(out)
+        return
+    old = out.with_name(f".{out.name}.old-{uuid.uuid4().hex}")
+    out.rename(old)
+    try:
+        partial.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
+    shutil.rmtree(old)
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    return {"dtype": array.dtype.str, "shape": list(array.shape), "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise PreparedDataError(f"{path}: not found, so {folder} is not prepared data") from None
+    except ValueError:
+        raise PreparedDataError(f"{path}: not valid JSON") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise PreparedDataError(f"{path}: does not describe {FORMAT}")
+    if manifest.get("version") != VERSION:
+        raise PreparedDataError(
+            f"{path}: format version {manifest.get('version')!r}, this release reads {VERSION}"
+        )
+    if not isinstance(manifest.get("arrays"), dict):
+        raise PreparedDataError(f"{path}: lists no arrays")
+    return manifest
+
+
+def _open_array(path: Path, entry: Any, verify: bool) -> NDArray:
+    if not isinstance(entry, dict) or not {"dtype", "shape", "sha256"} <= entry.keys():
+        raise PreparedDataError(f"{path}: its entry in the manifest is incomplete")
+    if not path.is_file():
+        raise PreparedDataError(f"{path}: missing")
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError):
+        raise PreparedDataError(f"{path}: truncated, or not a .npy array") from None
+    for name, got in (("dtype", array.dtype.str), ("shape", list(array.shape))):
+        if got != entry[name]:
+            raise PreparedDataError(f"{path}: {name} {got}, but the manifest says {entry[name]}")
+    expected = path.stat().st_size - array.offset - array.nbytes
+    if expected != 0:
+        raise PreparedDataError(f"{path}: {expected} bytes behind the array")
+    if verify and _sha256(path) != entry["sha256"]:
+        raise PreparedDataError(f"{path}: checksum differs from the manifest's: changed content")
+    return array.view(np.ndarray)

@@ -1,0 +1,103 @@
+"""Reader of trivago sessions (RecSys Challenge 2019), seen as joint search and recommendation.
+
+The recommendation stream holds every action on an item: ``interaction item *``, ``search for item``
+and ``clickout item``. Clickouts are the targets, their impressions the candidates. A search is a
+typed text (``search for destination``, ``search for poi``), its terms the words; its clicks are the
+items acted on after it and before the next one, in the same session.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import polars as pl
+
+from .log import InteractionLog
+from .table import check, read_table
+
+_FIELDS = {
+    "user_id": "text",
+    "session_id": "text",
+    "timestamp": "an integer",
+    "step": "an integer",
+    "action_type": "text",
+    "reference": "text",
+    "impressions": "text",
+}
+_TARGET = "clickout item"
+_TEXT_SEARCHES = ("search for destination", "search for poi")
+_WORD = r"[\p{L}\p{N}]+"
+
+
+def read(path: str | os.PathLike) -> InteractionLog:
+    """Read a Parquet or CSV file of sessions, or the folder that holds one.
+
+    Times are seconds in the file and often tie; the second key is the order of (timestamp, step,
+    row) within a session. Session ids may be used for two visits, so a visit is followed by time,
+    not by step alone. Raises ValueError naming file, row and field where a field is malformed.
+    """
+    path = _file(Path(path))
+    rows = read_table(path, _FIELDS, nullable=("reference", "impressions"))
+    check(rows, pl.col("timestamp") >= 0, path, "timestamp", "a time in seconds")
+    n_rows, n_users = rows.height, rows["user_id"].n_unique()
+    n_sessions = rows.select(pl.struct("user_id", "session_id").n_unique()).item()
+    rows = rows.sort("user_id", "timestamp", "session_id", "step", "row").with_columns(
+        order=pl.int_range(pl.len(), dtype=pl.Int64), time=pl.col("timestamp") * 1000
+    )
+    item_action = (
+        pl.col("action_type").str.starts_with("interaction item")
+        | pl.col("action_type").is_in(["search for item", _TARGET])
+    )  # fmt: skip
+    is_item = pl.col("reference").str.contains(r"^\d+$").fill_null(False)
+    text_search = pl.col("action_type").is_in(_TEXT_SEARCHES)
+    typed = pl.col("reference").str.contains(_WORD).fill_null(False)
+    rows = rows.with_columns(
+        search=pl.when(text_search & typed)
+        .then("order")
+        .forward_fill()
+        .over("user_id", "session_id", order_by="order")
+    )
+    actions = rows.filter(item_action & is_item)
+    texts = rows.filter(text_search & typed)
+    counts = rows.select(
+        item=item_action.sum(), unusable=(item_action & ~is_item).sum(),
+        empty=(text_search & ~typed).sum(), other=(~item_action & ~text_search).sum(),
+    ).row(0, named=True)  # fmt: skip
+    events = actions.select(
+        "time",
+        "order",
+        user="user_id",
+        item="reference",
+        target=pl.col("action_type") == _TARGET,
+        impressions=pl.when(pl.col("action_type") == _TARGET).then(
+            pl.col("impressions").str.split("|")
+        ),
+    )
+    searches = texts.select(
+        "search",
+        "time",
+        user="user_id",
+        terms=pl.col("reference").str.to_lowercase().str.extract_all(_WORD),
+    )
+    clicks = actions.filter(pl.col("search").is_not_null()).select(
+        "search", "time", item="reference"
+    )
+    notes = [
+        f"{path.name}: {n_rows:,} rows, {n_users:,} users, {n_sessions:,} sessions",
+        f"kept {events.height:,} item events, {int(events['target'].sum()):,} of them clickouts "
+        f"(targets); dropped {counts['unusable']:,} whose reference is no item id",
+        f"kept {searches.height:,} text searches with {clicks.height:,} actions on items after "
+        f"them; dropped {counts['empty']:,} without a word",
+        f"dropped {counts['other']:,} other actions (filters, sort orders)",
+    ]
+    return InteractionLog("trivago", events, searches, clicks, notes)
+
+
+def _file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    files = sorted(file for file in path.iterdir() if {".parquet", ".csv"} & set(file.suffixes))
+    if len(files) != 1:
+        raise ValueError(f"{path} holds {len(files)} .parquet or .csv files, expected one")
+    return files[0]
