@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    import polars as pl
 
 # Frozen text vectors in chunks: keys [n] and float32 vectors [n, D]. A callable that starts again
 # at each call, so that gigabytes are streamed and never held.
-Vectors: TypeAlias = "Callable[[], Iterator[tuple[pl.Series, NDArray[np.float32]]]]"
+Vectors: TypeAlias = Callable[[], Iterator[tuple[pl.Series, NDArray[np.float32]]]]
 
 _COLUMNS = {
     "events": ("user", "item", "time", "order", "target"),
@@ -38,7 +36,7 @@ class InteractionLog:
     - ``item_text`` by original item id, ``query_text`` by the key of a search that has the query.
 
     Raises ValueError for a missing column, a null, a time that is no integer, a search key that
-    repeats, and a click on a search that is not there.
+    repeats, and a click whose search is missing or later than it.
     """
 
     source: str
@@ -64,6 +62,9 @@ class InteractionLog:
                     raise ValueError(f"{name}.{column} must be an integer column, got {got}")
         if self.searches["search"].is_duplicated().any():
             raise ValueError("searches.search repeats: a key names one search")
-        unknown = self.clicks.join(self.searches, on="search", how="anti").height
-        if unknown:
+        began = self.searches.select("search", began="time")
+        clicks = self.clicks.select("search", "time").join(began, on="search", how="left")
+        if unknown := clicks["began"].null_count():
             raise ValueError(f"{unknown} clicks name a search that is not in searches")
+        if early := clicks.filter(pl.col("time") < pl.col("began")).height:
+            raise ValueError(f"{early} clicks precede their search")
