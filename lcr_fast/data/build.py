@@ -355,7 +355,7 @@ def _write_vectors(path: Path, vectors: Vectors, numbers: pl.DataFrame) -> None:
     array = None
     for keys, block in vectors():
         if array is None:
-            shape = (int(numbers["number"].max()) + 1, block.shape[1])
+            shape = ((numbers["number"].max() or 0) + 1, block.shape[1])
             array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
         rows = keys.rename("value").to_frame().with_row_index("row")
         found = rows.join(numbers, on="value", how="inner")

@@ -62,6 +62,11 @@ def read_table(
     return frame
 
 
+def count_rows(path: str | os.PathLike, separator: str = ",", quote_char: str | None = '"') -> int:
+    """Count the rows of a file without its header."""
+    return _scan(Path(path), separator, quote_char).select(pl.len()).collect().item()
+
+
 def field_error(
     path: str | os.PathLike, row: int, field: str, expected: str, got: object
 ) -> ValueError:
