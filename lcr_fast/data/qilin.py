@@ -218,7 +218,8 @@ def _vectors(files: list[Path], column: str, key: str | None) -> Vectors | None:
             frame = read_table(file, fields)
             keys = frame[key] if key else start + frame["row"] - 1
             start += frame.height
-            yield keys, _matrix(frame, column, file)
+            if frame.height:
+                yield keys, _matrix(frame, column, file)
 
     return chunks
 
@@ -229,14 +230,12 @@ def _columns(file: Path) -> list[str]:
 
 
 def _matrix(frame: pl.DataFrame, column: str, file: Path) -> NDArray[np.float32]:
-    if file.suffix != ".csv":
-        return np.array(frame[column].to_list(), dtype=np.float32)
-    rows = []
-    for row, cell in zip(frame["row"], frame[column], strict=True):
-        try:
-            rows.append(np.array(cell.strip().strip("[]").split(), dtype=np.float32))
-        except ValueError:
-            raise field_error(file, row, column, "a vector of numbers", cell) from None
-        if len(rows[-1]) != len(rows[0]):
-            raise field_error(file, row, column, f"{len(rows[0])} numbers", len(rows[-1]))
-    return np.stack(rows) if rows else np.zeros((0, 0), np.float32)
+    cells = frame[column]
+    if file.suffix == ".csv":
+        cells = cells.str.strip_chars(" []\n").str.replace_all(r"\s+", " ").str.split(" ")
+    vectors = cells.cast(pl.List(pl.Float32), strict=False)
+    width = vectors.list.len()[0]
+    valid = (pl.col("vector").list.len() == width) & ~pl.col("vector").list.contains(None)
+    told = frame.select("row", column).with_columns(vector=vectors)
+    check(told, valid, file, column, f"a vector of {width} numbers")
+    return vectors.explode().to_numpy().reshape(len(vectors), width)
