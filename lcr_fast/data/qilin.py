@@ -167,8 +167,11 @@ def _events(requests: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
         ["request", "burst", "note"], keep="first", maintain_order=True
     )
     chosen = pl.col("click").any().over("request", "note")
-    ignored = results.filter(~chosen).group_by("request")
-    ignored = ignored.agg(impressions=pl.col("note").unique(maintain_order=True))
+    ignored = (
+        results.filter(~chosen)
+        .group_by("request")
+        .agg(impressions=pl.col("note").unique(maintain_order=True))
+    )
     events = clicked.join(ignored, on="request", how="left", maintain_order="left").select(
         "user",
         "time",

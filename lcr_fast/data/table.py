@@ -51,12 +51,9 @@ def read_table(
         raise ValueError(f"{path.name}: cannot be read: {reason}") from None
     wrong = frame.filter(bad)
     if wrong.height:
-        row = int(wrong["row"].min())
-        field = next(
-            name
-            for name in fields
-            if name not in nullable and wrong.filter(pl.col("row") == row)[name][0] is None
-        )
+        first = wrong.sort("row").row(0, named=True)
+        row = first["row"]
+        field = next(name for name in fields if name not in nullable and first[name] is None)
         text = raw.select(field).slice(row - 1, 1).collect().item()
         raise field_error(path, row, field, fields[field], text)
     return frame
