@@ -49,7 +49,7 @@ def told_history(log, user, time):
     return [str(e["item"]) for e in events], told
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(events=events_of_users, searches=searches_of_users)
 def test_histories_hold_exactly_what_lies_strictly_before_the_target(
     make_log, tmp_path_factory, events, searches
@@ -294,21 +294,17 @@ class TestDamage:
 
     def test_every_array_missing_truncated_changed_or_retyped(self, out):
         for path in sorted(out.glob("*.npy")):
-            content = path.read_bytes()
+            content, array = path.read_bytes(), np.load(path)
             path.unlink()
             assert f"{path.name}: missing" in self.complaint(out, verify=False)
-            for cut in (content[: len(content) // 2], content[:-1], b""):
-                path.write_bytes(cut)
-                if cut != content[:-1] or np.load(_whole(path, content)).size:
-                    assert path.name in self.complaint(out, verify=False)
-            path.write_bytes(content + b"x")
-            assert f"{path.name}: 1 bytes behind" in self.complaint(out, verify=False)
-            array = np.load(_whole(path, content))
+            for damaged in (content[:-1] if array.size else content[:60], content + b"x"):
+                path.write_bytes(damaged)
+                assert path.name in self.complaint(out, verify=False)
             np.save(path, array.astype(np.float64))
             assert f"{path.name}: dtype" in self.complaint(out, verify=False)
-            np.save(path, np.concatenate([array, array, array[:1]]))
+            np.save(path, np.pad(array, [(0, 1)] + [(0, 0)] * (array.ndim - 1)))
+            assert f"{path.name}: shape" in self.complaint(out, verify=False)
             if array.size:
-                assert f"{path.name}: shape" in self.complaint(out, verify=False)
                 path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
                 assert f"{path.name}: checksum" in self.complaint(out)
             path.write_bytes(content)
@@ -369,9 +365,3 @@ class TestDamage:
             forged, {}, lambda to: [np.save(to / f"{k}.npy", v) for k, v in arrays.items()]
         )
         assert "seen_times.npy: missing from the manifest" in self.complaint(forged)
-
-
-def _whole(path, content):
-    whole = path.with_name("whole")
-    whole.write_bytes(content)
-    return whole
