@@ -1,5 +1,8 @@
 """prepare: splits, histories, counts and stored candidates against a plain reading of the log."""
 
+import signal
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -224,6 +227,7 @@ def test_a_log_is_checked(shop):
         ("events", shop.events.drop("item"), "events lacks the column item"),
         ("events", shop.events.with_columns(time=pl.lit(None, pl.Int64)), "events.time has 14"),
         ("events", shop.events.cast({"time": pl.Float64}), "events.time must be an integer"),
+        ("searches", shop.searches.cast({"user": pl.String}), "user is Int64 in events, but Str"),
         ("searches", pl.concat([shop.searches] * 2), "searches.search repeats"),
         ("clicks", shop.clicks.with_columns(search=pl.lit(9, pl.Int64)), "7 clicks name a search"),
         ("clicks", shop.clicks.with_columns(time=pl.lit(299, pl.Int64)), "3 clicks precede"),
@@ -276,6 +280,20 @@ class TestFolder:
         assert [path.name for path in tmp_path.iterdir()] == (["out"] if existed else [])
         if existed:
             assert PreparedData.open(out).test_negatives.shape[1] == 2
+
+    def test_a_killed_process_leaves_nothing_under_the_name(self, shop, tmp_path):
+        for name in ("events", "searches", "clicks"):
+            getattr(shop, name).write_parquet(tmp_path / f"{name}.parquet")
+        code = (
+            "import os, signal, sys\n"
+            "from lcr_fast.data import build, folder, read\n"
+            "folder._swap = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "build.prepare(read('frames', sys.argv[1]), sys.argv[1] + '/out', n_negatives=2)\n"
+        )
+        ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60)
+        assert ended.returncode == -signal.SIGKILL
+        assert not (tmp_path / "out").exists()
+        assert len(prepare(shop, tmp_path / "out", n_negatives=2).split("test")) == 2
 
 
 class TestDamage:

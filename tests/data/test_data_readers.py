@@ -1,12 +1,15 @@
 """Readers on made-up files in each format, on malformed ones, and on real ones where present."""
 
 import re
+import subprocess
+import sys
 
 import numpy as np
 import polars as pl
 import pytest
 
 from lcr_fast.data import SOURCES, jdsearch, kuaisar, qilin, read, trivago
+from lcr_fast.data import frames as frames_reader
 from lcr_fast.data.build import prepare
 
 MS = 1_700_000_000_000  # the first millisecond of the made-up logs
@@ -30,6 +33,26 @@ def test_the_registry_reads_by_name(tmp_path):
     for source in SOURCES:
         with pytest.raises((FileNotFoundError, ValueError), match=r"absent"):
             read(source, tmp_path / "absent")
+
+
+def test_training_and_serving_do_not_need_polars():
+    code = (
+        "import sys, lcr_fast, lcr_fast.data.batching, lcr_fast.data.negatives\n"
+        "assert 'polars' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_frames(shop, tmp_path):
+    for name in ("events", "searches", "clicks"):
+        with pytest.raises(FileNotFoundError, match=f"{name}.parquet: not found"):
+            frames_reader.read(tmp_path)
+        getattr(shop, name).write_parquet(tmp_path / f"{name}.parquet")
+    log = frames_reader.read(tmp_path)
+    assert log.events.equals(shop.events)
+    assert log.notes == ["kept 14 events, 4 searches, 7 clicks; dropped none"]
+    (tmp_path / "clicks.parquet").write_bytes(b"no")
+    assert complaint(frames_reader, tmp_path).startswith("clicks.parquet: cannot be read: ")
 
 
 # trivago
