@@ -138,6 +138,13 @@ def test_item_count_knows_nothing_of_held_out_targets(shop, tmp_path):
     assert {item: n for item, n in targets.items() if n} == {"11": 2, "12": 2, "22": 1}
 
 
+def test_item_count_holds_a_training_target_at_the_held_out_time(make_log, tmp_path):
+    events = [(1, 1, 0, False), (1, 2, 10, True), (1, 3, 10, True), (1, 4, 20, True)]
+    data = prepare(make_log(events, []), tmp_path / "out", n_negatives=0)
+    assert data.split("train").times == data.split("valid").times
+    assert data.item_count.tolist() == [0, 1, 1, 0, 0]
+
+
 def test_impressions_are_distinct_and_hold_the_target(shop, tmp_path):
     data = prepare(shop, tmp_path / "out", n_negatives=2)
     test = data.split("test")
@@ -149,7 +156,7 @@ def test_impressions_are_distinct_and_hold_the_target(shop, tmp_path):
 def test_impressions_of_the_target_alone_are_left_out(make_log, tmp_path):
     log = make_log([(1, 1, 0, False), (1, 2, 5, True)], [], [None, [2, 2]])
     data = prepare(log, tmp_path / "out", n_negatives=0)
-    assert not len(data.split("train").impressions or [])
+    assert data.split("train").impressions is None
 
 
 def test_stored_negatives_are_new_to_the_user(shop, tmp_path):
