@@ -18,6 +18,7 @@ SOURCES = {
     "kuaisar": "lcr_fast.data.kuaisar",
     "qilin": "lcr_fast.data.qilin",
     "jdsearch": "lcr_fast.data.jdsearch",
+    "frames": "lcr_fast.data.frames",
 }
 
 

@@ -43,15 +43,7 @@ def prepare(
     same bytes. Raises ValueError for bad options, for a log without any sample, where negatives run
     out, and if ``out`` is occupied; nothing is written then.
     """
-    if negatives not in KINDS:
-        raise ValueError(f"negatives must be one of {', '.join(KINDS)}, got {negatives!r}")
-    for name, value, least in (
-        ("min_targets", min_targets, 1),
-        ("min_history", min_history, 0),
-        ("n_negatives", n_negatives, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+    _check_options(negatives, n_negatives, min_targets, min_history)
     require_free(out, overwrite)
     events, searches, clicks, notes = _keep_users_with_samples(log, min_history)
     users = _numbered([events["user"]])
@@ -69,30 +61,46 @@ def prepare(
     for number, split in enumerate(("valid", "test")):
         rng = np.random.default_rng([seed, number])
         arrays[f"{split}_negatives"] = _negatives(data, rng, split, negatives, n_negatives)
+    options = {
+        "seed": seed, "n_negatives": n_negatives, "negatives": negatives,
+        "min_targets": min_targets, "min_history": min_history,
+    }  # fmt: skip
     manifest = {
         "source": log.source,
-        "counts": {
-            "users": data.n_users, "items": data.n_items, "queries": data.n_queries,
-            "terms": data.n_terms, "events": len(data.rec_items),
-            "searches": len(data.search_times), "clicks": len(data.click_items),
-            **{split: len(arrays[f"{split}_users"]) for split in SPLITS},
-        },
-        "options": {
-            "seed": seed, "n_negatives": n_negatives, "negatives": negatives,
-            "min_targets": min_targets, "min_history": min_history,
-        },
+        "counts": _counts(data),
+        "options": options,
         "notes": [*log.notes, *notes],
-    }  # fmt: skip
+    }
 
     def fill(folder: Path) -> None:
         for name, array in arrays.items():
             np.save(folder / f"{name}.npy", array, allow_pickle=False)
         if log.item_text is not None:
-            _write_vectors(folder / "item_text.npy", log.item_text, items)
+            _write_vectors(folder / "item_text.npy", log.item_text, items, data.n_items + 1)
         if log.query_text is not None:
-            _write_vectors(folder / "query_text.npy", log.query_text, queries)
+            _write_vectors(folder / "query_text.npy", log.query_text, queries, data.n_queries + 1)
 
     return PreparedData.open(write_folder(out, manifest, fill, overwrite=overwrite), verify=False)
+
+
+def _check_options(negatives: str, n_negatives: int, min_targets: int, min_history: int) -> None:
+    if negatives not in KINDS:
+        raise ValueError(f"negatives must be one of {', '.join(KINDS)}, got {negatives!r}")
+    for name, value, least in (
+        ("min_targets", min_targets, 1),
+        ("min_history", min_history, 0),
+        ("n_negatives", n_negatives, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _counts(data: PreparedData) -> dict[str, int]:
+    return {
+        "users": data.n_users, "items": data.n_items, "queries": data.n_queries,
+        "terms": data.n_terms, "events": len(data.rec_items), "searches": len(data.search_times),
+        "clicks": len(data.click_items), **{split: len(data.split(split)) for split in SPLITS},
+    }  # fmt: skip
 
 
 def _keep_users_with_samples(
@@ -350,12 +358,12 @@ def _id_table(name: str, values: pl.Series) -> dict[str, NDArray]:
     }
 
 
-def _write_vectors(path: Path, vectors: Vectors, numbers: pl.DataFrame) -> None:
+def _write_vectors(path: Path, vectors: Vectors, numbers: pl.DataFrame, n_rows: int) -> None:
     """Stream text vectors into a float32 array by dense id; ids without a vector stay 0."""
     array = None
     for keys, block in vectors():
         if array is None:
-            shape = (int(numbers["number"].max()) + 1, block.shape[1])
+            shape = (n_rows, block.shape[1])
             array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
         rows = keys.rename("value").to_frame().with_row_index("row")
         found = rows.join(numbers, on="value", how="inner")

@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -235,11 +235,8 @@ class PreparedData:
         """Return the samples of "train", "valid" or "test"."""
         if name not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {name!r}")
-        optional = ("negatives", "impression_offsets", "impressions")
-        return Samples(
-            **{field: self.arrays[f"{name}_{field}"] for field in _SAMPLE},
-            **{field: self.arrays.get(f"{name}_{field}") for field in optional},
-        )
+        arrays = {f.name: self.arrays.get(f"{name}_{f.name}") for f in fields(Samples)}
+        return Samples(**arrays)  # type: ignore[arg-type]  # the required ones are there
 
     def has_seen(self, users: NDArray, items: NDArray, times: NDArray) -> NDArray[np.bool_]:
         """Tell whether the users saw the items strictly before the times; all three broadcast."""
@@ -318,14 +315,14 @@ def _faults(arrays: Mapping[str, NDArray]):
     for name, limit in limits.items():
         if name in arrays and not _within(arrays[name], 1, limit):
             yield name, f"an id outside 1..{limit}"
-    for name, offsets in _SORTED.items():
-        if not _sorted(arrays[name], arrays[offsets], strictly=name == "seen_items"):
+    for name, rows in _SORTED.items():
+        if not _sorted(arrays[name], arrays[rows], strictly=name == "seen_items"):
             yield name, "not sorted within its rows"
     for split in SPLITS:
         users = arrays[f"{split}_users"]
         for stream in ("rec", "search"):
-            ends, offsets = arrays[f"{split}_{stream}_end"], arrays[f"{stream}_offsets"]
-            if ((ends < offsets[users]) | (ends > offsets[users + 1])).any():
+            ends, bounds = arrays[f"{split}_{stream}_end"], arrays[f"{stream}_offsets"]
+            if ((ends < bounds[users]) | (ends > bounds[users + 1])).any():
                 yield f"{split}_{stream}_end", "a history that ends outside its user's events"
 
 

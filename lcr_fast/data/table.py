@@ -51,15 +51,17 @@ def read_table(
         raise ValueError(f"{path.name}: cannot be read: {reason}") from None
     wrong = frame.filter(bad)
     if wrong.height:
-        row = int(wrong["row"].min())
-        field = next(
-            name
-            for name in fields
-            if name not in nullable and wrong.filter(pl.col("row") == row)[name][0] is None
-        )
+        first = wrong.sort("row").row(0, named=True)
+        row = first["row"]
+        field = next(name for name in fields if name not in nullable and first[name] is None)
         text = raw.select(field).slice(row - 1, 1).collect().item()
         raise field_error(path, row, field, fields[field], text)
     return frame
+
+
+def count_rows(path: str | os.PathLike, separator: str = ",", quote_char: str | None = '"') -> int:
+    """Count the rows of a file without its header."""
+    return _scan(Path(path), separator, quote_char).select(pl.len()).collect().item()
 
 
 def field_error(

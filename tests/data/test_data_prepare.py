@@ -1,0 +1,392 @@
+"""prepare: splits, histories, counts and stored candidates against a plain reading of the log."""
+
+import signal
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lcr_fast.data import folder
+from lcr_fast.data.batching import Batcher
+from lcr_fast.data.build import prepare
+from lcr_fast.data.log import InteractionLog
+from lcr_fast.data.prepared import SPLITS, PreparedData
+
+users, items = st.integers(1, 3), st.integers(1, 8)
+times = st.integers(0, 12)  # few, so that ties abound
+events_of_users = st.lists(st.tuples(users, items, times, st.booleans()), min_size=1, max_size=25)
+searches_of_users = st.lists(
+    st.tuples(
+        users,
+        times,
+        st.lists(st.sampled_from("abc"), max_size=3),
+        st.lists(st.tuples(items, times), max_size=4),  # clicks, with the delay after the search
+    ).map(lambda s: (*s[:3], [(item, s[1] + delay) for item, delay in s[3]])),
+    max_size=8,
+)
+
+
+def by_id(table, numbers):
+    return [table[int(number)] for number in numbers if number]
+
+
+def told_history(log, user, time):
+    """Read off the log what of a user is known strictly before a time."""
+    events = [e for e in log.events.to_dicts() if str(e["user"]) == user and e["time"] < time]
+    events.sort(key=lambda e: (e["time"], e["order"]))
+    searches = [s for s in log.searches.to_dicts() if str(s["user"]) == user and s["time"] < time]
+    searches.sort(key=lambda s: (s["time"], s["search"]))
+    told = []
+    for search in searches:
+        first = {}
+        for click in log.clicks.to_dicts():
+            if click["search"] == search["search"] and click["time"] < time:
+                item = click["item"]
+                first[item] = min(click["time"], first.get(item, click["time"]))
+        told.append((search["terms"], sorted(first, key=lambda item: (first[item], item))))
+    return [str(e["item"]) for e in events], told
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(events=events_of_users, searches=searches_of_users)
+def test_histories_hold_exactly_what_lies_strictly_before_the_target(
+    make_log, tmp_path_factory, events, searches
+):
+    log = make_log(events, searches)
+    out = tmp_path_factory.mktemp("data") / "prepared"
+    eligible = [
+        event for event in log.events.filter("target").to_dicts()
+        if told_history(log, str(event["user"]), event["time"]) != ([], [])
+    ]  # fmt: skip
+    if not eligible:
+        with pytest.raises(ValueError, match="nothing to prepare"):
+            prepare(log, out, n_negatives=0)
+        return
+    data = prepare(log, out, n_negatives=0)
+    n_samples = 0
+    for split in SPLITS:
+        batcher = Batcher(data, split, max_rec_len=30, max_search_len=10, max_clicks=8)
+        samples = batcher.samples
+        rows = np.arange(len(samples))
+        n_samples += len(rows)
+        batch = batcher.gather(rows, samples.items[:, None], np.zeros_like(rows))
+        for row in rows:
+            user, time = data.users[int(samples.users[row])], int(samples.times[row])
+            rec, told = told_history(log, user, time)
+            assert by_id(data.items, batch.rec_items[row]) == rec
+            shown = [
+                (by_id(data.terms, terms), [int(i) for i in by_id(data.items, clicks)])
+                for terms, clicks in zip(
+                    batch.search_terms[row, : batch.search_lengths[row]],
+                    batch.search_clicks[row, : batch.search_lengths[row]],
+                    strict=True,
+                )
+            ]
+            assert shown == told
+            target = data.items[int(samples.items[row])]
+            past = set(rec) | {str(item) for _, clicks in told for item in clicks}
+            assert bool(samples.repeat[row]) == (target in past)
+            _, seen = data.seen_before(samples.users[[row]], samples.times[[row]])
+            assert set(by_id(data.items, seen)) == past
+    assert n_samples == len(eligible)
+
+
+def test_splits_leave_the_last_targets_out(shop, tmp_path):
+    data = prepare(shop, tmp_path / "out", n_negatives=2)
+    told = {
+        name: [
+            (data.users[int(u)], data.items[int(i)], int(t))
+            for u, i, t in zip(s.users, s.items, s.times, strict=True)
+        ]
+        for name, s in ((name, data.split(name)) for name in SPLITS)
+    }
+    assert told["test"] == [("1", "14", 500), ("2", "16", 450)]
+    assert told["valid"] == [("1", "10", 400), ("2", "15", 350)]
+    # User 3 has one sample only (its first target ties with its first event), user 4 has none.
+    assert told["train"] == [
+        ("1", "11", 200), ("1", "12", 300), ("2", "11", 150), ("2", "12", 250), ("3", "22", 220),
+    ]  # fmt: skip
+    assert data.split("valid").repeat.tolist() == [True, True]
+    assert data.split("test").repeat.tolist() == [False, True]
+    notes = "\n".join(data.manifest["notes"])
+    assert "9 of 12 targets are samples; 3 dropped" in notes
+    assert "kept 3 of 4 users; 1 dropped, with 1 events" in notes
+
+
+@pytest.mark.parametrize(
+    ("min_targets", "n_samples", "expected"),
+    [(3, 3, "train valid test"), (3, 2, "train train"), (2, 2, "train test"), (1, 1, "test")],
+)
+def test_users_with_few_targets(make_log, tmp_path, min_targets, n_samples, expected):
+    events = [(1, 1, 0, False)] + [(1, 2, 10 * (n + 1), True) for n in range(n_samples)]
+    data = prepare(make_log(events, []), tmp_path / "out", n_negatives=0, min_targets=min_targets)
+    split_at = {int(t): name for name in SPLITS for t in data.split(name).times}
+    assert " ".join(split_at[time] for time in sorted(split_at)) == expected
+
+
+def test_item_count_knows_nothing_of_held_out_targets(shop, tmp_path):
+    data = prepare(shop, tmp_path / "out", n_negatives=2)
+    counts = {data.items[i]: int(data.item_count[i]) for i in range(1, data.n_items + 1)}
+    known = Counter(["10", "11", "12", "11", "12", "20", "21", "22"])
+    assert {item: n for item, n in counts.items() if n} == dict(known)
+    targets = {data.items[i]: int(data.train_target_count[i]) for i in range(1, data.n_items + 1)}
+    assert {item: n for item, n in targets.items() if n} == {"11": 2, "12": 2, "22": 1}
+
+
+def test_item_count_holds_a_training_target_at_the_held_out_time(make_log, tmp_path):
+    events = [(1, 1, 0, False), (1, 2, 10, True), (1, 3, 10, True), (1, 4, 20, True)]
+    data = prepare(make_log(events, []), tmp_path / "out", n_negatives=0)
+    assert data.split("train").times == data.split("valid").times
+    assert data.item_count.tolist() == [0, 1, 1, 0, 0]
+
+
+def test_impressions_are_distinct_and_hold_the_target(shop, tmp_path):
+    data = prepare(shop, tmp_path / "out", n_negatives=2)
+    test = data.split("test")
+    assert test.impression_offsets.tolist() == [0, 4, 7]
+    assert by_id(data.items, test.impressions) == ["10", "40", "41", "14", "42", "43", "16"]
+    assert data.split("valid").impression_offsets.tolist() == [0, 0, 0]
+
+
+def test_impressions_of_the_target_alone_are_left_out(make_log, tmp_path):
+    log = make_log([(1, 1, 0, False), (1, 2, 5, True)], [], [None, [2, 2]])
+    data = prepare(log, tmp_path / "out", n_negatives=0)
+    assert data.split("train").impressions is None
+
+
+def test_stored_negatives_are_new_to_the_user(shop, tmp_path):
+    data = prepare(shop, tmp_path / "out", n_negatives=7)
+    for split in ("valid", "test"):
+        s = data.split(split)
+        assert s.negatives.shape == (2, 7)
+        assert not data.has_seen(s.users[:, None], s.negatives, s.times[:, None]).any()
+        assert (s.negatives != s.items[:, None]).all()
+        assert all(len(set(row)) == 7 for row in s.negatives.tolist())
+    assert data.split("train").negatives is None
+
+
+def test_too_many_negatives_name_the_user_and_write_nothing(shop, tmp_path):
+    with pytest.raises(ValueError, match="99 distinct negatives are wanted"):
+        prepare(shop, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_same_log_and_seed_give_the_same_bytes(shop, tmp_path):
+    first, again, other = (
+        prepare(shop, tmp_path / name, n_negatives=5, seed=seed)
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert first.manifest == again.manifest
+    assert not np.array_equal(first.test_negatives, other.test_negatives)
+
+
+@pytest.mark.parametrize("bad", [{"negatives": "hard"}, {"min_targets": 0}, {"n_negatives": -1}])
+def test_bad_options(shop, tmp_path, bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        prepare(shop, tmp_path / "out", **bad)
+
+
+def test_a_log_without_samples_is_refused(make_log, tmp_path):
+    for log in (make_log([], []), make_log([(1, 1, 5, True)], [(1, 5, ["a"], [])])):
+        with pytest.raises(ValueError, match="nothing to prepare"):
+            prepare(log, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_search_alone_is_a_history(make_log, tmp_path):
+    data = prepare(make_log([(1, 1, 5, True)], [(1, 4, [], [])]), tmp_path / "out")
+    train = data.split("train")
+    assert (len(train), len(data.rec_items)) == (1, 1)
+    assert data.rec_offsets[train.users[0]] == train.rec_end[0]
+
+
+def test_optional_columns_and_text_vectors(shop, tmp_path):
+    def item_text():
+        yield pl.Series([12, 77]), np.array([[1, 2], [3, 4]], np.float32)
+        yield pl.Series([14]), np.array([[5, 6]], np.float32)
+
+    def query_text():
+        yield pl.Series([0], dtype=pl.Int64), np.array([[7, 8, 9]], np.float32)
+
+    searches = shop.searches.with_columns(
+        relevant=pl.Series([1, 0, -1, None], dtype=pl.Int8), topic=pl.Series([4, 5, 6, 7])
+    )
+    log = InteractionLog("x", shop.events, searches, shop.clicks, [], item_text, query_text)
+    prepare(log, tmp_path / "out", n_negatives=2)
+    data = PreparedData.open(tmp_path / "out")
+    assert data.search_relevant.tolist() == [1, 0, -1, -1]
+    assert data.search_topic.tolist() == [4, 5, 6, 7]
+    assert data.item_text[data.items.find("14")].tolist() == [5, 6]
+    assert np.count_nonzero(data.item_text.any(1)) == 2
+    number = int(data.search_queries[0])
+    assert data.query(number) == "red shoe"
+    assert data.query_text[number].tolist() == [7, 8, 9]
+
+
+def test_a_log_is_checked(shop):
+    parts = {"events": shop.events, "searches": shop.searches, "clicks": shop.clicks}
+    for name, frame, message in (
+        ("events", shop.events.drop("item"), "events lacks the column item"),
+        ("events", shop.events.with_columns(time=pl.lit(None, pl.Int64)), "events.time has 14"),
+        ("events", shop.events.cast({"time": pl.Float64}), "events.time must be an integer"),
+        ("searches", shop.searches.cast({"user": pl.String}), "user is Int64 in events, but Str"),
+        ("searches", pl.concat([shop.searches] * 2), "searches.search repeats"),
+        ("clicks", shop.clicks.with_columns(search=pl.lit(9, pl.Int64)), "7 clicks name a search"),
+        ("clicks", shop.clicks.with_columns(time=pl.lit(299, pl.Int64)), "3 clicks precede"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            InteractionLog("x", **(parts | {name: frame}))
+
+
+def test_summary_tells_sizes_and_notes(shop, tmp_path):
+    text = prepare(shop, tmp_path / "out", n_negatives=2).summary()
+    assert "3 users" in text
+    assert "test: 2 samples, 50.0% repeats" in text
+    assert "made up" in text
+
+
+class TestFolder:
+    def test_only_prepared_data_is_overwritten_and_only_when_asked(self, shop, tmp_path):
+        out = tmp_path / "out"
+        out.mkdir()
+        prepare(shop, out, n_negatives=2)
+        with pytest.raises(ValueError, match="overwrite=True"):
+            prepare(shop, out, n_negatives=2)
+        assert len(prepare(shop, out, n_negatives=3, overwrite=True).test_negatives[0]) == 3
+        mine = tmp_path / "mine"
+        mine.mkdir()
+        (mine / "thesis.txt").write_text("precious")
+        with pytest.raises(ValueError, match="never overwritten"):
+            prepare(shop, mine, n_negatives=2, overwrite=True)
+        with pytest.raises(ValueError, match="is a file"):
+            prepare(shop, mine / "thesis.txt", n_negatives=2, overwrite=True)
+        assert (mine / "thesis.txt").read_text() == "precious"
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
+
+    @pytest.mark.parametrize("step", ["_sha256", "_swap"])
+    @pytest.mark.parametrize("existed", [False, True])
+    def test_a_failure_leaves_nothing_half_written(
+        self, shop, tmp_path, monkeypatch, step, existed
+    ):
+        out = tmp_path / "out"
+        if existed:
+            prepare(shop, out, n_negatives=2)
+
+        def fail(*_):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(folder, step, fail)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(shop, out, n_negatives=4, overwrite=True)
+        assert [path.name for path in tmp_path.iterdir()] == (["out"] if existed else [])
+        if existed:
+            assert PreparedData.open(out).test_negatives.shape[1] == 2
+
+    def test_a_killed_process_leaves_nothing_under_the_name(self, shop, tmp_path):
+        for name in ("events", "searches", "clicks"):
+            getattr(shop, name).write_parquet(tmp_path / f"{name}.parquet")
+        code = (
+            "import os, signal, sys\n"
+            "from lcr_fast.data import build, folder, read\n"
+            "folder._swap = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "build.prepare(read('frames', sys.argv[1]), sys.argv[1] + '/out', n_negatives=2)\n"
+        )
+        ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60)
+        assert ended.returncode == -signal.SIGKILL
+        assert not (tmp_path / "out").exists()
+        assert len(prepare(shop, tmp_path / "out", n_negatives=2).split("test")) == 2
+
+
+class TestDamage:
+    """Every way to damage a prepared folder gives one sentence that names the file."""
+
+    @pytest.fixture
+    def out(self, shop, tmp_path):
+        prepare(shop, tmp_path / "out", n_negatives=2)
+        return tmp_path / "out"
+
+    @staticmethod
+    def complaint(out, **options) -> str:
+        with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as caught:
+            PreparedData.open(out, **options)
+        return str(caught.value)
+
+    def test_every_array_missing_truncated_changed_or_retyped(self, out):
+        for path in sorted(out.glob("*.npy")):
+            content, array = path.read_bytes(), np.load(path)
+            path.unlink()
+            assert f"{path.name}: missing" in self.complaint(out, verify=False)
+            for damaged in (content[:-1] if array.size else content[:60], content + b"x"):
+                path.write_bytes(damaged)
+                assert path.name in self.complaint(out, verify=False)
+            np.save(path, array.astype(np.float64))
+            assert f"{path.name}: dtype" in self.complaint(out, verify=False)
+            np.save(path, np.pad(array, [(0, 1)] + [(0, 0)] * (array.ndim - 1)))
+            assert f"{path.name}: shape" in self.complaint(out, verify=False)
+            if array.size:
+                path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+                assert f"{path.name}: checksum" in self.complaint(out)
+            path.write_bytes(content)
+        PreparedData.open(out)
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (None, "not found"),
+            ("{", "not valid JSON"),
+            ("[]", "does not describe"),
+            ('{"format": "lcr_fast prepared data", "version": 99}', "format version 99"),
+            ('{"format": "lcr_fast prepared data", "version": 1}', "lists no arrays"),
+        ],
+    )
+    def test_manifest(self, out, content, message):
+        path = out / "manifest.json"
+        path.unlink()
+        if content is not None:
+            path.write_text(content)
+        complaint = self.complaint(out)
+        assert "manifest.json" in complaint
+        assert message in complaint
+
+    @pytest.mark.parametrize(
+        ("name", "change", "message"),
+        [
+            ("rec_offsets", lambda a: a[::-1].copy(), "starts at 0 and never falls"),
+            ("rec_offsets", lambda a: np.append(a[:-1], a[-1] + 1), "ends at"),
+            ("rec_items", lambda a: a - a.min(), "an id outside"),
+            ("test_negatives", lambda a: a + 1000, "an id outside"),
+            ("rec_times", lambda a: a[::-1].copy(), "not sorted"),
+            ("seen_items", lambda a: np.repeat(a[:1], len(a)), "not sorted"),
+            ("test_items", lambda a: a[:1], "1 rows where 2"),
+            ("test_users", lambda a: a + 100, "an id outside"),
+            ("test_rec_end", lambda a: a + 100, "ends outside"),
+            ("item_count", lambda a: a.astype(np.int32), "the format says int64"),
+        ],
+    )
+    def test_arrays_that_make_no_sense_under_a_fitting_checksum(
+        self, out, tmp_path, name, change, message
+    ):
+        data = PreparedData.open(out)
+        arrays = {key: np.array(array) for key, array in data.arrays.items()}
+        arrays[name] = change(arrays[name])
+        forged = tmp_path / "forged"
+        folder.write_folder(
+            forged, {}, lambda to: [np.save(to / f"{k}.npy", v) for k, v in arrays.items()]
+        )
+        complaint = self.complaint(forged)
+        assert message in complaint
+
+    def test_a_folder_without_an_array_in_manifest_and_disk(self, out, tmp_path):
+        arrays = dict(PreparedData.open(out).arrays)
+        del arrays["seen_times"]
+        forged = tmp_path / "forged"
+        folder.write_folder(
+            forged, {}, lambda to: [np.save(to / f"{k}.npy", v) for k, v in arrays.items()]
+        )
+        assert "seen_times.npy: missing from the manifest" in self.complaint(forged)
