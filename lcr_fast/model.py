@@ -1,6 +1,7 @@
 """LCRSER: embed -> encode -> reason -> aggregate and score. Thin modules over :mod:`lcr_fast.ops`."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,10 @@ class _Packed(nn.Module):
                 nn.init.zeros_(parameter)
             elif parameter.numel():
                 _init_linear(parameter, square_blocks="qkv" in name)
+                if "qkv" in name and os.environ.get("TIE","1")=="1":
+                    d=parameter.shape[-1]; parameter.data[...,d:2*d,:]=parameter.data[...,:d,:]
+                if "out_weight" in name:
+                    parameter.data.mul_(float(os.environ.get("OUTSCALE","0.1")))
 
     def weights(self):
         return self.weights_type(*(getattr(self, name) for name in self.weights_type._fields))
@@ -110,19 +115,19 @@ class LCRSER(nn.Module):
         self.config = config
         d = config.dim
 
-        def table(n_rows: int) -> nn.Embedding:
+        def table(n_rows: int, text_dim: int = 0) -> nn.Embedding:
             embedding = nn.Embedding(n_rows + 1, d, padding_idx=0)
-            nn.init.normal_(embedding.weight, std=d**-0.5)
+            nn.init.normal_(embedding.weight, std=(0.1 if text_dim else 1.0) * d**-0.5)
             with torch.no_grad():
                 embedding.weight[0].zero_()
             return embedding
 
-        self.item_embedding = table(config.n_items)
+        self.item_embedding = table(config.n_items, config.item_text_dim)
         self.user_embedding = table(config.n_users) if config.user_embedding else None
         n_query_rows = config.n_terms if config.query_encoder == "terms" else config.n_queries
-        self.query_embedding = table(n_query_rows)
-        self.search_position = nn.Parameter(torch.randn(config.max_search_len, d) * d**-0.5)
-        self.rec_position = nn.Parameter(torch.randn(config.max_rec_len, d) * d**-0.5)
+        self.query_embedding = table(n_query_rows, config.query_text_dim)
+        self.search_position = nn.Parameter(torch.randn(config.max_search_len, d) * 0.02)
+        self.rec_position = nn.Parameter(torch.randn(config.max_rec_len, d) * 0.02)
         self.item_text_projection = self._text_projection(config.item_text_dim)
         self.query_text_projection = self._text_projection(config.query_text_dim)
         self.register_buffer("item_text", None, persistent=False)
@@ -140,7 +145,11 @@ class LCRSER(nn.Module):
         self.backend_report()
 
     def _text_projection(self, text_dim: int) -> nn.Linear | None:
-        return nn.Linear(text_dim, self.config.dim, bias=False) if text_dim else None
+        if not text_dim:
+            return None
+        projection = nn.Linear(text_dim, self.config.dim, bias=False)
+        nn.init.eye_(projection.weight)
+        return projection
 
     def _dropout(self, batch: Batch) -> Dropout | None:
         if not self.training or not self.config.dropout:

@@ -1,0 +1,105 @@
+"""Phase-2 objective: GRPO over noisy latent trajectories, as small pure functions.
+
+Shapes: scores [B, N, C] of N trajectories over a user's C candidates, target int64 [B]. The
+policy is pi(i | u, n) = softmax_i(y(i; n) / tau); -inf scores (padding) have probability 0.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lcr_fast.config import parse_metric
+from lcr_fast.ops.ranking import group_advantages, trajectory_rewards
+
+__all__ = [
+    "Rollout", "choose_actions", "group_advantages", "kl_divergence", "list_log_probability",
+    "policy_objective", "trajectory_rewards",
+]  # fmt: skip
+
+
+class Rollout(NamedTuple):
+    """What the policy did on N trajectories of B users."""
+
+    actions: Tensor  # int64 [B, N, k], the places of its list that count
+    rewards: Tensor  # float32 [B, N]
+
+
+def choose_actions(scores: Tensor, target: Tensor, action: str, reward: str) -> Rollout:
+    """Act on every trajectory and collect the reward (paper: ranking metrics as reward).
+
+    - ``top1``: a_n = argmax y(.; n); the reward is that of the deterministic list. On equal scores
+      argmax may be any of them, while ties count against the target in the reward.
+    - ``sampled``: a list drawn from the policy (Plackett-Luce: sort scores with Gumbel noise), its
+      first k places for hr@k and ndcg@k, all of it for mrr; the reward is the draw's own.
+    - ``target``: a_n = the target with the reward of the deterministic list, as LARES and LatentR3
+      do. For comparison only: with a group baseline it pushes the target down wherever the reward
+      rises with p(target).
+
+    Our reading. ``scores`` must hold the temperature already. No gradient.
+    """
+    scores = scores.detach()
+    if action == "sampled":
+        cut = parse_metric(reward)[1] or scores.shape[-1]
+        gumbel = -torch.empty_like(scores).exponential_().log()
+        perturbed = scores + gumbel
+        actions = perturbed.topk(min(cut, scores.shape[-1]), -1).indices
+        return Rollout(actions, trajectory_rewards(perturbed, target, reward))
+    rewards = trajectory_rewards(scores, target, reward)
+    if action == "top1":
+        return Rollout(scores.argmax(-1, keepdim=True), rewards)
+    if action == "target":
+        n = scores.shape[1]
+        return Rollout(target[:, None, None].expand(-1, n, 1), rewards)
+    raise ValueError(f"action must be top1, sampled or target, got {action!r}")
+
+
+def list_log_probability(scores: Tensor, actions: Tensor) -> Tensor:
+    """Log-probability of a list's first k places under the policy: [B, N, C], [B, N, k] -> [B, N].
+
+    sum_j [ s(a_j) - logsumexp(s over what a_1 .. a_{j-1} leave) ], the Plackett-Luce model; for
+    k = 1 it is log softmax(s)[a]. Places taken by padding (score -inf) count 0.
+    """
+    left = scores
+    total = scores.new_zeros(scores.shape[:-1])
+    for place in actions.split(1, -1):  # [B, N, 1]
+        chosen = left.gather(-1, place)
+        padding = torch.isneginf(chosen)
+        # Once only padding is left, logsumexp would be -inf with a NaN gradient.
+        log_p = chosen - left.masked_fill(padding, 0.0).logsumexp(-1, keepdim=True)
+        total = total + log_p.masked_fill(padding, 0.0).squeeze(-1)
+        left = left.scatter(-1, place, -torch.inf)
+    return total
+
+
+def kl_divergence(
+    scores: Tensor, reference_scores: Tensor, kind: str, actions: Tensor | None = None
+) -> Tensor:
+    """KL(pi || pi_ref) of every trajectory, [B, N].
+
+    ``exact``: sum_i pi(i) (log pi(i) - log pi_ref(i)), 0 with zero gradient where the two agree.
+    ``k3``: r - log r - 1 with r = pi_ref(a) / pi(a) at the given ``actions``.
+    """
+    if kind == "k3":
+        log_ratio = list_log_probability(reference_scores, actions) - list_log_probability(
+            scores, actions
+        )
+        return log_ratio.exp() - log_ratio - 1
+    if kind != "exact":
+        raise ValueError(f"kind must be exact or k3, got {kind!r}")
+    log_p, log_ref = scores.log_softmax(-1), reference_scores.log_softmax(-1)
+    # -inf - -inf is not a number; such a candidate has probability 0.
+    difference = (log_p - log_ref).masked_fill(torch.isneginf(scores), 0.0)
+    return (log_p.exp() * difference).sum(-1)
+
+
+def policy_objective(
+    log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip: float
+) -> Tensor:
+    """Return the clipped surrogate mean[ min(rho A, clip(rho, 1 - eps, 1 + eps) A) ], to maximise.
+
+    All [B, N]; rho = exp(log_prob - old_log_prob).
+    """
+    ratio = (log_prob - old_log_prob).exp()
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    return torch.minimum(ratio * advantages, clipped * advantages).mean()

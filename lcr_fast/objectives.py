@@ -1,0 +1,98 @@
+"""Phase-1 objectives: ranking losses and the target-aware contrastive loss (TCL)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lcr_fast.ops.scoring import aggregate
+from lcr_fast.reference import States
+from lcr_fast.weights import REC, SEARCH
+
+
+def rank_loss(scores: Tensor, target: Tensor, kind: str = "bce") -> Tensor:
+    """Rank the positive above the negatives: the mean over users, a scalar.
+
+    ``scores`` [B, C], -inf where a candidate is padding; ``target`` int64 [B], the positive's
+    column. With s+ the positive's score and s- the negatives':
+
+        bce      mean over the valid candidates of  softplus(-s+), softplus(s-)     (default)
+        softmax  -log softmax(s)[target]
+        bpr      mean over the negatives of  softplus(s- - s+)
+
+    Our reading: the paper's summary names a ranking loss only. Raises ValueError on another kind.
+    """
+    column = target.unsqueeze(-1)
+    positive = scores.gather(-1, column)  # [B, 1]
+    negative = scores.scatter(-1, column, -torch.inf)  # softplus(-inf) = 0 leaves the positive out
+    n_negative = torch.isfinite(negative).sum(-1)
+    if kind == "bce":
+        loss = (F.softplus(-positive).squeeze(-1) + F.softplus(negative).sum(-1)) / (n_negative + 1)
+    elif kind == "softmax":
+        loss = scores.logsumexp(-1) - positive.squeeze(-1)
+    elif kind == "bpr":
+        loss = F.softplus(negative - positive).sum(-1) / n_negative.clamp(min=1)
+    else:
+        raise ValueError(f"kind must be bce, softmax or bpr, got {kind!r}")
+    return loss.mean()
+
+
+def distance(a: Tensor, b: Tensor, kind: str = "l2") -> Tensor:
+    """Distance over the last axis: ``l2`` or ``cosine`` (1 - cosine)."""
+    if kind == "l2":
+        # The norm's gradient at 0 is 0, so equal vectors are safe.
+        return torch.linalg.vector_norm(a - b, dim=-1)
+    if kind == "cosine":
+        return 1 - F.cosine_similarity(a, b, dim=-1)
+    raise ValueError(f"kind must be l2 or cosine, got {kind!r}")
+
+
+def target_distances(
+    states: States,
+    lengths: tuple[Tensor, Tensor],
+    target: Tensor,  # [B, D] e_t
+    target_weight: Tensor,  # [2, D, D] W_s, W_r
+    kind: str = "l2",
+) -> tuple[Tensor, Tensor]:
+    """Distance of each step's pooled states to the target: (of h^(k), of a^(k)), both [K, 2, B].
+
+    Pooling is the target-aware aggregation at the target; axis 1 is (search, rec), k = 1..K.
+    """
+
+    def pooled_distance(x: int, state: Tensor) -> Tensor:
+        pooled, _ = aggregate(state, lengths[x], target.unsqueeze(-2), target_weight[x])
+        return distance(target, pooled.squeeze(-2), kind)  # [B]
+
+    def stack(steps) -> Tensor:
+        rows = [[pooled_distance(x, pair[x]) for x in (SEARCH, REC)] for pair in steps]
+        if not rows:
+            return target.new_zeros(0, 2, target.shape[0])
+        return torch.stack([torch.stack(row) for row in rows])
+
+    return stack(states.h[1:]), stack(states.a)
+
+
+def tcl(
+    states: States,
+    lengths: tuple[Tensor, Tensor],
+    target: Tensor,  # [B, D] e_t
+    target_weight: Tensor,  # [2, D, D]
+    *,
+    margin: float = 0.1,
+    kind: str = "l2",
+    detach_negative: bool = False,
+) -> Tensor:
+    """Target-aware contrastive loss (paper, Eq. 9; the formula is our reading), a scalar.
+
+        mean over k = 1..K and x in {s, r} with the other stream non-empty of
+        [ D(e_t, q_x(h_x^(k))) - D(e_t, q_x(a_x^(k))) + m ]_+
+
+    with q_x the target-aware aggregation at the target: the state after the cross-attention is
+    to be nearer the target than the state before it. ``detach_negative`` stops the gradient
+    through the second distance. 0 where nothing counts (K = 0, or no user has both streams).
+    """
+    after, before = target_distances(states, lengths, target, target_weight, kind)
+    if detach_negative:
+        before = before.detach()
+    counts = torch.stack((lengths[REC] > 0, lengths[SEARCH] > 0)).expand_as(after)  # [K, 2, B]
+    hinge = F.relu(after - before + margin) * counts
+    return hinge.sum() / counts.sum().clamp(min=1)
