@@ -49,28 +49,28 @@ struct Float32 {
   using Key = float;
   static Key key(Scalar x) { return x; }
   static bool is_nan(Scalar x) { return x != x; }
-  static CountFn<Scalar, Key> count() { return kernels().count_float32; }
+  static const CountKernels<Scalar, Key>& functions() { return kernels().float32; }
 };
 struct Float64 {
   using Scalar = double;
   using Key = double;
   static Key key(Scalar x) { return x; }
   static bool is_nan(Scalar x) { return x != x; }
-  static CountFn<Scalar, Key> count() { return kernels().count_float64; }
+  static const CountKernels<Scalar, Key>& functions() { return kernels().float64; }
 };
 struct Float16 {
   using Scalar = uint16_t;
   using Key = int16_t;
   static Key key(Scalar x) { return half_key(x); }
   static bool is_nan(Scalar x) { return (x & 0x7fff) > 0x7c00; }
-  static CountFn<Scalar, Key> count() { return kernels().count_float16; }
+  static const CountKernels<Scalar, Key>& functions() { return kernels().float16; }
 };
 struct BFloat16 {
   using Scalar = uint16_t;
   using Key = int16_t;
   static Key key(Scalar x) { return half_key(x); }
   static bool is_nan(Scalar x) { return (x & 0x7fff) > 0x7f80; }
-  static CountFn<Scalar, Key> count() { return kernels().count_bfloat16; }
+  static const CountKernels<Scalar, Key>& functions() { return kernels().bfloat16; }
 };
 
 // The lowest row that went wrong, whichever thread meets it first.
@@ -154,12 +154,11 @@ class Scorer {
   // Relevant items after this many others cannot be within any cut-off.
   int64_t enough_relevant() const { return enough_relevant_; }
 
-  void one_target(Place place, double* values) const {
-    if (place.above < table_places_) {
-      std::copy_n(&table_[place.above * args_.n_metrics], args_.n_metrics, values);
-    } else {
-      one_target_direct(place, values);
-    }
+  // The values, in a table or in `space`.
+  const double* one_target(Place place, double* space) const {
+    if (place.above < table_places_) return &table_[place.above * args_.n_metrics];
+    one_target_direct(place, space);
+    return space;
   }
 
   // `places` from 1, in order, of the items with these `gains`; `ideal` holds all gains, falling.
@@ -351,9 +350,11 @@ class Scorer {
 // Writes rows, or adds them up in blocks whose borders do not depend on the number of threads.
 class Sink {
  public:
+  static constexpr int64_t kMaxRows = 512;
+
   explicit Sink(const MetricArgs& args)
       : args_(args),
-        block_rows_(std::clamp<int64_t>(65536 / std::max<int64_t>(1, args.n_items), 1, 512)),
+        block_rows_(std::clamp<int64_t>(65536 / std::max<int64_t>(1, args.n_items), 1, kMaxRows)),
         n_blocks_((args.n_rows + block_rows_ - 1) / block_rows_) {
     if (args.output == Output::kSums) sums_.assign(n_blocks_ * (args.n_metrics + 1), 0.0);
   }
@@ -365,7 +366,8 @@ class Sink {
   void put(int64_t block, int64_t row, const double* values) {
     const int64_t n = args_.n_metrics;
     if (args_.output == Output::kRows32) {
-      std::copy_n(values, n, static_cast<float*>(args_.out) + row * n);
+      auto* out = static_cast<float*>(args_.out) + row * n;
+      for (int64_t m = 0; m < n; ++m) out[m] = static_cast<float>(values[m]);
     } else if (args_.output == Output::kRows64) {
       std::copy_n(values, n, static_cast<double*>(args_.out) + row * n);
     } else {
@@ -406,7 +408,7 @@ class RowReader {
   using Scalar = typename F::Scalar;
   using Key = typename F::Key;
 
-  explicit RowReader(const RankingArgs& args) : args_(args), count_(F::count()) {}
+  explicit RowReader(const RankingArgs& args) : args_(args), count_(F::functions().count) {}
 
   // Point at a row; only its first n items are candidates.
   void seek(int64_t row, int64_t n) {
@@ -501,38 +503,55 @@ int64_t n_candidates(const RankingArgs& args, int64_t row) {
   return n >= 0 && n <= args.metric.n_items ? n : -1;
 }
 
+// The common case, whole rows a fixed step apart: a block of rows in one call.
+template <class F>
+bool count_block(const RankingArgs& args, int64_t begin, int64_t n_rows, const int64_t* target,
+                 int64_t* counts, bool* nan) {
+  const Rows& rows = args.scores;
+  if (rows.n_axes != 1 || rows.item_step != 1 || args.counts || args.excluded.data) return false;
+  const auto* scores = static_cast<const typename F::Scalar*>(rows.data) + rows.offset(begin);
+  F::functions().count_rows(scores, rows.step[0], args.metric.n_items, target, n_rows,
+                            count_mode(args.metric.ties), counts, nan);
+  return true;
+}
+
 template <class F>
 void target_rows(const RankingArgs& args, const Scorer& scorer, Sink& sink, FirstFaults& faults,
                  int64_t block) {
   const Ties ties = args.metric.ties;
-  const CountMode mode = count_mode(ties);
-  RowReader<F> reader(args);
+  const int64_t begin = sink.begin(block), n_rows = sink.end(block) - begin;
+  int64_t target[Sink::kMaxRows], counts[2 * Sink::kMaxRows];
+  bool nan[Sink::kMaxRows];
+  for (int64_t i = 0; i < n_rows; ++i) {
+    const int64_t n = n_candidates(args, begin + i);
+    target[i] = args.target[begin + i];
+    if (n < 0)
+      faults.counts.note(begin + i);
+    else if (target[i] < -1 || target[i] >= n)
+      faults.target.note(begin + i);
+    if (n < 0 || target[i] >= n) target[i] = -1;
+  }
+  if (!count_block<F>(args, begin, n_rows, target, counts, nan)) {
+    RowReader<F> reader(args);
+    for (int64_t i = 0; i < n_rows; ++i) {
+      if (target[i] < 0) continue;
+      reader.seek(begin + i, n_candidates(args, begin + i));
+      const auto score = reader.score(target[i]);
+      const auto key = F::key(score);
+      counts[2 * i] = 0;
+      counts[2 * i + 1] = reader.excluded(target[i]) ? 1 : 0;
+      nan[i] = reader.count(&key, 1, count_mode(ties), counts + 2 * i) || F::is_nan(score);
+    }
+  }
   double values[kMaxMetrics];
-  for (int64_t row = sink.begin(block); row < sink.end(block); ++row) {
-    const int64_t n = n_candidates(args, row);
-    const int64_t target = args.target[row];
-    if (n < 0) {
-      faults.counts.note(row);
-      continue;
+  for (int64_t i = 0; i < n_rows; ++i) {
+    if (target[i] < 0) {
+      sink.put_nothing(begin + i);
+    } else if (nan[i]) {
+      faults.nan.note(begin + i);
+    } else {
+      sink.put(block, begin + i, scorer.one_target(place_of(ties, counts + 2 * i), values));
     }
-    if (target < -1 || target >= n) {
-      faults.target.note(row);
-      continue;
-    }
-    if (target == -1) {
-      sink.put_nothing(row);
-      continue;
-    }
-    reader.seek(row, n);
-    const auto score = reader.score(target);
-    const auto key = F::key(score);
-    int64_t counts[2] = {0, reader.excluded(target) ? 1 : 0};
-    if (reader.count(&key, 1, mode, counts) || F::is_nan(score)) {
-      faults.nan.note(row);
-      continue;
-    }
-    scorer.one_target(place_of(ties, counts), values);
-    sink.put(block, row, values);
   }
 }
 
@@ -744,9 +763,9 @@ DotsFn<T> dots_function() {
 template <class T>
 CountFn<T, T> count_function() {
   if constexpr (sizeof(T) == 8)
-    return kernels().count_float64;
+    return kernels().float64.count;
   else
-    return kernels().count_float32;
+    return kernels().float32.count;
 }
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -860,8 +879,7 @@ Faults catalogue(const CatalogueArgs& args, const Parallel& parallel) {
         continue;
       }
       const int64_t counts[2] = {totals[2 * user], totals[2 * user + 1]};
-      scorer.one_target(place_of(ties, counts), values);
-      sink.put(block, user, values);
+      sink.put(block, user, scorer.one_target(place_of(ties, counts), values));
     }
   }
   sink.finish();

@@ -5,8 +5,8 @@
 
 namespace lcr_fast {
 
-constexpr RankingKernels kRankingAvx512 = {count<Float32>, count<Float64>, count<Float16>,
-                                       count<BFloat16>, dots<float>, dots<double>};
+constexpr RankingKernels kRankingAvx512 = {kCount<Float32>,  kCount<Float64>, kCount<Float16>,
+                                          kCount<BFloat16>, dots<float>,     dots<double>};
 
 }  // namespace lcr_fast
 #endif

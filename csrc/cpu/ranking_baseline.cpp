@@ -4,7 +4,7 @@
 
 namespace lcr_fast {
 
-constexpr RankingKernels kRankingBaseline = {count<Float32>, count<Float64>, count<Float16>,
-                                       count<BFloat16>, dots<float>, dots<double>};
+constexpr RankingKernels kRankingBaseline = {kCount<Float32>,  kCount<Float64>, kCount<Float16>,
+                                          kCount<BFloat16>, dots<float>,     dots<double>};
 
 }  // namespace lcr_fast

@@ -22,6 +22,13 @@ template <class Scalar, class Key>
 using CountFn = bool (*)(const Scalar* scores, const uint8_t* excluded, int64_t n, Key threshold,
                          CountMode mode, int64_t* counts);
 
+// The same for `n_rows` whole rows, `step` scores apart, against their own targets; `counts` is
+// [n_rows, 2] and `nan` [n_rows], both set. Rows with a negative target are left alone.
+template <class Scalar>
+using CountRowsFn = void (*)(const Scalar* scores, int64_t step, int64_t n_items,
+                             const int64_t* target, int64_t n_rows, CountMode mode,
+                             int64_t* counts, bool* nan);
+
 // Multiply kUsers rows of `users` [kUsers, dim] with `n_items` packed items, whose coordinates lie
 // as [n_items / kPanel][dim][kPanel], into out [kUsers, n_items]. The sum over `dim` is in order,
 // so a score depends on its two vectors alone.
@@ -36,11 +43,17 @@ inline int16_t half_key(uint16_t bits) {
   return static_cast<int16_t>(bits & 0x8000 ? -magnitude : magnitude);
 }
 
+template <class Scalar, class Key>
+struct CountKernels {
+  CountFn<Scalar, Key> count;
+  CountRowsFn<Scalar> count_rows;
+};
+
 struct RankingKernels {
-  CountFn<float, float> count_float32;
-  CountFn<double, double> count_float64;
-  CountFn<uint16_t, int16_t> count_float16;
-  CountFn<uint16_t, int16_t> count_bfloat16;
+  CountKernels<float, float> float32;
+  CountKernels<double, double> float64;
+  CountKernels<uint16_t, int16_t> float16;
+  CountKernels<uint16_t, int16_t> bfloat16;
   DotsFn<float> dots_float32;
   DotsFn<double> dots_float64;
 };
@@ -104,11 +117,13 @@ using BFloat16 = HalfFormat<0x7f80>;
 template <class F>
 constexpr int64_t kLanes = LCR_BYTES / sizeof(typename F::Scalar);
 
+// Sums over lanes of 0 and 1; `less` because its complement would cost an instruction a vector.
 template <class F>
 struct Tally {
   typename F::Lanes greater = {};
-  typename F::Lanes at_least = {};
+  typename F::Lanes less = {};
   typename F::Lanes nan = {};
+  typename F::Lanes live = {};
 };
 
 // Add the vector at `scores`; `live` has -1 in the lanes that count.
@@ -122,79 +137,116 @@ LCR_INLINE void tally_vector(const typename F::Scalar* scores, const typename F:
   typename F::Lanes nan;
   F::nan(raw, nan);
   typename F::Lanes greater = keys > threshold;
-  typename F::Lanes at_least = ~(keys < threshold);
+  typename F::Lanes less = keys < threshold;
   if (kMasked) {
     greater &= live;
-    at_least &= live;
+    less &= live;
     nan &= live;
+    tally.live -= live;
   }
   if (kMode & kGreater) tally.greater -= greater;
-  if (kMode & kAtLeast) tally.at_least -= at_least;
-  tally.nan |= nan;
+  if (kMode & kAtLeast) tally.less -= less;
+  tally.nan -= nan;
 }
 
-// -1 where the byte is 0.
+// -1 where the byte is 0. Widened in steps of two, which compilers turn into single instructions.
 template <class F>
 LCR_INLINE void live_lanes(const uint8_t* excluded, typename F::Lanes& live) {
-  typename Vector<uint8_t, kLanes<F>>::type bytes;
+  constexpr int kWidth = kLanes<F>;
+  typename Vector<uint8_t, kWidth>::type bytes;
   std::memcpy(&bytes, excluded, sizeof bytes);
-  live = __builtin_convertvector(bytes, typename F::Lanes) == 0;
+  const auto words = __builtin_convertvector(bytes, typename Vector<int16_t, 2 * kWidth>::type);
+  if constexpr (sizeof(typename F::Lane) == 2) {
+    live = words == 0;
+  } else {
+    const auto longs = __builtin_convertvector(words, typename Vector<int32_t, 4 * kWidth>::type);
+    if constexpr (sizeof(typename F::Lane) == 4)
+      live = longs == 0;
+    else
+      live = __builtin_convertvector(longs, typename F::Lanes) == 0;
+  }
+}
+
+// Sums of lanes: halve the vector down to 16 bytes, then add one by one.
+template <class Lane, int kBytes>
+LCR_INLINE int64_t lane_sum(const typename Vector<Lane, kBytes>::type& lanes) {
+  if constexpr (kBytes > 16) {
+    typename Vector<Lane, kBytes / 2>::type halves[2];
+    std::memcpy(halves, &lanes, sizeof halves);
+    return lane_sum<Lane, kBytes / 2>(halves[0] + halves[1]);
+  } else {
+    int64_t sum = 0;
+    for (size_t i = 0; i < kBytes / sizeof(Lane); ++i) sum += lanes[i];
+    return sum;
+  }
+}
+
+template <class Lane, int kBytes>
+LCR_INLINE bool any_lane(const typename Vector<Lane, kBytes>::type& lanes) {
+  int64_t words[kBytes / 8];
+  std::memcpy(words, &lanes, sizeof words);
+  int64_t any = 0;
+  for (int64_t word : words) any |= word;
+  return any != 0;
 }
 
 template <class F>
-LCR_INLINE int64_t lane_sum(const typename F::Lanes& lanes) {
-  int64_t sum = 0;
-  for (int i = 0; i < kLanes<F>; ++i) sum += lanes[i];
-  return sum;
+LCR_INLINE typename F::Lanes lane_numbers() {
+  typename F::Lanes lanes;
+  for (int i = 0; i < kLanes<F>; ++i) lanes[i] = i;
+  return lanes;
 }
 
-// A lane counts at most one a vector, and int16 lanes hold 32767.
+// A lane counts at most one a vector, lane_sum adds up to four lanes, and int16 holds 32767.
 template <class F>
-constexpr int64_t kChunk = kLanes<F> * 32767;
+constexpr int64_t kChunk = kLanes<F> * 8000;
 
 template <class F, int kMode, bool kExcluded>
-LCR_TARGET bool count_chunk(const typename F::Scalar* scores, const uint8_t* excluded, int64_t n,
+LCR_INLINE bool count_chunk(const typename F::Scalar* scores, const uint8_t* excluded, int64_t n,
                             typename F::Key key, int64_t* counts) {
   constexpr int64_t kWidth = kLanes<F>;
   bool nan = false;
   int64_t i = 0;
   if (n >= kWidth) {
+    int64_t n_live = 0;
     Tally<F> tally;
     const typename F::Keys threshold = typename F::Keys{} + key;
     typename F::Lanes live;
     if constexpr (!kExcluded) {
-      // Four at a time, so that loads and comparisons overlap.
-      Tally<F> more[3];
+      // Two chains of additions, so that they overlap.
+      Tally<F> other;
       for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
         tally_vector<F, kMode, false>(scores + i, threshold, live, tally);
-        for (int j = 0; j < 3; ++j)
-          tally_vector<F, kMode, false>(scores + i + (j + 1) * kWidth, threshold, live, more[j]);
+        tally_vector<F, kMode, false>(scores + i + kWidth, threshold, live, other);
+        tally_vector<F, kMode, false>(scores + i + 2 * kWidth, threshold, live, tally);
+        tally_vector<F, kMode, false>(scores + i + 3 * kWidth, threshold, live, other);
       }
-      for (int j = 0; j < 3; ++j) {
-        tally.greater += more[j].greater;
-        tally.at_least += more[j].at_least;
-        tally.nan |= more[j].nan;
-      }
+      tally.greater += other.greater;
+      tally.less += other.less;
+      tally.nan += other.nan;
     }
     for (; i + kWidth <= n; i += kWidth) {
       if (kExcluded) live_lanes<F>(excluded + i, live);
       tally_vector<F, kMode, kExcluded>(scores + i, threshold, live, tally);
     }
+    if (!kExcluded) n_live = i;
     if (i < n) {
       // The last vector again, without the lanes that are counted already.
       const int64_t start = n - kWidth;
-      typename F::Lanes fresh;
-      for (int lane = 0; lane < kWidth; ++lane) fresh[lane] = start + lane >= i ? -1 : 0;
+      typename F::Lanes fresh = lane_numbers<F>() >= static_cast<typename F::Lane>(i - start);
       if (kExcluded) {
         live_lanes<F>(excluded + start, live);
         fresh &= live;
       }
       tally_vector<F, kMode, true>(scores + start, threshold, fresh, tally);
     }
-    if (kMode & kGreater) counts[0] += lane_sum<F>(tally.greater);
-    if (kMode & kAtLeast) counts[1] += lane_sum<F>(tally.at_least);
-    for (int lane = 0; lane < kWidth; ++lane) nan |= tally.nan[lane] != 0;
-    return nan;
+    using Lane = typename F::Lane;
+    if (kMode & kGreater) counts[0] += lane_sum<Lane, LCR_BYTES>(tally.greater);
+    if (kMode & kAtLeast) {
+      if (kExcluded || i < n) n_live += lane_sum<Lane, LCR_BYTES>(tally.live);
+      counts[1] += n_live - lane_sum<Lane, LCR_BYTES>(tally.less);
+    }
+    return any_lane<Lane, LCR_BYTES>(tally.nan);
   }
   for (; i < n; ++i) {
     if (kExcluded && excluded[i]) continue;
@@ -230,6 +282,34 @@ LCR_TARGET bool count(const typename F::Scalar* scores, const uint8_t* excluded,
       return count_mode<F, kBoth>(scores, excluded, n, key, counts);
   }
 }
+
+template <class F, int kMode>
+LCR_TARGET void count_rows_mode(const typename F::Scalar* scores, int64_t step, int64_t n_items,
+                                const int64_t* target, int64_t n_rows, int64_t* counts, bool* nan) {
+  for (int64_t row = 0; row < n_rows; ++row, scores += step) {
+    if (target[row] < 0) continue;
+    counts[2 * row] = counts[2 * row + 1] = 0;
+    nan[row] = count_mode<F, kMode>(scores, nullptr, n_items, F::key(scores[target[row]]),
+                                    counts + 2 * row);
+  }
+}
+
+template <class F>
+LCR_TARGET void count_rows(const typename F::Scalar* scores, int64_t step, int64_t n_items,
+                           const int64_t* target, int64_t n_rows, CountMode mode, int64_t* counts,
+                           bool* nan) {
+  switch (mode) {
+    case kGreater:
+      return count_rows_mode<F, kGreater>(scores, step, n_items, target, n_rows, counts, nan);
+    case kAtLeast:
+      return count_rows_mode<F, kAtLeast>(scores, step, n_items, target, n_rows, counts, nan);
+    default:
+      return count_rows_mode<F, kBoth>(scores, step, n_items, target, n_rows, counts, nan);
+  }
+}
+
+template <class F>
+constexpr CountKernels<typename F::Scalar, typename F::Key> kCount = {count<F>, count_rows<F>};
 
 template <class T>
 LCR_TARGET void dots(const T* users, const T* packed, int64_t n_items, int64_t dim, T* out) {
