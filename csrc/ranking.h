@@ -36,7 +36,7 @@ struct Rows {
 #ifdef __CUDACC__
   __host__ __device__
 #endif
-  int64_t offset(int64_t row) const {
+      int64_t offset(int64_t row) const {
     if (n_axes == 1) return row * step[0];
     int64_t elements = 0;
     for (int axis = n_axes - 1; axis >= 0; --axis) {
@@ -73,8 +73,8 @@ struct RankingArgs {
 struct CatalogueArgs {
   MetricArgs metric;
   ScoreType type;
-  Rows users;             // rows of `dim` elements
-  Rows items;             // rows of `dim` elements
+  Rows users;  // rows of `dim` elements
+  Rows items;  // rows of `dim` elements
   int64_t dim;
   const int64_t* target;  // [n_rows]
   const int64_t* seen;    // [n_rows, n_seen] items that do not compete, or null
@@ -95,8 +95,9 @@ using Parallel = std::function<void(int64_t n_tasks, const Task& task)>;
 Faults ranking_cpu(const RankingArgs& args, const Parallel& parallel);
 Faults catalogue_cpu(const CatalogueArgs& args, const Parallel& parallel);
 
-// Instruction sets of the CPU path: 0 baseline, 1 AVX2, 2 AVX-512. LCR_FAST_CPU=baseline|avx2|avx512
-// chooses one, read once. Returns -1 where that names none, -2 where this CPU lacks it.
+// Instruction sets of the CPU path: 0 baseline, 1 AVX2, 2 AVX-512.
+// LCR_FAST_CPU=baseline|avx2|avx512 chooses one, read once. Returns -1 where that names none, -2
+// where this CPU lacks it.
 int64_t cpu_level();
 
 // CUDA. `scratch` is [2 * n_rows] int64 and `partial` [ranking_partials(n_rows) * (n_metrics + 1)]

@@ -98,9 +98,9 @@ MetricArgs metric_args(int64_t n_rows, int64_t n_items, const std::vector<int64_
   MetricArgs args{};
   args.n_metrics = static_cast<int64_t>(kinds.size());
   for (size_t m = 0; m < kinds.size(); ++m) {
-    STD_TORCH_CHECK(kinds[m] >= 0 && kinds[m] <= static_cast<int64_t>(MetricKind::kRank) &&
-                        ks[m] >= 0,
-                    "kinds[", m, "] or ks[", m, "] is out of range");
+    STD_TORCH_CHECK(
+        kinds[m] >= 0 && kinds[m] <= static_cast<int64_t>(MetricKind::kRank) && ks[m] >= 0,
+        "kinds[", m, "] or ks[", m, "] is out of range");
     args.metrics[m] = {static_cast<MetricKind>(kinds[m]), ks[m]};
   }
   args.n_rows = n_rows;
@@ -173,8 +173,7 @@ std::string row_text(const std::vector<int64_t>& leading, int64_t row) {
 }
 
 void parallel(int64_t n_tasks, const Task& task) {
-  torch::stable::parallel_for(0, n_tasks, 1,
-                              [&](int64_t begin, int64_t end) { task(begin, end); });
+  torch::stable::parallel_for(0, n_tasks, 1, [&](int64_t begin, int64_t end) { task(begin, end); });
 }
 
 // Faults as a tensor [3]: the first row with a NaN, a bad target, a bad count; n_rows if none.
@@ -184,10 +183,12 @@ Tensor fault_tensor(const Tensor& like, int64_t n_rows) {
   return faults;
 }
 
-std::tuple<Tensor, Tensor> ranking_metrics_cpu(
-    const Tensor& scores, const OptionalTensor& target, const OptionalTensor& relevance,
-    const OptionalTensor& counts, const OptionalTensor& excluded, std::vector<int64_t> kinds,
-    std::vector<int64_t> ks, int64_t ties, int64_t output) {
+std::tuple<Tensor, Tensor> ranking_metrics_cpu(const Tensor& scores, const OptionalTensor& target,
+                                               const OptionalTensor& relevance,
+                                               const OptionalTensor& counts,
+                                               const OptionalTensor& excluded,
+                                               std::vector<int64_t> kinds, std::vector<int64_t> ks,
+                                               int64_t ties, int64_t output) {
   check_cpu_level();
   RankingArgs args = ranking_args(scores, target, relevance, counts, excluded, kinds, ks, ties);
   const std::vector<int64_t> leading = leading_sizes(scores);
@@ -275,20 +276,21 @@ struct Scratch {
   Tensor counts, partial, faults;
 };
 
-std::tuple<Tensor, Tensor> ranking_metrics_cuda(
-    const Tensor& scores, const OptionalTensor& target, const OptionalTensor& relevance,
-    const OptionalTensor& counts, const OptionalTensor& excluded, std::vector<int64_t> kinds,
-    std::vector<int64_t> ks, int64_t ties, int64_t output) {
+std::tuple<Tensor, Tensor> ranking_metrics_cuda(const Tensor& scores, const OptionalTensor& target,
+                                                const OptionalTensor& relevance,
+                                                const OptionalTensor& counts,
+                                                const OptionalTensor& excluded,
+                                                std::vector<int64_t> kinds, std::vector<int64_t> ks,
+                                                int64_t ties, int64_t output) {
   const torch::stable::accelerator::DeviceGuard guard(scores.get_device_index());
   STD_TORCH_CHECK(!relevance.has_value(),
                   "the CUDA ranking op takes a target, not relevance; backend=\"reference\" does");
   RankingArgs args = ranking_args(scores, target, relevance, counts, excluded, kinds, ks, ties);
   Tensor out = new_output(scores, leading_sizes(scores), output, args.metric);
   Scratch scratch(scores, args.metric);
-  const int error = ranking_cuda(args, scratch.counts.mutable_data_ptr<int64_t>(),
-                                 scratch.partial.mutable_data_ptr<double>(),
-                                 static_cast<Faults*>(scratch.faults.mutable_data_ptr()),
-                                 current_stream(scores));
+  const int error = ranking_cuda(
+      args, scratch.counts.mutable_data_ptr<int64_t>(), scratch.partial.mutable_data_ptr<double>(),
+      static_cast<Faults*>(scratch.faults.mutable_data_ptr()), current_stream(scores));
   STD_TORCH_CHECK(error == 0, "ranking_metrics: CUDA launch failed with error ", error);
   return {out, scratch.faults};
 }
@@ -302,10 +304,9 @@ std::tuple<Tensor, Tensor> catalogue_metrics_cuda(const Tensor& users, const Ten
   CatalogueArgs args = catalogue_args(users, items, target, seen, kinds, ks, ties);
   Tensor out = new_output(users, {users.size(0)}, output, args.metric);
   Scratch scratch(users, args.metric);
-  const int error = catalogue_cuda(args, scratch.counts.mutable_data_ptr<int64_t>(),
-                                   scratch.partial.mutable_data_ptr<double>(),
-                                   static_cast<Faults*>(scratch.faults.mutable_data_ptr()),
-                                   current_stream(users));
+  const int error = catalogue_cuda(
+      args, scratch.counts.mutable_data_ptr<int64_t>(), scratch.partial.mutable_data_ptr<double>(),
+      static_cast<Faults*>(scratch.faults.mutable_data_ptr()), current_stream(users));
   STD_TORCH_CHECK(error == 0, "catalogue_metrics: CUDA launch failed with error ", error);
   return {out, scratch.faults};
 }

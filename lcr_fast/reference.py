@@ -146,6 +146,7 @@ def catalogue_metrics(
         seen = torch.where(seen < 0, n_items, seen)  # one more column collects the padding
         excluded = torch.zeros(len(users), n_items + 1, dtype=torch.bool, device=users.device)
         excluded = excluded.scatter(-1, seen.clamp(max=n_items), True)[:, :n_items]
+        excluded = excluded & ~scores.isnan()  # a NaN is an error wherever it stands
     return ranking_metrics(
         scores,
         target,

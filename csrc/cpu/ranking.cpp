@@ -120,13 +120,12 @@ double discount(int64_t place) {
     for (size_t i = 1; i < values.size(); ++i) values[i] = 1.0 / std::log2(i + 1.0);
     return values;
   }();
-  return place < static_cast<int64_t>(table.size()) ? table[place]
-                                                    : 1.0 / std::log2(place + 1.0);
+  return place < static_cast<int64_t>(table.size()) ? table[place] : 1.0 / std::log2(place + 1.0);
 }
 
 // Candidates with a grade above 0 and the same score.
 struct Group {
-  int64_t begin;   // into the relevant items, best score first
+  int64_t begin;  // into the relevant items, best score first
   int64_t size;
   int64_t counts[2];
 };
@@ -426,8 +425,8 @@ class RowReader {
 
   // Add {greater, at_least} for each of the falling `thresholds` to `counts`; true on a NaN.
   bool count(const Key* thresholds, int64_t n_thresholds, CountMode mode, int64_t* counts) {
-    const bool adjacent = args_.scores.item_step == 1 &&
-                          (excluded_ == nullptr || args_.excluded.item_step == 1);
+    const bool adjacent =
+        args_.scores.item_step == 1 && (excluded_ == nullptr || args_.excluded.item_step == 1);
     if (adjacent && n_thresholds == 1)
       return count_(scores_, excluded_, n_, thresholds[0], mode, counts);
     bool nan = false;
@@ -640,16 +639,15 @@ void relevance_rows(const RankingArgs& args, const Scorer& scorer, Sink& sink, F
         counts[2 * g + 1] += item.key >= thresholds[g];
       }
     }
-    for (size_t g = 0; g < groups.size(); ++g)
-      std::copy_n(&counts[2 * g], 2, groups[g].counts);
+    for (size_t g = 0; g < groups.size(); ++g) std::copy_n(&counts[2 * g], 2, groups[g].counts);
 
     if (ties == Ties::kAverage) {
       scorer.expected(groups, grades, ideal, values);
     } else {
       places.clear();
       for (const Group& group : groups) {
-        const int64_t first = ties == Ties::kPessimistic ? group.counts[1] - group.size + 1
-                                                         : group.counts[0] + 1;
+        const int64_t first =
+            ties == Ties::kPessimistic ? group.counts[1] - group.size + 1 : group.counts[0] + 1;
         for (int64_t i = 0; i < group.size; ++i) places.push_back(first + i);
       }
       scorer.strict(places, grades, ideal, values);
@@ -661,8 +659,7 @@ void relevance_rows(const RankingArgs& args, const Scorer& scorer, Sink& sink, F
 template <class F>
 void ranking_rows(const RankingArgs& args, const Scorer& scorer, Sink& sink, FirstFaults& faults,
                   int64_t block) {
-  if (args.relevance.data == nullptr)
-    return target_rows<F>(args, scorer, sink, faults, block);
+  if (args.relevance.data == nullptr) return target_rows<F>(args, scorer, sink, faults, block);
   switch (args.grade_type) {
     case GradeType::kBool:
       return relevance_rows<F, uint8_t>(args, scorer, sink, faults, block);
@@ -738,9 +735,9 @@ float widen_half(uint16_t bits) {
 // Read vectors of any float type and any strides as T.
 template <ScoreType kType>
 struct VectorReader {
-  using Scalar = std::conditional_t<
-      kType == ScoreType::kFloat32, float,
-      std::conditional_t<kType == ScoreType::kFloat64, double, uint16_t>>;
+  using Scalar =
+      std::conditional_t<kType == ScoreType::kFloat32, float,
+                         std::conditional_t<kType == ScoreType::kFloat64, double, uint16_t>>;
   using T = std::conditional_t<kType == ScoreType::kFloat64, double, float>;
 
   static T read(const Rows& rows, int64_t row, int64_t d) {
@@ -793,7 +790,9 @@ Faults catalogue(const CatalogueArgs& args, const Parallel& parallel) {
   std::vector<T> users(n_tiles * kUsers * dim);  // padded with zero users
   std::vector<T> threshold(n_tiles * kUsers);
   std::unique_ptr<std::atomic<int64_t>[]> totals(new std::atomic<int64_t>[2 * n_users]());
-  const auto absent = [&](int64_t user) { return args.target[user] < 0 || args.target[user] >= n_items; };
+  const auto absent = [&](int64_t user) {
+    return args.target[user] < 0 || args.target[user] >= n_items;
+  };
 
   // The targets' scores, and minus what the seen items will add to the counts below.
   parallel(n_tiles, [&](int64_t begin, int64_t end) {

@@ -6,7 +6,7 @@
 namespace lcr_fast {
 
 constexpr RankingKernels kRankingAvx512 = {kCount<Float32>,  kCount<Float64>, kCount<Float16>,
-                                          kCount<BFloat16>, dots<float>,     dots<double>};
+                                           kCount<BFloat16>, dots<float>,     dots<double>};
 
 }  // namespace lcr_fast
 #endif

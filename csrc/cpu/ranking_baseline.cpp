@@ -5,6 +5,6 @@
 namespace lcr_fast {
 
 constexpr RankingKernels kRankingBaseline = {kCount<Float32>,  kCount<Float64>, kCount<Float16>,
-                                          kCount<BFloat16>, dots<float>,     dots<double>};
+                                             kCount<BFloat16>, dots<float>,     dots<double>};
 
 }  // namespace lcr_fast

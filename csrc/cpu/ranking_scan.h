@@ -5,7 +5,8 @@
 // functions. All code here is in an unnamed namespace and calls nothing from the standard library,
 // so no instruction of one level can reach a function that another level shares.
 //
-// Vectors are those of GCC and Clang: a comparison gives lanes of 0 or -1, so subtracting it counts.
+// Vectors are those of GCC and Clang: a comparison gives lanes of 0 or -1, so subtracting it
+// counts.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -26,8 +27,8 @@ using CountFn = bool (*)(const Scalar* scores, const uint8_t* excluded, int64_t 
 // [n_rows, 2] and `nan` [n_rows], both set. Rows with a negative target are left alone.
 template <class Scalar>
 using CountRowsFn = void (*)(const Scalar* scores, int64_t step, int64_t n_items,
-                             const int64_t* target, int64_t n_rows, CountMode mode,
-                             int64_t* counts, bool* nan);
+                             const int64_t* target, int64_t n_rows, CountMode mode, int64_t* counts,
+                             bool* nan);
 
 // Multiply kUsers rows of `users` [kUsers, dim] with `n_items` packed items, whose coordinates lie
 // as [n_items / kPanel][dim][kPanel], into out [kUsers, n_items]. The sum over `dim` is in order,

@@ -234,8 +234,9 @@ def catalogue_metrics(
 
     The [B, I] scores are never stored: they are computed in blocks and counted on the spot, in
     float32 (float64 for float64 vectors), each summed over d in one order, so that items with equal
-    vectors tie exactly. The reference path does store them. The other arguments, the result and
-    what raises are those of :func:`ranking_metrics`.
+    vectors tie exactly. The reference path does store them. A NaN score is an error even where
+    the item is seen. The other arguments, the result and what raises are those of
+    :func:`ranking_metrics`.
     """
     _check_choice("reduce", reduce, _REDUCTIONS)
     names = tuple(metrics)
