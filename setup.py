@@ -39,7 +39,8 @@ def with_cuda() -> bool:
 
 def extension():
     """Describe lcr_fast._C: stable ABI on both sides, so one binary serves many versions."""
-    sources = ["csrc/ops.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
+    csrc = Path("csrc")
+    sources = sorted(map(str, [*csrc.glob("*.cpp"), *csrc.glob("cpu/*.cpp")]))
     cxx = [
         "-O3",
         "-std=c++20",
@@ -47,8 +48,8 @@ def extension():
         f"-DPy_LIMITED_API={CPYTHON_API}",
         f"-DTORCH_TARGET_VERSION={TORCH_API}",
     ]
-    common = {"py_limited_api": True, "depends": sorted(map(str, Path("csrc").rglob("*.h")))}
-    cuda_sources = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
+    common = {"py_limited_api": True, "depends": sorted(map(str, csrc.rglob("*.h")))}
+    cuda_sources = sorted(map(str, csrc.glob("cuda/*.cu")))
     if not cuda_sources or not with_cuda():
         return CppExtension("lcr_fast._C", sources, extra_compile_args={"cxx": cxx}, **common)
     # Without a visible GPU torch cannot guess the architectures.

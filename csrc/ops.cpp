@@ -26,8 +26,13 @@ Tensor normal_noise(const Tensor& rows, int64_t seed, int64_t n_trajectories, in
                   "sizes must not be negative, and stream must be 0 or 1");
   Tensor out = torch::stable::new_empty(rows, {rows.size(0), n_trajectories, length, dim},
                                         ScalarType::Float);
-  const NoiseArgs args{rows.const_data_ptr<int64_t>(), out.mutable_data_ptr<float>(),
-                       static_cast<uint64_t>(seed), rows.size(0), n_trajectories, length, dim,
+  const NoiseArgs args{rows.const_data_ptr<int64_t>(),
+                       out.mutable_data_ptr<float>(),
+                       static_cast<uint64_t>(seed),
+                       rows.size(0),
+                       n_trajectories,
+                       length,
+                       dim,
                        stream};
   torch::stable::parallel_for(0, args.n_rows * n_trajectories, 1, [&](int64_t begin, int64_t end) {
     normal_noise_cpu(args, begin, end);
@@ -72,7 +77,7 @@ STABLE_TORCH_LIBRARY_IMPL(lcr_fast, CPU, m) {
 
 // `import lcr_fast._C` loads the shared object, which runs the registrations above.
 extern "C" PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef def = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr,
-                            nullptr, nullptr, nullptr};
+  static PyModuleDef def = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&def);
 }

@@ -8,6 +8,8 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
+from lcr_fast.reference import parse_metric
+
 Backend = Literal["auto", "reference", "triton", "cpp"]
 _Config = TypeVar("_Config", bound="_JsonConfig")
 
@@ -210,17 +212,9 @@ class TrainConfig(_JsonConfig):
         self._check(minimum, {"seed": 2**63 - 1})
         if self.temperature <= 0:
             raise ValueError(f"TrainConfig.temperature must be positive, got {self.temperature}")
-        parse_metric(self.reward)
-
-
-def parse_metric(name: str) -> tuple[str, int]:
-    """Split ``hr@5`` or ``ndcg@10`` into name and cut-off; ``mrr`` has cut-off 0 (the whole list)."""
-    kind, _, cut = name.partition("@")
-    if name == "mrr":
-        return "mrr", 0
-    if kind in ("hr", "ndcg") and cut.isdigit() and int(cut) > 0:
-        return kind, int(cut)
-    raise ValueError(f"reward must be hr@k, ndcg@k or mrr with k at least 1, got {name!r}")
+        kind, cut = parse_metric(self.reward)
+        if kind not in ("hr", "ndcg", "mrr") or (kind == "mrr") != (cut == 0):
+            raise ValueError(f"TrainConfig.reward must be hr@k, ndcg@k or mrr, got {self.reward!r}")
 
 
 def field_types(cls: type) -> dict[str, Any]:

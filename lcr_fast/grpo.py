@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lcr_fast.config import parse_metric
-from lcr_fast.ops.ranking import group_advantages, trajectory_rewards
+from lcr_fast.ops.ranking import group_advantages, ranking_rewards
+from lcr_fast.reference import parse_metric
 
 __all__ = [
     "Rollout", "choose_actions", "group_advantages", "kl_divergence", "list_log_probability",
-    "policy_objective", "trajectory_rewards",
+    "policy_objective", "ranking_rewards",
 ]  # fmt: skip
 
 
@@ -44,8 +44,8 @@ def choose_actions(scores: Tensor, target: Tensor, action: str, reward: str) -> 
         gumbel = -torch.empty_like(scores).exponential_().log()
         perturbed = scores + gumbel
         actions = perturbed.topk(min(cut, scores.shape[-1]), -1).indices
-        return Rollout(actions, trajectory_rewards(perturbed, target, reward))
-    rewards = trajectory_rewards(scores, target, reward)
+        return Rollout(actions, ranking_rewards(perturbed, target, reward))
+    rewards = ranking_rewards(scores, target, reward)
     if action == "top1":
         return Rollout(scores.argmax(-1, keepdim=True), rewards)
     if action == "target":

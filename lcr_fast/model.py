@@ -37,10 +37,11 @@ class _Packed(nn.Module):
                 nn.init.zeros_(parameter)
             elif parameter.numel():
                 _init_linear(parameter, square_blocks="qkv" in name)
-                if "qkv" in name and os.environ.get("TIE","1")=="1":
-                    d=parameter.shape[-1]; parameter.data[...,d:2*d,:]=parameter.data[...,:d,:]
+                if "qkv" in name and os.environ.get("TIE", "1") == "1":
+                    d = parameter.shape[-1]
+                    parameter.data[..., d : 2 * d, :] = parameter.data[..., :d, :]
                 if "out_weight" in name:
-                    parameter.data.mul_(float(os.environ.get("OUTSCALE","0.1")))
+                    parameter.data.mul_(float(os.environ.get("OUTSCALE", "0.1")))
 
     def weights(self):
         return self.weights_type(*(getattr(self, name) for name in self.weights_type._fields))

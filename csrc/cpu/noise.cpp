@@ -30,9 +30,9 @@ void normal_noise_cpu(const NoiseArgs& args, int64_t begin, int64_t end) {
     float* out = args.out + block * args.length * args.dim;
     for (int64_t position = 0; position < args.length; ++position, out += args.dim) {
       for (int64_t d = 0; d < args.dim; d += 4) {
-        const Words words = philox({static_cast<uint32_t>(d / 4), static_cast<uint32_t>(position),
-                                    stream, row},
-                                   args.seed);
+        const Words words =
+            philox({static_cast<uint32_t>(d / 4), static_cast<uint32_t>(position), stream, row},
+                   args.seed);
         float quad[4];
         box_muller(words[0], words[1], quad);
         box_muller(words[2], words[3], quad + 2);

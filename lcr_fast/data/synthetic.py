@@ -97,11 +97,17 @@ def generate(world: World | None = None, seed: int = 0) -> InteractionLog:
     def item_text():
         ids = np.arange(world.n_topics * world.items_per_topic)
         own = _unit(rng_text.normal(size=(len(ids), world.text_dim)))
-        yield pl.Series(ids + 1), _unit(topics[ids // world.items_per_topic] + world.text_noise * own).astype(np.float32)
+        yield (
+            pl.Series(ids + 1),
+            _unit(topics[ids // world.items_per_topic] + world.text_noise * own).astype(np.float32),
+        )
 
     def query_text():
         words = np.array([[int(t[0][5:]), int(t[1][3:])] for t in log.searches["terms"].to_list()])
-        yield log.searches["search"], _unit(topics[words[:, 0]] + topics[words[:, 1]]).astype(np.float32)
+        yield (
+            log.searches["search"],
+            _unit(topics[words[:, 0]] + topics[words[:, 1]]).astype(np.float32),
+        )
 
     rng_text = np.random.default_rng([seed, 1])
     log.item_text, log.query_text = item_text, query_text

@@ -1,14 +1,21 @@
-"""The compiled extension lcr_fast._C: loaded once, its absence remembered and not fatal."""
+"""Load lcr_fast._C once, if it is there; every op asks here whether it is."""
 
-import torch  # noqa: F401  _C links against the libraries that this import loads
+import torch  # the extension needs the libraries of torch loaded
 
 _error: ImportError | None = None
 try:
-    import lcr_fast._C  # noqa: F401  registers torch.ops.lcr_fast.*
+    import lcr_fast._C  # noqa: F401
 except ImportError as error:
     _error = error
 
 
 def extension_error() -> ImportError | None:
-    """Why the extension is not there, or None where it is."""
+    """Return why lcr_fast._C could not be loaded, or None where it was."""
     return _error
+
+
+def has_kernel(op: str, device: str) -> bool:
+    """Whether the loaded extension serves ``op`` on tensors of ``device`` (``cpu``, ``cuda``)."""
+    if _error is not None:
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"lcr_fast::{op}", device.upper())

@@ -1,0 +1,538 @@
+"""Top-k ranking metrics, rewards and full-catalogue ranks, without sorting.
+
+The C++ and CUDA paths read a row once, counting the candidates that beat the target and those that
+equal it; place and metrics follow from the two counts.
+
+| tensors | ``auto`` runs |
+|---|---|
+| CPU, extension built | C++ (AVX-512, AVX2 or baseline, chosen at run time) |
+| CUDA, extension built for CUDA, ``target`` | CUDA C++ |
+| anything else, ``relevance`` on CUDA included | the reference |
+
+``LCR_FAST_CPU=baseline|avx2|avx512``, read at the first call, forces an instruction set.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lcr_fast import reference
+from lcr_fast.ops._extension import extension_error, has_kernel
+from lcr_fast.reference import RANKING_KINDS, TIES, parse_metric
+
+DEFAULT_METRICS = ("hr@1", "hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr")
+CPU_LEVELS = ("baseline", "avx2", "avx512")
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_GRADES = (torch.bool, torch.int32, torch.int64, torch.float32, torch.float64)
+_REDUCTIONS = ("none", "mean", "sum")
+_BACKENDS = ("auto", "reference", "cpp")
+# Enum Output of csrc/ranking.h.
+_ROWS32, _ROWS64, _SUMS = range(3)
+_SERVED = {
+    device: has_kernel("ranking_metrics", device) and has_kernel("catalogue_metrics", device)
+    for device in ("cpu", "cuda")
+}
+
+if extension_error() is None:
+
+    def _ranking_metrics_fake(
+        scores, target, relevance, counts, excluded, kinds, ks, ties, output
+    ) -> tuple[Tensor, Tensor]:
+        return _outputs(scores, scores.shape[:-1], len(kinds), output)
+
+    def _catalogue_metrics_fake(
+        users, items, target, seen, kinds, ks, ties, output
+    ) -> tuple[Tensor, Tensor]:
+        return _outputs(users, users.shape[:1], len(kinds), output)
+
+    def _outputs(like: Tensor, leading, n_metrics: int, output: int) -> tuple[Tensor, Tensor]:
+        shape = (n_metrics + 1,) if output == _SUMS else (*leading, n_metrics)
+        dtype = torch.float32 if output == _ROWS32 else torch.float64
+        return like.new_empty(shape, dtype=dtype), like.new_empty((3,), dtype=torch.int64)
+
+    torch.library.register_fake("lcr_fast::ranking_metrics", _ranking_metrics_fake)
+    torch.library.register_fake("lcr_fast::catalogue_metrics", _catalogue_metrics_fake)
+
+
+def cpu_level() -> str:
+    """Return the instruction set that the C++ path uses: baseline, avx2 or avx512."""
+    if extension_error() is not None:
+        raise RuntimeError(f"lcr_fast._C is not available ({extension_error()})")
+    return CPU_LEVELS[torch.ops.lcr_fast.cpu_level()]
+
+
+def ranking_metrics(
+    scores: Tensor,
+    target: Tensor | None = None,
+    *,
+    relevance: Tensor | None = None,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    counts: Tensor | None = None,
+    excluded: Tensor | None = None,
+    ties: str = "pessimistic",
+    reduce: str = "none",
+    validate: bool = False,
+    backend: str = "auto",
+) -> dict[str, Tensor]:
+    """Rank every row of ``scores`` [..., C] and return its metrics, one entry per name.
+
+    Args:
+        scores: float32, float16, bfloat16 or float64, of any strides. ±inf rank as numbers.
+        target: integers broadcastable to [...], the one relevant candidate of each row, or -1.
+        relevance: instead of ``target``, grades broadcastable to [..., C], bool, int32, int64,
+            float32 or float64; a grade above 0 is relevant, any other is not.
+        metrics: names among ``hr@k``, ``ndcg@k``, ``ndcg_exp@k``, ``mrr@k``, ``recall@k``,
+            ``precision@k``, ``map@k``, over the whole list ``mrr``, ``map``, ``ndcg`` and
+            ``ndcg_exp``, and ``rank``.
+        counts: integers broadcastable to [...]; only the first ``counts`` candidates of a row
+            exist. None means all.
+        excluded: bool, broadcastable to [..., C]; True takes a candidate out of the list. A
+            relevant candidate always competes, so that a seen item can be the target.
+        ties: the order of candidates with equal scores: ``pessimistic`` puts relevant ones last
+            (and lower grades before higher ones), ``optimistic`` first; ``average`` is the
+            expectation over every order, for metrics and not only for ranks.
+        reduce: ``none`` for rows [...] in float32; ``mean`` or ``sum`` over the rows that have a
+            relevant candidate, float64 scalars; ``sum`` adds the number of those rows as ``rows``.
+            The mean over no row is NaN.
+        validate: on CUDA, synchronise to raise on bad data, as the CPU always does.
+        backend: ``auto``, ``reference`` or ``cpp`` (which is CUDA C++ on CUDA tensors).
+
+    With places counted from 1, d(i) = 1/log2(i + 1), R relevant candidates of grades g and ideal
+    order g*: hr@k = [a relevant place ≤ k]; mrr@k = 1/(first relevant place) if that is ≤ k;
+    recall@k = hits/R; precision@k = hits/k, also where k > C; map@k = Σ precision at each hit / R;
+    ndcg@k = Σ_{i≤k} g_i d(i) / Σ_{i≤k} g*_i d(i), ndcg_exp with 2^g - 1; rank = first relevant
+    place. These are the definitions of trec_eval. With one target ndcg@k = d(rank) within k.
+
+    A row without a relevant candidate (target -1, no grade above 0, C = 0) contributes nothing: its
+    scores are not read, its values, rank included, are 0, and means leave it out.
+
+    The result has no gradient, and on the CPU its bits do not depend on the number of threads.
+
+    Raises:
+        ValueError: a wrong shape, dtype, name or combination of arguments.
+        RuntimeError: a NaN among the candidates, a target outside [-1, count) or a count outside
+            [0, C], naming the row. On CUDA without ``validate``, and compiled on the reference
+            path, such a row becomes NaN instead, and so do its sums.
+
+    """
+    _check_choice("reduce", reduce, _REDUCTIONS)
+    names = tuple(metrics)
+    values = _rank(
+        scores,
+        target,
+        relevance,
+        counts,
+        excluded,
+        names=names,
+        ties=ties,
+        output=_ROWS32 if reduce == "none" else _SUMS,
+        validate=validate,
+        backend=backend,
+    )
+    return _named(names, values, reduce)
+
+
+def target_rank(
+    scores: Tensor,
+    target: Tensor,
+    *,
+    counts: Tensor | None = None,
+    excluded: Tensor | None = None,
+    ties: str = "pessimistic",
+    validate: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Return the place [...] of ``target`` in its row of ``scores`` [..., C], counted from 1.
+
+    int64, or float64 under ``average``: the mean over the places that the target may take. 0 where
+    the target is -1. The arguments are those of :func:`ranking_metrics`; a bad row that does not
+    raise is -1, or NaN under ``average``.
+    """
+    rank = _rank(
+        scores,
+        target,
+        None,
+        counts,
+        excluded,
+        names=("rank",),
+        ties=ties,
+        output=_ROWS64,
+        validate=validate,
+        backend=backend,
+    )
+    return _rank_dtype(rank.squeeze(-1), ties)
+
+
+def ranking_rewards(
+    scores: Tensor,
+    target: Tensor,
+    metric: str = "hr@1",
+    *,
+    counts: Tensor | None = None,
+    excluded: Tensor | None = None,
+    ties: str = "pessimistic",
+    backend: str = "auto",
+) -> Tensor:
+    """Return the reward [B, N] of every trajectory's list: ``metric`` of ``scores`` [B, N, C].
+
+    ``target`` and ``counts`` are [B], ``excluded`` [B, C]: one list of candidates a user. The
+    result is float32; the other arguments are those of :func:`ranking_metrics`.
+    """
+    if scores.dim() != 3 or target.shape != scores.shape[:1]:
+        raise ValueError(
+            f"scores must be [B, N, C] and target [B], got {list(scores.shape)} and "
+            f"{list(target.shape)}"
+        )
+    rewards = ranking_metrics(
+        scores,
+        target.unsqueeze(-1),
+        metrics=(metric,),
+        counts=None if counts is None else counts.unsqueeze(-1),
+        excluded=None if excluded is None else excluded.unsqueeze(-2),
+        ties=ties,
+        backend=backend,
+    )
+    return rewards[metric]
+
+
+def group_advantages(rewards: Tensor) -> Tensor:
+    """Return (r - mean) / (std + 1e-4) over the last axis of ``rewards`` [..., N].
+
+    The std is the unbiased one. A group of one, or of equal rewards, gives exact zeros, which
+    rounding of the mean would not. float32 at least, without gradient.
+    """
+    rewards = rewards.detach()
+    rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
+    N = rewards.shape[-1]
+    if N < 2:
+        return torch.zeros_like(rewards)
+    centred = rewards - rewards.mean(-1, keepdim=True)  # (..., N)
+    std = (centred.square().sum(-1, keepdim=True) / (N - 1)).sqrt()  # (..., 1)
+    equal = (rewards == rewards[..., :1]).all(-1, keepdim=True)
+    return torch.where(equal, torch.zeros_like(rewards), centred / (std + 1e-4))
+
+
+def catalogue_metrics(
+    users: Tensor,
+    items: Tensor,
+    target: Tensor,
+    *,
+    seen: Tensor | None = None,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    ties: str = "pessimistic",
+    reduce: str = "none",
+    validate: bool = False,
+    backend: str = "auto",
+) -> dict[str, Tensor]:
+    """Rank ``target`` [B] among all ``items`` [I, d] by dot product with ``users`` [B, d].
+
+    ``seen`` [B, S] holds the items of each user that do not compete; negative entries are padding,
+    repeats are harmless, and the target competes even where it is seen. To leave out a padding item
+    0, pass ``items[1:]``, ``target - 1`` and ``seen - 1``.
+
+    The [B, I] scores are never stored: they are computed in blocks and counted on the spot, in
+    float32 (float64 for float64 vectors), each summed over d in one order, so that items with equal
+    vectors tie exactly. The reference path does store them. A NaN score is an error even where
+    the item is seen. The other arguments, the result and what raises are those of
+    :func:`ranking_metrics`.
+    """
+    _check_choice("reduce", reduce, _REDUCTIONS)
+    names = tuple(metrics)
+    values = _rank_catalogue(
+        users,
+        items,
+        target,
+        seen,
+        names=names,
+        ties=ties,
+        output=_ROWS32 if reduce == "none" else _SUMS,
+        validate=validate,
+        backend=backend,
+    )
+    return _named(names, values, reduce)
+
+
+def catalogue_rank(
+    users: Tensor,
+    items: Tensor,
+    target: Tensor,
+    *,
+    seen: Tensor | None = None,
+    ties: str = "pessimistic",
+    validate: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Return the place [B] of ``target`` among all items, as :func:`target_rank` does.
+
+    The arguments are those of :func:`catalogue_metrics`.
+    """
+    rank = _rank_catalogue(
+        users,
+        items,
+        target,
+        seen,
+        names=("rank",),
+        ties=ties,
+        output=_ROWS64,
+        validate=validate,
+        backend=backend,
+    )
+    return _rank_dtype(rank.squeeze(-1), ties)
+
+
+def _rank(
+    scores: Tensor,
+    target: Tensor | None,
+    relevance: Tensor | None,
+    counts: Tensor | None,
+    excluded: Tensor | None,
+    *,
+    names: tuple[str, ...],
+    ties: str,
+    output: int,
+    validate: bool,
+    backend: str,
+) -> Tensor:
+    """Return rows [..., M] of the named metrics, or sums [M + 1], as the op does."""
+    _check_choice("ties", ties, TIES)
+    if scores.dim() == 0 or scores.dtype not in _FLOATS:
+        raise ValueError(
+            f"scores must be [..., C] in float32, float16, bfloat16 or float64, got "
+            f"{list(scores.shape)} in {scores.dtype}"
+        )
+    if (target is None) == (relevance is None):
+        raise ValueError("give either target or relevance, not both or neither")
+    if relevance is not None and relevance.dtype not in _GRADES:
+        raise ValueError(
+            f"relevance must be bool, int32, int64, float32 or float64, got {relevance.dtype}"
+        )
+    if excluded is not None and excluded.dtype != torch.bool:
+        raise ValueError(f"excluded must be bool, got {excluded.dtype}")
+    scores = scores.detach()
+    leading = scores.shape[:-1]
+    target = _indices("target", target, leading, scores.device)
+    counts = _indices("counts", counts, leading, scores.device)
+    relevance = _expand("relevance", relevance, scores.shape, scores.device)
+    excluded = _expand("excluded", excluded, scores.shape, scores.device)
+    kinds, ks = _codes(names)
+    if _use_cpp(backend, scores.device, relevance is not None):
+        values, faults = torch.ops.lcr_fast.ranking_metrics(
+            scores, target, relevance, counts, excluded, kinds, ks, TIES.index(ties), output
+        )
+        if validate and scores.is_cuda:
+            _raise_first("scores", faults.tolist(), leading, target, counts, scores.shape[-1])
+        return values
+    rows = reference.ranking_metrics(
+        scores,
+        target,
+        relevance=relevance,
+        metrics=(*names, "rank"),
+        counts=counts,
+        excluded=excluded,
+        ties=ties,
+    )
+    if not torch.compiler.is_compiling() and (validate or not scores.is_cuda):
+        faults = _find_faults(rows["rank"], target, counts, scores.shape[-1])
+        _raise_first("scores", faults, leading, target, counts, scores.shape[-1])
+    return _pack(rows, names, output)
+
+
+def _rank_catalogue(
+    users: Tensor,
+    items: Tensor,
+    target: Tensor,
+    seen: Tensor | None,
+    *,
+    names: tuple[str, ...],
+    ties: str,
+    output: int,
+    validate: bool,
+    backend: str,
+) -> Tensor:
+    _check_choice("ties", ties, TIES)
+    if (
+        users.dim() != 2
+        or items.dim() != 2
+        or users.shape[1] != items.shape[1]
+        or users.dtype != items.dtype
+        or users.dtype not in _FLOATS
+    ):
+        raise ValueError(
+            "users [B, d] and items [I, d] must share d and a dtype among float32, float16, "
+            f"bfloat16 and float64, got {list(users.shape)} in {users.dtype} and "
+            f"{list(items.shape)} in {items.dtype}"
+        )
+    users, items = users.detach(), items.detach()
+    _check_device("items", items, users.device)
+    leading, n_items = users.shape[:1], items.shape[0]
+    target = _indices("target", target, leading, users.device)
+    if seen is not None:
+        if seen.dim() != 2:
+            raise ValueError(f"seen must be [B, S], got {list(seen.shape)}")
+        seen = _indices("seen", seen, (users.shape[0], seen.shape[1]), users.device)
+    kinds, ks = _codes(names)
+    if _use_cpp(backend, users.device, False):
+        values, faults = torch.ops.lcr_fast.catalogue_metrics(
+            users, items, target, seen, kinds, ks, TIES.index(ties), output
+        )
+        if validate and users.is_cuda:
+            _raise_first("users", faults.tolist(), leading, target, None, n_items)
+        return values
+    rows = reference.catalogue_metrics(
+        users, items, target, metrics=(*names, "rank"), seen=seen, ties=ties
+    )
+    if not torch.compiler.is_compiling() and (validate or not users.is_cuda):
+        faults = _find_faults(rows["rank"], target, None, n_items)
+        if seen is not None:
+            faults[2] = _first((seen >= n_items).any(-1) & (target >= 0))
+        _raise_first("users", faults, leading, target, None, n_items)
+    return _pack(rows, names, output)
+
+
+def _codes(names: tuple[str, ...]) -> tuple[list[int], list[int]]:
+    parsed = [parse_metric(name) for name in names]
+    return [RANKING_KINDS.index(kind) for kind, _ in parsed], [k for _, k in parsed]
+
+
+def _use_cpp(backend: str, device: torch.device, graded: bool) -> bool:
+    _check_choice("backend", backend, _BACKENDS)
+    served = _SERVED.get(device.type, False) and not (graded and device.type == "cuda")
+    if backend != "cpp" or served:
+        return served and backend != "reference"
+    if extension_error() is not None:
+        reason = f"lcr_fast._C, which could not be loaded ({extension_error()})"
+    elif device.type == "cuda" and _SERVED["cuda"]:
+        reason = "target instead of relevance on CUDA tensors"
+    else:
+        reason = f"lcr_fast._C built for {device.type} tensors"
+    raise ValueError(f'backend="cpp" needs {reason}; backend="reference" serves this call')
+
+
+def _named(names: tuple[str, ...], values: Tensor, reduce: str) -> dict[str, Tensor]:
+    if reduce == "none":
+        return dict(zip(names, values.unbind(-1), strict=True))
+    *sums, rows = values.unbind(-1)
+    if reduce == "sum":
+        return dict(zip((*names, "rows"), (*sums, rows), strict=True))
+    return {name: total / rows for name, total in zip(names, sums, strict=True)}
+
+
+def _pack(rows: dict[str, Tensor], names: tuple[str, ...], output: int) -> Tensor:
+    """Arrange the rows of the reference as the op returns them."""
+    rank = rows["rank"]
+    values = [rows[name] for name in names]
+    if output == _SUMS:
+        return torch.stack([value.sum() for value in (*values, (rank != 0).double())])
+    stacked = torch.stack(values, -1) if values else rank.new_empty((*rank.shape, 0))
+    return stacked.float() if output == _ROWS32 else stacked
+
+
+def _rank_dtype(rank: Tensor, ties: str) -> Tensor:
+    return rank if ties == "average" else rank.nan_to_num(nan=-1.0).long()
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+
+
+def _expand(
+    name: str, tensor: Tensor | None, shape: Sequence[int], device: torch.device
+) -> Tensor | None:
+    """View ``tensor`` in ``shape``, without a copy."""
+    if tensor is None:
+        return None
+    _check_device(name, tensor, device)
+    missing = len(shape) - tensor.dim()
+    if missing < 0 or any(
+        size not in (1, wanted) for size, wanted in zip(tensor.shape, shape[missing:], strict=True)
+    ):
+        raise ValueError(f"{name} must broadcast to {list(shape)}, got {list(tensor.shape)}")
+    return tensor.expand(shape)
+
+
+def _indices(
+    name: str, tensor: Tensor | None, shape: Sequence[int], device: torch.device
+) -> Tensor | None:
+    """Return int64 indices in ``shape``, contiguous: one number a row."""
+    if tensor is None:
+        return None
+    if tensor.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name} must be int64 or int32, got {tensor.dtype}")
+    return _expand(name, tensor, shape, device).long().contiguous()
+
+
+def _first(flags: Tensor) -> int:
+    """Return the number of the first True of ``flags``, or their number."""
+    found = flags.flatten().nonzero()
+    return int(found[0]) if len(found) else flags.numel()
+
+
+def _find_faults(
+    rank: Tensor, target: Tensor | None, counts: Tensor | None, n_items: int
+) -> list[int]:
+    """Sort the NaN rows of the reference by their cause: [NaN, target, counts], as the op does."""
+    bad = rank.isnan()
+    wrong_count = torch.zeros_like(bad)
+    wrong_target = torch.zeros_like(bad)
+    if counts is not None:
+        wrong_count = (counts < 0) | (counts > n_items)
+    if target is not None:
+        limit = n_items if counts is None else counts
+        wrong_target = ((target < -1) | (target >= limit)) & ~wrong_count
+    return [
+        _first(bad & ~wrong_count & ~wrong_target),
+        _first(bad & wrong_target),
+        _first(bad & wrong_count),
+    ]
+
+
+def _raise_first(
+    name: str,
+    faults: list[int],
+    leading: Sequence[int],
+    target: Tensor | None,
+    counts: Tensor | None,
+    n_items: int,
+) -> None:
+    """Raise what the C++ path raises for ``faults``, the first row of each kind."""
+    n_rows = 1
+    for size in leading:
+        n_rows *= size
+    nan_row, target_row, counts_row = faults
+
+    def at(row: int) -> str:
+        place = []
+        for size in reversed(leading):
+            place.append(str(row % size))
+            row //= size
+        return ", ".join(reversed(place))
+
+    if counts_row < n_rows:
+        if counts is None:
+            raise RuntimeError(
+                f"seen[{at(counts_row)}] has an item out of range, expected indices below {n_items}"
+            )
+        raise RuntimeError(
+            f"counts[{at(counts_row)}] is {counts.flatten()[counts_row].item()}, expected 0 to "
+            f"{n_items}"
+        )
+    if target_row < n_rows:
+        limit = n_items if counts is None else counts.flatten()[target_row].item()
+        raise RuntimeError(
+            f"target[{at(target_row)}] is {target.flatten()[target_row].item()}, expected an index "
+            f"below {limit}, or -1 for none"
+        )
+    if nan_row < n_rows and name == "users":
+        raise RuntimeError(f"users[{at(nan_row)}] gives a NaN score, expected finite vectors")
+    if nan_row < n_rows:
+        raise RuntimeError(
+            f"scores[{at(nan_row)}] has a NaN, expected numbers (infinities included)"
+        )
