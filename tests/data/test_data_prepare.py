@@ -96,6 +96,16 @@ def test_histories_hold_exactly_what_lies_strictly_before_the_target(
     assert n_samples == len(eligible)
 
 
+def test_an_open_search_shows_the_first_clicks_made_before_the_target(make_log, tmp_path):
+    clicks = [(9, 60), (4, 100), (3, 80), (9, 90), (5, 120)]
+    log = make_log([(1, 1, 0, False), (1, 2, 100, True)], [(1, 50, ["a"], clicks)])
+    data = prepare(log, tmp_path / "out", n_negatives=0)
+    for max_clicks, expected in ((5, ["9", "3"]), (1, ["9"])):
+        batcher = Batcher(data, "train", max_rec_len=2, max_search_len=2, max_clicks=max_clicks)
+        batch = batcher.gather(np.array([0]), np.array([[1]]), np.array([0]))
+        assert by_id(data.items, batch.search_clicks[0, 0]) == expected
+
+
 def test_splits_leave_the_last_targets_out(shop, tmp_path):
     data = prepare(shop, tmp_path / "out", n_negatives=2)
     told = {
