@@ -298,6 +298,24 @@ class TestFolder:
         if existed:
             assert PreparedData.open(out).test_negatives.shape[1] == 2
 
+    def test_the_old_data_returns_if_the_new_cannot_take_its_place(
+        self, shop, tmp_path, monkeypatch
+    ):
+        out = tmp_path / "out"
+        prepare(shop, out, n_negatives=2)
+        rename = folder.Path.rename
+
+        def fail_for_the_new(path, target):
+            if "partial" in path.name:
+                raise OSError("disk gone")
+            return rename(path, target)
+
+        monkeypatch.setattr(folder.Path, "rename", fail_for_the_new)
+        with pytest.raises(OSError, match="disk gone"):
+            prepare(shop, out, n_negatives=4, overwrite=True)
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert PreparedData.open(out).test_negatives.shape[1] == 2
+
     def test_a_killed_process_leaves_nothing_under_the_name(self, shop, tmp_path):
         for name in ("events", "searches", "clicks"):
             getattr(shop, name).write_parquet(tmp_path / f"{name}.parquet")
