@@ -139,6 +139,17 @@ def test_users_with_few_targets(make_log, tmp_path, min_targets, n_samples, expe
     assert " ".join(split_at[time] for time in sorted(split_at)) == expected
 
 
+@pytest.mark.parametrize(("min_history", "n_samples"), [(0, 3), (1, 2), (2, 2), (3, 1), (4, 0)])
+def test_min_history_counts_the_events_of_both_streams(make_log, tmp_path, min_history, n_samples):
+    log = make_log([(1, 1, 5, True), (1, 2, 10, True), (1, 3, 20, True)], [(1, 6, ["a"], [])])
+    options = {"n_negatives": 0, "min_targets": 9, "min_history": min_history}
+    if n_samples:
+        assert len(prepare(log, tmp_path / "out", **options).split("train")) == n_samples
+    else:
+        with pytest.raises(ValueError, match="at least 4 events"):
+            prepare(log, tmp_path / "out", **options)
+
+
 def test_item_count_knows_nothing_of_held_out_targets(shop, tmp_path):
     data = prepare(shop, tmp_path / "out", n_negatives=2)
     counts = {data.items[i]: int(data.item_count[i]) for i in range(1, data.n_items + 1)}
