@@ -96,6 +96,16 @@ def test_histories_hold_exactly_what_lies_strictly_before_the_target(
     assert n_samples == len(eligible)
 
 
+def test_an_open_search_shows_the_first_clicks_made_before_the_target(make_log, tmp_path):
+    clicks = [(9, 60), (4, 100), (3, 80), (9, 90), (5, 120)]
+    log = make_log([(1, 1, 0, False), (1, 2, 100, True)], [(1, 50, ["a"], clicks)])
+    data = prepare(log, tmp_path / "out", n_negatives=0)
+    for max_clicks, expected in ((5, ["9", "3"]), (1, ["9"])):
+        batcher = Batcher(data, "train", max_rec_len=2, max_search_len=2, max_clicks=max_clicks)
+        batch = batcher.gather(np.array([0]), np.array([[1]]), np.array([0]))
+        assert by_id(data.items, batch.search_clicks[0, 0]) == expected
+
+
 def test_splits_leave_the_last_targets_out(shop, tmp_path):
     data = prepare(shop, tmp_path / "out", n_negatives=2)
     told = {
@@ -127,6 +137,17 @@ def test_users_with_few_targets(make_log, tmp_path, min_targets, n_samples, expe
     data = prepare(make_log(events, []), tmp_path / "out", n_negatives=0, min_targets=min_targets)
     split_at = {int(t): name for name in SPLITS for t in data.split(name).times}
     assert " ".join(split_at[time] for time in sorted(split_at)) == expected
+
+
+@pytest.mark.parametrize(("min_history", "n_samples"), [(0, 3), (1, 2), (2, 2), (3, 1), (4, 0)])
+def test_min_history_counts_the_events_of_both_streams(make_log, tmp_path, min_history, n_samples):
+    log = make_log([(1, 1, 5, True), (1, 2, 10, True), (1, 3, 20, True)], [(1, 6, ["a"], [])])
+    options = {"n_negatives": 0, "min_targets": 9, "min_history": min_history}
+    if n_samples:
+        assert len(prepare(log, tmp_path / "out", **options).split("train")) == n_samples
+    else:
+        with pytest.raises(ValueError, match="at least 4 events"):
+            prepare(log, tmp_path / "out", **options)
 
 
 def test_item_count_knows_nothing_of_held_out_targets(shop, tmp_path):
@@ -287,6 +308,24 @@ class TestFolder:
         assert [path.name for path in tmp_path.iterdir()] == (["out"] if existed else [])
         if existed:
             assert PreparedData.open(out).test_negatives.shape[1] == 2
+
+    def test_the_old_data_returns_if_the_new_cannot_take_its_place(
+        self, shop, tmp_path, monkeypatch
+    ):
+        out = tmp_path / "out"
+        prepare(shop, out, n_negatives=2)
+        rename = folder.Path.rename
+
+        def fail_for_the_new(path, target):
+            if "partial" in path.name:
+                raise OSError("disk gone")
+            return rename(path, target)
+
+        monkeypatch.setattr(folder.Path, "rename", fail_for_the_new)
+        with pytest.raises(OSError, match="disk gone"):
+            prepare(shop, out, n_negatives=4, overwrite=True)
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert PreparedData.open(out).test_negatives.shape[1] == 2
 
     def test_a_killed_process_leaves_nothing_under_the_name(self, shop, tmp_path):
         for name in ("events", "searches", "clicks"):

@@ -66,6 +66,7 @@ ann,s1,130,4,search for poi,Old Bridge 2,BR,x,,
 ann,s1,130,5,interaction item image,9,BR,x,,
 ann,s1,130,6,clickout item,8,BR,x,7|8|9,50|60|70
 ann,s1,90,1,clickout item,5,BR,x,5|6,50|60
+ann,s1,95,2,interaction item image,6,BR,x,,
 ann,s2,140,1,search for item,4,BR,x,,
 bob,s3,100,2,interaction item info,unknown,BR,x,,
 bob,s3,101,3,search for poi,!!,BR,x,,
@@ -86,6 +87,7 @@ def test_trivago(tmp_path):
     # The second visit under the same session id comes first in time.
     assert rows_of(log.events, "user", "item", "time", "target", "impressions") == [
         ("ann", "5", 90_000, True, ["5", "6"]),
+        ("ann", "6", 95_000, False, None),
         ("ann", "7", 110_000, False, None),
         ("ann", "9", 130_000, False, None),
         ("ann", "8", 130_000, True, ["7", "8", "9"]),
@@ -102,7 +104,7 @@ def test_trivago(tmp_path):
         (first, "7", 110_000), (second, "9", 130_000), (second, "8", 130_000),
     ]  # fmt: skip
     notes = "\n".join(log.notes)
-    assert "11 rows, 2 users, 3 sessions" in notes
+    assert "12 rows, 2 users, 3 sessions" in notes
     assert "dropped 1 whose reference is no item id" in notes
     assert "dropped 1 without a word" in notes
     assert "dropped 1 other actions" in notes
