@@ -1,7 +1,6 @@
 """LCRSER: embed -> encode -> reason -> aggregate and score. Thin modules over :mod:`lcr_fast.ops`."""
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lcr_fast import ops
+from lcr_fast import ops, reference
 from lcr_fast.batch import Batch
 from lcr_fast.config import LCRConfig
 from lcr_fast.ops import reasoning, scoring
@@ -19,6 +18,7 @@ from lcr_fast.storage import load_tensors, save_tensors
 from lcr_fast.weights import REC, SEARCH, EncoderWeights, ReasoningWeights, ScoringWeights
 
 _KIND = "model"
+_OUT_SCALE = 0.1  # of Glorot's bound, for the projections that end a sublayer
 _CATALOGUE_BLOCK = 1024  # items scored at once; bounds the memory of recommend()
 
 
@@ -36,22 +36,33 @@ class _Packed(nn.Module):
             elif "bias" in name:
                 nn.init.zeros_(parameter)
             elif parameter.numel():
-                _init_linear(parameter, square_blocks="qkv" in name)
-                if "qkv" in name and os.environ.get("TIE", "1") == "1":
-                    d = parameter.shape[-1]
-                    parameter.data[..., d : 2 * d, :] = parameter.data[..., :d, :]
-                if "out_weight" in name:
-                    parameter.data.mul_(float(os.environ.get("OUTSCALE", "0.1")))
+                _init_sublayer(name, parameter)
 
     def weights(self):
         return self.weights_type(*(getattr(self, name) for name in self.weights_type._fields))
 
 
-def _init_linear(weight: Tensor, square_blocks: bool = False) -> None:
-    """Glorot-uniform over the last two axes; packed Q, K and V count as three square matrices."""
-    fan_out, fan_in = weight.shape[-2:]
-    bound = math.sqrt(6.0 / (fan_in + (fan_in if square_blocks else fan_out)))
+def _init_linear(weight: Tensor) -> None:
+    """Glorot-uniform over the last two axes."""
+    bound = math.sqrt(6.0 / sum(weight.shape[-2:]))
     nn.init.uniform_(weight, -bound, bound)
+
+
+def _init_sublayer(name: str, weight: Tensor) -> None:
+    """Start every sublayer near the identity and every attention as similarity (our reading).
+
+    With ordinary post-norm initialisation each of the 2 + 3K sublayers averages over positions,
+    and K steps leave nothing to tell events apart: training stays on a plateau. So the output
+    projections start small, and keys start equal to queries.
+    """
+    with torch.no_grad():
+        for block in weight.split(weight.shape[-1], -2) if "qkv" in name else (weight,):
+            _init_linear(block)
+        if "qkv" in name:
+            query, key, _ = weight.split(weight.shape[-1], -2)
+            key.copy_(query)
+        if "out_weight" in name:
+            weight.mul_(_OUT_SCALE)
 
 
 def _encoder_shapes(config: LCRConfig) -> dict[str, tuple[int, ...]]:
@@ -118,6 +129,7 @@ class LCRSER(nn.Module):
 
         def table(n_rows: int, text_dim: int = 0) -> nn.Embedding:
             embedding = nn.Embedding(n_rows + 1, d, padding_idx=0)
+            # Beside text vectors an id's own vector starts as a small correction.
             nn.init.normal_(embedding.weight, std=(0.1 if text_dim else 1.0) * d**-0.5)
             with torch.no_grad():
                 embedding.weight[0].zero_()
@@ -149,6 +161,7 @@ class LCRSER(nn.Module):
         if not text_dim:
             return None
         projection = nn.Linear(text_dim, self.config.dim, bias=False)
+        # The identity keeps similar texts similar, across items and queries too.
         nn.init.eye_(projection.weight)
         return projection
 
@@ -162,7 +175,7 @@ class LCRSER(nn.Module):
     def set_text(self, item_text: Any = None, query_text: Any = None) -> None:
         """Attach frozen text vectors, [I+1, item_text_dim] and [Q+1, query_text_dim], row 0 unused.
 
-        Arrays (memory-mapped ones too) or tensors; not saved with the model. A model whose config
+        Arrays (copied) or tensors; not saved with the model. A model whose config
         names a text width needs them before its first forward.
         """
         rows = {"item": self.config.n_items, "query": self.config.n_queries}
@@ -176,7 +189,8 @@ class LCRSER(nn.Module):
                     f"{kind}_text must be {list(expected)}, got {list(given.shape)}"
                     + ("" if width else f" (the config has {kind}_text_dim=0)")
                 )
-            tensor = given if isinstance(given, Tensor) else torch.from_numpy(np.asarray(given))
+            # A read-only memory map must be copied: tensors are always writable.
+            tensor = given if isinstance(given, Tensor) else torch.from_numpy(np.array(given))
             setattr(self, f"{kind}_text", tensor.to(self.head.target_weight.device))
 
     def _text(self, kind: str, ids: Tensor) -> Tensor:
@@ -294,6 +308,35 @@ class LCRSER(nn.Module):
             *h0, batch.search_lengths, batch.rec_lengths, self.reasoning.weights(),
             self.config.steps, dropout=self._dropout(batch), **self._reasoning_options(),
         )  # fmt: skip
+
+    def cross_attention(self, states: States, batch: Batch) -> list[Streams]:
+        """Recompute where each step's cross-attention looks, for analysis; K pairs (search, rec).
+
+        An entry holds the probabilities of that stream's queries over the other stream's events,
+        [..., H, L, L_other]; meaningless where the other stream is empty.
+        """
+        config, lengths = self.config, (batch.search_lengths, batch.rec_lengths)
+        second = {"jacobi": None, "search_first": REC, "rec_first": SEARCH}[config.update]
+        weights = self.reasoning.weights()
+        looks = []
+        for k, a in enumerate(states.a):
+            p = min(k, weights.cross_qkv_weight.shape[0] - 1)
+            before = states.h[k]
+            if self.step_embedding is not None:
+                before = tuple(before[x] + self.step_embedding[k, x] for x in (SEARCH, REC))
+            read = {"post_msa": a, "step_input": before, "initial": states.h[0]}
+            pair = []
+            for x in (SEARCH, REC):
+                late = x == second and config.cross_memory != "initial"
+                memory = (states.h[k + 1] if late else read[config.cross_memory])[1 - x]
+                pair.append(
+                    reference.attention_probabilities(
+                        a[x], memory, _align(lengths[1 - x], a), weights.cross_qkv_weight[p, x],
+                        weights.cross_qkv_bias[p, x], config.n_heads,
+                    )
+                )  # fmt: skip
+            looks.append((pair[SEARCH], pair[REC]))
+        return looks
 
     def rollout(
         self, h0: Streams, batch: Batch, n_trajectories: int, noise_scale: float, seed: int
