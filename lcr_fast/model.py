@@ -1,6 +1,7 @@
-"""LCRSER: embed -> encode -> reason -> aggregate and score. Thin modules over :mod:`lcr_fast.ops`."""
+"""LCRSER: embed -> encode -> reason -> aggregate and score; thin modules over the ops."""
 
 import math
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,7 @@ class LCRSER(nn.Module):
     def set_text(self, item_text: Any = None, query_text: Any = None) -> None:
         """Attach frozen text vectors, [I+1, item_text_dim] and [Q+1, query_text_dim], row 0 unused.
 
-        Arrays (copied) or tensors; not saved with the model. A model whose config
+        Tensors or arrays, memory-mapped ones too; not saved with the model. A model whose config
         names a text width needs them before its first forward.
         """
         rows = {"item": self.config.n_items, "query": self.config.n_queries}
@@ -189,9 +190,7 @@ class LCRSER(nn.Module):
                     f"{kind}_text must be {list(expected)}, got {list(given.shape)}"
                     + ("" if width else f" (the config has {kind}_text_dim=0)")
                 )
-            # A read-only memory map must be copied: tensors are always writable.
-            tensor = given if isinstance(given, Tensor) else torch.from_numpy(np.array(given))
-            setattr(self, f"{kind}_text", tensor.to(self.head.target_weight.device))
+            setattr(self, f"{kind}_text", _text_tensor(given).to(self.head.target_weight.device))
 
     def _text(self, kind: str, ids: Tensor) -> Tensor:
         table, projection = getattr(self, f"{kind}_text"), getattr(self, f"{kind}_text_projection")
@@ -210,7 +209,7 @@ class LCRSER(nn.Module):
         return vectors
 
     def query_vectors(self, queries: Tensor, terms: Tensor) -> Tensor:
-        """Query vectors: ids [...] and terms [..., T] -> [..., D] (terms' mean, padding ignored)."""
+        """Query vectors: ids [...], terms [..., T] -> [..., D] (the mean of the terms)."""
         if self.config.query_encoder == "id":
             vectors = self.query_embedding(queries)
         else:
@@ -278,7 +277,7 @@ class LCRSER(nn.Module):
     # -- stages ---------------------------------------------------------------------------------
 
     def encode(self, batch: Batch) -> Streams:
-        """Encoder states h^(0): [B, L_s, D], [B, L_r, D]."""
+        """Encode both histories: h^(0), [B, L_s, D] and [B, L_r, D]."""
         if not batch.user.is_cuda and not torch.compiler.is_compiling():
             self.check(batch)
         search, rec = self.embed(batch)
@@ -358,6 +357,13 @@ class LCRSER(nn.Module):
             _align(ids == 0, h), -math.inf
         )
 
+    def pool(
+        self, states: Tensor, lengths: Tensor, candidates: Tensor, stream: int
+    ) -> tuple[Tensor, Tensor]:
+        """Pool one stream at item vectors [B, C, D]: z [B, C, D] and alpha [B, C, L]."""
+        weight = self.head.target_weight[stream]
+        return scoring.aggregate(states, lengths, candidates, weight, self.config.backend)
+
     def score_vectors(self, h: Streams, batch: Batch, vectors: Tensor) -> Tensor:
         """Score item vectors [B, C, D], or [1, C, D] shared by all users: [B, (N,) C]."""
         user = self.user_vectors(batch.user)
@@ -381,7 +387,9 @@ class LCRSER(nn.Module):
     def recommend(
         self, batch: Batch, k: int = 10, exclude: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Find the top-k items of the whole catalogue, seen items masked; equal scores: lower id first.
+        """Find the top-k items of the whole catalogue, seen items masked.
+
+        Of equal scores the lower id comes first.
 
         Seen are the items of the batch's histories and of ``exclude``, int64 [B, X] padded with 0
         (histories are truncated; pass what they lost). Returns items [B, k] and scores [B, k]; a
@@ -431,7 +439,7 @@ class LCRSER(nn.Module):
         return "\n".join(lines)
 
     def save(self, path: str | Path) -> None:
-        """Write weights and config to one safetensors file, atomically; text vectors are not in it."""
+        """Write weights and config, but not text vectors, to one safetensors file, atomically."""
         save_tensors(path, _KIND, self.state_dict(), self.config.to_dict())
 
     @classmethod
@@ -456,8 +464,20 @@ class LCRSER(nn.Module):
         return model.to(device)
 
 
+def _text_tensor(given: Any) -> Tensor:
+    """Make a tensor of text vectors, without reading a whole memory-mapped file."""
+    if isinstance(given, Tensor):
+        return given
+    if isinstance(given, np.memmap) and isinstance(given.base, mmap.mmap):
+        # Tensors are always writable; copy-on-write spares the file.
+        return torch.from_numpy(
+            np.memmap(given.filename, given.dtype, "c", given.offset, given.shape)
+        )
+    return torch.from_numpy(np.array(given))
+
+
 def _masked_mean(vectors: Tensor, valid: Tensor) -> Tensor:
-    """Mean over the second last axis where ``valid``: [..., n, D], [..., n] -> [..., D]; 0 if none."""
+    """Mean over the valid vectors: [..., n, D], [..., n] -> [..., D]; 0 if there is none."""
     # Row 0 of every table is zero, so padding adds nothing to the sum.
     return vectors.sum(-2) / valid.sum(-1, keepdim=True).clamp(min=1)
 
@@ -478,7 +498,7 @@ def seen_items(batch: Batch, exclude: Tensor | None = None) -> Tensor:
 
 
 def mask_items(scores: Tensor, items: Tensor, first_id: int) -> Tensor:
-    """Set the columns of ``items`` [B, X] to -inf in ``scores`` [B, c] of ids first_id, first_id+1, ..."""
+    """Set ``items`` [B, X] to -inf in ``scores`` [B, c] of the ids first_id, first_id + 1, ..."""
     column = items - first_id
     outside = (column < 0) | (column >= scores.shape[1])
     # A spare last column takes what lies outside this block.
