@@ -186,16 +186,23 @@ class Interval(NamedTuple):
 def bootstrap(
     values: NDArray, *, level: float = 0.95, draws: int = 1000, seed: int = 0
 ) -> Interval:
-    """Mean of a per-user metric with its percentile bootstrap interval over users."""
-    n = len(values)
+    """Mean of a per-user metric [n] with its percentile bootstrap interval over users."""
+    return _bootstrap_columns(values[:, None], level, draws, seed)[0]
+
+
+def _bootstrap_columns(
+    values: NDArray, level: float = 0.95, draws: int = 1000, seed: int = 0
+) -> list[Interval]:
+    """Bootstrap several metrics [n, M] with the same resampled users."""
+    n, n_metrics = values.shape
     if not n:
-        return Interval(float("nan"), float("nan"), float("nan"), 0)
+        return [Interval(float("nan"), float("nan"), float("nan"), 0)] * n_metrics
     rng = np.random.default_rng(seed)
-    # Multinomial counts give the same distribution as drawing indices, without n x draws indices.
-    counts = rng.multinomial(n, np.full(n, 1 / n), size=draws)
-    means = counts @ values / n
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(values.mean()), float(low), float(high), n)
+    means = np.empty((draws, n_metrics))
+    for draw in range(draws):
+        means[draw] = np.bincount(rng.integers(n, size=n), minlength=n) @ values
+    low, high = np.quantile(means / n, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return [Interval(*map(float, row), n) for row in zip(values.mean(0), low, high, strict=True)]
 
 
 def strata(data: PreparedData, split: str) -> dict[str, NDArray[np.bool_]]:
@@ -234,9 +241,11 @@ def evaluate(
         if not (ranks > 0).any():
             continue
         for group, member in groups.items():
-            for metric, values in rank_metrics(ranks[member]).items():
-                interval = bootstrap(values)._asdict()
-                rows.append({"protocol": protocol, "targets": group, "metric": metric, **interval})
+            metrics = rank_metrics(ranks[member])
+            intervals = _bootstrap_columns(np.stack(list(metrics.values()), 1))
+            for metric, interval in zip(metrics, intervals, strict=True):
+                key = {"protocol": protocol, "targets": group, "metric": metric}
+                rows.append({**key, **interval._asdict()})
     return rows
 
 
