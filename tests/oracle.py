@@ -322,6 +322,8 @@ def rank_loss(scores, target, kind):
 def distance(a, b, kind):
     if kind == "l2":
         return math.sqrt(sum((a - b) ** 2))
+    if not a.any() or not b.any():
+        return 1.0
     return 1 - a @ b / math.sqrt(a @ a) / math.sqrt(b @ b)
 
 
@@ -416,7 +418,7 @@ def _words(counter, seed):
 
 
 def normals(row, seed, trajectory, stream, position, dim):
-    """The noise of one event, [dim]."""
+    """Draw the noise of one event, [dim]."""
     values = []
     for block in range(math.ceil(dim / 4)):
         words = _words((block, position, 2 * trajectory + stream, row % 2**32), seed)
@@ -428,7 +430,7 @@ def normals(row, seed, trajectory, stream, position, dim):
 
 
 def dropout_mask(row, seed, site, position, dim, rate):
-    """The dropout factors of one vector, [dim]; float32 as documented."""
+    """Draw the dropout factors of one vector, [dim]; float32 as documented."""
     threshold = round(rate * 65536)
     halves = []
     for block in range(math.ceil(dim / 8)):

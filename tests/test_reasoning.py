@@ -5,11 +5,11 @@ Inputs carry NaN behind every length, so each test also shows that padding is no
 
 import functools
 
-import oracle
 import pytest
 import torch
 from torch import Tensor
 
+import oracle
 from lcr_fast import LCRConfig, ops, reference
 from lcr_fast.reference import length_mask
 from lcr_fast.testing import random_streams, random_weights
@@ -161,7 +161,7 @@ def test_score_matches_the_oracle(shape, head):
 
 @torch.no_grad()
 def test_attention_probabilities_are_those_of_attention():
-    (weights, _, _), (search, rec), (n_s, n_r) = setup(TINY)
+    (weights, _, _), (search, rec), (_, n_r) = setup(TINY)
     search, rec = search.nan_to_num(), rec.nan_to_num()
     qkv_weight, qkv_bias = weights.qkv_weight[0, 0], weights.qkv_bias[0, 0]
     p = reference.attention_probabilities(search, rec, n_r, qkv_weight, qkv_bias, TINY.n_heads)
@@ -359,7 +359,7 @@ def gradient_setup(switches: dict):
 
 @pytest.mark.parametrize("stream", [SEARCH, REC])
 def test_gradients_of_encode(stream):
-    config, (weights, _, _), streams, lengths = gradient_setup({})
+    _, (weights, _, _), streams, lengths = gradient_setup({})
 
     def function(x, *w):
         return [reference.encode(x, lengths[stream], type(weights)(*w), stream, n_heads=2)]
@@ -386,7 +386,7 @@ def test_gradients_of_latent_reasoning(switches):
 
 @pytest.mark.parametrize("head", ["mlp", "dot"])
 def test_gradients_of_score(head):
-    config, (_, _, weights), streams, lengths = gradient_setup({"score": head})
+    _, (_, _, weights), streams, lengths = gradient_setup({"score": head})
     generator = torch.Generator().manual_seed(4)
     items = torch.randn(5, 2, 4, generator=generator, dtype=torch.float64)
     user = torch.randn(5, 4, generator=generator, dtype=torch.float64)
