@@ -186,7 +186,9 @@ class LCRSER(nn.Module):
                 f"the config has {kind}_text_dim={projection.in_features}: call "
                 f"set_text({kind}_text=...) first"
             )
-        return projection(table[ids].to(projection.weight.dtype)) * (ids > 0).unsqueeze(-1)
+        # Row 0 may hold anything: it is cut out before the projection, whose gradient it would enter.
+        vectors = table[ids].to(projection.weight.dtype)
+        return projection(vectors.masked_fill((ids == 0).unsqueeze(-1), 0.0))
 
     def item_vectors(self, ids: Tensor) -> Tensor:
         """Item vectors e_i: ids [...] -> [..., D]; id 0 is the zero vector."""
