@@ -257,11 +257,13 @@ class LCRSER(nn.Module):
                     f"{name}_lengths must be in 0..{size}, got {int(lengths.min())}.."
                     f"{int(lengths.max())}"
                 )
-        if len(batch) and int(batch.target.max()) >= batch.candidates.shape[1]:
-            raise ValueError(
-                f"target must be a column of candidates, below {batch.candidates.shape[1]}, "
-                f"got {int(batch.target.max())}"
-            )
+        if len(batch):
+            low, high = (int(v) for v in torch.aminmax(batch.target))
+            if low < -1 or high >= batch.candidates.shape[1]:
+                raise ValueError(
+                    f"target must be a column of candidates, below {batch.candidates.shape[1]}, or "
+                    f"-1 for none, got {low if low < -1 else high}"
+                )
 
     # -- stages ---------------------------------------------------------------------------------
 
