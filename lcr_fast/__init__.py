@@ -15,7 +15,7 @@ __version__ = importlib.metadata.version("lcr-fast")
 
 if extension_error() is not None:
     warnings.warn(
-        f"lcr_fast._C is not there ({extension_error()}); the slower reference serves in its place. "
+        f"lcr_fast._C is not there ({extension_error()}), so the slower reference serves. "
         "Build it with: pip install --no-build-isolation --no-deps -e .",
         stacklevel=2,
     )

@@ -1,7 +1,8 @@
 """Batch: the tensors of one mini-batch, and the checks that they make sense.
 
 Shapes use one vocabulary throughout the package: B users, L events of a stream, T terms of a
-query, M clicked items of a search, C candidates, D width, H heads, K steps, N trajectories, I items.
+query, M clicked items of a search, C candidates, D width, H heads, K steps, N trajectories,
+I items.
 """
 
 import dataclasses

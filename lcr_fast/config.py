@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import json
-import types
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -154,7 +153,7 @@ class LCRConfig(_JsonConfig):
 
 @dataclass(frozen=True)
 class TrainConfig(_JsonConfig):
-    """How to train, in both phases; raises ValueError on a bad value. Times are counted in epochs."""
+    """How to train, in both phases; raises ValueError on a bad value."""
 
     seed: int = _option(0, "seed of everything random")
     epochs: int = _option(20, "phase 1: most epochs")
@@ -173,6 +172,7 @@ class TrainConfig(_JsonConfig):
     tcl_distance: Literal["l2", "cosine"] = _option("l2", "TCL distance D")
     tcl_detach_negative: bool = _option(False, "no gradient through TCL's negative")
     rl_epochs: int = _option(2, "phase 2: most epochs")
+    rl_epoch_size: int = _option(0, "phase 2: users drawn for an epoch; 0 means all")
     rl_batch_size: int = _option(64, "phase 2: users in a batch")
     rl_learning_rate: float = _option(1e-4, "phase 2: Adam's learning rate")
     rl_negatives: int = _option(99, "phase 2: fresh negatives a positive")
@@ -204,8 +204,8 @@ class TrainConfig(_JsonConfig):
         minimum |= dict.fromkeys(
             (
                 "seed", "epochs", "learning_rate", "weight_decay", "grad_clip", "patience",
-                "tcl_weight", "tcl_margin", "rl_epochs", "rl_learning_rate", "noise_scale",
-                "clip", "kl_weight",
+                "tcl_weight", "tcl_margin", "rl_epochs", "rl_epoch_size",
+                "rl_learning_rate", "noise_scale", "clip", "kl_weight",
             ),
             0,
         )  # fmt: skip
@@ -215,10 +215,3 @@ class TrainConfig(_JsonConfig):
         kind, cut = parse_metric(self.reward)
         if kind not in ("hr", "ndcg", "mrr") or (kind == "mrr") != (cut == 0):
             raise ValueError(f"TrainConfig.reward must be hr@k, ndcg@k or mrr, got {self.reward!r}")
-
-
-def field_types(cls: type) -> dict[str, Any]:
-    """Resolved type of every field of a config class, for building flags."""
-    return {
-        k: t for k, t in typing.get_type_hints(cls).items() if not isinstance(t, types.NoneType)
-    }

@@ -25,7 +25,13 @@ class Rollout(NamedTuple):
     rewards: Tensor  # float32 [B, N]
 
 
-def choose_actions(scores: Tensor, target: Tensor, action: str, reward: str) -> Rollout:
+def choose_actions(
+    scores: Tensor,
+    target: Tensor,
+    action: str,
+    reward: str,
+    generator: torch.Generator | None = None,
+) -> Rollout:
     """Act on every trajectory and collect the reward (paper: ranking metrics as reward).
 
     - ``top1``: a_n = argmax y(.; n); the reward is that of the deterministic list. On equal scores
@@ -41,7 +47,7 @@ def choose_actions(scores: Tensor, target: Tensor, action: str, reward: str) -> 
     scores = scores.detach()
     if action == "sampled":
         cut = parse_metric(reward)[1] or scores.shape[-1]
-        gumbel = -torch.empty_like(scores).exponential_().log()
+        gumbel = -torch.empty_like(scores).exponential_(generator=generator).log()
         perturbed = scores + gumbel
         actions = perturbed.topk(min(cut, scores.shape[-1]), -1).indices
         return Rollout(actions, ranking_rewards(perturbed, target, reward))

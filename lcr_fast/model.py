@@ -1,7 +1,7 @@
-"""LCRSER: embed -> encode -> reason -> aggregate and score. Thin modules over :mod:`lcr_fast.ops`."""
+"""LCRSER: embed -> encode -> reason -> aggregate and score; thin modules over the ops."""
 
 import math
-import os
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lcr_fast import ops
+from lcr_fast import ops, reference
 from lcr_fast.batch import Batch
 from lcr_fast.config import LCRConfig
 from lcr_fast.ops import reasoning, scoring
@@ -19,6 +19,7 @@ from lcr_fast.storage import load_tensors, save_tensors
 from lcr_fast.weights import REC, SEARCH, EncoderWeights, ReasoningWeights, ScoringWeights
 
 _KIND = "model"
+_OUT_SCALE = 0.1  # of Glorot's bound, for the projections that end a sublayer
 _CATALOGUE_BLOCK = 1024  # items scored at once; bounds the memory of recommend()
 
 
@@ -36,22 +37,33 @@ class _Packed(nn.Module):
             elif "bias" in name:
                 nn.init.zeros_(parameter)
             elif parameter.numel():
-                _init_linear(parameter, square_blocks="qkv" in name)
-                if "qkv" in name and os.environ.get("TIE", "1") == "1":
-                    d = parameter.shape[-1]
-                    parameter.data[..., d : 2 * d, :] = parameter.data[..., :d, :]
-                if "out_weight" in name:
-                    parameter.data.mul_(float(os.environ.get("OUTSCALE", "0.1")))
+                _init_sublayer(name, parameter)
 
     def weights(self):
         return self.weights_type(*(getattr(self, name) for name in self.weights_type._fields))
 
 
-def _init_linear(weight: Tensor, square_blocks: bool = False) -> None:
-    """Glorot-uniform over the last two axes; packed Q, K and V count as three square matrices."""
-    fan_out, fan_in = weight.shape[-2:]
-    bound = math.sqrt(6.0 / (fan_in + (fan_in if square_blocks else fan_out)))
+def _init_linear(weight: Tensor) -> None:
+    """Glorot-uniform over the last two axes."""
+    bound = math.sqrt(6.0 / sum(weight.shape[-2:]))
     nn.init.uniform_(weight, -bound, bound)
+
+
+def _init_sublayer(name: str, weight: Tensor) -> None:
+    """Start every sublayer near the identity and every attention as similarity (our reading).
+
+    With ordinary post-norm initialisation each of the 2 + 3K sublayers averages over positions,
+    and K steps leave nothing to tell events apart: training stays on a plateau. So the output
+    projections start small, and keys start equal to queries.
+    """
+    with torch.no_grad():
+        for block in weight.split(weight.shape[-1], -2) if "qkv" in name else (weight,):
+            _init_linear(block)
+        if "qkv" in name:
+            query, key, _ = weight.split(weight.shape[-1], -2)
+            key.copy_(query)
+        if "out_weight" in name:
+            weight.mul_(_OUT_SCALE)
 
 
 def _encoder_shapes(config: LCRConfig) -> dict[str, tuple[int, ...]]:
@@ -118,6 +130,7 @@ class LCRSER(nn.Module):
 
         def table(n_rows: int, text_dim: int = 0) -> nn.Embedding:
             embedding = nn.Embedding(n_rows + 1, d, padding_idx=0)
+            # Beside text vectors an id's own vector starts as a small correction.
             nn.init.normal_(embedding.weight, std=(0.1 if text_dim else 1.0) * d**-0.5)
             with torch.no_grad():
                 embedding.weight[0].zero_()
@@ -149,6 +162,7 @@ class LCRSER(nn.Module):
         if not text_dim:
             return None
         projection = nn.Linear(text_dim, self.config.dim, bias=False)
+        # The identity keeps similar texts similar, across items and queries too.
         nn.init.eye_(projection.weight)
         return projection
 
@@ -162,7 +176,7 @@ class LCRSER(nn.Module):
     def set_text(self, item_text: Any = None, query_text: Any = None) -> None:
         """Attach frozen text vectors, [I+1, item_text_dim] and [Q+1, query_text_dim], row 0 unused.
 
-        Arrays (memory-mapped ones too) or tensors; not saved with the model. A model whose config
+        Tensors or arrays, memory-mapped ones too; not saved with the model. A model whose config
         names a text width needs them before its first forward.
         """
         rows = {"item": self.config.n_items, "query": self.config.n_queries}
@@ -176,8 +190,7 @@ class LCRSER(nn.Module):
                     f"{kind}_text must be {list(expected)}, got {list(given.shape)}"
                     + ("" if width else f" (the config has {kind}_text_dim=0)")
                 )
-            tensor = given if isinstance(given, Tensor) else torch.from_numpy(np.asarray(given))
-            setattr(self, f"{kind}_text", tensor.to(self.head.target_weight.device))
+            setattr(self, f"{kind}_text", _text_tensor(given).to(self.head.target_weight.device))
 
     def _text(self, kind: str, ids: Tensor) -> Tensor:
         table, projection = getattr(self, f"{kind}_text"), getattr(self, f"{kind}_text_projection")
@@ -198,7 +211,7 @@ class LCRSER(nn.Module):
         return vectors
 
     def query_vectors(self, queries: Tensor, terms: Tensor) -> Tensor:
-        """Query vectors: ids [...] and terms [..., T] -> [..., D] (terms' mean, padding ignored)."""
+        """Query vectors: ids [...], terms [..., T] -> [..., D] (the mean of the terms)."""
         if self.config.query_encoder == "id":
             vectors = self.query_embedding(queries)
         else:
@@ -268,7 +281,7 @@ class LCRSER(nn.Module):
     # -- stages ---------------------------------------------------------------------------------
 
     def encode(self, batch: Batch) -> Streams:
-        """Encoder states h^(0): [B, L_s, D], [B, L_r, D]."""
+        """Encode both histories: h^(0), [B, L_s, D] and [B, L_r, D]."""
         if not batch.user.is_cuda and not torch.compiler.is_compiling():
             self.check(batch)
         search, rec = self.embed(batch)
@@ -299,6 +312,35 @@ class LCRSER(nn.Module):
             self.config.steps, dropout=self._dropout(batch), **self._reasoning_options(),
         )  # fmt: skip
 
+    def cross_attention(self, states: States, batch: Batch) -> list[Streams]:
+        """Recompute where each step's cross-attention looks, for analysis; K pairs (search, rec).
+
+        An entry holds the probabilities of that stream's queries over the other stream's events,
+        [..., H, L, L_other]; meaningless where the other stream is empty.
+        """
+        config, lengths = self.config, (batch.search_lengths, batch.rec_lengths)
+        second = {"jacobi": None, "search_first": REC, "rec_first": SEARCH}[config.update]
+        weights = self.reasoning.weights()
+        looks = []
+        for k, a in enumerate(states.a):
+            p = min(k, weights.cross_qkv_weight.shape[0] - 1)
+            before = states.h[k]
+            if self.step_embedding is not None:
+                before = tuple(before[x] + self.step_embedding[k, x] for x in (SEARCH, REC))
+            read = {"post_msa": a, "step_input": before, "initial": states.h[0]}
+            pair = []
+            for x in (SEARCH, REC):
+                late = x == second and config.cross_memory != "initial"
+                memory = (states.h[k + 1] if late else read[config.cross_memory])[1 - x]
+                pair.append(
+                    reference.attention_probabilities(
+                        a[x], memory, _align(lengths[1 - x], a), weights.cross_qkv_weight[p, x],
+                        weights.cross_qkv_bias[p, x], config.n_heads,
+                    )
+                )  # fmt: skip
+            looks.append((pair[SEARCH], pair[REC]))
+        return looks
+
     def rollout(
         self, h0: Streams, batch: Batch, n_trajectories: int, noise_scale: float, seed: int
     ) -> States:
@@ -318,6 +360,13 @@ class LCRSER(nn.Module):
         return self.score_vectors(h, batch, self.item_vectors(ids)).masked_fill(
             _align(ids == 0, h), -math.inf
         )
+
+    def pool(
+        self, states: Tensor, lengths: Tensor, candidates: Tensor, stream: int
+    ) -> tuple[Tensor, Tensor]:
+        """Pool one stream at item vectors [B, C, D]: z [B, C, D] and alpha [B, C, L]."""
+        weight = self.head.target_weight[stream]
+        return scoring.aggregate(states, lengths, candidates, weight, self.config.backend)
 
     def score_vectors(self, h: Streams, batch: Batch, vectors: Tensor) -> Tensor:
         """Score item vectors [B, C, D], or [1, C, D] shared by all users: [B, (N,) C]."""
@@ -342,7 +391,9 @@ class LCRSER(nn.Module):
     def recommend(
         self, batch: Batch, k: int = 10, exclude: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Find the top-k items of the whole catalogue, seen items masked; equal scores: lower id first.
+        """Find the top-k items of the whole catalogue, seen items masked.
+
+        Of equal scores the lower id comes first.
 
         Seen are the items of the batch's histories and of ``exclude``, int64 [B, X] padded with 0
         (histories are truncated; pass what they lost). Returns items [B, k] and scores [B, k]; a
@@ -392,7 +443,7 @@ class LCRSER(nn.Module):
         return "\n".join(lines)
 
     def save(self, path: str | Path) -> None:
-        """Write weights and config to one safetensors file, atomically; text vectors are not in it."""
+        """Write weights and config, but not text vectors, to one safetensors file, atomically."""
         save_tensors(path, _KIND, self.state_dict(), self.config.to_dict())
 
     @classmethod
@@ -417,8 +468,20 @@ class LCRSER(nn.Module):
         return model.to(device)
 
 
+def _text_tensor(given: Any) -> Tensor:
+    """Make a tensor of text vectors, without reading a whole memory-mapped file."""
+    if isinstance(given, Tensor):
+        return given
+    if isinstance(given, np.memmap) and isinstance(given.base, mmap.mmap):
+        # Tensors are always writable; copy-on-write spares the file.
+        return torch.from_numpy(
+            np.memmap(given.filename, given.dtype, "c", given.offset, given.shape)
+        )
+    return torch.from_numpy(np.array(given))
+
+
 def _masked_mean(vectors: Tensor, valid: Tensor) -> Tensor:
-    """Mean over the second last axis where ``valid``: [..., n, D], [..., n] -> [..., D]; 0 if none."""
+    """Mean over the valid vectors: [..., n, D], [..., n] -> [..., D]; 0 if there is none."""
     # Row 0 of every table is zero, so padding adds nothing to the sum.
     return vectors.sum(-2) / valid.sum(-1, keepdim=True).clamp(min=1)
 
@@ -439,7 +502,7 @@ def seen_items(batch: Batch, exclude: Tensor | None = None) -> Tensor:
 
 
 def mask_items(scores: Tensor, items: Tensor, first_id: int) -> Tensor:
-    """Set the columns of ``items`` [B, X] to -inf in ``scores`` [B, c] of ids first_id, first_id+1, ..."""
+    """Set ``items`` [B, X] to -inf in ``scores`` [B, c] of the ids first_id, first_id + 1, ..."""
     column = items - first_id
     outside = (column < 0) | (column >= scores.shape[1])
     # A spare last column takes what lies outside this block.

@@ -87,7 +87,7 @@ _DROPOUT_SITES = 1 << 31  # third counter word; noise stays below
 
 
 def dropout_threshold(rate: float) -> int:
-    """The rate in units of 2^-16, the resolution of dropout."""
+    """Give the rate in units of 2^-16, the resolution of dropout."""
     return round(rate * 65536)
 
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lcr_fast.ops.scoring import aggregate
-from lcr_fast.reference import States
+from lcr_fast.reference import States, Streams
 from lcr_fast.weights import REC, SEARCH
 
 
@@ -47,33 +47,28 @@ def distance(a: Tensor, b: Tensor, kind: str = "l2") -> Tensor:
 
 
 def target_distances(
-    states: States,
-    lengths: tuple[Tensor, Tensor],
+    states: list[Streams],
+    lengths: Streams,
     target: Tensor,  # [B, D] e_t
     target_weight: Tensor,  # [2, D, D] W_s, W_r
     kind: str = "l2",
-) -> tuple[Tensor, Tensor]:
-    """Distance of each step's pooled states to the target: (of h^(k), of a^(k)), both [K, 2, B].
+) -> Tensor:
+    """Measure how far pooled states are from the target: [n, 2, B] for n (search, rec) pairs.
 
-    Pooling is the target-aware aggregation at the target; axis 1 is (search, rec), k = 1..K.
+    Pooling is the target-aware aggregation at the target; axis 1 is (search, rec).
     """
 
     def pooled_distance(x: int, state: Tensor) -> Tensor:
         pooled, _ = aggregate(state, lengths[x], target.unsqueeze(-2), target_weight[x])
         return distance(target, pooled.squeeze(-2), kind)  # [B]
 
-    def stack(steps) -> Tensor:
-        rows = [[pooled_distance(x, pair[x]) for x in (SEARCH, REC)] for pair in steps]
-        if not rows:
-            return target.new_zeros(0, 2, target.shape[0])
-        return torch.stack([torch.stack(row) for row in rows])
-
-    return stack(states.h[1:]), stack(states.a)
+    rows = [pooled_distance(x, pair[x]) for pair in states for x in (SEARCH, REC)]
+    return torch.stack(rows).unflatten(0, (-1, 2)) if rows else target.new_zeros(0, 2, len(target))
 
 
 def tcl(
     states: States,
-    lengths: tuple[Tensor, Tensor],
+    lengths: Streams,
     target: Tensor,  # [B, D] e_t
     target_weight: Tensor,  # [2, D, D]
     *,
@@ -90,7 +85,8 @@ def tcl(
     to be nearer the target than the state before it. ``detach_negative`` stops the gradient
     through the second distance. 0 where nothing counts (K = 0, or no user has both streams).
     """
-    after, before = target_distances(states, lengths, target, target_weight, kind)
+    after = target_distances(states.h[1:], lengths, target, target_weight, kind)  # [K, 2, B]
+    before = target_distances(states.a, lengths, target, target_weight, kind)  # [K, 2, B]
     if detach_negative:
         before = before.detach()
     counts = torch.stack((lengths[REC] > 0, lengths[SEARCH] > 0)).expand_as(after)  # [K, 2, B]

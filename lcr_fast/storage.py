@@ -36,7 +36,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], info: Any) -> None:
-    """Write ``tensors`` and the JSON value ``info`` to ``path``, as a file of the given ``kind``."""
+    """Write tensors and the JSON value ``info`` to ``path``, a file of the given ``kind``."""
     from safetensors.torch import save_file
 
     metadata = {"kind": kind, "format_version": str(_FORMAT_VERSION), "info": json.dumps(info)}

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # Source name -> the module whose ``read(path, **options)`` reads it.
 SOURCES = {
+    "synthetic": "lcr_fast.data.synthetic",
     "trivago": "lcr_fast.data.trivago",
     "kuaisar": "lcr_fast.data.kuaisar",
     "qilin": "lcr_fast.data.qilin",

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Experiments: whole jobs on top of training, with tables and plots."""

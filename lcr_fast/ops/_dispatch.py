@@ -19,7 +19,8 @@ def choose_backend(op: str, backend: str, available: Mapping[str, str | None]) -
         return backend
     reason = available.get(backend) or "there is no such implementation of this op"
     raise ValueError(
-        f"backend={backend!r} cannot serve {op}: {reason}; use backend={' or '.join(map(repr, able))}"
+        f"backend={backend!r} cannot serve {op}: {reason}; "
+        f"use backend={' or '.join(map(repr, able))}"
     )
 
 

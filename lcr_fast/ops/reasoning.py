@@ -25,7 +25,8 @@ def _check_stream(name: str, x: Tensor, lengths: Tensor, dim: int) -> None:
         raise ValueError(f"{name} must be floating point, got {x.dtype}")
     if lengths.is_floating_point() or lengths.ndim != x.ndim - 2:
         raise ValueError(
-            f"{name}_lengths must be integers {list(x.shape[:-2])}, got {lengths.dtype} {list(lengths.shape)}"
+            f"{name}_lengths must be integers {list(x.shape[:-2])}, "
+            f"got {lengths.dtype} {list(lengths.shape)}"
         )
 
 

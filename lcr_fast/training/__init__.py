@@ -1,1 +1,1 @@
-"""TODO"""
+"""Two-phase training, checkpoints and evaluation."""

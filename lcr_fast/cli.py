@@ -1,0 +1,349 @@
+"""Command line ``lcr-fast``: prepare data, train, evaluate, recommend."""
+
+import argparse
+import csv
+import json
+import logging
+import sys
+import typing
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from lcr_fast.config import LCRConfig, TrainConfig
+
+# The default job's data is small, and so is its model.
+SYNTHETIC_DEFAULTS: dict[str, dict[str, Any]] = {
+    "model": {
+        "dim": 32, "steps": 2, "max_search_len": 8, "max_rec_len": 12, "max_clicks": 2,
+        "user_embedding": False,
+    },
+    "train": {
+        "epochs": 7, "learning_rate": 3e-3, "rank_loss": "softmax", "n_negatives": 9,
+        "patience": 7, "rl_epochs": 2, "rl_epoch_size": 2048,
+    },
+}  # fmt: skip
+_FROM_DATA = ("n_items", "n_users", "n_queries", "n_terms", "item_text_dim", "query_text_dim")
+_SECTIONS: dict[str, type] = {"model": LCRConfig, "train": TrainConfig}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line; bad input ends it with one sentence and exit code 2."""
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"lcr-fast {arguments.command}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except FloatingPointError as error:
+        print(f"lcr-fast {arguments.command}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("\nstopped; --resume continues from the last checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        sys.stderr.close()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lcr-fast", description="Latent cross reasoning for search-aware recommendation."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_prepare(commands)
+    _add_train(commands)
+    _add_evaluate(commands)
+    _add_recommend(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, help: str, description: str):
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_prepare(commands: Any) -> None:
+    from lcr_fast.data import SOURCES
+
+    parser = _command(
+        commands, "prepare", _prepare, "turn raw logs into prepared data",
+        "Read raw logs, split them by time and write a folder of plain arrays.",
+    )  # fmt: skip
+    parser.add_argument("source", choices=sorted(SOURCES), help="format of the raw data")
+    parser.add_argument(
+        "input", metavar="IN", help="file or folder of the raw data; - for the default synthetic"
+    )
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the evaluation negatives")
+    parser.add_argument("--n-negatives", type=int, default=99, help="evaluation negatives a target")
+    parser.add_argument(
+        "--negatives", choices=("popularity", "uniform"), default="popularity", help="their law"
+    )
+    parser.add_argument(
+        "--min-targets", type=int, default=3, help="samples that a user needs to be tested"
+    )
+    parser.add_argument(
+        "--min-history", type=int, default=1, help="events that must precede a target"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace prepared data at OUT")
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda")
+    parser.add_argument(
+        "--backend",
+        choices=typing.get_args(typing.get_type_hints(LCRConfig)["backend"]),
+        help="which implementation the ops use; default: the config's, auto",
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
+
+
+def _add_train(commands: Any) -> None:
+    parser = _command(
+        commands, "train", _train, "train and compare Base, LCR, LCR+TCL and LCR+TCL+RL",
+        "Train the models of the paper's ablation on prepared data (without --data: on synthetic "
+        "data made for it), evaluate them side by side, print a table and write plots.",
+    )  # fmt: skip
+    parser.add_argument("--data", type=Path, help="prepared data; default: synthetic")
+    parser.add_argument("--out", type=Path, help="folder to write; default: the next runs/NAME-N")
+    parser.add_argument("--resume", action="store_true", help="continue the job in --out")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=["base", "lcr", "tcl", "rl"],
+        help="what to train, among base, lcr, tcl, rl, control; rl brings tcl and control along",
+    )
+    parser.add_argument(
+        "--config", type=Path, help='JSON file {"model": {...}, "train": {...}}; flags override it'
+    )
+    _add_run_options(parser)
+    for section, kind in _SECTIONS.items():
+        group = parser.add_argument_group(f"{section} config")
+        for name, options in _flags(kind).items():
+            group.add_argument("--" + name.replace("_", "-"), **options)
+
+
+def _flags(kind: type) -> dict[str, dict[str, Any]]:
+    """Build argparse options for the fields of a config class; absent flags stay None."""
+    hints = typing.get_type_hints(kind)
+    flags = {}
+    for f in fields(kind):
+        if f.name in _FROM_DATA or f.name == "backend":
+            continue
+        hint = hints[f.name]
+        default = "" if f.default is MISSING else f" (default: {f.default})"
+        options: dict[str, Any] = {
+            "default": argparse.SUPPRESS,
+            "dest": f.name,
+            "help": f.metadata["help"].replace("%", "%%") + default,
+        }
+        if typing.get_origin(hint) is typing.Literal:
+            options["choices"] = typing.get_args(hint)
+        elif typing.get_origin(hint) is tuple:
+            options |= {"type": int, "nargs": "+", "metavar": "N"}
+        elif hint is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options |= {"type": hint, "metavar": hint.__name__.upper()}
+        flags[f.name] = options
+    return flags
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = _command(
+        commands, "evaluate", _evaluate, "evaluate a saved model",
+        "Print ranking metrics with 95 % bootstrap intervals, by candidate set and kind of target.",
+    )  # fmt: skip
+    _add_model_arguments(parser)
+    parser.add_argument("--split", choices=("valid", "test"), default="test")
+    parser.add_argument("--csv", type=Path, help="also write every number to this file")
+
+
+def _add_recommend(commands: Any) -> None:
+    parser = _command(
+        commands, "recommend", _recommend, "recommend items to users",
+        "Write CSV lines (user, rank, item, score), with the ids of the raw data, to stdout.",
+    )  # fmt: skip
+    _add_model_arguments(parser)
+    parser.add_argument("--users", nargs="+", help="ids of the raw data; default: all users")
+    parser.add_argument("-k", type=int, default=10, help="items a user")
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", type=Path, help="a model.safetensors")
+    parser.add_argument("--data", type=Path, required=True, help="prepared data")
+    _add_run_options(parser)
+
+
+def _set_threads(arguments: argparse.Namespace) -> None:
+    import torch
+
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise ValueError(f"--threads must be at least 1, got {arguments.threads}")
+        torch.set_num_threads(arguments.threads)
+    try:
+        device = torch.device(arguments.device)
+    except RuntimeError as error:
+        raise ValueError(f"--device: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this torch sees no GPU")
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    from lcr_fast import data
+    from lcr_fast.data.build import prepare
+
+    log = data.read(arguments.source, arguments.input)
+    print("\n".join(log.notes))
+    prepared = prepare(
+        log,
+        arguments.out,
+        seed=arguments.seed,
+        n_negatives=arguments.n_negatives,
+        negatives=arguments.negatives,
+        min_targets=arguments.min_targets,
+        min_history=arguments.min_history,
+        overwrite=arguments.overwrite,
+    )
+    notes = prepared.manifest["notes"][len(log.notes) :]
+    print("\n".join(notes))
+    print(prepared.summary())
+
+
+def _configs(arguments: argparse.Namespace, defaults: dict[str, dict]) -> dict[str, Any]:
+    """Merge defaults, --config and flags into the two configs."""
+    values = {section: dict(defaults.get(section, {})) for section in _SECTIONS}
+    if arguments.config:
+        given = json.loads(arguments.config.read_text(encoding="utf-8"))
+        if not isinstance(given, dict) or given.keys() - _SECTIONS.keys():
+            raise ValueError(
+                f'{arguments.config} must be a JSON object of "model" and "train", '
+                f"got {', '.join(given) if isinstance(given, dict) else type(given).__name__}"
+            )
+        for section, options in given.items():
+            values[section] |= options
+    flags = vars(arguments)
+    for section, kind in _SECTIONS.items():
+        values[section] |= {f.name: flags[f.name] for f in fields(kind) if f.name in flags}
+    if arguments.backend is None:
+        values["model"].pop("backend", None)
+    return {section: kind.from_dict(values[section]) for section, kind in _SECTIONS.items()}
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from lcr_fast.data.prepared import PreparedData
+    from lcr_fast.experiments.comparison import fit_config, run_comparison, with_requirements
+
+    _set_threads(arguments)
+    with_requirements(arguments.variants)
+    configs = _configs(arguments, {} if arguments.data else SYNTHETIC_DEFAULTS)
+    if arguments.data:
+        data = PreparedData.open(arguments.data)
+        out = _out_folder(arguments, arguments.data.resolve().name)
+    else:
+        out = _out_folder(arguments, "synthetic")
+        data = _synthetic_data(out / "data", configs["train"].seed, arguments.resume)
+    print(data.summary())
+    model_config = fit_config(data, configs["model"])
+    print(f"writing to {out}")
+    out.mkdir(parents=True, exist_ok=True)
+    tables = run_comparison(
+        data,
+        model_config,
+        configs["train"],
+        out,
+        variants=arguments.variants,
+        device=arguments.device,
+        resume=arguments.resume,
+        report=lambda line: print(line, flush=True),
+    )
+    print(f"\n{tables}\n\ntables, plots and models: {out}")
+
+
+def _synthetic_data(folder: Path, seed: int, resume: bool):
+    from lcr_fast.data import synthetic
+    from lcr_fast.data.build import prepare
+    from lcr_fast.data.prepared import PreparedData
+
+    if resume and folder.is_dir():
+        return PreparedData.open(folder)
+    return prepare(synthetic.generate(synthetic.World(seed=seed)), folder, seed=seed)
+
+
+def _out_folder(arguments: argparse.Namespace, name: str) -> Path:
+    if arguments.out is None:
+        if arguments.resume:
+            raise ValueError("--resume needs --out, the folder of the job to continue")
+        number = 1
+        while Path("runs", f"{name}-{number}").exists():
+            number += 1
+        return Path("runs", f"{name}-{number}")
+    if not arguments.resume and arguments.out.is_dir() and any(arguments.out.iterdir()):
+        raise ValueError(f"{arguments.out} is not empty: continue with --resume, or name another")
+    return arguments.out
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from tabulate import tabulate
+
+    from lcr_fast.data.prepared import PreparedData
+    from lcr_fast.experiments.comparison import load_model
+    from lcr_fast.training.evaluation import evaluate_model
+
+    _set_threads(arguments)
+    data = PreparedData.open(arguments.data)
+    model = load_model(arguments.model, data, arguments.device, arguments.backend)
+    print(model.backend_report())
+    rows = evaluate_model(model, data, arguments.split, backend=model.config.backend)
+    for protocol in dict.fromkeys(row["protocol"] for row in rows):
+        mine = [row for row in rows if row["protocol"] == protocol and row["n"]]
+        groups = dict.fromkeys(row["targets"] for row in mine)
+        table = {
+            metric: [
+                f"{row['mean']:.4f} [{row['low']:.4f}, {row['high']:.4f}]"
+                for row in mine
+                if row["metric"] == metric
+            ]
+            for metric in dict.fromkeys(row["metric"] for row in mine)
+        }
+        counts = [next(r["n"] for r in mine if r["targets"] == g) for g in groups]
+        headers = [protocol, *(f"{g} (n={n:,})" for g, n in zip(groups, counts, strict=True))]
+        lines = [[metric, *cells] for metric, cells in table.items()]
+        print("\n" + tabulate(lines, headers, tablefmt="github", disable_numparse=True))
+    if arguments.csv:
+        _write_rows(arguments.csv, rows)
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    from lcr_fast.storage import replacing
+
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _recommend(arguments: argparse.Namespace) -> None:
+    from lcr_fast.data.prepared import PreparedData
+    from lcr_fast.experiments.comparison import load_model
+    from lcr_fast.training.serving import recommend
+
+    _set_threads(arguments)
+    data = PreparedData.open(arguments.data)
+    model = load_model(arguments.model, data, arguments.device, arguments.backend)
+    writer = csv.writer(sys.stdout)
+    writer.writerow(("user", "rank", "item", "score"))
+    for user, rank, item, score in recommend(model, data, arguments.users, arguments.k):
+        writer.writerow((user, rank, item, f"{score:.6g}"))
+
+
+if __name__ == "__main__":
+    main()

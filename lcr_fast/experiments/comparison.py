@@ -1,0 +1,253 @@
+"""The main job: train Base, LCR, +TCL and +RL on one data set, evaluate them side by side.
+
+A folder a model, and in the job's folder ``results.csv`` (every number), ``results.md`` (the
+tables) and the plots. A job can be resumed: what is finished is read back.
+"""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tabulate import tabulate
+
+from lcr_fast.config import LCRConfig, TrainConfig
+from lcr_fast.data.prepared import PreparedData
+from lcr_fast.experiments import plots
+from lcr_fast.model import LCRSER
+from lcr_fast.storage import replacing
+from lcr_fast.training import evaluation
+from lcr_fast.training.trainer import METRICS, MODEL, Trainer
+
+Report = Callable[[str], None]
+_EVALUATION = "evaluation.json"
+
+
+class Variant(NamedTuple):
+    """One row of the comparison."""
+
+    title: str
+    objective: str
+    start: str | None  # the variant whose model is the starting point; None: a fresh one
+    steps: bool  # latent reasoning or K = 0
+    tcl: bool
+
+
+VARIANTS = {
+    "base": Variant("Base (K=0)", "supervised", None, steps=False, tcl=False),
+    "lcr": Variant("LCR", "supervised", None, steps=True, tcl=False),
+    "tcl": Variant("LCR+TCL", "supervised", None, steps=True, tcl=True),
+    "rl": Variant("LCR+TCL+RL", "grpo", "tcl", steps=True, tcl=True),
+    "control": Variant("Control: noise, no RL", "noisy", "tcl", steps=True, tcl=True),
+}
+
+
+def with_requirements(names: list[str]) -> list[str]:
+    """Order variants, and add what they need: RL its start and its control.
+
+    Raises ValueError for an unknown name.
+    """
+    for name in names:
+        if name not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {name!r}")
+    wanted = set(names)
+    if "rl" in wanted:
+        wanted.add("control")
+    wanted |= {VARIANTS[name].start for name in wanted} - {None}
+    return [name for name in VARIANTS if name in wanted]
+
+
+def fit_config(data: PreparedData, config: LCRConfig) -> LCRConfig:
+    """Fill in the sizes that the data determines: ids and text widths."""
+    sizes = {
+        "n_items": data.n_items,
+        "n_users": data.n_users,
+        "n_queries": data.n_queries,
+        "n_terms": data.n_terms,
+    }
+    for kind in ("item", "query"):
+        vectors = data.arrays.get(f"{kind}_text")
+        sizes[f"{kind}_text_dim"] = 0 if vectors is None else vectors.shape[1]
+    return config.replace(**sizes)
+
+
+def attach_text(model: LCRSER, data: PreparedData) -> LCRSER:
+    """Give a model the data's frozen text vectors, where its config asks for them."""
+    config = model.config
+    model.set_text(
+        data.arrays.get("item_text") if config.item_text_dim else None,
+        data.arrays.get("query_text") if config.query_text_dim else None,
+    )
+    return model
+
+
+def load_model(path: Path, data: PreparedData, device: str, backend: str | None = None) -> LCRSER:
+    """Load a saved model and check that it is one of this data.
+
+    Raises ValueError where the catalogue is another one.
+    """
+    model = LCRSER.load(path, device=device, backend=backend)
+    if model.config.n_items != data.n_items:
+        raise ValueError(
+            f"{path}: the model knows {model.config.n_items} items, the data has {data.n_items}"
+        )
+    return attach_text(model, data)
+
+
+def run_comparison(
+    data: PreparedData,
+    model_config: LCRConfig,
+    train_config: TrainConfig,
+    out: Path,
+    *,
+    variants: list[str],
+    device: str = "cpu",
+    resume: bool = False,
+    report: Report = lambda line: None,
+) -> str:
+    """Train, evaluate and compare; write the results to ``out`` and return the tables."""
+    results: dict[str, dict[str, Any]] = {}
+    for name, scorer in (
+        ("popularity", evaluation.popularity_scorer(data)),
+        ("recency", evaluation.recency_scorer(data)),
+    ):
+        results[name] = {"title": f"{name} baseline", "rows": evaluation.evaluate(scorer, data)}
+    for name in with_requirements(variants):
+        report(f"{VARIANTS[name].title}:")
+        results[name] = _run_variant(
+            name, data, model_config, train_config, out, device, resume, report
+        )
+    tables = "\n\n".join(_tables(results, data))
+    _write_csv(out / "results.csv", results)
+    with replacing(out / "results.md") as path:
+        path.write_text(tables + "\n", encoding="utf-8")
+    models = {name: result for name, result in results.items() if name in VARIANTS}
+    plots.learning_curves(models, out / "learning_curves.png")
+    plots.target_distances(models, out / "target_distance.png")
+    plots.metric_bars(results, out / "metrics.png")
+    return tables
+
+
+def _run_variant(
+    name: str,
+    data: PreparedData,
+    model_config: LCRConfig,
+    train_config: TrainConfig,
+    out: Path,
+    device: str,
+    resume: bool,
+    report: Report,
+) -> dict[str, Any]:
+    variant, folder = VARIANTS[name], out / name
+    config = model_config if variant.steps else model_config.replace(steps=0)
+    training = train_config if variant.tcl else train_config.replace(tcl_weight=0.0)
+    if resume and (folder / _EVALUATION).is_file():
+        report("  already evaluated")
+        return json.loads((folder / _EVALUATION).read_text(encoding="utf-8"))
+    if variant.start:
+        model = load_model(out / variant.start / MODEL, data, device)
+    else:
+        torch.manual_seed(training.seed)
+        model = attach_text(LCRSER(config).to(device), data)
+    trainer = Trainer(
+        model, data, training, variant.objective, folder, resume=resume, report=report
+    )
+    model = trainer.run()
+    result = {
+        "title": variant.title,
+        "rows": evaluation.evaluate_model(model, data),
+        "seconds": trainer.progress.seconds,
+        "history": trainer.progress.history,
+        "distances": evaluation.state_distances(model, data),
+        "relevance": evaluation.relevance_share(model, data)._asdict(),
+    }
+    with replacing(folder / _EVALUATION) as path:
+        path.write_text(json.dumps(result), encoding="utf-8")
+    report(f"  {folder / MODEL}, {folder / METRICS}")
+    return result
+
+
+def _value(result: dict[str, Any], protocol: str, targets: str, metric: str) -> dict | None:
+    key = {"protocol": protocol, "targets": targets, "metric": metric}
+    return next((r for r in result["rows"] if all(r[k] == v for k, v in key.items())), None)
+
+
+def _cell(row: dict | None, interval: bool = False) -> str:
+    if row is None or not row["n"]:
+        return ""
+    if interval:
+        return f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+    return f"{row['mean']:.3f}"
+
+
+def _tables(results: dict[str, dict[str, Any]], data: PreparedData) -> list[str]:
+    protocols = {r["protocol"] for r in next(iter(results.values()))["rows"]}
+    tables = [_main_table(results, protocols)]
+    titles = {
+        "sampled": "1 target + 99 sampled negatives",
+        "impressions": "items shown with the target",
+        "catalogue": "whole catalogue, seen items masked",
+    }
+    for protocol, title in titles.items():
+        if protocol in protocols:
+            tables.append(f"NDCG@5, {title}:\n\n" + _strata_table(results, protocol))
+    return tables
+
+
+def _main_table(results: dict[str, dict[str, Any]], protocols: set[str]) -> str:
+    columns = ("hr@1", "hr@5", "ndcg@5", "ndcg@10", "mrr")
+    headers = ["model", *(name.upper() for name in columns), "NDCG@10, catalogue", "seconds"]
+    chance = [r["relevance"]["chance"] for r in results.values() if "relevance" in r]
+    with_truth = bool(chance) and chance[0] == chance[0]
+    if with_truth:
+        headers += [
+            f"attention on relevant searches: of the target (chance {chance[0]:.3f})",
+            "of the recommendation stream",
+        ]
+    rows = []
+    for result in results.values():
+        row = [result["title"]]
+        row += [
+            _cell(_value(result, "sampled", "all", name), interval=name == "ndcg@5")
+            for name in columns
+        ]
+        row.append(_cell(_value(result, "catalogue", "all", "ndcg@10")))
+        row.append(f"{result['seconds']:.0f}" if "seconds" in result else "")
+        if with_truth:
+            shares = result.get("relevance", {})
+            for name in ("target", "cross"):
+                share = shares.get(name, float("nan"))
+                row.append(f"{share:.3f}" if share == share else "")
+        rows.append(row)
+    n = next(iter(results.values()))["rows"][0]["n"]
+    title = f"Test, {n:,} users, 1 target + 99 sampled negatives, [95 % bootstrap interval]:\n\n"
+    return title + tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def _strata_table(results: dict[str, dict[str, Any]], protocol: str) -> str:
+    groups = ("all", "repeat", "new", "covered", "uncovered")
+    counts = {
+        group: (_value(next(iter(results.values())), protocol, group, "ndcg@5") or {}).get("n", 0)
+        for group in groups
+    }
+    shown = [group for group in groups if counts[group]]
+    headers = ["model", *(f"{group} (n={counts[group]:,})" for group in shown)]
+    rows = [
+        [
+            result["title"],
+            *(_cell(_value(result, protocol, group, "ndcg@5"), interval=True) for group in shown),
+        ]
+        for result in results.values()
+    ]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def _write_csv(path: Path, results: dict[str, dict[str, Any]]) -> None:
+    fields = ("model", "protocol", "targets", "metric", "mean", "low", "high", "n")
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fields)
+        writer.writeheader()
+        for name, result in results.items():
+            writer.writerows({"model": name, **row} for row in result["rows"])

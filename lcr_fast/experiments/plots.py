@@ -1,0 +1,88 @@
+"""PNG plots of a comparison; matplotlib is imported only here, without a display."""
+
+from pathlib import Path
+from typing import Any
+
+from lcr_fast.storage import replacing
+
+Results = dict[str, dict[str, Any]]
+_COLOURS = {
+    "popularity": "#bbbbbb", "recency": "#888888", "base": "#4477aa", "lcr": "#ee6677",
+    "tcl": "#228833", "rl": "#aa3377", "control": "#ccbb44",
+}  # fmt: skip
+
+
+def _figure(n_columns: int = 1, width: float = 6.0):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * n_columns, 4.0), layout="constrained")
+    return figure, figure.subplots(1, n_columns, squeeze=False)[0]
+
+
+def _save(figure, path: Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def learning_curves(results: Results, path: Path) -> None:
+    """Draw validation NDCG@5 against seconds of training, phase 2 after the phase before it."""
+    figure, (axis,) = _figure(width=7.0)
+    end_of_tcl = results["tcl"]["seconds"] if "tcl" in results else 0.0
+    for name, result in results.items():
+        offset = end_of_tcl if name in ("rl", "control") else 0.0
+        x = [offset + record["seconds"] for record in result["history"]]
+        y = [record["valid_ndcg@5"] for record in result["history"]]
+        axis.plot(x, y, marker="o", markersize=3, color=_COLOURS[name], label=result["title"])
+    axis.set_xlabel("seconds of training")
+    axis.set_ylabel("validation NDCG@5 (1 + 99)")
+    axis.set_title("Learning curves")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    _save(figure, path)
+
+
+def target_distances(results: Results, path: Path) -> None:
+    """Draw the distance of the pooled states to the target at every step."""
+    figure, axes = _figure(2)
+    for axis, stream, title in zip(
+        axes, ("search", "rec"), ("search stream", "recommendation stream"), strict=True
+    ):
+        for name, result in results.items():
+            h, a = result["distances"][f"h_{stream}"], result["distances"][f"a_{stream}"]
+            colour = _COLOURS[name]
+            axis.plot(range(len(h)), h, marker="o", color=colour, label=result["title"].strip())
+            axis.plot(range(1, len(a) + 1), a, marker="x", linestyle=":", color=colour)
+        axis.set_title(title)
+        axis.set_xlabel("reasoning step k")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("distance to the target item")
+    axes[0].plot([], [], color="black", marker="o", label="after cross-attention, h")
+    axes[0].plot([], [], color="black", marker="x", linestyle=":", label="before it, a")
+    axes[0].legend(fontsize="small")
+    _save(figure, path)
+
+
+def metric_bars(results: Results, path: Path) -> None:
+    """Draw NDCG@5 with confidence intervals, by candidate set."""
+    titles = {"sampled": "1 + 99", "catalogue": "whole catalogue", "impressions": "impressions"}
+    rows = {
+        (name, row["protocol"]): row
+        for name, result in results.items()
+        for row in result["rows"]
+        if row["targets"] == "all" and row["metric"] == "ndcg@5"
+    }
+    protocols = [p for p in titles if any(key[1] == p for key in rows)]
+    figure, axes = _figure(len(protocols), width=4.5)
+    for axis, protocol in zip(axes, protocols, strict=True):
+        for place, (name, result) in enumerate(results.items()):
+            row = rows[name, protocol]
+            axis.barh(place, row["mean"], color=_COLOURS[name], label=result["title"])
+            axis.plot([row["low"], row["high"]], [place, place], color="black")
+        axis.set_yticks(range(len(results)), [r["title"].strip() for r in results.values()])
+        axis.invert_yaxis()
+        axis.set_xlabel("test NDCG@5")
+        axis.set_title(titles[protocol])
+    for axis in axes[1:]:
+        axis.set_yticklabels([])
+    _save(figure, path)

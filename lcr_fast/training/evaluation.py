@@ -1,0 +1,345 @@
+"""Ranking evaluation: three candidate sets, strata, baselines and bootstrap intervals."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lcr_fast.batch import Batch
+from lcr_fast.data.batching import Batcher
+from lcr_fast.data.prepared import PreparedData
+from lcr_fast.model import LCRSER, mask_items
+from lcr_fast.objectives import target_distances
+from lcr_fast.ops.ranking import target_rank
+from lcr_fast.weights import REC, SEARCH
+
+PROTOCOLS = ("sampled", "catalogue", "impressions")
+CUTS = (1, 5, 10, 20)
+_CATALOGUE_BLOCK = 2048
+
+# Scores of candidates [B, C], or [1, C] shared by the batch: [B, C].
+Score = Callable[[Tensor], Tensor]
+
+
+class Scorer(Protocol):
+    """Anything that ranks: reads a batch's histories once, then scores any candidates."""
+
+    def __call__(self, batch: Batch) -> Score: ...
+
+
+def model_scorer(model: LCRSER) -> Scorer:
+    """Score with a model, in evaluation mode."""
+
+    def read(batch: Batch) -> Score:
+        h = model.states(batch).h[-1]
+        return lambda ids: model.score(h, batch, ids)
+
+    return read
+
+
+def popularity_scorer(data: PreparedData) -> Scorer:
+    """Baseline: how often an item occurs in training."""
+    counts = torch.from_numpy(np.array(data.item_count, dtype=np.float32))
+    return lambda batch: lambda ids: counts.to(ids.device)[ids].expand(len(batch), -1)
+
+
+def recency_scorer(data: PreparedData) -> Scorer:
+    """Baseline: the items of the recommendation history, the most recent first, then all others."""
+
+    def read(batch: Batch) -> Score:
+        places = torch.arange(1, batch.rec_items.shape[1] + 1, device=batch.device).float()
+        last = torch.zeros(len(batch), data.n_items + 1, device=batch.device)
+        last.scatter_reduce_(1, batch.rec_items, places.expand(len(batch), -1), "amax")
+        return lambda ids: last.gather(1, ids.expand(len(batch), -1))
+
+    return read
+
+
+def make_batcher(data: PreparedData, split: str, model: LCRSER | None) -> Batcher:
+    """Batch a split in a model's history lengths, or in long ones for the baselines."""
+    if model is None:
+        return Batcher(data, split, max_rec_len=200, max_search_len=1, max_clicks=1)
+    config = model.config
+    return Batcher(
+        data,
+        split,
+        max_rec_len=config.max_rec_len,
+        max_search_len=config.max_search_len,
+        max_clicks=config.max_clicks,
+    )
+
+
+def rank_targets(
+    scorer: Scorer,
+    batcher: Batcher,
+    protocol: str,
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 256,
+    backend: str = "auto",
+) -> NDArray[np.int64]:
+    """Rank every target of a split, from 1, ties against it; 0 where there is nothing to rank.
+
+    - ``sampled``: the target and the 99 stored negatives;
+    - ``catalogue``: every item, without those the user has seen (the target always stays);
+    - ``impressions``: the items shown with the target, 0 where the data has none.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
+    samples = batcher.samples
+    ranks = np.zeros(len(samples), dtype=np.int64)
+    with torch.inference_mode():
+        for start in range(0, len(samples), batch_size):
+            rows = np.arange(start, min(start + batch_size, len(samples)))
+            if protocol == "impressions":
+                rows, candidates, columns = _shown(samples, rows)
+                if not len(rows):
+                    continue
+            else:
+                negatives = samples.negatives[rows] if protocol == "sampled" else None
+                candidates, columns = with_target(samples.items[rows], negatives)
+            batch = batcher.gather(rows, candidates, columns).to(device)
+            score = scorer(batch)
+            if protocol == "catalogue":
+                seen = padded_seen(batcher.data, samples.users[rows], samples.times[rows])
+                rank = _catalogue_rank(score, batch, torch.from_numpy(seen), batcher.data.n_items)
+            else:
+                excluded = batch.candidates == 0
+                scores = score(batch.candidates)
+                rank = target_rank(scores, batch.target, excluded=excluded, backend=backend)
+            ranks[rows] = rank.cpu().numpy()
+    return ranks
+
+
+def with_target(targets: NDArray, negatives: NDArray | None) -> tuple[NDArray, NDArray]:
+    """Put the target in column 0 before its negatives: candidates [b, C], target columns [b]."""
+    column = targets[:, None]
+    candidates = column if negatives is None else np.concatenate((column, negatives), 1)
+    return candidates, np.zeros(len(targets), dtype=np.int64)
+
+
+def _shown(samples: Any, rows: NDArray) -> tuple[NDArray, NDArray, NDArray]:
+    """Look up what was shown with each target: rows [n], candidates [n, C], target columns [n]."""
+    if samples.impression_offsets is None:
+        return rows[:0], np.zeros((0, 0)), rows[:0]
+    start, end = samples.impression_offsets[rows], samples.impression_offsets[rows + 1]
+    known = end > start
+    rows, start, count = rows[known], start[known], (end - start)[known]
+    columns = np.arange(count.max(initial=0))
+    valid = columns < count[:, None]
+    places = np.where(valid, start[:, None] + columns, 0)
+    candidates = np.where(valid, samples.impressions[places], 0) if len(rows) else places
+    return rows, candidates, (candidates == samples.items[rows, None]).argmax(1)
+
+
+def padded_seen(data: PreparedData, users: NDArray, times: NDArray) -> NDArray[np.int64]:
+    """List what each user [b] has seen before a time [b]: item ids [b, X], padded with 0."""
+    offsets, items = data.seen_before(users, times)
+    count = np.diff(offsets)
+    columns = np.arange(count.max(initial=0))
+    valid = columns < count[:, None]
+    if not valid.any():
+        return np.zeros(valid.shape, dtype=np.int64)
+    return np.where(valid, items[np.where(valid, offsets[:-1, None] + columns, 0)], 0)
+
+
+def _catalogue_rank(score: Score, batch: Batch, seen: Tensor, n_items: int) -> Tensor:
+    """Rank candidate 0 among all unseen items, block by block: [B]."""
+    target = batch.candidates[:, :1]
+    target_score = score(target)  # [B, 1]
+    ahead = torch.zeros(len(batch), dtype=torch.int64, device=batch.device)
+    # The target is taken out of the blocks, so that it never competes with itself.
+    hidden = torch.cat((seen.to(batch.device), target), 1)
+    for first in range(1, n_items + 1, _CATALOGUE_BLOCK):
+        ids = torch.arange(first, min(first + _CATALOGUE_BLOCK, n_items + 1), device=batch.device)
+        scores = mask_items(score(ids.unsqueeze(0)).clone(), hidden, first)
+        if scores.isnan().any():
+            raise ValueError("the model's scores hold NaN")
+        ahead += ((scores >= target_score) & (scores > -torch.inf)).sum(1)
+    return ahead + 1
+
+
+def rank_metrics(ranks: NDArray) -> dict[str, NDArray]:
+    """HR@k, NDCG@k and MRR of every ranked target (rank > 0): [n] arrays.
+
+    With one relevant item HR@k = [rank <= k], NDCG@k = HR@k / log2(rank + 1), MRR = 1 / rank.
+    """
+    ranks = ranks[ranks > 0].astype(np.float64)
+    gain = 1 / np.log2(ranks + 1)
+    metrics = {f"hr@{k}": (ranks <= k).astype(np.float64) for k in CUTS}
+    metrics |= {f"ndcg@{k}": np.where(ranks <= k, gain, 0.0) for k in CUTS}
+    return metrics | {"mrr": 1 / ranks}
+
+
+class Interval(NamedTuple):
+    """A mean with its bootstrap confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def bootstrap(
+    values: NDArray, *, level: float = 0.95, draws: int = 1000, seed: int = 0
+) -> Interval:
+    """Mean of a per-user metric with its percentile bootstrap interval over users."""
+    n = len(values)
+    if not n:
+        return Interval(float("nan"), float("nan"), float("nan"), 0)
+    rng = np.random.default_rng(seed)
+    # Multinomial counts give the same distribution as drawing indices, without n x draws indices.
+    counts = rng.multinomial(n, np.full(n, 1 / n), size=draws)
+    means = counts @ values / n
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(values.mean()), float(low), float(high), n)
+
+
+def strata(data: PreparedData, split: str) -> dict[str, NDArray[np.bool_]]:
+    """Kinds of targets: repeats (already seen) or new, covered (a training target) or not."""
+    samples = data.split(split)
+    covered = data.train_target_count[samples.items] > 0
+    return {
+        "all": np.ones(len(samples), dtype=bool),
+        "repeat": np.array(samples.repeat),
+        "new": ~samples.repeat,
+        "covered": covered,
+        "uncovered": ~covered,
+    }
+
+
+def evaluate(
+    scorer: Scorer,
+    data: PreparedData,
+    split: str = "test",
+    *,
+    model: LCRSER | None = None,
+    protocols: tuple[str, ...] = PROTOCOLS,
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
+) -> list[dict[str, Any]]:
+    """Evaluate by every protocol and stratum: one row a metric.
+
+    A row holds protocol, targets (the stratum), metric, and mean, low, high, n of
+    :func:`bootstrap`. Protocols that the data has no candidates for are left out.
+    """
+    batcher = make_batcher(data, split, model)
+    groups = strata(data, split)
+    rows = []
+    for protocol in protocols:
+        ranks = rank_targets(scorer, batcher, protocol, device=device, backend=backend)
+        if not (ranks > 0).any():
+            continue
+        for group, member in groups.items():
+            for metric, values in rank_metrics(ranks[member]).items():
+                interval = bootstrap(values)._asdict()
+                rows.append({"protocol": protocol, "targets": group, "metric": metric, **interval})
+    return rows
+
+
+def evaluate_model(
+    model: LCRSER, data: PreparedData, split: str = "test", **options: Any
+) -> list[dict[str, Any]]:
+    """Evaluate a model as :func:`evaluate` does, on the model's device."""
+    model.eval()
+    return evaluate(
+        model_scorer(model),
+        data,
+        split,
+        model=model,
+        device=model.head.target_weight.device,
+        **options,
+    )
+
+
+def validation_score(model: LCRSER, batcher: Batcher, backend: str = "auto") -> float:
+    """NDCG@5 over 1 + 99 candidates, the number that selects models."""
+    model.eval()
+    device = model.head.target_weight.device
+    ranks = rank_targets(model_scorer(model), batcher, "sampled", device=device, backend=backend)
+    return float(rank_metrics(ranks)["ndcg@5"].mean()) if len(ranks) else 0.0
+
+
+@torch.inference_mode()
+def state_distances(model: LCRSER, data: PreparedData, split: str = "test") -> dict[str, Any]:
+    """Distance of pooled states to the target per step (cf. the paper's Fig. 4 and 5).
+
+    Mean Euclidean distance from e_t to q_x(h^(k)), k = 0..K, and to q_x(a^(k)), k = 1..K, for each
+    stream, over users whose two streams both have events; pooling q is at the target.
+    """
+    sums: dict[str, Tensor] = {}
+    n_users = 0
+    model.eval()
+    for batch, states in _states_of(model, data, split):
+        both = (batch.search_lengths > 0) & (batch.rec_lengths > 0)
+        target = model.item_vectors(batch.candidates[:, 0])
+        lengths = (batch.search_lengths, batch.rec_lengths)
+        for name, pairs in (("h", states.h), ("a", states.a)):
+            distances = target_distances(pairs, lengths, target, model.head.target_weight)
+            total = distances[..., both].double().sum(-1).cpu()  # [n, 2]
+            sums[name] = sums[name] + total if name in sums else total
+        n_users += int(both.sum())
+    means = {name: total / max(n_users, 1) for name, total in sums.items()}
+    return {
+        f"{name}_{stream}": mean[:, x].tolist() if len(mean) else []
+        for name, mean in means.items()
+        for x, stream in ((SEARCH, "search"), (REC, "rec"))
+    }
+
+
+class RelevanceShare(NamedTuple):
+    """Attention mass on relevant searches, over users with both relevant and noise searches."""
+
+    chance: float  # share of relevant searches among the shown ones
+    target: float  # of the target-aware aggregation at the target
+    cross: float  # of the recommendation stream's cross-attention; NaN without a step
+    n: int
+
+
+@torch.inference_mode()
+def relevance_share(model: LCRSER, data: PreparedData, split: str = "test") -> RelevanceShare:
+    """Measure how much attention goes to searches that the data knows to be relevant.
+
+    Cross-attention is averaged over steps, heads and the events that query. NaN where the data
+    has no ground truth.
+    """
+    model.eval()
+    batcher = make_batcher(data, split, model)
+    totals = np.zeros(3)
+    n = 0
+    for batch, states in _states_of(model, data, split):
+        truth = batcher.relevant(batch.row.cpu().numpy(), batch.search_queries.shape[1])
+        relevant = torch.from_numpy(truth == 1).to(batch.device)  # [B, L_s]
+        noise = torch.from_numpy(truth == 0).to(batch.device)
+        keep = relevant.any(1) & noise.any(1) & (batch.rec_lengths > 0)
+        if not keep.any():
+            continue
+        target = model.item_vectors(batch.candidates[:, :1])
+        search = states.h[-1][SEARCH]
+        alpha = model.pool(search, batch.search_lengths, target, SEARCH)[1][:, 0]  # [B, L_s]
+        n_relevant = relevant.sum(1)
+        shares = [n_relevant / (n_relevant + noise.sum(1)), (alpha * relevant).sum(1)]
+        looks = [pair[REC] for pair in model.cross_attention(states, batch)]
+        if looks:
+            mass = torch.stack(looks).mean((0, 2)) @ relevant.to(alpha.dtype).unsqueeze(-1)
+            queries = torch.arange(mass.shape[1], device=mass.device) < batch.rec_lengths[:, None]
+            shares.append((mass.squeeze(-1) * queries).sum(1) / queries.sum(1).clamp(min=1))
+        else:
+            shares.append(torch.full_like(shares[0], float("nan")))
+        totals += [float(share[keep].double().sum()) for share in shares]
+        n += int(keep.sum())
+    chance, at_target, cross = totals / n if n else np.full(3, np.nan)
+    return RelevanceShare(float(chance), float(at_target), float(cross), n)
+
+
+def _states_of(model: LCRSER, data: PreparedData, split: str, batch_size: int = 256):
+    batcher = make_batcher(data, split, model)
+    device = model.head.target_weight.device
+    for start in range(0, len(batcher), batch_size):
+        rows = np.arange(start, min(start + batch_size, len(batcher)))
+        candidates, columns = with_target(batcher.samples.items[rows], None)
+        batch = batcher.gather(rows, candidates, columns).to(device)
+        yield batch, model.states(batch)

@@ -1,0 +1,215 @@
+"""What a mini-batch does in each phase: its candidates, its losses and what they log.
+
+Everything random is drawn from keys (seed, phase, epoch, step), never from a running generator, so
+that a resumed run needs no random state.
+"""
+
+import copy
+import logging
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lcr_fast import grpo
+from lcr_fast.batch import Batch
+from lcr_fast.config import TrainConfig
+from lcr_fast.data.batching import Batcher
+from lcr_fast.data.negatives import NegativeSampler
+from lcr_fast.model import LCRSER
+from lcr_fast.objectives import rank_loss, tcl
+from lcr_fast.training.evaluation import with_target
+
+_LOG = logging.getLogger("lcr_fast")
+_ALARM_EVERY = 10  # updates between two measurements of the gradients' cosine
+
+
+class Update(NamedTuple):
+    """One loss to descend and the numbers to log with it."""
+
+    loss: Tensor
+    logs: dict[str, float]
+
+
+class Supervised:
+    """Phase 1: ranking loss and TCL (:mod:`lcr_fast.objectives`)."""
+
+    phase = 1
+
+    def __init__(self, model: LCRSER, batcher: Batcher, config: TrainConfig) -> None:
+        self.model, self.batcher, self.config = model, batcher, config
+        kind = "popularity" if config.negatives == "in_batch" else config.negatives
+        self.sampler = NegativeSampler(batcher.data, kind)
+
+    def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return list(self.model.named_parameters())
+
+    def batch(self, rows: NDArray, rng: np.random.Generator) -> Batch:
+        """Assemble samples with fresh negatives, target in column 0."""
+        samples = self.batcher.samples
+        users, times, targets = samples.users[rows], samples.times[rows], samples.items[rows]
+        if self.config.negatives == "in_batch":
+            # Another user's target, unless this user has seen it: 0 is padding.
+            others = np.broadcast_to(targets, (len(rows), len(rows))).copy()
+            seen = batch_seen(self.batcher, users, others, times)
+            others[seen | (others == targets[:, None])] = 0
+            negatives = others
+        else:
+            negatives = self.sampler.draw(rng, users, times, targets, self.config.n_negatives)
+        return self.batcher.gather(rows, *with_target(targets, negatives))
+
+    def updates(self, batch: Batch, seed: int) -> Iterator[Update]:
+        """One update: L = L_rank + lambda L_TCL."""
+        config, model = self.config, self.model
+        model.train()
+        model.dropout_seed = seed
+        states = model.states(batch)
+        loss = rank_loss(model.score(states.h[-1], batch), batch.target, config.rank_loss)
+        logs = {"rank_loss": float(loss)}
+        if config.tcl_weight and model.config.steps:
+            contrast = tcl(
+                states,
+                (batch.search_lengths, batch.rec_lengths),
+                model.item_vectors(batch.candidates[:, 0]),
+                model.head.target_weight,
+                margin=config.tcl_margin,
+                kind=config.tcl_distance,
+                detach_negative=config.tcl_detach_negative,
+            )
+            loss = loss + config.tcl_weight * contrast
+            logs["tcl"] = float(contrast)
+        yield Update(loss, logs)
+
+
+def batch_seen(batcher: Batcher, users: NDArray, items: NDArray, times: NDArray) -> NDArray:
+    """Whether each user [b] has seen each of the items [b, n] before the time [b]."""
+    return batcher.data.has_seen(users[:, None], items, times[:, None])
+
+
+class _Trajectories:
+    """What phase 2 and its control share: fresh candidates, frozen parts, noisy trajectories."""
+
+    phase = 2
+
+    def __init__(self, model: LCRSER, batcher: Batcher, config: TrainConfig) -> None:
+        self.model, self.batcher, self.config = model, batcher, config
+        kind = "popularity" if config.negatives == "in_batch" else config.negatives
+        self.sampler = NegativeSampler(batcher.data, kind)
+
+    def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """List what is trained: reasoning and head, or everything.
+
+        The trainer freezes the rest, so the encoder is not in the graph of the former.
+        """
+        named = self.model.named_parameters()
+        if self.config.rl_trainable == "all":
+            return list(named)
+        trained = ("reasoning.", "step_embedding", "head.")
+        return [(name, p) for name, p in named if name.startswith(trained)]
+
+    def batch(self, rows: NDArray, rng: np.random.Generator) -> Batch:
+        """Assemble samples with fresh distinct negatives, target in column 0."""
+        samples = self.batcher.samples
+        users, times, targets = samples.users[rows], samples.times[rows], samples.items[rows]
+        n = min(self.config.rl_negatives, self.batcher.data.n_items - 1)
+        negatives = self.sampler.draw(rng, users, times, targets, n, distinct=True)
+        return self.batcher.gather(rows, *with_target(targets, negatives))
+
+    def scores(self, model: LCRSER, batch: Batch, seed: int) -> Tensor:
+        """Score the candidates on N noisy trajectories, dropout off: [B, N, C]."""
+        model.eval()
+        h0 = model.encode(batch)
+        states = model.rollout(h0, batch, self.config.n_trajectories, self.config.noise_scale, seed)
+        return model.score(states.h[-1], batch)
+
+
+class NoisySupervised(_Trajectories):
+    """Control of phase 2: the same noisy trajectories under the phase-1 ranking loss."""
+
+    def updates(self, batch: Batch, seed: int) -> Iterator[Update]:
+        for _ in range(self.config.inner_epochs):
+            scores = self.scores(self.model, batch, seed).flatten(0, 1)  # [B * N, C]
+            target = batch.target.repeat_interleave(self.config.n_trajectories)
+            loss = rank_loss(scores, target, self.config.rank_loss)
+            yield Update(loss, {"rank_loss": float(loss)})
+
+
+class Grpo(_Trajectories):
+    """Phase 2: GRPO over noisy latent trajectories (:mod:`lcr_fast.grpo`).
+
+    The frozen copy of the model at construction is the reference policy. Policy, old and reference
+    policies share the noise of a batch.
+    """
+
+    def __init__(self, model: LCRSER, batcher: Batcher, config: TrainConfig) -> None:
+        super().__init__(model, batcher, config)
+        self.reference = copy.deepcopy(model).requires_grad_(False)
+        self.n_updates = 0
+
+    def updates(self, batch: Batch, seed: int) -> Iterator[Update]:
+        """Roll out once, then update ``inner_epochs`` times on it."""
+        config = self.config
+        with torch.no_grad():
+            reference_scores = self.scores(self.reference, batch, seed) / config.temperature
+        generator = torch.Generator(batch.device).manual_seed(seed)
+        rollout, old = None, None
+        for _ in range(config.inner_epochs):
+            scores = self.scores(self.model, batch, seed) / config.temperature  # [B, N, C]
+            if rollout is None:
+                rollout = grpo.choose_actions(
+                    scores, batch.target, config.action, config.reward, generator
+                )
+                advantages = grpo.group_advantages(rollout.rewards)  # [B, N]
+            log_prob = grpo.list_log_probability(scores, rollout.actions)  # [B, N]
+            if old is None:
+                old = log_prob.detach()
+            surrogate = grpo.policy_objective(log_prob, old, advantages, config.clip)
+            kl = grpo.kl_divergence(scores, reference_scores, config.kl, rollout.actions).mean()
+            logs = {
+                "reward": float(rollout.rewards.mean()),
+                "signal": float((advantages != 0).any(-1).float().mean()),
+                "kl": float(kl),
+                "surrogate": float(surrogate),
+            }
+            if self.n_updates % _ALARM_EVERY == 0:
+                logs |= self._alarm(surrogate, scores, batch.target)
+            self.n_updates += 1
+            yield Update(config.kl_weight * kl - surrogate, logs)
+
+    def _alarm(self, surrogate: Tensor, scores: Tensor, target: Tensor) -> dict[str, float]:
+        """Compare the policy gradient with the gradient of mean log p(target)."""
+        parameters = [p for _, p in self.parameters()]
+        places = target[:, None, None].expand(*scores.shape[:2], 1)
+        log_target = grpo.list_log_probability(scores, places).mean()
+        flat = [
+            torch.cat([
+                torch.zeros_like(p).flatten() if g is None else g.flatten()
+                for p, g in zip(parameters, gradients, strict=True)
+            ])
+            for gradients in (
+                torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+                for value in (surrogate, log_target)
+            )
+        ]  # fmt: skip
+        norms = flat[0].norm() * flat[1].norm()
+        if not norms > 0:
+            return {}
+        return {"target_cosine": float(flat[0] @ flat[1] / norms)}
+
+
+OBJECTIVES = {"supervised": Supervised, "grpo": Grpo, "noisy": NoisySupervised}
+Objective = Supervised | NoisySupervised | Grpo
+
+
+def warn_if_sinking(logs: dict[str, float]) -> None:
+    """Warn while the policy gradient, on average, lowers the target's probability."""
+    cosine = logs.get("target_cosine")
+    if cosine is not None and cosine < 0:
+        _LOG.warning(
+            "the policy gradient lowers the target's probability: its cosine with the gradient of "
+            "mean log p(target) is %.3f; consider action=top1 or a larger kl_weight",
+            cosine,
+        )

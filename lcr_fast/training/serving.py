@@ -1,0 +1,50 @@
+"""Recommend from prepared data: everything that is known of a user, in the data's own ids."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from lcr_fast.data.prepared import PreparedData
+from lcr_fast.model import LCRSER
+from lcr_fast.training.evaluation import make_batcher, padded_seen
+
+_END_OF_TIME = np.iinfo(np.int64).max
+
+
+def recommend(
+    model: LCRSER,
+    data: PreparedData,
+    users: Sequence[str] | None = None,
+    k: int = 10,
+    batch_size: int = 256,
+) -> Iterator[tuple[str, int, str, float]]:
+    """Yield (user, rank, item, score) with raw ids, k unseen items a user, rank from 1.
+
+    ``users`` None means all. Raises ValueError for a user that the data does not know; users
+    without any history get what the model gives to nobody in particular.
+    """
+    if users is None:
+        numbers = np.arange(1, data.n_users + 1)
+    else:
+        numbers = np.array([_find(data, user) for user in users], dtype=np.int64)
+    batcher = make_batcher(data, "test", model)
+    device = model.head.target_weight.device
+    for start in range(0, len(numbers), batch_size):
+        some = numbers[start : start + batch_size]
+        times = np.full(len(some), _END_OF_TIME)
+        nothing = np.zeros((len(some), 0), dtype=np.int64)
+        batch = batcher.at(some, times, nothing).to(device)
+        seen = torch.from_numpy(padded_seen(data, some, times)).to(device)
+        items, scores = model.recommend(batch, k, exclude=seen)
+        for user, row, values in zip(some, items.tolist(), scores.tolist(), strict=True):
+            for rank, (item, score) in enumerate(zip(row, values, strict=True), 1):
+                if item:
+                    yield data.users[int(user)], rank, data.items[item], score
+
+
+def _find(data: PreparedData, user: str) -> int:
+    try:
+        return data.users.find(str(user))
+    except KeyError:
+        raise ValueError(f"user {user!r} is not in the data") from None

@@ -1,0 +1,287 @@
+"""The training loop of every phase: early stopping, logs, atomic checkpoints, exact resume."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lcr_fast.config import TrainConfig
+from lcr_fast.data.prepared import PreparedData
+from lcr_fast.model import LCRSER
+from lcr_fast.storage import load_tensors, replacing, save_tensors
+from lcr_fast.training.evaluation import make_batcher, validation_score
+from lcr_fast.training.objective import OBJECTIVES, Objective, warn_if_sinking
+
+_CHECKPOINT_KIND = "checkpoint"
+_CHECKPOINT_SECONDS = 30.0  # between two checkpoints inside an epoch
+CHECKPOINT, MODEL, METRICS = "checkpoint.safetensors", "model.safetensors", "metrics.jsonl"
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with the tensors of a checkpoint, all that a resume needs."""
+
+    epoch: int = 0  # epochs completed
+    step: int = 0  # steps completed in the current one
+    best: float = -1.0  # best validation NDCG@5
+    stale: int = 0  # epochs since
+    seconds: float = 0.0
+    finished: bool = False
+    sums: dict[str, list[float]] = field(default_factory=dict)  # name -> [sum, count]
+    history: list[dict[str, float]] = field(default_factory=list)  # one record an epoch
+
+
+class Trainer:
+    """Train a model on prepared data by one objective.
+
+    ``objective`` is ``supervised`` (phase 1), ``grpo`` (phase 2) or ``noisy`` (phase 2's control).
+    The folder ``out`` receives the best model by validation NDCG@5 (``model.safetensors``), a
+    checkpoint, and one JSON line an epoch in ``metrics.jsonl``; a TensorBoard log too where
+    TensorBoard is installed. Files are replaced atomically, so a killed run leaves the last good
+    ones. With ``resume`` a run continues from its checkpoint, bit for bit on CPU.
+
+    Raises ValueError where there is nothing to train on, and on a checkpoint of another run.
+    """
+
+    def __init__(
+        self,
+        model: LCRSER,
+        data: PreparedData,
+        config: TrainConfig,
+        objective: str,
+        out: str | Path,
+        *,
+        resume: bool = False,
+        report: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.model, self.config, self.out, self.report = model, config, Path(out), report
+        self.name = objective
+        self.batcher = make_batcher(data, "train", model)
+        self.validation = make_batcher(data, "valid", model)
+        if not len(self.batcher):
+            raise ValueError("the data has no training samples")
+        self.objective: Objective = OBJECTIVES[objective](model, self.batcher, config)
+        trained = self.objective.parameters()
+        self.optimizer, self._names = make_optimizer(
+            trained, self._learning_rate, config.weight_decay
+        )
+        self._trained = {name for name, _ in trained}
+        self.progress = Progress()
+        self.best: dict[str, Tensor] = {}
+        self.out.mkdir(parents=True, exist_ok=True)
+        if resume and (self.out / CHECKPOINT).is_file():
+            self._load()
+
+    # The two phases differ in these four numbers only.
+
+    @property
+    def _second(self) -> bool:
+        return self.objective.phase == 2
+
+    @property
+    def _learning_rate(self) -> float:
+        return self.config.rl_learning_rate if self._second else self.config.learning_rate
+
+    @property
+    def _epochs(self) -> int:
+        return self.config.rl_epochs if self._second else self.config.epochs
+
+    @property
+    def _batch_size(self) -> int:
+        return self.config.rl_batch_size if self._second else self.config.batch_size
+
+    @property
+    def _epoch_size(self) -> int:
+        limit = self.config.rl_epoch_size if self._second else 0
+        return min(limit, len(self.batcher)) if limit else len(self.batcher)
+
+    def run(self) -> LCRSER:
+        """Train to the end, restore the best weights into the model and return it."""
+        progress = self.progress
+        if not progress.finished:
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(name in self._trained)
+            self._start()
+            while progress.epoch < self._epochs and progress.stale < max(self.config.patience, 1):
+                self._epoch()
+            progress.finished = True
+            self._save()
+        self.model.load_state_dict(self.best)
+        return self.model.requires_grad_(True).eval()
+
+    def _start(self) -> None:
+        """Count the starting model as epoch 0: a phase that only harms keeps what it was given."""
+        if not self.best:
+            self._validate({})
+
+    def _epoch(self) -> None:
+        progress = self.progress
+        order = self._rng(0).permutation(len(self.batcher))[: self._epoch_size]
+        n_steps = math.ceil(len(order) / self._batch_size)
+        device = self.model.head.target_weight.device
+        last_save = clock = time.monotonic()
+        bar = tqdm(
+            total=n_steps,
+            initial=progress.step,
+            desc=f"{self.name} epoch {progress.epoch + 1}/{self._epochs}",
+            leave=False,
+            disable=not sys.stderr.isatty(),
+        )
+        with bar:
+            while progress.step < n_steps:
+                start = progress.step * self._batch_size
+                key = self._rng(1 + progress.step)
+                batch = self.objective.batch(order[start : start + self._batch_size], key)
+                for loss, logs in self.objective.updates(batch.to(device), _seed(key)):
+                    self._update(loss)
+                    self._add({"loss": float(loss), **logs})
+                progress.step += 1
+                bar.update()
+                now = time.monotonic()
+                progress.seconds += now - clock
+                clock = now
+                if now - last_save > _CHECKPOINT_SECONDS:
+                    self._save()
+                    last_save = time.monotonic()
+        progress.epoch += 1
+        progress.step = 0
+        means = {name: total / count for name, (total, count) in progress.sums.items()}
+        progress.sums = {}
+        warn_if_sinking(means)
+        self._validate(means)
+
+    def _update(self, loss: Tensor) -> None:
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {float(loss)} in epoch {self.progress.epoch + 1}, step "
+                f"{self.progress.step + 1}; the last checkpoint is kept"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.config.grad_clip:
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
+        self.optimizer.step()
+
+    def _add(self, logs: dict[str, float]) -> None:
+        for name, value in logs.items():
+            total, count = self.progress.sums.get(name, (0.0, 0))
+            self.progress.sums[name] = [total + value, count + 1]
+
+    def _validate(self, means: dict[str, float]) -> None:
+        progress = self.progress
+        clock = time.monotonic()
+        score = validation_score(self.model, self.validation, self.model.config.backend)
+        if score > progress.best:
+            progress.best, progress.stale = score, 0
+            self.best = {n: t.detach().clone() for n, t in self.model.state_dict().items()}
+            self.model.save(self.out / MODEL)
+        else:
+            progress.stale += 1
+        progress.seconds += time.monotonic() - clock
+        record = {"epoch": progress.epoch, **means, "valid_ndcg@5": score}
+        progress.history.append({**record, "seconds": round(progress.seconds, 3)})
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in list(record.items())[1:])
+        self.report(f"  {self.name} epoch {progress.epoch}: {shown}")
+        self._save()
+        self._log()
+
+    def _rng(self, step: int) -> np.random.Generator:
+        """Make the generator of one step of the current epoch; 0 is the epoch's order."""
+        return np.random.default_rng(
+            [self.config.seed, self.objective.phase, self.progress.epoch, step]
+        )
+
+    def _log(self) -> None:
+        """Rewrite the metrics log, so that it always agrees with the checkpoint."""
+        with replacing(self.out / METRICS) as path:
+            lines = (json.dumps(record) + "\n" for record in self.progress.history)
+            path.write_text("".join(lines))
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        record = self.progress.history[-1]
+        with SummaryWriter(str(self.out / "tensorboard")) as writer:
+            for name, value in record.items():
+                if name != "epoch":
+                    writer.add_scalar(f"{self.name}/{name}", value, record["epoch"])
+
+    def _save(self) -> None:
+        tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
+        tensors |= {f"best.{name}": t for name, t in self.best.items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            for key, value in state.items():
+                tensors[f"adam.{self._names[index]}.{key}"] = torch.as_tensor(value)
+        reference = getattr(self.objective, "reference", None)
+        if reference is not None:
+            tensors |= {f"reference.{name}": t for name, t in reference.state_dict().items()}
+        info = {
+            "objective": self.name,
+            "model": self.model.config.to_dict(),
+            "train": self.config.to_dict(),
+            "progress": asdict(self.progress),
+            "n_updates": getattr(self.objective, "n_updates", 0),
+        }
+        save_tensors(self.out / CHECKPOINT, _CHECKPOINT_KIND, tensors, info)
+
+    def _load(self) -> None:
+        path = self.out / CHECKPOINT
+        tensors, info = load_tensors(path, _CHECKPOINT_KIND)
+        if info["objective"] != self.name:
+            raise ValueError(
+                f"{path}: cannot resume {self.name}, the checkpoint is of {info['objective']}"
+            )
+        for key, config in (("model", self.model.config), ("train", self.config)):
+            saved, ours = info[key], json.loads(config.to_json())
+            changed = [f for f in sorted(saved.keys() | ours.keys()) if saved.get(f) != ours.get(f)]
+            if changed:
+                raise ValueError(
+                    f"{path}: cannot resume, the {key} config differs in {', '.join(changed)}"
+                )
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}
+
+        self.model.load_state_dict(part("model."))
+        self.best = part("best.")
+        if hasattr(self.objective, "reference"):
+            self.objective.reference.load_state_dict(part("reference."))
+            self.objective.n_updates = info["n_updates"]
+        # AdamW moves the moments to its parameters' device by itself.
+        state = {index: part(f"adam.{name}.") for index, name in enumerate(self._names)}
+        state = {index: moments for index, moments in state.items() if moments}
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.progress = Progress(**info["progress"])
+
+
+def _seed(rng: np.random.Generator) -> int:
+    return int(rng.integers(2**63))
+
+
+def make_optimizer(
+    parameters: list[tuple[str, torch.nn.Parameter]], learning_rate: float, weight_decay: float
+) -> tuple[torch.optim.AdamW, list[str]]:
+    """AdamW with decay on dense weights only, and the parameters' names in its numbering.
+
+    Embedding rows that no batch touches would shrink towards each other until their scores tie;
+    positions, norms and biases have nothing to gain from decay.
+    """
+    spared = ("embedding", "position", "bias", "norm")
+    dense = [(n, p) for n, p in parameters if not any(part in n for part in spared)]
+    rest = [(n, p) for n, p in parameters if any(part in n for part in spared)]
+    groups = [
+        {"params": [p for _, p in dense], "weight_decay": weight_decay},
+        {"params": [p for _, p in rest], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate)
+    return optimizer, [name for name, _ in dense + rest]
