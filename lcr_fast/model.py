@@ -199,7 +199,7 @@ class LCRSER(nn.Module):
                 f"the config has {kind}_text_dim={projection.in_features}: call "
                 f"set_text({kind}_text=...) first"
             )
-        # Row 0 may hold anything: it is cut out before the projection, whose gradient it would enter.
+        # Row 0 may hold anything, so it must not enter the projection's gradient either.
         vectors = table[ids].to(projection.weight.dtype)
         return projection(vectors.masked_fill((ids == 0).unsqueeze(-1), 0.0))
 
@@ -405,8 +405,14 @@ class LCRSER(nn.Module):
             raise ValueError(f"exclude must be int64 [{len(batch)}, X], got {list(exclude.shape)}")
         was_training = self.training
         self.eval()
+        try:
+            items, scores = self._top_items(batch, k, seen_items(batch, exclude))
+        finally:
+            self.train(was_training)
+        return items.masked_fill(scores == -math.inf, 0), scores
+
+    def _top_items(self, batch: Batch, k: int, seen: Tensor) -> tuple[Tensor, Tensor]:
         h = self.states(batch).h[-1]
-        seen = seen_items(batch, exclude)
         items = torch.zeros(len(batch), k, dtype=torch.int64, device=batch.device)
         scores = torch.full((len(batch), k), -math.inf, device=batch.device, dtype=h[0].dtype)
         for ids, vectors in self.catalogue_blocks():
@@ -416,8 +422,7 @@ class LCRSER(nn.Module):
             merged, order = torch.cat((scores, block), 1).sort(dim=1, descending=True, stable=True)
             pool = torch.cat((items, ids.expand(len(batch), -1)), 1)
             scores, items = merged[:, :k], pool.gather(1, order[:, :k])
-        self.train(was_training)
-        return items.masked_fill(scores == -math.inf, 0), scores
+        return items, scores
 
     def catalogue_blocks(self, size: int = _CATALOGUE_BLOCK):
         """Yield (ids [c], item vectors [c, D]) over the catalogue, in order of id."""
