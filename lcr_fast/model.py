@@ -477,7 +477,8 @@ def _text_tensor(given: Any) -> Tensor:
     """Make a tensor of text vectors, without reading a whole memory-mapped file."""
     if isinstance(given, Tensor):
         return given
-    if isinstance(given, np.memmap) and isinstance(given.base, mmap.mmap):
+    whole = isinstance(given, np.memmap) and isinstance(given.base, mmap.mmap)
+    if whole and given.flags.c_contiguous:
         # Tensors are always writable; copy-on-write spares the file.
         return torch.from_numpy(
             np.memmap(given.filename, given.dtype, "c", given.offset, given.shape)
