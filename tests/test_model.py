@@ -422,17 +422,25 @@ def test_text_vectors_are_wanted_and_checked():
         model.set_text(query_text=np.zeros((5, 7), np.float32))
 
 
-def test_text_vectors_may_be_memory_mapped(tmp_path):
+@pytest.mark.parametrize("mode", ["r", "c", "r+"])
+@pytest.mark.parametrize("layout", ["C", "F", "part"])
+def test_text_vectors_may_be_memory_mapped(tmp_path, mode, layout):
+    """Whatever the file's memory order, and where the array is a part of what the file holds."""
     vectors = np.random.default_rng(0).normal(size=(13, 5)).astype(np.float16)
-    np.save(tmp_path / "items.npy", vectors)
+    stored = np.concatenate((vectors, vectors)) if layout == "part" else vectors
+    np.save(tmp_path / "items.npy", np.asarray(stored, order="F" if layout == "F" else "C"))
+    before = (tmp_path / "items.npy").read_bytes()
+    mapped = np.load(tmp_path / "items.npy", mmap_mode=mode)
     model = random_model(CONFIG.replace(item_text_dim=5), torch.Generator().manual_seed(0))
     ids = torch.tensor([3, 0])
     model.set_text(item_text=torch.from_numpy(vectors))
     expected = model.item_vectors(ids)
-    model.set_text(item_text=np.load(tmp_path / "items.npy", mmap_mode="c"))
+    model.set_text(item_text=mapped[13:] if layout == "part" else mapped)
     assert torch.equal(model.item_vectors(ids), expected)
     assert not expected[1].any()
     assert "item_text" not in model.state_dict()
+    model.item_text.zero_()
+    assert (tmp_path / "items.npy").read_bytes() == before
 
 
 # -- compile --------------------------------------------------------------------------------------
