@@ -199,7 +199,9 @@ class LCRSER(nn.Module):
                 f"the config has {kind}_text_dim={projection.in_features}: call "
                 f"set_text({kind}_text=...) first"
             )
-        return projection(table[ids].to(projection.weight.dtype)) * (ids > 0).unsqueeze(-1)
+        # Row 0 may hold anything, so it must not enter the projection's gradient either.
+        vectors = table[ids].to(projection.weight.dtype)
+        return projection(vectors.masked_fill((ids == 0).unsqueeze(-1), 0.0))
 
     def item_vectors(self, ids: Tensor) -> Tensor:
         """Item vectors e_i: ids [...] -> [..., D]; id 0 is the zero vector."""
@@ -268,11 +270,13 @@ class LCRSER(nn.Module):
                     f"{name}_lengths must be in 0..{size}, got {int(lengths.min())}.."
                     f"{int(lengths.max())}"
                 )
-        if len(batch) and int(batch.target.max()) >= batch.candidates.shape[1]:
-            raise ValueError(
-                f"target must be a column of candidates, below {batch.candidates.shape[1]}, "
-                f"got {int(batch.target.max())}"
-            )
+        if len(batch):
+            low, high = (int(v) for v in torch.aminmax(batch.target))
+            if low < -1 or high >= batch.candidates.shape[1]:
+                raise ValueError(
+                    f"target must be a column of candidates, below {batch.candidates.shape[1]}, or "
+                    f"-1 for none, got {low if low < -1 else high}"
+                )
 
     # -- stages ---------------------------------------------------------------------------------
 
@@ -401,8 +405,14 @@ class LCRSER(nn.Module):
             raise ValueError(f"exclude must be int64 [{len(batch)}, X], got {list(exclude.shape)}")
         was_training = self.training
         self.eval()
+        try:
+            items, scores = self._top_items(batch, k, seen_items(batch, exclude))
+        finally:
+            self.train(was_training)
+        return items.masked_fill(scores == -math.inf, 0), scores
+
+    def _top_items(self, batch: Batch, k: int, seen: Tensor) -> tuple[Tensor, Tensor]:
         h = self.states(batch).h[-1]
-        seen = seen_items(batch, exclude)
         items = torch.zeros(len(batch), k, dtype=torch.int64, device=batch.device)
         scores = torch.full((len(batch), k), -math.inf, device=batch.device, dtype=h[0].dtype)
         for ids, vectors in self.catalogue_blocks():
@@ -412,8 +422,7 @@ class LCRSER(nn.Module):
             merged, order = torch.cat((scores, block), 1).sort(dim=1, descending=True, stable=True)
             pool = torch.cat((items, ids.expand(len(batch), -1)), 1)
             scores, items = merged[:, :k], pool.gather(1, order[:, :k])
-        self.train(was_training)
-        return items.masked_fill(scores == -math.inf, 0), scores
+        return items, scores
 
     def catalogue_blocks(self, size: int = _CATALOGUE_BLOCK):
         """Yield (ids [c], item vectors [c, D]) over the catalogue, in order of id."""
@@ -468,7 +477,8 @@ def _text_tensor(given: Any) -> Tensor:
     """Make a tensor of text vectors, without reading a whole memory-mapped file."""
     if isinstance(given, Tensor):
         return given
-    if isinstance(given, np.memmap) and isinstance(given.base, mmap.mmap):
+    whole = isinstance(given, np.memmap) and isinstance(given.base, mmap.mmap)
+    if whole and given.flags.c_contiguous:
         # Tensors are always writable; copy-on-write spares the file.
         return torch.from_numpy(
             np.memmap(given.filename, given.dtype, "c", given.offset, given.shape)

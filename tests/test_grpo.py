@@ -1,0 +1,424 @@
+"""Phase 2: rewards, advantages, actions, KL and the clipped objective."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+import oracle
+from lcr_fast import LCRConfig
+from lcr_fast.grpo import (
+    choose_actions,
+    group_advantages,
+    kl_divergence,
+    list_log_probability,
+    policy_objective,
+    ranking_rewards,
+)
+from lcr_fast.testing import random_batch, random_model
+
+REWARDS = ["hr@1", "hr@3", "ndcg@1", "ndcg@4", "mrr"]
+
+
+def draw_scores(seed=0, ties=False):
+    """Scores of 4 trajectories over 6, 3 and 2 candidates, padded with -inf; targets."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(3, 4, 6, generator=generator, dtype=torch.float64)
+    if ties:
+        scores = scores.round()
+    scores[1, :, 3:] = scores[2, :, 2:] = -math.inf
+    return scores, torch.tensor([4, 0, 1])
+
+
+# -- rewards and advantages -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("reward", REWARDS)
+def test_rewards_match_the_oracle(reward, ties):
+    scores, target = draw_scores(ties=ties)
+    rewards = ranking_rewards(scores, target, reward)
+    assert rewards.shape == (3, 4)
+    for b, n in itertools.product(range(3), range(4)):
+        expected = oracle.reward(scores[b, n].tolist(), int(target[b]), reward)
+        assert rewards[b, n].item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("reward", ["hr@1", "ndcg@1"])
+def test_a_constant_scorer_earns_nothing(reward):
+    assert not ranking_rewards(torch.zeros(2, 3, 5), torch.tensor([0, 4]), reward).any()
+
+
+def test_ndcg_of_one_positive_is_the_discount_of_its_rank():
+    scores = -torch.arange(6.0).expand(1, 1, 6)
+    for place in range(6):
+        for k in (1, 3, 6):
+            value = ranking_rewards(scores, torch.tensor([place]), f"ndcg@{k}").item()
+            expected = 1 / math.log2(place + 2) if place < k else 0.0
+            assert value == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("successes", "positive", "negative"),
+    [(1, 2.47417, -0.35345), (2, 1.61984, -0.53995), (4, 0.93524, -0.93524)],
+)
+def test_advantages_of_eight_binary_rewards(successes, positive, negative):
+    rewards = (torch.arange(8) < successes).float()
+    advantages = group_advantages(rewards[None])[0]
+    torch.testing.assert_close(
+        advantages, torch.where(rewards > 0, positive, negative), rtol=0, atol=6e-6
+    )
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1])
+@pytest.mark.parametrize("n", [1, 2, 3, 8])
+def test_equal_rewards_and_one_trajectory_have_no_advantage(value, n):
+    assert not group_advantages(torch.full((2, n), value)).any()
+
+
+def test_advantages_match_the_oracle_and_sum_to_zero():
+    rewards = torch.rand(5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rewards.requires_grad_()
+    advantages = group_advantages(rewards)
+    for row, expected in zip(advantages, rewards, strict=True):
+        assert row.tolist() == pytest.approx(oracle.advantages(expected.tolist()), rel=1e-12)
+    assert advantages.sum(-1).abs().max() < 1e-12
+    assert not advantages.requires_grad
+
+
+# -- actions --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reward", REWARDS)
+def test_deterministic_actions_take_the_reward_of_the_list(reward):
+    scores, target = draw_scores()
+    rewards = ranking_rewards(scores, target, reward)
+    top1 = choose_actions(scores, target, "top1", reward)
+    assert torch.equal(top1.actions.squeeze(-1), scores.argmax(-1))
+    chosen = choose_actions(scores, target, "target", reward)
+    assert (chosen.actions.squeeze(-1) == target[:, None]).all()
+    for rollout in (top1, chosen):
+        assert rollout.actions.shape == (3, 4, 1)
+        assert torch.equal(rollout.rewards, rewards)
+
+
+@pytest.mark.parametrize(
+    ("reward", "places"), [("hr@1", 1), ("ndcg@4", 4), ("hr@9", 6), ("mrr", 6)]
+)
+def test_a_sampled_list_is_rewarded_for_itself(reward, places):
+    scores, target = draw_scores()
+    actions, rewards = choose_actions(scores, target, "sampled", reward)
+    assert actions.shape == (3, 4, places)
+    for b, n in itertools.product(range(3), range(4)):
+        drawn = actions[b, n].tolist()
+        assert len(set(drawn)) == places
+        # Whatever exists comes before padding.
+        exists = [scores[b, n, i] > -math.inf for i in drawn]
+        assert exists == sorted(exists, reverse=True)
+        place = drawn.index(int(target[b])) + 1 if int(target[b]) in drawn else math.inf
+        own_list = [-drawn.index(i) if i in drawn else -99 for i in range(6)]
+        expected = oracle.reward(own_list, int(target[b]), reward) if place < math.inf else 0.0
+        assert rewards[b, n].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_sampled_lists_follow_the_policy():
+    torch.manual_seed(0)
+    logits = torch.tensor([0.5, -1.0, 1.2, -math.inf], dtype=torch.float64)
+    n = 40000
+    actions, _ = choose_actions(logits.expand(1, n, 4), torch.tensor([0]), "sampled", "ndcg@2")
+    seen = torch.bincount(actions[0, :, 0] * 4 + actions[0, :, 1], minlength=16) / n
+    total = 0.0
+    for places in itertools.permutations(range(3), 2):
+        p = math.exp(oracle.list_log_probability(logits.tolist(), places))
+        assert abs(seen[places[0] * 4 + places[1]] - p) < 5 * math.sqrt(p * (1 - p) / n)
+        total += p
+    assert total == pytest.approx(1.0)
+
+
+def test_unknown_action_and_kl_are_refused():
+    scores, target = draw_scores()
+    with pytest.raises(ValueError, match="top1, sampled or target, got 'best'"):
+        choose_actions(scores, target, "best", "hr@1")
+    with pytest.raises(ValueError, match="exact or k3, got 'k2'"):
+        kl_divergence(scores, scores, "k2")
+
+
+# -- probabilities, KL, objective -----------------------------------------------------------------
+
+
+def real_scores_of(scores):
+    """Leaf with the scores of existing candidates, and the function that pads them again."""
+    real = torch.isfinite(scores)
+
+    def pad(values):
+        return torch.full_like(scores, -math.inf).masked_scatter(real, values)
+
+    return scores[real].clone().requires_grad_(), pad
+
+
+@pytest.mark.parametrize("k", [1, 2, 6])
+def test_list_log_probability_matches_the_oracle(k):
+    scores, _ = draw_scores()
+    actions = (scores + torch.rand_like(scores)).argsort(-1, descending=True)[..., :k]
+    log_prob = list_log_probability(scores, actions)
+    for b, n in itertools.product(range(3), range(4)):
+        expected = oracle.list_log_probability(scores[b, n].tolist(), actions[b, n].tolist())
+        assert log_prob[b, n].item() == pytest.approx(expected, rel=1e-10, abs=1e-12)
+    values, pad = real_scores_of(scores)
+    assert torch.autograd.gradcheck(lambda v: list_log_probability(pad(v), actions), values)
+
+
+@pytest.mark.parametrize("kind", ["exact", "k3"])
+def test_kl_matches_the_oracle(kind):
+    scores, _ = draw_scores()
+    reference, _ = draw_scores(seed=1)
+    actions = scores.argmax(-1, keepdim=True)
+    kl = kl_divergence(scores, reference, kind, actions)
+    assert (kl > 0).all()
+    for b, n in itertools.product(range(3), range(4)):
+        p, q, a = scores[b, n].tolist(), reference[b, n].tolist(), actions[b, n].tolist()
+        if kind == "exact":
+            expected = oracle.kl_exact(p, q)
+        else:
+            log_probs = (oracle.list_log_probability(s, a) for s in (p, q))
+            expected = oracle.kl_k3(*log_probs)
+        assert kl[b, n].item() == pytest.approx(expected, rel=1e-10)
+    values, pad = real_scores_of(scores)
+    assert torch.autograd.gradcheck(
+        lambda v: kl_divergence(pad(v), reference, kind, actions), values
+    )
+
+
+def test_the_mean_of_k3_over_actions_is_the_exact_kl():
+    scores, _ = draw_scores()
+    reference, _ = draw_scores(seed=1)
+    scores, reference = scores[:1], reference[:1]
+    actions = [torch.full((1, 4, 1), i) for i in range(6)]
+    k3 = torch.stack([kl_divergence(scores, reference, "k3", a) for a in actions], -1)
+    torch.testing.assert_close(
+        (scores.softmax(-1) * k3).sum(-1), kl_divergence(scores, reference, "exact")
+    )
+
+
+@pytest.mark.parametrize("kind", ["exact", "k3"])
+def test_kl_and_its_gradient_vanish_where_the_policies_agree(kind):
+    scores, _ = draw_scores()
+    values, pad = real_scores_of(scores)
+    kl = kl_divergence(pad(values), scores, kind, scores.argmax(-1, keepdim=True))
+    assert not kl.any()
+    (gradient,) = torch.autograd.grad(kl.sum(), values)
+    assert gradient.abs().max() < 1e-15
+
+
+def test_policy_objective_matches_the_oracle():
+    generator = torch.Generator().manual_seed(0)
+    log_prob, old, advantage = torch.randn(3, 5, 6, generator=generator, dtype=torch.float64)
+    value = policy_objective(log_prob, old, advantage, 0.2)
+    expected = [
+        oracle.policy_objective(*numbers, 0.2)
+        for numbers in zip(
+            log_prob.flatten().tolist(), old.flatten().tolist(), advantage.flatten().tolist(),
+            strict=True,
+        )
+    ]  # fmt: skip
+    assert value.item() == pytest.approx(sum(expected) / 30, rel=1e-12)
+    leaf = log_prob.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: policy_objective(x, old, advantage, 0.2), leaf)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "moves"),
+    [(1.5, 1.0, False), (1.5, -1.0, True), (0.5, 1.0, True), (0.5, -1.0, False), (1.1, 1.0, True)],
+)
+def test_clipping_stops_a_ratio_that_went_far_enough(ratio, advantage, moves):
+    log_prob = torch.tensor([[math.log(ratio)]], requires_grad=True)
+    value = policy_objective(log_prob, torch.zeros(1, 1), torch.tensor([[advantage]]), 0.2)
+    (gradient,) = torch.autograd.grad(value, log_prob)
+    assert gradient.item() == pytest.approx(ratio * advantage if moves else 0.0)
+
+
+# -- the sign of the update -----------------------------------------------------------------------
+
+
+def target_update(scores, target, action, reward="hr@1"):
+    """D J / d theta, where theta shifts the target's score in every trajectory alike."""
+    theta = torch.zeros((), dtype=scores.dtype, requires_grad=True)
+    shift = torch.nn.functional.one_hot(target, scores.shape[-1]).unsqueeze(1) * theta
+    actions, rewards = choose_actions(scores, target, action, reward)
+    log_prob = list_log_probability(scores + shift, actions)
+    advantages = group_advantages(rewards).to(scores.dtype)
+    value = policy_objective(log_prob, log_prob.detach(), advantages, 0.2)
+    return torch.autograd.grad(value, theta)[0].item()
+
+
+def users_whose_reward_rises_with_p(n_users, n_trajectories=8, n_candidates=5):
+    """Noise on the target's score alone decides each list."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.zeros(n_users, n_trajectories, n_candidates, dtype=torch.float64)
+    scores[..., 1:] -= 0.1 * torch.arange(n_candidates - 1)
+    scores[..., 0] = torch.randn(n_users, n_trajectories, generator=generator, dtype=torch.float64)
+    return scores, torch.zeros(n_users, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("reward", ["hr@1", "ndcg@5", "mrr"])
+def test_action_target_pushes_the_target_down(reward):
+    """Sum of A is 0, so the shift is worth -Cov(A, p), whatever the candidates are."""
+    scores, target = users_whose_reward_rises_with_p(50)
+    update = target_update(scores, target, "target", reward)
+    advantages = group_advantages(ranking_rewards(scores, target, reward)).double()
+    p = scores.softmax(-1)[..., 0]
+    assert update == pytest.approx(-(advantages * p).mean().item(), abs=1e-6)
+    assert update < -0.05
+    # The mean of log p(target) itself would rise with theta.
+    assert (1 - p).mean() > 0
+
+
+@pytest.mark.parametrize("reward", ["hr@1", "ndcg@5", "mrr"])
+def test_actions_top1_and_sampled_lift_the_target(reward):
+    torch.manual_seed(0)
+    scores, target = users_whose_reward_rises_with_p(3000)
+    for action in ("top1", "sampled"):
+        assert target_update(scores, target, action, reward) > 0.05, action
+
+
+@pytest.mark.parametrize(("reward", "k"), [("hr@1", 1), ("ndcg@2", 2), ("mrr", 4)])
+def test_sampled_actions_give_the_gradient_of_the_expected_reward(reward, k):
+    """E[ r grad log pi ] over draws is the gradient of E[r] over all lists."""
+    torch.manual_seed(0)
+    n, target = 100000, 2
+    theta = torch.tensor([0.3, -0.5, 0.2, 0.9], dtype=torch.float64, requires_grad=True)
+
+    expected = torch.zeros((), dtype=torch.float64)
+    for places in itertools.permutations(range(4)):
+        own_list = [-places.index(i) for i in range(4)]
+        log_prob = list_log_probability(theta[None, None], torch.tensor(places)[None, None])
+        expected = expected + log_prob.exp() * oracle.reward(own_list, target, reward)
+    (exact,) = torch.autograd.grad(expected.sum(), theta)
+
+    scores = theta.expand(1, n, 4)
+    actions, rewards = choose_actions(scores, torch.tensor([target]), "sampled", reward)
+    assert actions.shape[-1] == k
+    rewards = rewards.double() - rewards.double().mean()  # a baseline changes the variance only
+    surrogate = (rewards * list_log_probability(scores, actions)).mean()
+    (estimate,) = torch.autograd.grad(surrogate, theta)
+    assert (estimate - exact).abs().max() < 5 / math.sqrt(n)
+    assert exact[target] > 0.1
+
+
+# -- on the model ---------------------------------------------------------------------------------
+
+CONFIG = LCRConfig(
+    n_items=9, n_users=3, n_terms=5, dim=4, n_heads=2, ffn_dim=3, steps=2, max_search_len=2,
+    max_rec_len=3, max_clicks=2, mlp_hidden=(4, 3),
+)  # fmt: skip
+
+
+@pytest.fixture
+def rollout():
+    """Give run(gamma, N, model): scores [B, N, C] of noisy trajectories, empty streams included."""
+    generator = torch.Generator().manual_seed(0)
+    model, batch = random_model(CONFIG, generator), random_batch(CONFIG, 6, 5, generator)
+    batch.candidates[2, 3:] = 0
+    batch = batch.replace(target=batch.target.clamp(max=2))
+
+    def run(noise_scale, n=4, model=model):
+        states = model.rollout(model.encode(batch), batch, n, noise_scale, seed=3)
+        return model.score(states.h[-1], batch)
+
+    run.model, run.batch = model, batch
+    return run
+
+
+def objective(scores, reference_scores, target, action, reward="ndcg@5", rollout=None):
+    """Clipped surrogate minus 0.1 KL at theta = theta_old; and the rollout."""
+    actions, rewards = rollout = rollout or choose_actions(scores, target, action, reward)
+    log_prob = list_log_probability(scores, actions)
+    surrogate = policy_objective(log_prob, log_prob.detach(), group_advantages(rewards), 0.2)
+    kl = kl_divergence(scores, reference_scores, "exact").mean()
+    return surrogate, kl, rollout
+
+
+@pytest.mark.parametrize("action", ["top1", "target"])
+def test_without_noise_trajectories_are_one_and_nothing_moves(rollout, action):
+    scores = rollout(0.0)
+    first = scores[:, :1].expand_as(scores)
+    torch.testing.assert_close(scores, first, rtol=1e-12, atol=1e-12)
+    surrogate, kl, chosen = objective(scores, scores.detach(), rollout.batch.target, action)
+    assert not group_advantages(chosen.rewards).any()
+    gradients = torch.autograd.grad(surrogate - kl, list(rollout.model.parameters()))
+    assert max(g.abs().max() for g in gradients if g.numel()) < 1e-13
+
+
+def test_noise_makes_trajectories_differ_but_for_users_without_events(rollout):
+    scores = rollout(1.0)
+    spread = (scores.amax(1) - scores.amin(1)).nan_to_num().amax(-1)
+    empty = (rollout.batch.search_lengths == 0) & (rollout.batch.rec_lengths == 0)
+    assert empty.any()
+    assert not spread[empty].any()
+    assert (spread[~empty] > 1e-3).all()
+
+
+def test_at_the_reference_policy_kl_and_its_gradient_vanish(rollout):
+    """Policy and frozen copy share the noise, so the copy's scores are the policy's."""
+    scores = rollout(0.5)
+    frozen = random_model(CONFIG, torch.Generator().manual_seed(1))
+    frozen.load_state_dict(rollout.model.state_dict())
+    _, kl, _ = objective(scores, rollout(0.5, model=frozen).detach(), rollout.batch.target, "top1")
+    assert kl.item() == 0.0
+    gradients = torch.autograd.grad(kl, list(rollout.model.parameters()))
+    assert max(g.abs().max() for g in gradients if g.numel()) < 1e-13
+
+
+@pytest.mark.parametrize("action", ["top1", "sampled", "target"])
+def test_one_trajectory_is_defined_and_moves_nothing(rollout, action):
+    scores = rollout(0.5, n=1)
+    surrogate, _, _ = objective(scores, scores.detach(), rollout.batch.target, action)
+    assert surrogate.item() == 0.0
+    gradients = torch.autograd.grad(surrogate, list(rollout.model.parameters()))
+    assert not any(g.any() for g in gradients)
+
+
+@pytest.mark.parametrize("action", ["top1", "sampled"])
+def test_gradients_of_the_whole_objective(rollout, action):
+    """Finite differences through rollout, head and objective, with empty streams and padding."""
+    torch.manual_seed(0)
+    model = rollout.model
+    with torch.no_grad():
+        scores = rollout(0.5)
+        actions, rewards = choose_actions(scores, rollout.batch.target, action, "ndcg@5")
+        # Away from the policy's own, but inside the clip range.
+        old_log_prob = list_log_probability(scores, actions) + 0.01
+        other = random_model(CONFIG, torch.Generator().manual_seed(1))
+        reference_scores = rollout(0.5, model=other)
+    advantages = group_advantages(rewards).double()
+    assert advantages.any()
+
+    # Row 0 of a table is padding: a constant, not a parameter.
+    tables = [name for name, _ in model.named_parameters() if "embedding.weight" in name]
+    leaves = {
+        name: p.detach()[1 if name in tables else 0 :].clone().requires_grad_()
+        for name, p in model.named_parameters()
+    }
+
+    class Scores(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self):
+            return rollout(0.5, model=self.model)
+
+    def value(*parameters):
+        weights = dict(zip(leaves, parameters, strict=True))
+        for name in tables:
+            weights[name] = torch.nn.functional.pad(weights[name], (0, 0, 1, 0))
+        weights = {f"model.{name}": p for name, p in weights.items()}
+        scores = torch.func.functional_call(Scores(), weights, ())
+        log_prob = list_log_probability(scores, actions)
+        surrogate = policy_objective(log_prob, old_log_prob, advantages, 0.2)
+        return surrogate - 0.1 * kl_divergence(scores, reference_scores, "exact").mean()
+
+    values = list(leaves.values())
+    assert torch.autograd.gradcheck(value, values, fast_mode=True)
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(value(*values), values))

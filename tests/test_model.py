@@ -1,0 +1,456 @@
+"""LCRSER as a whole: against the oracle, its facts, recommend, and what it refuses."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+import oracle
+from lcr_fast import LCRSER, Batch, LCRConfig
+from lcr_fast.model import seen_items
+from lcr_fast.reference import length_mask
+from lcr_fast.testing import random_batch, random_model
+from lcr_fast.weights import REC, SEARCH
+
+CONFIG = LCRConfig(
+    n_items=12, n_users=3, n_queries=4, n_terms=6, dim=6, n_heads=3, ffn_dim=4, steps=2,
+    max_search_len=3, max_rec_len=4, max_clicks=2, mlp_hidden=(9, 5),
+)  # fmt: skip
+CONFIGS = {
+    "default": {},
+    "base": {"steps": 0},
+    "D=10, two layers, three steps": {
+        "dim": 10, "n_heads": 2, "ffn_dim": 0, "n_layers": 2, "steps": 3, "share_steps": False,
+        "mlp_hidden": (7,),
+    },
+    "query ids, dot head": {
+        "query_encoder": "id", "score": "dot", "user_embedding": False, "step_ffn": False,
+    },
+    "text": {
+        "item_text_dim": 5, "query_text_dim": 7, "step_embedding": True, "update": "search_first",
+        "cross_memory": "step_input",
+    },
+    "query ids and text": {
+        "query_encoder": "id", "query_text_dim": 7, "update": "rec_first",
+        "cross_memory": "initial",
+    },
+}  # fmt: skip
+
+
+def text_vectors(config: LCRConfig, generator: torch.Generator) -> dict:
+    """Frozen text vectors; row 0 stands for nothing and must not be read."""
+    vectors = {}
+    for kind, rows in (("item", config.n_items), ("query", config.n_queries)):
+        width = getattr(config, f"{kind}_text_dim")
+        if width:
+            table = torch.randn(rows + 1, width, generator=generator, dtype=torch.float64)
+            table[0] = torch.nan
+            vectors[f"{kind}_text"] = table.numpy()
+    return vectors
+
+
+def setup(n_users=7, n_candidates=4, **changes) -> tuple[LCRSER, Batch]:
+    config = CONFIG.replace(**changes)
+    generator = torch.Generator().manual_seed(0)
+    model = random_model(config, generator)
+    model.set_text(**text_vectors(config, generator))
+    return model, random_batch(config, n_users, n_candidates, generator)
+
+
+def close(actual, expected):
+    np.testing.assert_allclose(actual.detach().numpy(), expected, rtol=1e-10, atol=1e-10)
+
+
+# -- against the oracle ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_scores_and_states_match_the_oracle(name):
+    model, batch = setup(**CONFIGS[name])
+    batch.candidates[0, 1] = 0
+    twin = oracle.Model(model)
+    states, scores = model.states(batch), model(batch)
+    for b in range(len(batch)):
+        close(scores[b], twin.forward(batch, b))
+        after, before = twin.reason(twin.encode(batch, b), batch, b)
+        for mine, theirs in ((states.h, after), (states.a, before)):
+            for pair, pair_b in zip(mine, theirs, strict=True):
+                for x in (SEARCH, REC):
+                    n = len(pair_b[x])
+                    close(pair[x][b, :n], np.reshape(pair_b[x], (n, model.config.dim)))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_training_scores_match_the_oracle_with_its_dropout(name):
+    model, batch = setup(**CONFIGS[name], dropout=0.3)
+    model.train()
+    model.dropout_seed = 2**40 + 17
+    twin, scores = oracle.Model(model), model(batch)
+    for b in range(len(batch)):
+        close(scores[b], twin.forward(batch, b, seed=model.dropout_seed))
+    assert not torch.allclose(scores, model.eval()(batch))
+
+
+@pytest.mark.parametrize("name", ["default", "text", "base"])
+def test_rollouts_match_the_oracle(name):
+    model, batch = setup(**CONFIGS[name], dropout=0.3)
+    model.train()  # dropout stays off in the rollout itself
+    h0 = model.eval().encode(batch)
+    states = model.train().rollout(h0, batch, 3, 0.7, seed=99)
+    scores = model.eval().score(states.h[-1], batch)
+    twin = oracle.Model(model)
+    for b in range(len(batch)):
+        for n in range(3):
+            after, _ = twin.rollout(batch, b, n, 0.7, seed=99)
+            close(scores[b, n], twin.scores(after[-1], batch, b))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_cross_attention_looks_where_the_oracle_looks(name, monkeypatch):
+    """The oracle's softmax of a cross-attention is that of a query over the other stream."""
+    model, batch = setup(**CONFIGS[name])
+    states = model.states(batch)
+    looks = model.cross_attention(states, batch)
+    assert len(looks) == model.config.steps
+    twin = oracle.Model(model)
+    calls = []
+
+    def attend(query, memory, *weights):
+        p = []
+        monkeypatch.setattr(oracle, "softmax", lambda logits: p.append(softmax(logits)) or p[-1])
+        result = plain_attend(query, memory, *weights)
+        calls.append((query, memory, np.array(p)))
+        return result
+
+    plain_attend, softmax = oracle.attend, oracle.softmax
+    monkeypatch.setattr(oracle, "attend", attend)
+    for b in range(len(batch)):
+        h0 = twin.encode(batch, b)
+        calls.clear()
+        _, before = twin.reason(h0, batch, b)
+        queries = iter(calls)
+        second = model.config.update == "rec_first"
+        for k, a in enumerate(before):
+            for _ in range(len(a[0]) + len(a[1])):
+                next(queries)  # self-attention
+            for x in (REC, SEARCH) if second else (SEARCH, REC):
+                for j in range(len(a[x]) if len(a[1 - x]) else 0):
+                    _, memory, p = next(queries)
+                    close(looks[k][x][b, :, j, : len(memory)], p)
+        assert next(queries, None) is None
+
+
+# -- facts ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_padded_ids_change_no_bit(name):
+    model, batch = setup(**CONFIGS[name])
+    generator = torch.Generator().manual_seed(5)
+    searches = length_mask(batch.search_lengths, model.config.max_search_len)
+    masks = {
+        "rec_items": length_mask(batch.rec_lengths, model.config.max_rec_len),
+        "search_queries": searches,
+        "search_terms": searches.unsqueeze(-1),
+        "search_clicks": searches.unsqueeze(-1),
+    }
+    limits = {"rec_items": 12, "search_queries": 4, "search_terms": 6, "search_clicks": 12}
+    changed = {
+        field: torch.where(
+            mask,
+            getattr(batch, field),
+            torch.randint(1, limits[field] + 1, getattr(batch, field).shape, generator=generator),
+        )
+        for field, mask in masks.items()
+    }
+    assert all(not torch.equal(value, getattr(batch, f)) for f, value in changed.items())
+    assert torch.equal(model(batch.replace(**changed)), model(batch))
+
+
+def test_shorter_padding_changes_nothing():
+    """Histories of one event each, in a batch as wide as the longest and on their own."""
+    model, batch = setup()
+    one = batch.rows(slice(4, 5))
+    cut = one.replace(
+        rec_items=one.rec_items[:, :1],
+        **{
+            name: getattr(one, name)[:, :1]
+            for name in ("search_queries", "search_terms", "search_clicks")
+        },
+    )
+    torch.testing.assert_close(model(cut), model(one), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("field", ["search_terms", "search_clicks"])
+def test_unknown_terms_and_clicks_count_for_nothing_anywhere(field):
+    model, batch = setup()
+    padded = torch.nn.functional.pad(getattr(batch, field), (1, 0))
+    if field == "search_clicks":  # only the first max_clicks are read
+        model.config = model.config.replace(max_clicks=model.config.max_clicks + 1)
+    torch.testing.assert_close(
+        model(batch.replace(**{field: padded})), model(batch), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_candidates_may_be_permuted_and_candidate_0_scores_minus_infinity():
+    model, batch = setup(n_candidates=5)
+    batch.candidates[:, 2] = 0
+    scores = model(batch)
+    assert (scores[:, 2] == -torch.inf).all()
+    assert torch.isfinite(scores[:, [0, 1, 3, 4]]).all()
+    order = torch.tensor([3, 2, 0, 4, 1])
+    permuted = model(batch.replace(candidates=batch.candidates[:, order]))
+    torch.testing.assert_close(permuted, scores[:, order], rtol=1e-12, atol=1e-12)
+
+
+def test_tied_streams_may_be_swapped():
+    """Searches that are clicks alone, positions and weights tied: the streams are the same."""
+    model, batch = setup(score="dot", max_search_len=4, max_clicks=1)
+    with torch.no_grad():
+        for part in (model.encoder, model.reasoning):
+            for p in part.parameters():
+                p[:, 1] = p[:, 0]
+        model.head.target_weight[1] = model.head.target_weight[0]
+        model.rec_position.copy_(model.search_position)
+    batch = batch.replace(search_terms=torch.zeros_like(batch.search_terms))
+    swapped = batch.replace(
+        rec_items=batch.search_clicks[..., 0], rec_lengths=batch.search_lengths,
+        search_clicks=batch.rec_items.unsqueeze(-1), search_lengths=batch.rec_lengths,
+    )  # fmt: skip
+    states, other = model.states(batch), model.states(swapped)
+    for pair, pair_b in zip((*states.h, *states.a), (*other.h, *other.a), strict=True):
+        for x in (SEARCH, REC):
+            torch.testing.assert_close(pair[x], pair_b[1 - x], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model(swapped), model(batch), rtol=1e-12, atol=1e-12)
+
+
+def test_a_batch_may_be_split_in_training_too():
+    model, batch = setup(n_users=9, dropout=0.4)
+    model.train()
+    parts = [model(batch.rows(rows)) for rows in (slice(0, 2), slice(2, 9))]
+    torch.testing.assert_close(torch.cat(parts), model(batch), rtol=1e-12, atol=1e-12)
+    assert model(batch.rows(slice(0, 0))).shape == (0, 4)
+
+
+@pytest.mark.parametrize("axis", ["L", "T", "M", "C"])
+def test_axes_of_size_zero(axis):
+    model, batch = setup()
+    zero = torch.zeros(7, dtype=torch.int64)
+    empty = {
+        "L": {
+            "rec_items": batch.rec_items[:, :0], "rec_lengths": zero, "search_lengths": zero,
+            **{k: getattr(batch, k)[:, :0] for k in
+               ("search_queries", "search_terms", "search_clicks")},
+        },
+        "T": {"search_terms": batch.search_terms[..., :0]},
+        "M": {"search_clicks": batch.search_clicks[..., :0]},
+        "C": {"candidates": batch.candidates[:, :0], "target": zero - 1},
+    }[axis]  # fmt: skip
+    batch = batch.replace(**empty)
+    close(
+        model(batch),
+        np.array([oracle.Model(model).forward(batch, b) for b in range(7)]).reshape(7, -1),
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_parameter_gets_a_finite_gradient(name):
+    model, batch = setup(**CONFIGS[name])
+    model(batch).square().sum().backward()
+    for key, parameter in model.named_parameters():
+        unused = key == "reasoning.ffn_out_bias" and not model.config.step_ffn
+        if parameter.numel() and not unused:
+            assert torch.isfinite(parameter.grad).all(), key
+            assert parameter.grad.any(), key
+
+
+# -- recommend ------------------------------------------------------------------------------------
+
+
+def brute_force(model, batch, k, exclude):
+    """Sort all (score, id) pairs of one user at a time."""
+    ids = torch.arange(1, model.config.n_items + 1)
+    scores = model.score(model.states(batch).h[-1], batch, ids.expand(len(batch), -1))
+    items, values = [], []
+    for b in range(len(batch)):
+        seen = set(batch.rec_items[b, : batch.rec_lengths[b]].tolist())
+        for j in range(int(batch.search_lengths[b])):
+            seen |= set(batch.search_clicks[b, j].tolist())
+        seen |= set([] if exclude is None else exclude[b].tolist())
+        ranked = sorted(
+            (-s, i) for i, s in enumerate(scores[b].tolist(), start=1) if i not in seen
+        )[:k]
+        missing = k - len(ranked)
+        items.append([i for _, i in ranked] + [0] * missing)
+        values.append([-s for s, _ in ranked] + [-np.inf] * missing)
+    return torch.tensor(items), torch.tensor(values, dtype=scores.dtype)
+
+
+def integer_head(model: LCRSER) -> None:
+    """Make every score a small integer of the item and the user: exact, with many ties."""
+    with torch.no_grad():
+        for table in (model.item_embedding, model.user_embedding):
+            table.weight.round_().clamp_(-1, 1)
+        for weight, bias in zip(model.head.mlp_weights, model.head.mlp_biases, strict=True):
+            weight.mul_(2).round_()
+            bias.round_()
+        model.head.mlp_weights[0][:, :12] = 0  # what the histories say
+
+
+@pytest.mark.parametrize("with_exclude", [False, True])
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("k", [1, 4, 30])
+@torch.no_grad()
+def test_recommend_is_a_full_sort(monkeypatch, k, ties, with_exclude):
+    blocks = functools.partialmethod(LCRSER.catalogue_blocks, size=5)
+    monkeypatch.setattr(LCRSER, "catalogue_blocks", blocks)
+    model, batch = setup(n_items=23)
+    if ties:
+        integer_head(model)
+    generator = torch.Generator().manual_seed(1)
+    # Items that the catalogue does not have, repeats and padding are harmless.
+    exclude = torch.randint(0, 26, (7, 6), generator=generator) if with_exclude else None
+    items, scores = model.recommend(batch, k, exclude)
+    expected_items, expected_scores = brute_force(model, batch, k, exclude)
+    if ties:
+        assert expected_scores[:, :4].unique().numel() < 12
+    assert torch.equal(items, expected_items)
+    torch.testing.assert_close(scores, expected_scores, rtol=1e-12, atol=1e-12)
+
+
+def test_recommend_does_not_mask_what_stands_behind_a_length():
+    model, batch = setup()
+    batch.rec_items[1, :] = 7
+    batch.search_clicks[1, :] = 8
+    batch = batch.replace(rec_lengths=torch.zeros_like(batch.rec_lengths))
+    assert batch.search_lengths[1] == 0
+    assert not seen_items(batch)[1].any()
+    assert {7, 8} <= set(model.recommend(batch, 12)[0][1].tolist())
+
+
+def test_recommend_runs_in_eval_mode_and_leaves_the_mode_alone():
+    model, batch = setup(dropout=0.5)
+    expected = model.recommend(batch, 5)
+    model.train()
+    items, scores = model.recommend(batch, 5)
+    assert model.training
+    assert torch.equal(items, expected[0])
+    assert torch.equal(scores, expected[1])
+    with pytest.raises(ValueError, match="rec_items"):
+        model.recommend(batch.replace(rec_items=batch.rec_items + 99), 5)
+    assert model.training
+    model.eval().recommend(batch, 5)
+    assert not model.training
+
+
+def test_recommend_refuses_bad_arguments():
+    model, batch = setup()
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        model.recommend(batch, 0)
+    for exclude in (torch.ones(7, dtype=torch.int64), torch.ones(2, 3, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"exclude must be int64 \[7, X\]"):
+            model.recommend(batch, 3, exclude)
+
+
+# -- what the model refuses -----------------------------------------------------------------------
+
+
+def changed(field, index, value):
+    def change(batch):
+        tensor = getattr(batch, field).clone()
+        tensor[index] = value
+        return batch.replace(**{field: tensor})
+
+    return change
+
+
+BAD_BATCHES = {
+    r"user must be ids in 0\.\.3, got 4": changed("user", 2, 4),
+    r"rec_items must be ids in 0\.\.12, got 13": changed("rec_items", (0, 1), 13),
+    r"rec_items must be ids in 0\.\.12, got -1": changed("rec_items", (0, 1), -1),
+    r"search_terms must be ids in 0\.\.6, got 7": changed("search_terms", (0, 0, 1), 7),
+    r"search_clicks must be ids in 0\.\.12, got 13": changed("search_clicks", (0, 0, 1), 13),
+    r"candidates must be ids in 0\.\.12, got -3": changed("candidates", (6, 3), -3),
+    r"search_lengths must be in 0\.\.3, got -1\.\.": changed("search_lengths", 6, -1),
+    r"search_lengths must be in 0\.\.3, got 0\.\.4": changed("search_lengths", 6, 4),
+    r"rec_lengths must be in 0\.\.4, got 0\.\.5": changed("rec_lengths", 6, 5),
+    "rec histories hold 5 events, but max_rec_len is 4": lambda b: b.replace(
+        rec_items=torch.nn.functional.pad(b.rec_items, (0, 1))
+    ),
+    "search histories hold 4 events, but max_search_len is 3": lambda b: b.replace(
+        search_queries=torch.nn.functional.pad(b.search_queries, (0, 1)),
+        search_terms=torch.nn.functional.pad(b.search_terms, (0, 0, 0, 1)),
+        search_clicks=torch.nn.functional.pad(b.search_clicks, (0, 0, 0, 1)),
+    ),
+    r"target must be a column of candidates.*got 4": changed("target", 3, 4),
+    r"target must be a column of candidates.*got -2": changed("target", 3, -2),
+}
+
+
+@pytest.mark.parametrize("message", BAD_BATCHES)
+def test_a_batch_that_does_not_fit_is_refused(message):
+    model, batch = setup()
+    model.check(batch)
+    with pytest.raises(ValueError, match=message):
+        model(BAD_BATCHES[message](batch))
+
+
+def test_query_ids_are_checked_where_they_are_read():
+    model, batch = setup()
+    wrong = batch.replace(search_queries=batch.search_queries + 99)
+    model(wrong)  # a model of terms does not read them
+    model, _ = setup(query_encoder="id")
+    with pytest.raises(ValueError, match=r"search_queries must be ids in 0\.\.4, got 1"):
+        model(wrong)
+    model(batch.replace(search_terms=batch.search_terms + 99))
+
+
+def test_target_may_be_missing():
+    model, batch = setup()
+    model(batch.replace(target=torch.full_like(batch.target, -1)))
+
+
+def test_text_vectors_are_wanted_and_checked():
+    config = CONFIG.replace(item_text_dim=5)
+    model = LCRSER(config)
+    with pytest.raises(ValueError, match=r"item_text_dim=5: call set_text\(item_text=...\) first"):
+        model.item_vectors(torch.tensor([1]))
+    with pytest.raises(ValueError, match=r"item_text must be \[13, 5\], got \[12, 5\]"):
+        model.set_text(item_text=np.zeros((12, 5), np.float32))
+    with pytest.raises(ValueError, match="the config has query_text_dim=0"):
+        model.set_text(query_text=np.zeros((5, 7), np.float32))
+
+
+@pytest.mark.parametrize("mode", ["r", "c", "r+"])
+@pytest.mark.parametrize("layout", ["C", "F", "part"])
+def test_text_vectors_may_be_memory_mapped(tmp_path, mode, layout):
+    """Whatever the file's memory order, and where the array is a part of what the file holds."""
+    vectors = np.random.default_rng(0).normal(size=(13, 5)).astype(np.float16)
+    stored = np.concatenate((vectors, vectors)) if layout == "part" else vectors
+    np.save(tmp_path / "items.npy", np.asarray(stored, order="F" if layout == "F" else "C"))
+    before = (tmp_path / "items.npy").read_bytes()
+    mapped = np.load(tmp_path / "items.npy", mmap_mode=mode)
+    model = random_model(CONFIG.replace(item_text_dim=5), torch.Generator().manual_seed(0))
+    ids = torch.tensor([3, 0])
+    model.set_text(item_text=torch.from_numpy(vectors))
+    expected = model.item_vectors(ids)
+    model.set_text(item_text=mapped[13:] if layout == "part" else mapped)
+    assert torch.equal(model.item_vectors(ids), expected)
+    assert not expected[1].any()
+    assert "item_text" not in model.state_dict()
+    model.item_text.zero_()
+    assert (tmp_path / "items.npy").read_bytes() == before
+
+
+# -- compile --------------------------------------------------------------------------------------
+
+
+def test_forward_compiles_without_graph_breaks():
+    model, batch = setup(**CONFIGS["text"])
+    graphs = []
+    compiled = torch.compile(
+        model, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward
+    )
+    torch.testing.assert_close(compiled(batch), model(batch))
+    assert len(graphs) == 1

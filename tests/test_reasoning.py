@@ -1,0 +1,481 @@
+"""Encoders, reasoning, aggregation and head: the reference against the oracle, and its facts.
+
+Inputs carry NaN behind every length, so each test also shows that padding is not read.
+"""
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+import oracle
+from lcr_fast import LCRConfig, ops, reference
+from lcr_fast.reference import length_mask
+from lcr_fast.testing import random_streams, random_weights
+from lcr_fast.weights import REC, SEARCH
+
+TINY = LCRConfig(
+    n_items=5, dim=6, n_heads=3, ffn_dim=4, steps=2, max_search_len=3, max_rec_len=5,
+    mlp_hidden=(5, 3),
+)  # fmt: skip
+SHAPES = {
+    "D=6 H=3": {},
+    "D=10 H=2, longer searches": {"dim": 10, "n_heads": 2, "max_search_len": 4, "max_rec_len": 2},
+    "D=4 H=1, one event": {"dim": 4, "n_heads": 1, "max_search_len": 1, "max_rec_len": 1},
+}
+SWITCHES = [
+    {"steps": 0},
+    {"steps": 1},
+    {"steps": 3},
+    {"steps": 3, "share_steps": False},
+    {"step_ffn": False},
+    {"step_embedding": True},
+    *(
+        {"update": update, "cross_memory": memory}
+        for update in ("jacobi", "search_first", "rec_first")
+        for memory in ("post_msa", "step_input", "initial")
+    ),
+    {"update": "rec_first", "cross_memory": "step_input", "step_ffn": False,
+     "step_embedding": True, "share_steps": False},
+]  # fmt: skip
+
+
+def name_of(changes: dict) -> str:
+    return " ".join(f"{k}={v}" for k, v in changes.items()) or "default"
+
+
+def setup(config: LCRConfig, seed: int = 0, n_users: int = 7):
+    """Weights, streams [B, L, D] and their lengths [B]."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = random_weights(config, generator)
+    search, rec, *lengths = random_streams(config, n_users, generator)
+    return weights, (search, rec), tuple(lengths)
+
+
+def options(config: LCRConfig, seed: int = 1) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (config.steps, 2, config.dim)
+    embedding = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return {
+        "n_heads": config.n_heads,
+        "update": config.update,
+        "cross_memory": config.cross_memory,
+        "step_embedding": embedding if config.step_embedding else None,
+    }
+
+
+def events(x: Tensor, lengths: Tensor, b: int) -> list:
+    """Vectors of one user's events, for the oracle."""
+    return list(x[b, : lengths[b]].numpy())
+
+
+def assert_history(actual: Tensor, expected: list, place: str) -> None:
+    """Compare [L, D] with the oracle's events; padding must be exactly 0."""
+    assert not actual[len(expected) :].any(), f"{place}: padding is not 0"
+    for j, vector in enumerate(expected):
+        torch.testing.assert_close(
+            actual[j], torch.from_numpy(vector), rtol=1e-10, atol=1e-10,
+            msg=lambda text, j=j: f"{place}, event {j}: {text}",
+        )  # fmt: skip
+
+
+# -- against the oracle -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("n_layers", [1, 2])
+@torch.no_grad()
+def test_encode_matches_the_oracle(shape, n_layers):
+    config = TINY.replace(**SHAPES[shape], n_layers=n_layers)
+    (weights, _, _), streams, lengths = setup(config)
+    for x in (SEARCH, REC):
+        h = reference.encode(streams[x], lengths[x], weights, x, n_heads=config.n_heads)
+        for b in range(len(h)):
+            expected = oracle.encode(
+                events(streams[x], lengths[x], b), oracle.packed(weights), x, config.n_heads
+            )
+            assert_history(h[b], expected, f"stream {x}, user {b}")
+
+
+@pytest.mark.parametrize(
+    ("shape", "switches"),
+    [*((s, {}) for s in SHAPES), *(("D=6 H=3", switches) for switches in SWITCHES)],
+    ids=lambda v: v if isinstance(v, str) else name_of(v),
+)
+@torch.no_grad()
+def test_latent_reasoning_matches_the_oracle(shape, switches):
+    config = TINY.replace(**SHAPES[shape], **switches)
+    (_, weights, _), streams, lengths = setup(config)
+    flags = options(config)
+    states = reference.latent_reasoning(*streams, *lengths, weights, config.steps, **flags)
+    assert len(states.h) == config.steps + 1
+    assert len(states.a) == config.steps
+    for b in range(len(lengths[0])):
+        after, before = oracle.reason(
+            tuple(events(streams[x], lengths[x], b) for x in (SEARCH, REC)),
+            oracle.packed(weights),
+            config.steps,
+            config.n_heads,
+            update=config.update,
+            cross_memory=config.cross_memory,
+            step_embedding=None
+            if flags["step_embedding"] is None
+            else flags["step_embedding"].numpy(),
+        )
+        for x in (SEARCH, REC):
+            for k in range(config.steps):
+                assert_history(states.a[k][x][b], before[k][x], f"a, step {k}, {x}, user {b}")
+            for k in range(config.steps + 1):
+                assert_history(states.h[k][x][b], after[k][x], f"h, step {k}, {x}, user {b}")
+
+
+@pytest.mark.parametrize("head", ["mlp", "mlp without user", "dot"])
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_score_matches_the_oracle(shape, head):
+    config = TINY.replace(
+        **SHAPES[shape], score=head.split()[0], user_embedding=head != "mlp without user"
+    )
+    (_, _, weights), streams, lengths = setup(config)
+    generator = torch.Generator().manual_seed(2)
+    draw = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
+    items, user = draw(7, 4, config.dim), draw(7, config.dim)
+    user = None if head == "mlp without user" else user
+    scores = reference.score(*streams, *lengths, items, user, weights)
+    z, alpha = reference.aggregate(streams[REC], lengths[REC], items, weights.target_weight[REC])
+    for b in range(7):
+        h = tuple(events(streams[x], lengths[x], b) for x in (SEARCH, REC))
+        for i in range(4):
+            vector = items[b, i].numpy()
+            z_i, alpha_i = oracle.aggregate(h[REC], vector, weights.target_weight[REC].numpy())
+            torch.testing.assert_close(z[b, i], torch.from_numpy(z_i), rtol=1e-10, atol=1e-10)
+            if len(alpha_i):
+                padded = torch.zeros(config.max_rec_len, dtype=torch.float64)
+                padded[: len(alpha_i)] = torch.from_numpy(alpha_i)
+                torch.testing.assert_close(alpha[b, i], padded, rtol=1e-10, atol=1e-10)
+            e_u = None if user is None else user[b].numpy()
+            expected = oracle.score(h, vector, e_u, oracle.packed(weights))
+            assert scores[b, i].item() == pytest.approx(expected, rel=1e-10, abs=1e-10)
+
+
+@torch.no_grad()
+def test_attention_probabilities_are_those_of_attention():
+    (weights, _, _), (search, rec), (_, n_r) = setup(TINY)
+    search, rec = search.nan_to_num(), rec.nan_to_num()
+    qkv_weight, qkv_bias = weights.qkv_weight[0, 0], weights.qkv_bias[0, 0]
+    p = reference.attention_probabilities(search, rec, n_r, qkv_weight, qkv_bias, TINY.n_heads)
+    some = n_r > 0
+    torch.testing.assert_close(p.sum(-1), torch.ones_like(p[..., 0]))
+    assert not (p[some] * ~length_mask(n_r, 5)[some, None, None]).any()
+
+    values = (rec @ qkv_weight[12:].T + qkv_bias[12:]).unflatten(-1, (3, 2)).transpose(1, 2)
+    heads = (p @ values).transpose(1, 2).flatten(2)
+    eye, zero = torch.eye(6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
+    expected = reference.attention(search, rec, n_r, qkv_weight, qkv_bias, eye, zero, TINY.n_heads)
+    torch.testing.assert_close(heads[some], expected[some], rtol=1e-12, atol=1e-12)
+
+
+# -- facts --------------------------------------------------------------------------------------
+
+
+def run_all(config: LCRConfig, weights, streams, lengths, items, user) -> list[Tensor]:
+    """Encode, reason and score: every result, padding included."""
+    encoder, step, head = weights
+    h0 = tuple(
+        reference.encode(streams[x], lengths[x], encoder, x, n_heads=config.n_heads)
+        for x in (SEARCH, REC)
+    )
+    states = reference.latent_reasoning(*h0, *lengths, step, config.steps, **options(config))
+    flat = [t for pair in (*states.h, *states.a) for t in pair]
+    return [*flat, reference.score(*states.h[-1], *lengths, items, user, head)]
+
+
+@pytest.fixture
+def case():
+    weights, streams, lengths = setup(TINY)
+    generator = torch.Generator().manual_seed(3)
+    items = torch.randn(7, 4, 6, generator=generator, dtype=torch.float64)
+    user = torch.randn(7, 6, generator=generator, dtype=torch.float64)
+    return weights, streams, lengths, items, user
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=name_of)
+@pytest.mark.parametrize("filler", [torch.inf, 3.0])
+@torch.no_grad()
+def test_padding_content_changes_no_bit(switches, filler):
+    config = TINY.replace(**switches)
+    weights, streams, lengths = setup(config)
+    items, user = torch.randn(7, 4, 6).double(), torch.randn(7, 6).double()
+    filled = tuple(torch.where(x.isnan(), filler, x) for x in streams)
+    for poisoned, other in zip(
+        run_all(config, weights, streams, lengths, items, user),
+        run_all(config, weights, filled, lengths, items, user),
+        strict=True,
+    ):
+        assert torch.isfinite(poisoned).all()
+        assert torch.equal(poisoned, other)
+
+
+@torch.no_grad()
+def test_extra_padding_changes_nothing(case):
+    weights, streams, lengths, items, user = case
+    longer = tuple(
+        torch.nn.functional.pad(x, (0, 0, 0, n), value=torch.nan)
+        for x, n in zip(streams, (4, 1), strict=True)
+    )
+    short = run_all(TINY, weights, streams, lengths, items, user)
+    for a, b in zip(short, run_all(TINY, weights, longer, lengths, items, user), strict=True):
+        b, extra = (b, None) if a.ndim == 2 else (b[:, : a.shape[1]], b[:, a.shape[1] :])
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        assert extra is None or not extra.any()
+
+
+@torch.no_grad()
+def test_a_user_alone_equals_the_user_in_a_batch(case):
+    weights, streams, lengths, items, user = case
+    together = run_all(TINY, weights, streams, lengths, items, user)
+    for b in range(7):
+        one = slice(b, b + 1)
+        alone = run_all(
+            TINY, weights, tuple(x[one] for x in streams), tuple(n[one] for n in lengths),
+            items[one], user[one],
+        )  # fmt: skip
+        for a, t in zip(alone, together, strict=True):
+            torch.testing.assert_close(a[0], t[b], rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_candidates_may_be_permuted(case):
+    (_, _, head), streams, lengths, items, user = case
+    order = torch.tensor([2, 0, 3, 1])
+    scores = reference.score(*streams, *lengths, items, user, head)
+    permuted = reference.score(*streams, *lengths, items[:, order], user, head)
+    torch.testing.assert_close(permuted, scores[:, order], rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_shared_candidates_equal_repeated_ones(case):
+    (_, _, head), streams, lengths, items, user = case
+    shared = reference.score(*streams, *lengths, items[:1], user, head)
+    repeated = reference.score(*streams, *lengths, items[:1].expand(7, -1, -1), user, head)
+    torch.testing.assert_close(shared, repeated, rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_k_shared_steps_are_k_calls_of_one_step():
+    (_, weights, _), streams, lengths = setup(TINY)
+    at_once = reference.latent_reasoning(*streams, *lengths, weights, 3, n_heads=3)
+    h = streams
+    for k in range(3):
+        one = reference.latent_reasoning(*h, *lengths, weights, 1, n_heads=3)
+        h = one.h[1]
+        for x in (SEARCH, REC):
+            assert torch.equal(one.a[0][x], at_once.a[k][x])
+            assert torch.equal(h[x], at_once.h[k + 1][x])
+
+
+@torch.no_grad()
+def test_without_steps_the_states_are_the_encoders(case):
+    (_, weights, _), streams, lengths, _, _ = case
+    states = reference.latent_reasoning(*streams, *lengths, weights, 0, n_heads=3)
+    assert not states.a
+    for x in (SEARCH, REC):
+        assert torch.equal(states.h[0][x], streams[x].nan_to_num())
+
+
+@pytest.mark.parametrize("memory", ["post_msa", "step_input", "initial"])
+@torch.no_grad()
+def test_with_tied_weights_swapped_streams_give_swapped_states(memory):
+    (_, weights, _), (search, rec), (n_s, n_r) = setup(TINY)
+    tied = type(weights)(*(w[:, :1].expand_as(w) for w in weights))
+    run = functools.partial(
+        reference.latent_reasoning, weights=tied, steps=2, n_heads=3, cross_memory=memory
+    )
+    states, swapped = run(search, rec, n_s, n_r), run(rec, search, n_r, n_s)
+    for pair, other in zip((*states.h, *states.a), (*swapped.h, *swapped.a), strict=True):
+        torch.testing.assert_close(pair[SEARCH], other[REC], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(pair[REC], other[SEARCH], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("x", [SEARCH, REC])
+@torch.no_grad()
+def test_an_empty_stream_leaves_the_other_without_cross_attention(x):
+    """Whatever the weights of the cross-attention are, its bias included."""
+    (_, weights, _), streams, lengths = setup(TINY)
+    lengths = list(lengths)
+    lengths[1 - x] = torch.zeros_like(lengths[1 - x])
+    others = weights._replace(
+        cross_qkv_weight=weights.cross_qkv_weight + 1,
+        cross_out_bias=weights.cross_out_bias - 2,
+    )
+    a, b = (
+        reference.latent_reasoning(*streams, *lengths, w, 2, n_heads=3) for w in (weights, others)
+    )
+    assert torch.isfinite(a.h[2][x]).all()
+    assert torch.equal(a.h[2][x], b.h[2][x])
+
+
+# -- gradients ----------------------------------------------------------------------------------
+
+GRADIENT_CASES = [
+    {},
+    {"steps": 2, "share_steps": False, "step_embedding": True},
+    {"step_ffn": False, "update": "search_first"},
+    {"steps": 2, "update": "rec_first", "cross_memory": "step_input"},
+    {"steps": 2, "cross_memory": "initial"},
+]
+
+
+def gradcheck(function, tensors: list[Tensor]) -> None:
+    """Check a random projection of the results, along a random direction of each input.
+
+    Inputs are NaN behind their lengths: they must not be read, and their gradient must be 0.
+    """
+    generator = torch.Generator().manual_seed(9)
+    upstream: list[Tensor] = []
+
+    def projected(*inputs):
+        results = function(*inputs)
+        if not upstream:
+            upstream.extend(
+                torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in results
+            )
+        return sum((t * d).sum() for t, d in zip(results, upstream, strict=True))
+
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    assert torch.autograd.gradcheck(projected, leaves, fast_mode=True)
+    gradients = torch.autograd.grad(projected(*leaves), leaves, allow_unused=True)
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        assert gradient is None or not gradient[leaf.isnan()].any()
+
+
+def gradient_setup(switches: dict):
+    config = TINY.replace(
+        dim=4, n_heads=2, ffn_dim=3, steps=1, max_search_len=2, max_rec_len=3, mlp_hidden=(3, 2)
+    ).replace(**switches)
+    return config, *setup(config, n_users=5)
+
+
+@pytest.mark.parametrize("stream", [SEARCH, REC])
+def test_gradients_of_encode(stream):
+    _, (weights, _, _), streams, lengths = gradient_setup({})
+
+    def function(x, *w):
+        return [reference.encode(x, lengths[stream], type(weights)(*w), stream, n_heads=2)]
+
+    gradcheck(function, [streams[stream], *weights])
+
+
+@pytest.mark.parametrize("switches", GRADIENT_CASES, ids=name_of)
+def test_gradients_of_latent_reasoning(switches):
+    config, (_, weights, _), streams, lengths = gradient_setup(switches)
+    flags = options(config)
+    embedding = flags.pop("step_embedding")
+
+    def function(search, rec, *w):
+        step = None if embedding is None else w[-1]
+        states = reference.latent_reasoning(
+            search, rec, *lengths, type(weights)(*w[: len(weights)]), config.steps,
+            step_embedding=step, **flags,
+        )  # fmt: skip
+        return [t for pair in (*states.h, *states.a) for t in pair]
+
+    gradcheck(function, [*streams, *weights, *([] if embedding is None else [embedding])])
+
+
+@pytest.mark.parametrize("head", ["mlp", "dot"])
+def test_gradients_of_score(head):
+    _, (_, _, weights), streams, lengths = gradient_setup({"score": head})
+    generator = torch.Generator().manual_seed(4)
+    items = torch.randn(5, 2, 4, generator=generator, dtype=torch.float64)
+    user = torch.randn(5, 4, generator=generator, dtype=torch.float64)
+    n = len(weights.mlp_weights)
+
+    def function(search, rec, items, user, target_weight, *mlp):
+        w = type(weights)(target_weight, mlp[:n], mlp[n:])
+        return [reference.score(search, rec, *lengths, items, user, w)]
+
+    head_tensors = [weights.target_weight, *weights.mlp_weights, *weights.mlp_biases]
+    # The dot head has no weights of its own and reads no user vector.
+    gradcheck(function, [*streams, items, user, *head_tensors])
+
+
+# -- halves -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_halves_are_computed_in_float32_and_rounded_once(dtype, case):
+    weights, streams, lengths, items, user = case
+
+    def cast(value, *dtypes):
+        if isinstance(value, Tensor):
+            for d in dtypes:
+                value = value.to(d)
+            return value
+        parts = [cast(v, *dtypes) for v in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+
+    inputs = (
+        ((streams, weights, items, user), (dtype,)),
+        ((streams, weights, items, user), (dtype, torch.float32)),
+    )
+    results = []
+    for values, dtypes in inputs:
+        x, (encoder, step, head), e, u = cast(values, *dtypes)
+        states = reference.latent_reasoning(*x, *lengths, step, 2, n_heads=3)
+        results.append(
+            [
+                reference.encode(x[REC], lengths[REC], encoder, REC, n_heads=3),
+                *(t for pair in (*states.h, *states.a) for t in pair),
+                *reference.aggregate(x[SEARCH], lengths[SEARCH], e, head.target_weight[SEARCH]),
+                reference.score(*x, *lengths, e, u, head),
+            ]
+        )
+    for half, single in zip(*results, strict=True):
+        assert half.dtype == dtype
+        assert torch.equal(half, single.to(dtype))
+
+
+# -- what the ops refuse --------------------------------------------------------------------------
+
+
+def test_ops_refuse_what_does_not_fit(case):
+    (encoder, step, head), (search, rec), (n_s, n_r), items, user = case
+    reason = functools.partial(ops.latent_reasoning, weights=step, steps=2, n_heads=3)
+    calls = {
+        r"x must be \[\.\.\., L, 6\]": lambda: ops.encode(
+            search[..., :4], n_s, encoder, SEARCH, n_heads=3
+        ),
+        "x must be floating point": lambda: ops.encode(
+            search.nan_to_num().long(), n_s, encoder, SEARCH, n_heads=3
+        ),
+        "x_lengths must be integers": lambda: ops.encode(
+            search, n_s.double(), encoder, SEARCH, n_heads=3
+        ),
+        "n_heads must divide the width 6, got 4": lambda: ops.encode(
+            search, n_s, encoder, SEARCH, n_heads=4
+        ),
+        r"rec must be \[\.\.\., L, 6\]": lambda: reason(search, rec[..., :4], n_s, n_r),
+        "rec_lengths must be integers": lambda: reason(search, rec, n_s, n_r[None]),
+        "agree in dtype and leading axes": lambda: reason(search, rec[:3], n_s, n_r[:3]),
+        "agree in dtype": lambda: reason(search, rec.float(), n_s, n_r),
+        "steps must be": lambda: reason(search, rec, n_s, n_r, steps=-1),
+        r"candidates must be \[\.\.\., C, 6\]": lambda: ops.score(
+            search, rec, n_s, n_r, items[..., :2], user, head
+        ),
+        "n_trajectories must be at least 1": lambda: ops.rollout(
+            search, rec, n_s, n_r, torch.arange(7), step, 2, n_trajectories=0, noise_scale=1.0,
+            seed=0, n_heads=3,
+        ),
+    }  # fmt: skip
+    for message, call in calls.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_ops_refuse_more_steps_than_sets_of_weights():
+    (_, step, _), (search, rec), lengths = setup(TINY.replace(share_steps=False))
+    with pytest.raises(ValueError, match=r"steps must be 0\.\.2 for 2 sets of weights, got 3"):
+        ops.latent_reasoning(search, rec, *lengths, step, 3, n_heads=3)

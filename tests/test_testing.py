@@ -1,0 +1,92 @@
+"""The assertion that other tests rely on must itself reject wrong results."""
+
+import pytest
+import torch
+
+from lcr_fast import LCRConfig
+from lcr_fast.testing import assert_parity, random_batch, random_model, random_streams
+
+EXACT = torch.randn(64, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+EAGER = EXACT.float()
+U = torch.finfo(torch.float32).eps / 2
+
+
+def one_wrong_element():
+    wrong = EAGER.clone()
+    wrong[3, 4] += 1e-5
+    return wrong
+
+
+def not_finite(value):
+    wrong = EAGER.clone()
+    wrong[0, 0] = value
+    return wrong
+
+
+REJECTED = {
+    "one wrong element": (one_wrong_element, "max error"),
+    # Every element is within the budget of the largest one: only the RMS sees it.
+    "small error everywhere": (lambda: (EXACT + 1.5 * U).float(), "rms error"),
+    "rounded to half": (lambda: EXACT.half().float(), "max error"),
+    "nan": (lambda: not_finite(torch.nan), "non-finite"),
+    "inf": (lambda: not_finite(torch.inf), "non-finite"),
+    "dtype": (EXACT.half, "dtype"),
+    "shape": (lambda: EAGER[:1].clone(), "shape"),
+    "shape that would broadcast": (lambda: EAGER[None], "shape"),
+}
+
+
+@pytest.mark.parametrize("case", REJECTED)
+def test_assert_parity_rejects(case):
+    make, message = REJECTED[case]
+    with pytest.raises(AssertionError, match=message):
+        assert_parity("y", make(), EAGER, EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_assert_parity_accepts_a_correctly_rounded_result(dtype):
+    rounded = EXACT.to(dtype)
+    assert_parity("y", rounded, rounded, EXACT)
+    # Here eager is exact by luck, the fused result off by one rounding.
+    fused = torch.tensor([1.0, 2.0], dtype=dtype)
+    exact = fused.double() * (1 + 0.9 * torch.finfo(dtype).eps / 2)
+    assert_parity("y", fused[:1], fused[:1], exact[:1])
+
+
+def test_assert_parity_accepts_empty_results_and_wants_a_float64_oracle():
+    assert_parity("y", torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0, 3).double())
+    with pytest.raises(AssertionError, match="float64"):
+        assert_parity("y", EAGER, EAGER, EAGER)
+    with pytest.raises(AssertionError, match="eager result has non-finite"):
+        assert_parity("y", EAGER, not_finite(torch.nan), EXACT)
+
+
+CONFIG = LCRConfig(
+    n_items=20, n_users=3, n_terms=9, dim=4, max_search_len=3, max_rec_len=5, max_clicks=2
+)
+
+
+def test_random_batch_has_the_corners_and_fits_the_config():
+    batch = random_batch(CONFIG, 40, 6, torch.Generator().manual_seed(0))
+    lengths = list(zip(batch.search_lengths.tolist(), batch.rec_lengths.tolist(), strict=True))
+    assert lengths[:5] == [(3, 5), (0, 5), (3, 0), (0, 0), (1, 1)]
+    assert {n for n, _ in lengths} == set(range(4))
+    assert {n for _, n in lengths} == set(range(6))
+    assert batch.row.unique().numel() == 40
+    random_model(CONFIG, torch.Generator().manual_seed(0)).check(batch)
+
+
+def test_random_streams_poison_their_padding():
+    search, rec, search_lengths, rec_lengths = random_streams(
+        CONFIG, 6, torch.Generator().manual_seed(0)
+    )
+    for x, lengths in ((search, search_lengths), (rec, rec_lengths)):
+        assert (x.isfinite().all(-1).sum(-1) == lengths).all()
+
+
+def test_random_model_has_no_trivial_weight():
+    model = random_model(CONFIG, torch.Generator().manual_seed(0))
+    for name, parameter in model.named_parameters():
+        values = parameter.detach()[1:] if "embedding.weight" in name else parameter.detach()
+        assert ((values != 0) & (values != 1)).all(), name
+    assert not model.training
