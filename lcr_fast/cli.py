@@ -202,7 +202,6 @@ def _prepare(arguments: argparse.Namespace) -> None:
     from lcr_fast.data.build import prepare
 
     log = data.read(arguments.source, arguments.input)
-    print("\n".join(log.notes))
     prepared = prepare(
         log,
         arguments.out,
@@ -213,8 +212,6 @@ def _prepare(arguments: argparse.Namespace) -> None:
         min_history=arguments.min_history,
         overwrite=arguments.overwrite,
     )
-    notes = prepared.manifest["notes"][len(log.notes) :]
-    print("\n".join(notes))
     print(prepared.summary())
 
 
@@ -235,7 +232,10 @@ def _configs(arguments: argparse.Namespace, defaults: dict[str, dict]) -> dict[s
         values[section] |= {f.name: flags[f.name] for f in fields(kind) if f.name in flags}
     if arguments.backend is None:
         values["model"].pop("backend", None)
-    return {section: kind.from_dict(values[section]) for section, kind in _SECTIONS.items()}
+    return {
+        "model": LCRConfig.from_dict(values["model"]),
+        "train": TrainConfig.from_dict(values["train"]),
+    }
 
 
 def _train(arguments: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -36,7 +37,7 @@ def _matches(value: Any, kind: Any) -> bool:
 class _JsonConfig:
     """Type checks, ``replace`` and JSON for a frozen dataclass of numbers, names and flags."""
 
-    def _check(self, minimum: dict[str, float], maximum: dict[str, float]) -> None:
+    def _check(self, minimum: Mapping[str, float], maximum: Mapping[str, float]) -> None:
         name = type(self).__name__
         for key, kind in typing.get_type_hints(type(self)).items():
             value = getattr(self, key)

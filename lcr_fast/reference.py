@@ -217,8 +217,10 @@ def latent_reasoning(
         m = [[None] * 3 if masks is None else masks[x][3 * k : 3 * k + 3] for x in (SEARCH, REC)]
         if step_embedding is not None:
             shifted = (h[x] + step_embedding[k, x].to(acc) for x in (SEARCH, REC))
-            h = tuple(map(_zero_padding, shifted, lengths))
-        a = tuple(self_attend(x, h[x], w[x], m[x][0]) for x in (SEARCH, REC))
+            h_s, h_r = map(_zero_padding, shifted, lengths)
+            h = (h_s, h_r)
+        a_s, a_r = (self_attend(x, h[x], w[x], m[x][0]) for x in (SEARCH, REC))
+        a = (a_s, a_r)
 
         memory = list({"post_msa": a, "step_input": h, "initial": initial}[cross_memory])
         new = list(h)
@@ -229,7 +231,8 @@ def latent_reasoning(
         h = (new[SEARCH], new[REC])
         states.h.append(h)
         states.a.append(a)
-    return States(*([tuple(t.to(search.dtype) for t in pair) for pair in part] for part in states))
+    h_all, a_all = ([(s.to(search.dtype), r.to(search.dtype)) for s, r in part] for part in states)
+    return States(h_all, a_all)
 
 
 def aggregate(

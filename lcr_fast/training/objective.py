@@ -34,15 +34,35 @@ class Update(NamedTuple):
     logs: dict[str, float]
 
 
-class Supervised:
-    """Phase 1: ranking loss and TCL (:mod:`lcr_fast.objectives`)."""
+class Objective:
+    """What the trainer asks of an objective: parameters, batches and updates."""
 
-    phase = 1
+    phase: int
+    reference: LCRSER | None = None  # a frozen model that belongs to the state, if any
+    n_updates = 0
 
     def __init__(self, model: LCRSER, batcher: Batcher, config: TrainConfig) -> None:
         self.model, self.batcher, self.config = model, batcher, config
         kind = "popularity" if config.negatives == "in_batch" else config.negatives
         self.sampler = NegativeSampler(batcher.data, kind)
+
+    def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """List what is trained; the trainer freezes the rest."""
+        raise NotImplementedError
+
+    def batch(self, rows: NDArray, rng: np.random.Generator) -> Batch:
+        """Assemble samples with fresh negatives, target in column 0."""
+        raise NotImplementedError
+
+    def updates(self, batch: Batch, seed: int) -> Iterator[Update]:
+        """Yield losses to descend, one after the other."""
+        raise NotImplementedError
+
+
+class Supervised(Objective):
+    """Phase 1: ranking loss and TCL (:mod:`lcr_fast.objectives`)."""
+
+    phase = 1
 
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         return list(self.model.named_parameters())
@@ -89,20 +109,15 @@ def batch_seen(batcher: Batcher, users: NDArray, items: NDArray, times: NDArray)
     return batcher.data.has_seen(users[:, None], items, times[:, None])
 
 
-class _Trajectories:
+class _Trajectories(Objective):
     """What phase 2 and its control share: fresh candidates, frozen parts, noisy trajectories."""
 
     phase = 2
 
-    def __init__(self, model: LCRSER, batcher: Batcher, config: TrainConfig) -> None:
-        self.model, self.batcher, self.config = model, batcher, config
-        kind = "popularity" if config.negatives == "in_batch" else config.negatives
-        self.sampler = NegativeSampler(batcher.data, kind)
-
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """List what is trained: reasoning and head, or everything.
 
-        The trainer freezes the rest, so the encoder is not in the graph of the former.
+        With the former the encoder is not in the graph.
         """
         named = self.model.named_parameters()
         if self.config.rl_trainable == "all":
@@ -146,8 +161,7 @@ class Grpo(_Trajectories):
 
     def __init__(self, model: LCRSER, batcher: Batcher, config: TrainConfig) -> None:
         super().__init__(model, batcher, config)
-        self.reference = copy.deepcopy(model).requires_grad_(False)
-        self.n_updates = 0
+        self.reference: LCRSER = copy.deepcopy(model).requires_grad_(False)
 
     def updates(self, batch: Batch, seed: int) -> Iterator[Update]:
         """Roll out once, then update ``inner_epochs`` times on it."""
@@ -200,8 +214,11 @@ class Grpo(_Trajectories):
         return {"target_cosine": (flat[0] @ flat[1] / norms).item()}
 
 
-OBJECTIVES = {"supervised": Supervised, "grpo": Grpo, "noisy": NoisySupervised}
-Objective = Supervised | NoisySupervised | Grpo
+OBJECTIVES: dict[str, type[Objective]] = {
+    "supervised": Supervised,
+    "grpo": Grpo,
+    "noisy": NoisySupervised,
+}
 
 
 def warn_if_sinking(logs: dict[str, float]) -> None:

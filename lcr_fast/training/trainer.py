@@ -221,15 +221,15 @@ class Trainer:
         for index, state in self.optimizer.state_dict()["state"].items():
             for key, value in state.items():
                 tensors[f"adam.{self._names[index]}.{key}"] = torch.as_tensor(value)
-        reference = getattr(self.objective, "reference", None)
-        if reference is not None:
-            tensors |= {f"reference.{name}": t for name, t in reference.state_dict().items()}
+        if self.objective.reference is not None:
+            frozen = self.objective.reference.state_dict()
+            tensors |= {f"reference.{name}": t for name, t in frozen.items()}
         info = {
             "objective": self.name,
             "model": self.model.config.to_dict(),
             "train": self.config.to_dict(),
             "progress": asdict(self.progress),
-            "n_updates": getattr(self.objective, "n_updates", 0),
+            "n_updates": self.objective.n_updates,
         }
         save_tensors(self.out / CHECKPOINT, _CHECKPOINT_KIND, tensors, info)
 
@@ -253,9 +253,9 @@ class Trainer:
 
         self.model.load_state_dict(part("model."))
         self.best = part("best.")
-        if hasattr(self.objective, "reference"):
+        if self.objective.reference is not None:
             self.objective.reference.load_state_dict(part("reference."))
-            self.objective.n_updates = info["n_updates"]
+        self.objective.n_updates = info["n_updates"]
         # AdamW moves the moments to its parameters' device by itself.
         state = {index: part(f"adam.{name}.") for index, name in enumerate(self._names)}
         state = {index: moments for index, moments in state.items() if moments}
