@@ -58,12 +58,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Show a default only where there is one to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
 def _command(commands: Any, name: str, run: Any, help: str, description: str):
     parser = commands.add_parser(
         name,
         help=help,
         description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
     parser.set_defaults(run=run)
     return parser
@@ -125,7 +134,10 @@ def _add_train(commands: Any) -> None:
     )
     _add_run_options(parser)
     for section, kind in _SECTIONS.items():
-        group = parser.add_argument_group(f"{section} config")
+        own = ", ".join(f"{k} {v}" for k, v in SYNTHETIC_DEFAULTS[section].items())
+        group = parser.add_argument_group(
+            f"{section} config", f"Without --data the defaults differ: {own}."
+        )
         for name, options in _flags(kind).items():
             group.add_argument("--" + name.replace("_", "-"), **options)
 
