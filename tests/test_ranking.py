@@ -3,6 +3,7 @@
 import itertools
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lcr_fast import reference
-from lcr_fast.ops import ranking
-from lcr_fast.ops._extension import extension_error
+from lcr_fast.ops._extension import extension_error, has_kernel
 from lcr_fast.ops.ranking import (
     catalogue_metrics,
     catalogue_rank,
@@ -39,11 +39,13 @@ fuzz = settings(
 )
 
 
-@pytest.fixture(
-    scope="module",
-    params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-        not ranking._SERVED["cuda"] or not torch.cuda.is_available(), reason="needs CUDA"))],
-)  # fmt: skip
+on_cuda = pytest.mark.skipif(
+    not (torch.cuda.is_available() and has_kernel("ranking_metrics", "cuda")),
+    reason="needs a GPU and an extension built for CUDA",
+)
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=on_cuda)])
 def device(request):
     return request.param
 
@@ -410,13 +412,13 @@ def test_strided_rows_are_not_copied():
     """A column-major matrix of 400 MB needs a row more of memory, not another matrix."""
 
     def peak() -> int:
-        with open("/proc/self/status") as status:
-            line = next(line for line in status if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
 
     scores = torch.zeros(1000, 50_000, dtype=torch.float64).T  # (50000, 1000)
     target = torch.zeros(50_000, dtype=torch.long)
     scores[:, 1] = 1
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = peak()
     found = ranking_metrics(scores, target, metrics=["hr@1"], reduce="sum", backend="cpp")
     assert found["rows"].item() == 50_000
@@ -579,7 +581,7 @@ def test_catalogue_names_bad_rows(backend):
         catalogue_rank(users, items, target, seen=target, backend=backend)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@on_cuda
 def test_bad_rows_on_cuda_become_nan_unless_validated():
     scores = torch.randn(4, 5000, device="cuda")
     scores[1, 4000] = torch.nan
