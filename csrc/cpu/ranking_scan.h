@@ -328,13 +328,16 @@ LCR_TARGET void dots(const T* users, const T* packed, int64_t n_items, int64_t d
     const T* column = packed + item / kPanel * kPanel * dim + item % kPanel;
     V sum[kUsers][kStep] = {};
     for (int64_t d = 0; d < dim; ++d) {
+      // One vector a memcpy: a copy of the whole array would go through the stack.
       V coordinate[kStep];
-      std::memcpy(coordinate, column + d * kPanel, sizeof coordinate);
+      for (int j = 0; j < kStep; ++j)
+        std::memcpy(&coordinate[j], column + d * kPanel + j * kWidth, sizeof(V));
       for (int user = 0; user < kUsers; ++user)
         for (int j = 0; j < kStep; ++j) sum[user][j] += users[user * dim + d] * coordinate[j];
     }
     for (int user = 0; user < kUsers; ++user)
-      std::memcpy(out + user * n_items + item, sum[user], sizeof sum[user]);
+      for (int j = 0; j < kStep; ++j)
+        std::memcpy(out + user * n_items + item + j * kWidth, &sum[user][j], sizeof(V));
   }
 }
 
