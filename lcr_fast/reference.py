@@ -430,11 +430,13 @@ def catalogue_metrics(
 ) -> dict[str, Tensor]:
     """Metrics of ``target`` [B] among all ``items`` [I, d] scored by ``users`` [B, d], in float64.
 
-    Stores all scores [B, I]. They are computed in float64 and rounded once to at least float32, so
-    that items with equal vectors tie whatever order a matrix product sums in.
+    Stores all scores [B, I]. The sum over d is in order, not a matrix product: that may sum equal
+    vectors in different orders, depending on where they stand, and so break ties.
     """
-    rounded = torch.promote_types(users.dtype, torch.float32)
-    scores = (users.double() @ items.double().T).to(rounded)  # (B, I)
+    acc = torch.promote_types(users.dtype, torch.float32)
+    scores = torch.zeros(len(users), len(items), dtype=acc, device=users.device)  # (B, I)
+    for user, item in zip(users.to(acc).unbind(-1), items.to(acc).unbind(-1), strict=True):
+        scores = scores + user.unsqueeze(-1) * item
     excluded = None
     if seen is not None:
         n_items = items.shape[0]
