@@ -459,7 +459,10 @@ class LCRSER(nn.Module):
         truncated or foreign file, NaN weights, an unknown config key or tensors that do not fit.
         """
         tensors, values = load_tensors(path, _KIND)
-        config = LCRConfig.from_dict(values if backend is None else {**values, "backend": backend})
+        try:
+            config = LCRConfig.from_dict(values if backend is None else {**values, "backend": backend})
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         model = cls(config)
         expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
         found = {name: tuple(t.shape) for name, t in tensors.items()}
