@@ -453,7 +453,7 @@ class LCRSER(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, *, device: str = "cpu", backend: str | None = None) -> "LCRSER":
-        """Read a model that :meth:`save` wrote; nothing in the file can run code.
+        """Read a model that :meth:`save` wrote, in its dtype; nothing in the file can run code.
 
         ``backend`` overrides the saved one. Raises ValueError, in one sentence, on a missing,
         truncated or foreign file, NaN weights, an unknown config key or tensors that do not fit.
@@ -472,7 +472,7 @@ class LCRSER(nn.Module):
                     f"{path}: tensor {name!r} should have shape {expected.get(name)}, "
                     f"the file has {found.get(name)}"
                 )
-        model.load_state_dict(tensors)
+        model.to(tensors["head.target_weight"].dtype).load_state_dict(tensors)
         return model.to(device)
 
 
