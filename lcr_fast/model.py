@@ -354,7 +354,8 @@ class LCRSER(nn.Module):
     def score(self, h: Streams, batch: Batch, candidates: Tensor | None = None) -> Tensor:
         """Score candidates (default: the batch's) from final states.
 
-        States [B, L, D] give [B, C]; states [B, N, L, D] of N trajectories give [B, N, C].
+        States [B, L, D] give [B, C]; states [B, N, L, D] of N trajectories give [B, N, C], without
+        dropout, as :meth:`rollout`.
         """
         ids = batch.candidates if candidates is None else candidates  # [B, C]
         return self.score_vectors(h, batch, self.item_vectors(ids)).masked_fill(
@@ -374,7 +375,7 @@ class LCRSER(nn.Module):
         return scoring.score(
             *h, _align(batch.search_lengths, h), _align(batch.rec_lengths, h), _align(vectors, h),
             None if user is None else _align(user, h), self.head.weights(),
-            dropout=self._dropout(batch), backend=self.config.backend,
+            dropout=None if h[0].ndim == 4 else self._dropout(batch), backend=self.config.backend,
         )  # fmt: skip
 
     # -- public API -----------------------------------------------------------------------------
