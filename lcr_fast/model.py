@@ -461,7 +461,9 @@ class LCRSER(nn.Module):
         """
         tensors, values = load_tensors(path, _KIND)
         try:
-            config = LCRConfig.from_dict(values if backend is None else {**values, "backend": backend})
+            config = LCRConfig.from_dict(
+                values if backend is None else {**values, "backend": backend}
+            )
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         model = cls(config)
