@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,8 +19,8 @@ def _describe(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(get_args(kind))
     if get_origin(kind) is tuple:
-        return "a list of " + _describe(get_args(kind)[0]) + "s"
-    return {int: "an integer", float: "a number", bool: "true or false", str: "a text"}[kind]
+        return "a tuple, each entry " + _describe(get_args(kind)[0])
+    return {int: "an integer", float: "a finite number", bool: "true or false", str: "a text"}[kind]
 
 
 def _matches(value: Any, kind: Any) -> bool:
@@ -28,7 +29,8 @@ def _matches(value: Any, kind: Any) -> bool:
     if get_origin(kind) is tuple:
         return isinstance(value, tuple) and all(_matches(v, get_args(kind)[0]) for v in value)
     if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return number and math.isfinite(value)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, kind)

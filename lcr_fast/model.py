@@ -355,7 +355,8 @@ class LCRSER(nn.Module):
     def score(self, h: Streams, batch: Batch, candidates: Tensor | None = None) -> Tensor:
         """Score candidates (default: the batch's) from final states.
 
-        States [B, L, D] give [B, C]; states [B, N, L, D] of N trajectories give [B, N, C].
+        States [B, L, D] give [B, C]; states [B, N, L, D] of N trajectories give [B, N, C], without
+        dropout, as :meth:`rollout`.
         """
         ids = batch.candidates if candidates is None else candidates  # [B, C]
         return self.score_vectors(h, batch, self.item_vectors(ids)).masked_fill(
@@ -375,7 +376,7 @@ class LCRSER(nn.Module):
         return scoring.score(
             *h, _align(batch.search_lengths, h), _align(batch.rec_lengths, h), _align(vectors, h),
             None if user is None else _align(user, h), self.head.weights(),
-            dropout=self._dropout(batch), backend=self.config.backend,
+            dropout=None if h[0].ndim == 4 else self._dropout(batch), backend=self.config.backend,
         )  # fmt: skip
 
     # -- public API -----------------------------------------------------------------------------
@@ -454,13 +455,18 @@ class LCRSER(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, *, device: str = "cpu", backend: str | None = None) -> "LCRSER":
-        """Read a model that :meth:`save` wrote; nothing in the file can run code.
+        """Read a model that :meth:`save` wrote, in its dtype; nothing in the file can run code.
 
         ``backend`` overrides the saved one. Raises ValueError, in one sentence, on a missing,
         truncated or foreign file, NaN weights, an unknown config key or tensors that do not fit.
         """
         tensors, values = load_tensors(path, _KIND)
-        config = LCRConfig.from_dict(values if backend is None else {**values, "backend": backend})
+        try:
+            config = LCRConfig.from_dict(
+                values if backend is None else {**values, "backend": backend}
+            )
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         model = cls(config)
         expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
         found = {name: tuple(t.shape) for name, t in tensors.items()}
@@ -470,7 +476,7 @@ class LCRSER(nn.Module):
                     f"{path}: tensor {name!r} should have shape {expected.get(name)}, "
                     f"the file has {found.get(name)}"
                 )
-        model.load_state_dict(tensors)
+        model.to(tensors["head.target_weight"].dtype).load_state_dict(tensors)
         return model.to(device)
 
 

@@ -67,4 +67,7 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], Any]:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: tensor {name!r} has NaN or infinite values")
-    return tensors, json.loads(metadata["info"])
+    try:
+        return tensors, json.loads(metadata["info"])
+    except (KeyError, json.JSONDecodeError):
+        raise ValueError(f"{path}: a {kind} file that has no readable config") from None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import oracle
 from lcr_fast import LCRConfig, ops, reference
+from lcr_fast.ops.noise import Dropout
 from lcr_fast.reference import length_mask
 from lcr_fast.testing import random_streams, random_weights
 from lcr_fast.weights import REC, SEARCH
@@ -464,6 +465,14 @@ def test_ops_refuse_what_does_not_fit(case):
         "steps must be": lambda: reason(search, rec, n_s, n_r, steps=-1),
         r"candidates must be \[\.\.\., C, 6\]": lambda: ops.score(
             search, rec, n_s, n_r, items[..., :2], user, head
+        ),
+        r"dropout needs states \[B, L, D\], got \[7, 1, 3, 6\]": lambda: reason(
+            search[:, None], rec[:, None], n_s[:, None], n_r[:, None],
+            dropout=Dropout(0.1, 0, torch.arange(7)),
+        ),
+        "dropout needs states": lambda: ops.score(
+            search[:, None], rec[:, None], n_s[:, None], n_r[:, None], items[:, None],
+            user[:, None], head, dropout=Dropout(0.1, 0, torch.arange(7)),
         ),
         "n_trajectories must be at least 1": lambda: ops.rollout(
             search, rec, n_s, n_r, torch.arange(7), step, 2, n_trajectories=0, noise_scale=1.0,

@@ -93,6 +93,11 @@ class Dropout(NamedTuple):
     seed: int
     rows: Tensor  # int64 [B]
 
+    def check(self, states: Tensor) -> None:
+        """Raise ValueError on states that are not [B, L, D]: a mask has no trajectory axis."""
+        if states.ndim != 3:
+            raise ValueError(f"dropout needs states [B, L, D], got {list(states.shape)}")
+
     def draw(self, first_site: int, n_sites: int, length: int, dim: int) -> Tensor:
         """Masks for ``n_sites`` layers on states [B, length, dim]: [n_sites, B, length, dim]."""
         return dropout_masks(self.rows, self.seed, first_site, n_sites, length, dim, self.rate)

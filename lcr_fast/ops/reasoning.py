@@ -52,6 +52,7 @@ def encode(
     choose_backend("encode", backend, AVAILABLE)
     masks = None
     if dropout is not None:
+        dropout.check(x)
         n_layers = weights.qkv_weight.shape[0]
         masks = dropout.draw(ENCODER_SITES + stream * STREAM_SITES, 2 * n_layers, *x.shape[-2:])
     return reference.encode(x, lengths, weights, stream, n_heads=n_heads, masks=masks)
@@ -94,6 +95,7 @@ def latent_reasoning(
     choose_backend("latent_reasoning", backend, AVAILABLE)
     masks = None
     if dropout is not None:
+        dropout.check(search)
         mask_s, mask_r = (
             dropout.draw(REASONING_SITES + i * STREAM_SITES, 3 * steps, *x.shape[-2:])
             for i, x in enumerate((search, rec))

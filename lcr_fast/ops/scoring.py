@@ -46,6 +46,7 @@ def score(
     choose_backend("score", backend, AVAILABLE)
     masks: tuple[Tensor, ...] = ()
     if dropout is not None:
+        dropout.check(search)
         n_candidates = candidates.shape[-2]
         masks = tuple(
             dropout.draw(HEAD_SITES + i, 1, n_candidates, w.shape[0])[0]

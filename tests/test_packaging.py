@@ -1,0 +1,125 @@
+"""Imports, optional parts and backends: what is not there must not hurt, nor go unnoticed."""
+
+import importlib
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from lcr_fast import LCRSER, LCRConfig, ops
+
+ROOT = Path(__file__).parents[1]
+
+TRAIN_ONE_STEP = """
+    import torch
+    from lcr_fast import LCRSER, LCRConfig
+    from lcr_fast.grpo import choose_actions
+    from lcr_fast.objectives import rank_loss, tcl
+    from lcr_fast.testing import random_batch
+
+    config = LCRConfig(n_items=9, n_terms=4, dim=4, max_search_len=2, max_rec_len=3)
+    model, batch = LCRSER(config), random_batch(config, 6, 3, torch.Generator().manual_seed(0))
+    states = model.states(batch)
+    loss = rank_loss(model.score(states.h[-1], batch), batch.target)
+    lengths = (batch.search_lengths, batch.rec_lengths)
+    target = model.item_vectors(batch.candidates[:, 0])
+    (loss + tcl(states, lengths, target, model.head.target_weight)).backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            p -= 0.1 * p.grad
+    states = model.rollout(model.encode(batch), batch, 2, 0.1, seed=0)
+    choose_actions(model.score(states.h[-1], batch), batch.target, "top1", "hr@1")
+"""
+
+
+def run_without(modules: tuple[str, ...], code: str) -> None:
+    """Run code in a fresh interpreter where importing any of ``modules`` fails."""
+    prelude = f"import sys, warnings\nsys.modules.update(dict.fromkeys({modules!r}))\n"
+    script = prelude + textwrap.dedent(code)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_and_training_need_no_optional_package_and_no_gpu():
+    run_without(
+        ("triton", "polars", "matplotlib", "safetensors", "tabulate", "tqdm"),
+        TRAIN_ONE_STEP
+        + """
+    assert "lcr_fast.kernels" not in sys.modules
+    assert not torch.cuda.is_initialized()
+    """,
+    )
+
+
+def test_an_unbuilt_extension_warns_once_and_the_reference_serves():
+    run_without(
+        ("lcr_fast._C",),
+        """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        import lcr_fast
+        import lcr_fast.ops.noise, lcr_fast.ops.ranking
+    texts = [str(w.message) for w in caught if "lcr_fast" in str(w.message)]
+    assert len(texts) == 1, texts
+    assert "pip install --no-build-isolation --no-deps -e ." in texts[0], texts
+    assert "import of lcr_fast._C halted" in texts[0], texts
+    """
+        + TRAIN_ONE_STEP
+        + """
+    from lcr_fast import ops
+    for call in (
+        lambda: ops.normal_noise(torch.arange(2), 0, 1, 0, 2, 4, backend="cpp"),
+        lambda: ops.ranking.ranking_rewards(
+            torch.zeros(1, 1, 2), torch.tensor([0]), backend="cpp"
+        ),
+    ):
+        try:
+            call()
+        except ValueError as error:
+            assert "reference" in str(error) and "_C" in str(error), error
+        else:
+            raise AssertionError("backend='cpp' was served by something else")
+    """,
+    )
+
+
+def test_kernels_cannot_be_imported_twice(monkeypatch):
+    """`kernels` and `lcr_fast.kernels` would be two modules, each registering every op."""
+    monkeypatch.syspath_prepend(ROOT)
+    with pytest.raises(ImportError, match=r"import lcr_fast\.kernels, not kernels"):
+        importlib.import_module("kernels")
+    assert importlib.import_module("lcr_fast.kernels").__name__ == "lcr_fast.kernels"
+
+
+# -- backends -------------------------------------------------------------------------------------
+
+AVAILABLE = {"triton": "it needs a GPU", "cpp": None, "reference": None}
+
+
+def test_auto_takes_the_first_backend_that_can_serve():
+    assert ops.choose_backend("op", "auto", AVAILABLE) == "cpp"
+    assert ops.choose_backend("op", "auto", {**AVAILABLE, "triton": None}) == "triton"
+
+
+def test_an_explicit_backend_is_served_or_refused():
+    assert ops.choose_backend("op", "reference", AVAILABLE) == "reference"
+    with pytest.raises(ValueError, match="'triton' cannot serve op: it needs a GPU") as caught:
+        ops.choose_backend("op", "triton", AVAILABLE)
+    assert "backend='cpp' or 'reference'" in str(caught.value)
+    with pytest.raises(ValueError, match="'tpu' cannot serve op: there is no such implementation"):
+        ops.choose_backend("op", "tpu", AVAILABLE)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpp"])
+def test_a_model_whose_backend_cannot_serve_it_is_refused_at_once(backend):
+    """Step embeddings run on the reference alone."""
+    with pytest.raises(ValueError, match=f"'{backend}' cannot serve .*'reference'"):
+        LCRSER(LCRConfig(dim=4, step_embedding=True, backend=backend))
+
+
+def test_backend_report_has_a_line_for_each_op():
+    lines = LCRSER(LCRConfig(dim=4, backend="reference")).backend_report().split("\n")
+    assert [line.split(":")[0] for line in lines] == ["encode", "latent_reasoning", "score"]
+    assert all(line.split(": ", 1)[1].startswith("reference") for line in lines)
