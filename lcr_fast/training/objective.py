@@ -68,7 +68,7 @@ class Supervised:
         model.dropout_seed = seed
         states = model.states(batch)
         loss = rank_loss(model.score(states.h[-1], batch), batch.target, config.rank_loss)
-        logs = {"rank_loss": float(loss)}
+        logs = {"rank_loss": float(loss.detach())}
         if config.tcl_weight and model.config.steps:
             contrast = tcl(
                 states,
@@ -80,7 +80,7 @@ class Supervised:
                 detach_negative=config.tcl_detach_negative,
             )
             loss = loss + config.tcl_weight * contrast
-            logs["tcl"] = float(contrast)
+            logs["tcl"] = float(contrast.detach())
         yield Update(loss, logs)
 
 
@@ -134,7 +134,7 @@ class NoisySupervised(_Trajectories):
             scores = self.scores(self.model, batch, seed).flatten(0, 1)  # [B * N, C]
             target = batch.target.repeat_interleave(self.config.n_trajectories)
             loss = rank_loss(scores, target, self.config.rank_loss)
-            yield Update(loss, {"rank_loss": float(loss)})
+            yield Update(loss, {"rank_loss": float(loss.detach())})
 
 
 class Grpo(_Trajectories):
@@ -171,8 +171,8 @@ class Grpo(_Trajectories):
             logs = {
                 "reward": float(rollout.rewards.mean()),
                 "signal": float((advantages != 0).any(-1).float().mean()),
-                "kl": float(kl),
-                "surrogate": float(surrogate),
+                "kl": float(kl.detach()),
+                "surrogate": float(surrogate.detach()),
             }
             if self.n_updates % _ALARM_EVERY == 0:
                 logs |= self._alarm(surrogate, scores, batch.target)

@@ -142,7 +142,7 @@ class Trainer:
                 batch = self.objective.batch(order[start : start + self._batch_size], key)
                 for loss, logs in self.objective.updates(batch.to(device), _seed(key)):
                     self._update(loss)
-                    self._add({"loss": float(loss), **logs})
+                    self._add({"loss": float(loss.detach()), **logs})
                 progress.step += 1
                 bar.update()
                 now = time.monotonic()
@@ -161,7 +161,7 @@ class Trainer:
     def _update(self, loss: Tensor) -> None:
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"the loss is {float(loss)} in epoch {self.progress.epoch + 1}, step "
+                f"the loss is {float(loss.detach())} in epoch {self.progress.epoch + 1}, step "
                 f"{self.progress.step + 1}; the last checkpoint is kept"
             )
         self.optimizer.zero_grad(set_to_none=True)
