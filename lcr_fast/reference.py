@@ -278,18 +278,19 @@ def score(
     w_s, w_r = weights.target_weight
     z_s, _ = aggregate(search.to(acc), search_lengths, candidates, w_s)  # [..., C, D]
     z_r, _ = aggregate(rec.to(acc), rec_lengths, candidates, w_r)  # [..., C, D]
-    items = candidates.to(acc).expand_as(z_s)
+    items = candidates.to(acc)
     if not weights.mlp_weights:
         return ((z_r + z_s) * items).sum(-1).to(search.dtype)
     layers = [
         (w.to(acc), b.to(acc)) for w, b in zip(weights.mlp_weights, weights.mlp_biases, strict=True)
     ]
-    pair = torch.cat((z_r, z_s, items), -1)  # [..., C, 3D]
     w_in, b_in = layers[0]
-    x = F.linear(pair, w_in[:, : pair.shape[-1]], b_in)  # [..., C, H1]
+    n_pair, n_item = 2 * items.shape[-1], 3 * items.shape[-1]
+    # Trajectories share the item's part of the first layer, candidates share the user's.
+    shared = F.linear(items, w_in[:, n_pair:n_item], b_in)  # [..., C, H1]
     if user is not None:
-        # The user's share of the first layer is the same for every candidate.
-        x = x + F.linear(user.to(acc), w_in[:, pair.shape[-1] :]).unsqueeze(-2)
+        shared = shared + F.linear(user.to(acc), w_in[:, n_item:]).unsqueeze(-2)
+    x = F.linear(torch.cat((z_r, z_s), -1), w_in[:, :n_pair]) + shared  # [..., C, H1]
     for i, (w, b) in enumerate(layers[1:]):
         x = F.relu(x) if not masks else F.relu(x) * masks[i]
         x = F.linear(x, w, b)

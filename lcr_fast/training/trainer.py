@@ -191,8 +191,9 @@ class Trainer:
         progress.history.append({**record, "seconds": round(progress.seconds, 3)})
         shown = "  ".join(f"{name} {value:.4f}" for name, value in list(record.items())[1:])
         self.report(f"  {self.name} epoch {progress.epoch}: {shown}")
-        self._save()
+        # In this order: a run killed in between logs the epoch again.
         self._log()
+        self._save()
 
     def _rng(self, step: int) -> np.random.Generator:
         """Make the generator of one step of the current epoch; 0 is the epoch's order."""
@@ -201,7 +202,7 @@ class Trainer:
         )
 
     def _log(self) -> None:
-        """Rewrite the metrics log, so that it always agrees with the checkpoint."""
+        """Rewrite the metrics log, so that it agrees with the checkpoint that follows."""
         with replacing(self.out / METRICS) as path:
             lines = (json.dumps(record) + "\n" for record in self.progress.history)
             path.write_text("".join(lines))
