@@ -1,4 +1,4 @@
-"""Build lcr_fast._C, the C++/CUDA extension; everything else about the package is in pyproject.toml.
+"""Build lcr_fast._C, the C++/CUDA extension; all else about the package is in pyproject.toml.
 
 The CPU operators are always built. The CUDA ones are added where the installed torch is a CUDA
 build and nvcc is found; LCR_FAST_BUILD=cpu|cuda overrides that.
