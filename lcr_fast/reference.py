@@ -351,6 +351,7 @@ def ranking_metrics(
         bad = bad | (target < -1) | (target >= n_candidates)
         grade = (index == target.unsqueeze(-1)).double()
     else:
+        assert relevance is not None
         grade = relevance.double()
     grade = torch.where(inside & (grade > 0), grade, zero)
     candidate = inside if excluded is None else inside & ~excluded | (grade > 0)

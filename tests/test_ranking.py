@@ -138,8 +138,8 @@ def test_matches_reference(device, case, ties, metrics, reduce):
 
 @needs_cpp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("ties", reference.TIES)
-def test_million_items(device, dtype, ties):
+def test_million_items(device, dtype):
+    ties = "average"  # counts both what is above and what is tied
     scores = torch.randn(1, 1_000_003, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     target = torch.tensor([777_777], device=device)
     ranks = [target_rank(scores, target, ties=ties, backend=b) for b in ("cpp", "reference")]

@@ -287,7 +287,7 @@ LCR_TARGET bool count(const typename F::Scalar* scores, const uint8_t* excluded,
 template <class F, int kMode>
 LCR_TARGET void count_rows_mode(const typename F::Scalar* scores, int64_t step, int64_t n_items,
                                 const int64_t* target, int64_t n_rows, int64_t* counts, bool* nan) {
-  // Short rows outrun the hardware's prefetching; this many bytes ahead took a sixth off the time of
+  // Short rows outrun the hardware's prefetching: 512 bytes ahead took a sixth off the time of
   // 200,000 rows of 100 floats on a Zen 3 core.
   constexpr int64_t kAhead = 512;
   const int64_t row_bytes = n_items * static_cast<int64_t>(sizeof(typename F::Scalar));
