@@ -20,7 +20,7 @@ SYNTHETIC_DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "train": {
         "epochs": 7, "learning_rate": 3e-3, "rank_loss": "softmax", "n_negatives": 9,
-        "patience": 7, "rl_epochs": 2, "rl_epoch_size": 2048,
+        "patience": 7, "rl_epochs": 2, "rl_epoch_size": 1024, "noise_scale": 0.5,
     },
 }  # fmt: skip
 _FROM_DATA = ("n_items", "n_users", "n_queries", "n_terms", "item_text_dim", "query_text_dim")

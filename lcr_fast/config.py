@@ -175,7 +175,7 @@ class TrainConfig(_JsonConfig):
     tcl_distance: Literal["l2", "cosine"] = _option("l2", "TCL distance D")
     tcl_detach_negative: bool = _option(False, "no gradient through TCL's negative")
     rl_epochs: int = _option(2, "phase 2: most epochs")
-    rl_epoch_size: int = _option(0, "phase 2: users drawn for an epoch; 0 means all")
+    rl_epoch_size: int = _option(2048, "phase 2: users drawn for an epoch; 0 means all")
     rl_batch_size: int = _option(64, "phase 2: users in a batch")
     rl_learning_rate: float = _option(1e-4, "phase 2: Adam's learning rate")
     rl_negatives: int = _option(99, "phase 2: fresh negatives a positive")
