@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -126,7 +127,6 @@ class Trainer:
         progress = self.progress
         order = self._rng(0).permutation(len(self.batcher))[: self._epoch_size]
         n_steps = math.ceil(len(order) / self._batch_size)
-        device = self.model.head.target_weight.device
         last_save = clock = time.monotonic()
         bar = tqdm(
             total=n_steps,
@@ -138,11 +138,7 @@ class Trainer:
         with bar:
             while progress.step < n_steps:
                 start = progress.step * self._batch_size
-                key = self._rng(1 + progress.step)
-                batch = self.objective.batch(order[start : start + self._batch_size], key)
-                for loss, logs in self.objective.updates(batch.to(device), _seed(key)):
-                    self._update(loss)
-                    self._add({"loss": loss.item(), **logs})
+                self.step(order[start : start + self._batch_size], self._rng(1 + progress.step))
                 progress.step += 1
                 bar.update()
                 now = time.monotonic()
@@ -157,6 +153,16 @@ class Trainer:
         progress.sums = {}
         warn_if_sinking(means)
         self._validate(means)
+
+    def step(self, rows: NDArray, rng: np.random.Generator) -> float:
+        """Make the updates of one mini-batch of samples; return the last loss."""
+        batch = self.objective.batch(rows, rng).to(self.model.head.target_weight.device)
+        value = float("nan")
+        for loss, logs in self.objective.updates(batch, _seed(rng)):
+            self._update(loss)
+            value = loss.item()
+            self._add({"loss": value, **logs})
+        return value
 
     def _update(self, loss: Tensor) -> None:
         if not torch.isfinite(loss):
