@@ -9,6 +9,17 @@ import warnings
 from lcr_fast.batch import Batch
 from lcr_fast.config import LCRConfig, TrainConfig
 from lcr_fast.model import LCRSER
+from lcr_fast.ops import (
+    catalogue_metrics,
+    catalogue_rank,
+    group_advantages,
+    latent_reasoning,
+    ranking_metrics,
+    ranking_rewards,
+    rollout,
+    score,
+    target_rank,
+)
 from lcr_fast.ops._extension import extension_error
 
 __version__ = importlib.metadata.version("lcr-fast")
@@ -20,4 +31,19 @@ if extension_error() is not None:
         stacklevel=2,
     )
 
-__all__ = ["LCRSER", "Batch", "LCRConfig", "TrainConfig", "__version__"]
+__all__ = [
+    "LCRSER",
+    "Batch",
+    "LCRConfig",
+    "TrainConfig",
+    "__version__",
+    "catalogue_metrics",
+    "catalogue_rank",
+    "group_advantages",
+    "latent_reasoning",
+    "ranking_metrics",
+    "ranking_rewards",
+    "rollout",
+    "score",
+    "target_rank",
+]

@@ -20,7 +20,7 @@ SYNTHETIC_DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "train": {
         "epochs": 7, "learning_rate": 3e-3, "rank_loss": "softmax", "n_negatives": 9,
-        "patience": 7, "rl_epochs": 2, "rl_epoch_size": 2048,
+        "patience": 7, "rl_epochs": 2, "rl_epoch_size": 1024, "noise_scale": 0.5,
     },
 }  # fmt: skip
 _FROM_DATA = ("n_items", "n_users", "n_queries", "n_terms", "item_text_dim", "query_text_dim")
@@ -58,12 +58,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Show a default only where there is one to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
 def _command(commands: Any, name: str, run: Any, help: str, description: str):
     parser = commands.add_parser(
         name,
         help=help,
         description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
     parser.set_defaults(run=run)
     return parser
@@ -125,7 +134,10 @@ def _add_train(commands: Any) -> None:
     )
     _add_run_options(parser)
     for section, kind in _SECTIONS.items():
-        group = parser.add_argument_group(f"{section} config")
+        own = ", ".join(f"{k} {v}" for k, v in SYNTHETIC_DEFAULTS[section].items())
+        group = parser.add_argument_group(
+            f"{section} config", f"Without --data the defaults differ: {own}."
+        )
         for name, options in _flags(kind).items():
             group.add_argument("--" + name.replace("_", "-"), **options)
 
@@ -202,7 +214,6 @@ def _prepare(arguments: argparse.Namespace) -> None:
     from lcr_fast.data.build import prepare
 
     log = data.read(arguments.source, arguments.input)
-    print("\n".join(log.notes))
     prepared = prepare(
         log,
         arguments.out,
@@ -213,8 +224,6 @@ def _prepare(arguments: argparse.Namespace) -> None:
         min_history=arguments.min_history,
         overwrite=arguments.overwrite,
     )
-    notes = prepared.manifest["notes"][len(log.notes) :]
-    print("\n".join(notes))
     print(prepared.summary())
 
 
@@ -235,7 +244,10 @@ def _configs(arguments: argparse.Namespace, defaults: dict[str, dict]) -> dict[s
         values[section] |= {f.name: flags[f.name] for f in fields(kind) if f.name in flags}
     if arguments.backend is None:
         values["model"].pop("backend", None)
-    return {section: kind.from_dict(values[section]) for section, kind in _SECTIONS.items()}
+    return {
+        "model": LCRConfig.from_dict(values["model"]),
+        "train": TrainConfig.from_dict(values["train"]),
+    }
 
 
 def _train(arguments: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ import difflib
 import json
 import math
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -38,7 +39,7 @@ def _matches(value: Any, kind: Any) -> bool:
 class _JsonConfig:
     """Type checks, ``replace`` and JSON for a frozen dataclass of numbers, names and flags."""
 
-    def _check(self, minimum: dict[str, float], maximum: dict[str, float]) -> None:
+    def _check(self, minimum: Mapping[str, float], maximum: Mapping[str, float]) -> None:
         name = type(self).__name__
         for key, kind in typing.get_type_hints(type(self)).items():
             value = getattr(self, key)
@@ -174,7 +175,7 @@ class TrainConfig(_JsonConfig):
     tcl_distance: Literal["l2", "cosine"] = _option("l2", "TCL distance D")
     tcl_detach_negative: bool = _option(False, "no gradient through TCL's negative")
     rl_epochs: int = _option(2, "phase 2: most epochs")
-    rl_epoch_size: int = _option(0, "phase 2: users drawn for an epoch; 0 means all")
+    rl_epoch_size: int = _option(2048, "phase 2: users drawn for an epoch; 0 means all")
     rl_batch_size: int = _option(64, "phase 2: users in a batch")
     rl_learning_rate: float = _option(1e-4, "phase 2: Adam's learning rate")
     rl_negatives: int = _option(99, "phase 2: fresh negatives a positive")

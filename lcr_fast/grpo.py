@@ -87,6 +87,8 @@ def kl_divergence(
     ``k3``: r - log r - 1 with r = pi_ref(a) / pi(a) at the given ``actions``.
     """
     if kind == "k3":
+        if actions is None:
+            raise ValueError("kind='k3' needs the actions")
         log_ratio = list_log_probability(reference_scores, actions) - list_log_probability(
             scores, actions
         )

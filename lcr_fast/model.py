@@ -286,7 +286,7 @@ class LCRSER(nn.Module):
             self.check(batch)
         search, rec = self.embed(batch)
         weights = self.encoder.weights()
-        options = {
+        options: dict[str, Any] = {
             "n_heads": self.config.n_heads,
             "dropout": self._dropout(batch),
             "backend": self.config.backend,
@@ -326,7 +326,8 @@ class LCRSER(nn.Module):
             p = min(k, weights.cross_qkv_weight.shape[0] - 1)
             before = states.h[k]
             if self.step_embedding is not None:
-                before = tuple(before[x] + self.step_embedding[k, x] for x in (SEARCH, REC))
+                shift_s, shift_r = self.step_embedding[k]
+                before = (before[SEARCH] + shift_s, before[REC] + shift_r)
             read = {"post_msa": a, "step_input": before, "initial": states.h[0]}
             pair = []
             for x in (SEARCH, REC):

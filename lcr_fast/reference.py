@@ -217,8 +217,10 @@ def latent_reasoning(
         m = [[None] * 3 if masks is None else masks[x][3 * k : 3 * k + 3] for x in (SEARCH, REC)]
         if step_embedding is not None:
             shifted = (h[x] + step_embedding[k, x].to(acc) for x in (SEARCH, REC))
-            h = tuple(map(_zero_padding, shifted, lengths))
-        a = tuple(self_attend(x, h[x], w[x], m[x][0]) for x in (SEARCH, REC))
+            h_s, h_r = map(_zero_padding, shifted, lengths)
+            h = (h_s, h_r)
+        a_s, a_r = (self_attend(x, h[x], w[x], m[x][0]) for x in (SEARCH, REC))
+        a = (a_s, a_r)
 
         memory = list({"post_msa": a, "step_input": h, "initial": initial}[cross_memory])
         new = list(h)
@@ -229,7 +231,8 @@ def latent_reasoning(
         h = (new[SEARCH], new[REC])
         states.h.append(h)
         states.a.append(a)
-    return States(*([tuple(t.to(search.dtype) for t in pair) for pair in part] for part in states))
+    h_all, a_all = ([(s.to(search.dtype), r.to(search.dtype)) for s, r in part] for part in states)
+    return States(h_all, a_all)
 
 
 def aggregate(
@@ -275,18 +278,19 @@ def score(
     w_s, w_r = weights.target_weight
     z_s, _ = aggregate(search.to(acc), search_lengths, candidates, w_s)  # [..., C, D]
     z_r, _ = aggregate(rec.to(acc), rec_lengths, candidates, w_r)  # [..., C, D]
-    items = candidates.to(acc).expand_as(z_s)
+    items = candidates.to(acc)
     if not weights.mlp_weights:
         return ((z_r + z_s) * items).sum(-1).to(search.dtype)
     layers = [
         (w.to(acc), b.to(acc)) for w, b in zip(weights.mlp_weights, weights.mlp_biases, strict=True)
     ]
-    pair = torch.cat((z_r, z_s, items), -1)  # [..., C, 3D]
     w_in, b_in = layers[0]
-    x = F.linear(pair, w_in[:, : pair.shape[-1]], b_in)  # [..., C, H1]
+    n_pair, n_item = 2 * items.shape[-1], 3 * items.shape[-1]
+    # Trajectories share the item's part of the first layer, candidates share the user's.
+    shared = F.linear(items, w_in[:, n_pair:n_item], b_in)  # [..., C, H1]
     if user is not None:
-        # The user's share of the first layer is the same for every candidate.
-        x = x + F.linear(user.to(acc), w_in[:, pair.shape[-1] :]).unsqueeze(-2)
+        shared = shared + F.linear(user.to(acc), w_in[:, n_item:]).unsqueeze(-2)
+    x = F.linear(torch.cat((z_r, z_s), -1), w_in[:, :n_pair]) + shared  # [..., C, H1]
     for i, (w, b) in enumerate(layers[1:]):
         x = F.relu(x) if not masks else F.relu(x) * masks[i]
         x = F.linear(x, w, b)
@@ -347,6 +351,7 @@ def ranking_metrics(
         bad = bad | (target < -1) | (target >= n_candidates)
         grade = (index == target.unsqueeze(-1)).double()
     else:
+        assert relevance is not None
         grade = relevance.double()
     grade = torch.where(inside & (grade > 0), grade, zero)
     candidate = inside if excluded is None else inside & ~excluded | (grade > 0)
@@ -427,11 +432,13 @@ def catalogue_metrics(
 ) -> dict[str, Tensor]:
     """Metrics of ``target`` [B] among all ``items`` [I, d] scored by ``users`` [B, d], in float64.
 
-    Stores all scores [B, I]. They are computed in float64 and rounded once to at least float32, so
-    that items with equal vectors tie whatever order a matrix product sums in.
+    Stores all scores [B, I]. The sum over d is in order, not a matrix product: that may sum equal
+    vectors in different orders, depending on where they stand, and so break ties.
     """
-    rounded = torch.promote_types(users.dtype, torch.float32)
-    scores = (users.double() @ items.double().T).to(rounded)  # (B, I)
+    acc = torch.promote_types(users.dtype, torch.float32)
+    scores = torch.zeros(len(users), len(items), dtype=acc, device=users.device)  # (B, I)
+    for user, item in zip(users.to(acc).unbind(-1), items.to(acc).unbind(-1), strict=True):
+        scores = scores + user.unsqueeze(-1) * item
     excluded = None
     if seen is not None:
         n_items = items.shape[0]

@@ -47,7 +47,7 @@ class World:
     items_per_topic: int = 10
     min_events: int = 16
     max_events: int = 24
-    n_targets: int = 14  # the last events of a user that may be predicted
+    n_targets: int = 10  # the last events of a user that may be predicted
     n_interests: int = 2  # current interests of a user
     drift: float = 0.4  # chance that an event opens a new interest
     announced: float = 0.9  # share of new interests that a search announces

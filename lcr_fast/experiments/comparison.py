@@ -55,7 +55,7 @@ def with_requirements(names: list[str]) -> list[str]:
     wanted = set(names)
     if "rl" in wanted:
         wanted.add("control")
-    wanted |= {VARIANTS[name].start for name in wanted} - {None}
+    wanted |= {start for name in wanted if (start := VARIANTS[name].start)}
     return [name for name in VARIANTS if name in wanted]
 
 

@@ -1,16 +1,31 @@
 """The ops: one contract each, one reference, and faster implementations behind it."""
 
 from lcr_fast.ops._dispatch import choose_backend
-from lcr_fast.ops.noise import normal_noise
+from lcr_fast.ops.noise import dropout_masks, normal_noise
+from lcr_fast.ops.ranking import (
+    catalogue_metrics,
+    catalogue_rank,
+    group_advantages,
+    ranking_metrics,
+    ranking_rewards,
+    target_rank,
+)
 from lcr_fast.ops.reasoning import encode, latent_reasoning, rollout
 from lcr_fast.ops.scoring import aggregate, score
 
 __all__ = [
     "aggregate",
+    "catalogue_metrics",
+    "catalogue_rank",
     "choose_backend",
+    "dropout_masks",
     "encode",
+    "group_advantages",
     "latent_reasoning",
     "normal_noise",
+    "ranking_metrics",
+    "ranking_rewards",
     "rollout",
     "score",
+    "target_rank",
 ]

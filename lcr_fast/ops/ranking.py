@@ -312,10 +312,14 @@ def _rank(
         raise ValueError(f"excluded must be bool, got {excluded.dtype}")
     scores = scores.detach()
     leading = scores.shape[:-1]
-    target = _indices("target", target, leading, scores.device)
-    counts = _indices("counts", counts, leading, scores.device)
-    relevance = _expand("relevance", relevance, scores.shape, scores.device)
-    excluded = _expand("excluded", excluded, scores.shape, scores.device)
+    if target is not None:
+        target = _indices("target", target, leading, scores.device)
+    if counts is not None:
+        counts = _indices("counts", counts, leading, scores.device)
+    if relevance is not None:
+        relevance = _expand("relevance", relevance, scores.shape, scores.device)
+    if excluded is not None:
+        excluded = _expand("excluded", excluded, scores.shape, scores.device)
     kinds, ks = _codes(names)
     if _use_cpp(backend, scores.device, relevance is not None):
         values, faults = torch.ops.lcr_fast.ranking_metrics(
@@ -443,12 +447,8 @@ def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} must be on {device}, got {tensor.device}")
 
 
-def _expand(
-    name: str, tensor: Tensor | None, shape: Sequence[int], device: torch.device
-) -> Tensor | None:
+def _expand(name: str, tensor: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
     """View ``tensor`` in ``shape``, without a copy."""
-    if tensor is None:
-        return None
     _check_device(name, tensor, device)
     missing = len(shape) - tensor.dim()
     if missing < 0 or any(
@@ -458,12 +458,8 @@ def _expand(
     return tensor.expand(shape)
 
 
-def _indices(
-    name: str, tensor: Tensor | None, shape: Sequence[int], device: torch.device
-) -> Tensor | None:
+def _indices(name: str, tensor: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
     """Return int64 indices in ``shape``, contiguous: one number a row."""
-    if tensor is None:
-        return None
     if tensor.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{name} must be int64 or int32, got {tensor.dtype}")
     return _expand(name, tensor, shape, device).long().contiguous()
@@ -524,7 +520,7 @@ def _raise_first(
             f"counts[{at(counts_row)}] is {counts.flatten()[counts_row].item()}, expected 0 to "
             f"{n_items}"
         )
-    if target_row < n_rows:
+    if target is not None and target_row < n_rows:
         limit = n_items if counts is None else counts.flatten()[target_row].item()
         raise RuntimeError(
             f"target[{at(target_row)}] is {target.flatten()[target_row].item()}, expected an index "

@@ -96,10 +96,11 @@ def latent_reasoning(
     masks = None
     if dropout is not None:
         dropout.check(search)
-        masks = tuple(
+        mask_s, mask_r = (
             dropout.draw(REASONING_SITES + i * STREAM_SITES, 3 * steps, *x.shape[-2:])
             for i, x in enumerate((search, rec))
         )
+        masks = (mask_s, mask_r)
     return reference.latent_reasoning(
         search, rec, search_lengths, rec_lengths, weights, steps, n_heads=n_heads,
         step_embedding=step_embedding, update=update, cross_memory=cross_memory, masks=masks,

@@ -44,7 +44,7 @@ def score(
     if candidates.shape[-1] != dim:
         raise ValueError(f"candidates must be [..., C, {dim}], got {list(candidates.shape)}")
     choose_backend("score", backend, AVAILABLE)
-    masks = ()
+    masks: tuple[Tensor, ...] = ()
     if dropout is not None:
         dropout.check(search)
         n_candidates = candidates.shape[-2]

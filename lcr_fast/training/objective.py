@@ -34,15 +34,35 @@ class Update(NamedTuple):
     logs: dict[str, float]
 
 
-class Supervised:
-    """Phase 1: ranking loss and TCL (:mod:`lcr_fast.objectives`)."""
+class Objective:
+    """What the trainer asks of an objective: parameters, batches and updates."""
 
-    phase = 1
+    phase: int
+    reference: LCRSER | None = None  # a frozen model that belongs to the state, if any
+    n_updates = 0
 
     def __init__(self, model: LCRSER, batcher: Batcher, config: TrainConfig) -> None:
         self.model, self.batcher, self.config = model, batcher, config
         kind = "popularity" if config.negatives == "in_batch" else config.negatives
         self.sampler = NegativeSampler(batcher.data, kind)
+
+    def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """List what is trained; the trainer freezes the rest."""
+        raise NotImplementedError
+
+    def batch(self, rows: NDArray, rng: np.random.Generator) -> Batch:
+        """Assemble samples with fresh negatives, target in column 0."""
+        raise NotImplementedError
+
+    def updates(self, batch: Batch, seed: int) -> Iterator[Update]:
+        """Yield losses to descend, one after the other."""
+        raise NotImplementedError
+
+
+class Supervised(Objective):
+    """Phase 1: ranking loss and TCL (:mod:`lcr_fast.objectives`)."""
+
+    phase = 1
 
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         return list(self.model.named_parameters())
@@ -68,7 +88,7 @@ class Supervised:
         model.dropout_seed = seed
         states = model.states(batch)
         loss = rank_loss(model.score(states.h[-1], batch), batch.target, config.rank_loss)
-        logs = {"rank_loss": float(loss)}
+        logs = {"rank_loss": loss.item()}
         if config.tcl_weight and model.config.steps:
             contrast = tcl(
                 states,
@@ -80,7 +100,7 @@ class Supervised:
                 detach_negative=config.tcl_detach_negative,
             )
             loss = loss + config.tcl_weight * contrast
-            logs["tcl"] = float(contrast)
+            logs["tcl"] = contrast.item()
         yield Update(loss, logs)
 
 
@@ -89,20 +109,15 @@ def batch_seen(batcher: Batcher, users: NDArray, items: NDArray, times: NDArray)
     return batcher.data.has_seen(users[:, None], items, times[:, None])
 
 
-class _Trajectories:
+class _Trajectories(Objective):
     """What phase 2 and its control share: fresh candidates, frozen parts, noisy trajectories."""
 
     phase = 2
 
-    def __init__(self, model: LCRSER, batcher: Batcher, config: TrainConfig) -> None:
-        self.model, self.batcher, self.config = model, batcher, config
-        kind = "popularity" if config.negatives == "in_batch" else config.negatives
-        self.sampler = NegativeSampler(batcher.data, kind)
-
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """List what is trained: reasoning and head, or everything.
 
-        The trainer freezes the rest, so the encoder is not in the graph of the former.
+        With the former the encoder is not in the graph.
         """
         named = self.model.named_parameters()
         if self.config.rl_trainable == "all":
@@ -134,7 +149,7 @@ class NoisySupervised(_Trajectories):
             scores = self.scores(self.model, batch, seed).flatten(0, 1)  # [B * N, C]
             target = batch.target.repeat_interleave(self.config.n_trajectories)
             loss = rank_loss(scores, target, self.config.rank_loss)
-            yield Update(loss, {"rank_loss": float(loss)})
+            yield Update(loss, {"rank_loss": loss.item()})
 
 
 class Grpo(_Trajectories):
@@ -146,8 +161,7 @@ class Grpo(_Trajectories):
 
     def __init__(self, model: LCRSER, batcher: Batcher, config: TrainConfig) -> None:
         super().__init__(model, batcher, config)
-        self.reference = copy.deepcopy(model).requires_grad_(False)
-        self.n_updates = 0
+        self.reference: LCRSER = copy.deepcopy(model).requires_grad_(False)
 
     def updates(self, batch: Batch, seed: int) -> Iterator[Update]:
         """Roll out once, then update ``inner_epochs`` times on it."""
@@ -169,10 +183,10 @@ class Grpo(_Trajectories):
             surrogate = grpo.policy_objective(log_prob, old, advantages, config.clip)
             kl = grpo.kl_divergence(scores, reference_scores, config.kl, rollout.actions).mean()
             logs = {
-                "reward": float(rollout.rewards.mean()),
-                "signal": float((advantages != 0).any(-1).float().mean()),
-                "kl": float(kl),
-                "surrogate": float(surrogate),
+                "reward": rollout.rewards.mean().item(),
+                "signal": (advantages != 0).any(-1).float().mean().item(),
+                "kl": kl.item(),
+                "surrogate": surrogate.item(),
             }
             if self.n_updates % _ALARM_EVERY == 0:
                 logs |= self._alarm(surrogate, scores, batch.target)
@@ -197,11 +211,14 @@ class Grpo(_Trajectories):
         norms = flat[0].norm() * flat[1].norm()
         if not norms > 0:
             return {}
-        return {"target_cosine": float(flat[0] @ flat[1] / norms)}
+        return {"target_cosine": (flat[0] @ flat[1] / norms).item()}
 
 
-OBJECTIVES = {"supervised": Supervised, "grpo": Grpo, "noisy": NoisySupervised}
-Objective = Supervised | NoisySupervised | Grpo
+OBJECTIVES: dict[str, type[Objective]] = {
+    "supervised": Supervised,
+    "grpo": Grpo,
+    "noisy": NoisySupervised,
+}
 
 
 def warn_if_sinking(logs: dict[str, float]) -> None:

@@ -142,7 +142,7 @@ class Trainer:
                 batch = self.objective.batch(order[start : start + self._batch_size], key)
                 for loss, logs in self.objective.updates(batch.to(device), _seed(key)):
                     self._update(loss)
-                    self._add({"loss": float(loss), **logs})
+                    self._add({"loss": loss.item(), **logs})
                 progress.step += 1
                 bar.update()
                 now = time.monotonic()
@@ -161,7 +161,7 @@ class Trainer:
     def _update(self, loss: Tensor) -> None:
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"the loss is {float(loss)} in epoch {self.progress.epoch + 1}, step "
+                f"the loss is {loss.item()} in epoch {self.progress.epoch + 1}, step "
                 f"{self.progress.step + 1}; the last checkpoint is kept"
             )
         self.optimizer.zero_grad(set_to_none=True)
@@ -191,8 +191,9 @@ class Trainer:
         progress.history.append({**record, "seconds": round(progress.seconds, 3)})
         shown = "  ".join(f"{name} {value:.4f}" for name, value in list(record.items())[1:])
         self.report(f"  {self.name} epoch {progress.epoch}: {shown}")
-        self._save()
+        # In this order: a run killed in between logs the epoch again.
         self._log()
+        self._save()
 
     def _rng(self, step: int) -> np.random.Generator:
         """Make the generator of one step of the current epoch; 0 is the epoch's order."""
@@ -201,7 +202,7 @@ class Trainer:
         )
 
     def _log(self) -> None:
-        """Rewrite the metrics log, so that it always agrees with the checkpoint."""
+        """Rewrite the metrics log, so that it agrees with the checkpoint that follows."""
         with replacing(self.out / METRICS) as path:
             lines = (json.dumps(record) + "\n" for record in self.progress.history)
             path.write_text("".join(lines))
@@ -221,15 +222,15 @@ class Trainer:
         for index, state in self.optimizer.state_dict()["state"].items():
             for key, value in state.items():
                 tensors[f"adam.{self._names[index]}.{key}"] = torch.as_tensor(value)
-        reference = getattr(self.objective, "reference", None)
-        if reference is not None:
-            tensors |= {f"reference.{name}": t for name, t in reference.state_dict().items()}
+        if self.objective.reference is not None:
+            frozen = self.objective.reference.state_dict()
+            tensors |= {f"reference.{name}": t for name, t in frozen.items()}
         info = {
             "objective": self.name,
             "model": self.model.config.to_dict(),
             "train": self.config.to_dict(),
             "progress": asdict(self.progress),
-            "n_updates": getattr(self.objective, "n_updates", 0),
+            "n_updates": self.objective.n_updates,
         }
         save_tensors(self.out / CHECKPOINT, _CHECKPOINT_KIND, tensors, info)
 
@@ -253,9 +254,9 @@ class Trainer:
 
         self.model.load_state_dict(part("model."))
         self.best = part("best.")
-        if hasattr(self.objective, "reference"):
+        if self.objective.reference is not None:
             self.objective.reference.load_state_dict(part("reference."))
-            self.objective.n_updates = info["n_updates"]
+        self.objective.n_updates = info["n_updates"]
         # AdamW moves the moments to its parameters' device by itself.
         state = {index: part(f"adam.{name}.") for index, name in enumerate(self._names)}
         state = {index: moments for index, moments in state.items() if moments}

@@ -1,0 +1,390 @@
+"""Evaluation against a slow oracle that sorts explicit lists, and by hand-made cases."""
+
+import math
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from lcr_fast.data import synthetic
+from lcr_fast.data.build import prepare
+from lcr_fast.data.log import InteractionLog
+from lcr_fast.data.prepared import PreparedData
+from lcr_fast.training import evaluation
+from lcr_fast.training.evaluation import (
+    PROTOCOLS,
+    Interval,
+    bootstrap,
+    evaluate,
+    evaluate_model,
+    make_batcher,
+    model_scorer,
+    popularity_scorer,
+    rank_metrics,
+    rank_targets,
+    recency_scorer,
+    relevance_share,
+    state_distances,
+    strata,
+)
+from lcr_fast.weights import REC, SEARCH
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> PreparedData:
+    """Synthetic data, two thirds of its targets with impressions."""
+    log = synthetic.generate(synthetic.World(n_users=24, n_topics=16))
+    rng = np.random.default_rng(3)
+    shown = [
+        [int(item), *rng.choice(160, rng.integers(1, 9)).tolist()] if rng.random() < 0.67 else None
+        for item in log.events["item"]
+    ]
+    events = log.events.with_columns(impressions=pl.Series(shown, dtype=pl.List(pl.Int64)))
+    log = InteractionLog(
+        "shown", events, log.searches, log.clicks, [], log.item_text, log.query_text
+    )
+    return prepare(log, tmp_path_factory.mktemp("shown") / "data", n_negatives=40)
+
+
+@pytest.fixture(scope="module")
+def model(data, make_model):
+    return make_model(data, n_layers=2, step_embedding=True).eval()
+
+
+# -- ranks ---------------------------------------------------------------------------------------
+
+
+def hashed_scorer(n_values: int):
+    """Score by user and item alone, a few values only, so that many candidates tie."""
+
+    def read(batch):
+        return lambda ids: ((ids * 7919 + batch.user[:, None] * 104_729) % n_values).float()
+
+    return read
+
+
+def list_candidates(data, split, row, protocol) -> list[int]:
+    """List what the target of a sample competes with, item by item."""
+    samples = data.split(split)
+    user, item, time = samples.users[row], int(samples.items[row]), samples.times[row]
+    if protocol == "sampled":
+        return samples.negatives[row].tolist()
+    if protocol == "impressions":
+        start, end = samples.impression_offsets[row : row + 2]
+        return [int(i) for i in samples.impressions[start:end] if i != item]
+    seen = {
+        int(data.seen_items[i])
+        for i in range(data.seen_offsets[user], data.seen_offsets[user + 1])
+        if data.seen_times[i] < time
+    }
+    return [i for i in range(1, data.n_items + 1) if i != item and i not in seen]
+
+
+def slow_ranks(scorer, data, split, model, protocol) -> list[int]:
+    """Rank sample by sample, candidate lists in full, equal scores before the target."""
+    batcher = make_batcher(data, split, model)
+    ranks = []
+    for row in range(len(batcher)):
+        others = list_candidates(data, split, row, protocol)
+        ids = np.array([[int(batcher.samples.items[row]), *others]])
+        batch = batcher.gather(np.array([row]), ids, np.array([0]))
+        with torch.no_grad():
+            first, *rest = scorer(batch)(batch.candidates)[0].tolist()
+        order = sorted([*((-score, 0) for score in rest), (-first, 1)])
+        ranks.append(order.index((-first, 1)) + 1 if others else 0)
+    return ranks
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("scorer", ["model", "ties", "constant", "popularity", "recency"])
+def test_ranks_equal_the_sorted_lists(data, model, monkeypatch, scorer, protocol, split):
+    monkeypatch.setattr(evaluation, "_CATALOGUE_BLOCK", 50)  # several blocks and a ragged one
+    score = {
+        "model": model_scorer(model),
+        "ties": hashed_scorer(5),
+        "constant": hashed_scorer(1),
+        "popularity": popularity_scorer(data),
+        "recency": recency_scorer(data),
+    }[scorer]
+    reader = model if scorer == "model" else None
+    ranks = rank_targets(score, make_batcher(data, split, reader), protocol, batch_size=7)
+    assert ranks.dtype == np.int64
+    expected = slow_ranks(score, data, split, reader, protocol)
+    if scorer == "model":  # rounding of another batch shape may swap near equals
+        assert np.mean(ranks != expected) <= 0.05
+        assert np.abs(ranks - expected).max() <= 1
+    else:
+        assert ranks.tolist() == expected
+    if scorer == "constant":
+        assert not rank_metrics(ranks)["hr@1"].any()
+    if protocol == "impressions":
+        assert 0 < (ranks == 0).sum() < len(ranks)
+
+
+def test_a_repeated_target_is_ranked_in_the_catalogue(data):
+    """Seen items are masked, the target never: the best score gives rank 1 to a repeat too."""
+    batcher = make_batcher(data, "test", None)
+    assert batcher.samples.repeat.any()
+    target = torch.from_numpy(np.array(batcher.samples.items, dtype=np.int64))
+    ranks = rank_targets(
+        lambda batch: lambda ids: (ids == target[batch.row, None]).float(), batcher, "catalogue"
+    )
+    assert (ranks == 1).all()
+
+
+def test_nan_scores_are_refused(data):
+    nan = torch.tensor(float("nan"))
+    for protocol in PROTOCOLS:
+        with pytest.raises((ValueError, RuntimeError), match="NaN"):  # by op or by extension
+            rank_targets(
+                lambda batch: lambda ids: nan.expand(len(batch), ids.shape[1]),
+                make_batcher(data, "test", None),
+                protocol,
+            )
+
+
+def test_unknown_protocol(data):
+    with pytest.raises(ValueError, match="sampled, catalogue, impressions, got 'best'"):
+        rank_targets(hashed_scorer(2), make_batcher(data, "test", None), "best")
+
+
+# -- metrics and intervals -----------------------------------------------------------------------
+
+
+def test_metrics_of_ranks():
+    metrics = rank_metrics(np.array([1, 0, 3, 6, 25]))  # 0 is not ranked
+    assert set(metrics) == {f"{m}@{k}" for m in ("hr", "ndcg") for k in (1, 5, 10, 20)} | {"mrr"}
+    assert metrics["mrr"].tolist() == [1, 1 / 3, 1 / 6, 1 / 25]
+    for k, hits in {1: [1, 0, 0, 0], 5: [1, 1, 0, 0], 10: [1, 1, 1, 0], 20: [1, 1, 1, 0]}.items():
+        gains = [1.0, 0.5, 1 / math.log2(7), 0.0]
+        assert metrics[f"hr@{k}"].tolist() == hits
+        expected = [hit * gain for hit, gain in zip(hits, gains, strict=True)]
+        assert metrics[f"ndcg@{k}"] == pytest.approx(expected)
+
+
+def test_bootstrap_interval():
+    rng = np.random.default_rng(0)
+    widths = []
+    for n in (20, 200, 2000):
+        values = rng.random(n)
+        interval = bootstrap(values)
+        assert interval == bootstrap(values)
+        assert interval.n == n
+        assert interval.mean == values.mean()
+        assert interval.low < interval.mean < interval.high
+        widths.append(interval.high - interval.low)
+        normal = 2 * 1.96 * values.std() / math.sqrt(n)
+        assert widths[-1] == pytest.approx(normal, rel=0.15)
+    assert widths[0] > widths[1] > widths[2]
+    assert bootstrap(values, level=0.5).high < interval.high
+
+
+def test_bootstrap_of_next_to_nothing():
+    empty = bootstrap(np.zeros(0))
+    assert empty.n == 0
+    assert all(math.isnan(value) for value in empty[:3])
+    assert bootstrap(np.ones(1)) == Interval(1.0, 1.0, 1.0, 1)
+
+
+def test_bootstrap_covers_the_truth():
+    rng = np.random.default_rng(1)
+    intervals = [bootstrap((rng.random(100) < 0.3).astype(float), draws=300) for _ in range(100)]
+    assert 0.88 <= np.mean([i.low <= 0.3 <= i.high for i in intervals]) <= 1.0
+
+
+# -- strata and the whole table ------------------------------------------------------------------
+
+
+def test_strata(data):
+    samples, groups = data.split("test"), strata(data, "test")
+    targets = set(data.split("train").items.tolist())
+    for row in range(len(samples)):
+        item, user = int(samples.items[row]), samples.users[row]
+        seen = list(zip(data.seen_items, data.seen_times, strict=True))
+        mine = seen[data.seen_offsets[user] : data.seen_offsets[user + 1]]
+        repeat = any(i == item and t < samples.times[row] for i, t in mine)
+        expected = {
+            "all": True, "repeat": repeat, "new": not repeat,
+            "covered": item in targets, "uncovered": item not in targets,
+        }  # fmt: skip
+        assert {name: bool(member[row]) for name, member in groups.items()} == expected
+
+
+def test_rows_of_the_table(data, model):
+    rows = evaluate_model(model.train(), data, "test")
+    assert not model.training
+    groups = strata(data, "test")
+    keys = [(r["protocol"], r["targets"], r["metric"]) for r in rows]
+    assert len(set(keys)) == len(keys) == 3 * 5 * 9
+    by_key = dict(zip(keys, rows, strict=True))
+    for protocol in PROTOCOLS:
+        ranks = rank_targets(model_scorer(model), make_batcher(data, "test", model), protocol)
+        for group, member in groups.items():
+            kept = [rank for rank in ranks[member] if rank]
+            row = by_key[protocol, group, "ndcg@5"]
+            assert row["n"] == len(kept)
+            if kept:
+                gains = [1 / math.log2(rank + 1) if rank <= 5 else 0 for rank in kept]
+                assert row["mean"] == pytest.approx(np.mean(gains))
+
+
+def test_protocols_without_candidates_are_left_out(prepared):
+    rows = evaluate(hashed_scorer(3), prepared)
+    assert {row["protocol"] for row in rows} == {"sampled", "catalogue"}
+
+
+def test_validation_score(data, model):
+    ranks = slow_ranks(model_scorer(model), data, "valid", model, "sampled")
+    gains = [1 / math.log2(rank + 1) if rank <= 5 else 0 for rank in ranks]
+    batcher = make_batcher(data, "valid", model)
+    assert evaluation.validation_score(model, batcher) == pytest.approx(np.mean(gains), abs=0.02)
+
+
+# -- baselines -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ordered_batch(data):
+    batcher = make_batcher(data, "test", None)
+    rows = np.arange(4)
+    return batcher.gather(rows, np.zeros((4, 1), np.int64), np.zeros(4, np.int64))
+
+
+def test_recency_ranks_the_last_item_first(data, ordered_batch):
+    histories = torch.zeros(4, 5, dtype=torch.int64)
+    histories[0] = torch.tensor([3, 7, 3, 9, 5])
+    histories[1, :2] = torch.tensor([7, 3])
+    histories[2, :3] = torch.tensor([9, 9, 3])
+    batch = ordered_batch.replace(rec_items=histories, rec_lengths=torch.tensor([5, 2, 3, 0]))
+    ids = torch.tensor([[3, 5, 7, 9, 11]])
+    order = recency_scorer(data)(batch)(ids).argsort(dim=1, descending=True, stable=True)
+    ranked = ids[0][order].tolist()
+    assert ranked[0] == [5, 9, 3, 7, 11]
+    assert ranked[1] == [3, 7, 5, 9, 11]
+    assert ranked[2] == [3, 9, 5, 7, 11]
+    assert recency_scorer(data)(batch)(ids)[3].unique().numel() == 1
+
+
+def test_popularity_counts_what_precedes_the_held_out_targets(data, ordered_batch):
+    valid = data.split("valid")
+    first_held_out = dict(zip(valid.users.tolist(), valid.times.tolist(), strict=True))
+    counts = np.zeros(data.n_items + 1)
+    for user in range(1, data.n_users + 1):
+        for event in range(data.rec_offsets[user], data.rec_offsets[user + 1]):
+            counts[data.rec_items[event]] += data.rec_times[event] < first_held_out[user]
+    ids = torch.arange(1, data.n_items + 1).unsqueeze(0)
+    scores = popularity_scorer(data)(ordered_batch)(ids)
+    assert scores.shape == (4, data.n_items)
+    assert (scores == torch.from_numpy(counts[1:])).all()
+
+
+# -- looking inside ------------------------------------------------------------------------------
+
+
+def one_user(data, model, row, split="test"):
+    """Batch a single sample, target as its only candidate."""
+    batcher = make_batcher(data, split, model)
+    ids = batcher.samples.items[[row]][:, None]
+    return batcher.gather(np.array([row]), ids, np.array([0]))
+
+
+def attention_over(events, weight, target) -> torch.Tensor:
+    """Where the aggregation at a target looks: softmax_j( h_j^T W e )."""
+    return (events @ weight @ target).softmax(0)
+
+
+@torch.no_grad()
+def test_state_distances(data, model):
+    sums: dict[str, list[list[float]]] = {}
+    for row in range(len(data.split("test"))):
+        batch = one_user(data, model, row)
+        n = {"search": int(batch.search_lengths), "rec": int(batch.rec_lengths)}
+        if not all(n.values()):
+            continue
+        states, target = model.states(batch), model.item_vectors(batch.candidates[0, 0])
+        for x, stream in ((SEARCH, "search"), (REC, "rec")):
+            for name, pairs in (("h", states.h), ("a", states.a)):
+                distances = []
+                for pair in pairs:
+                    events = pair[x][0, : n[stream]]
+                    alpha = attention_over(events, model.head.target_weight[x], target)
+                    distances.append(float((target - alpha @ events).norm()))
+                sums.setdefault(f"{name}_{stream}", []).append(distances)
+    got = state_distances(model, data)
+    assert got.keys() == sums.keys()
+    for name, distances in sums.items():
+        assert got[name] == pytest.approx(np.mean(distances, 0), rel=1e-4), name
+    assert (len(got["h_rec"]), len(got["a_rec"])) == (3, 2)
+
+
+@torch.no_grad()
+def test_relevance_share(data, model):
+    shares = []
+    samples = data.split("test")
+    for row in range(len(samples)):
+        batch = one_user(data, model, row)
+        n_search, n_rec = int(batch.search_lengths), int(batch.rec_lengths)
+        truth = data.search_relevant[: samples.search_end[row]][-n_search:] if n_search else []
+        relevant = torch.tensor([value == 1 for value in truth])
+        if not n_search or not n_rec or relevant.all() or not relevant.any():
+            continue
+        states, target = model.states(batch), model.item_vectors(batch.candidates[0, 0])
+        events = states.h[-1][SEARCH][0, :n_search]
+        alpha = attention_over(events, model.head.target_weight[SEARCH], target)
+        looks = [
+            cross_attention_of(model, states, k, REC, n_rec, n_search)[..., relevant].sum(-1)
+            for k in range(model.config.steps)
+        ]
+        shares.append(
+            [float(relevant.float().mean()), float(alpha[relevant].sum()),
+             float(torch.stack(looks).mean())]
+        )  # fmt: skip
+    got = relevance_share(model, data)
+    assert got.n == len(shares) > 10
+    assert got[:3] == pytest.approx(np.mean(shares, 0), rel=1e-4)
+
+
+def cross_attention_of(model, states, k, x, n_queries, n_keys) -> torch.Tensor:
+    """Compute softmax(Q K^T / sqrt(D/H)) of stream x in step k, head by head: [H, L, L_other]."""
+    d, h = model.config.dim, model.config.n_heads
+    weights = model.reasoning.weights()
+    weight, bias = weights.cross_qkv_weight[0, x], weights.cross_qkv_bias[0, x]
+    query = states.a[k][x][0, :n_queries] @ weight[:d].T + bias[:d]
+    key = states.a[k][1 - x][0, :n_keys] @ weight[d : 2 * d].T + bias[d : 2 * d]
+    heads = [slice(i * d // h, (i + 1) * d // h) for i in range(h)]
+    scale = (d // h) ** -0.5
+    return torch.stack([(query[:, s] @ key[:, s].T * scale).softmax(-1) for s in heads])
+
+
+@torch.no_grad()
+def test_cross_attention_of_the_model(data, model):
+    batch = next(
+        batch
+        for batch in (one_user(data, model, row) for row in range(len(data.split("test"))))
+        if int(batch.search_lengths) > 1 and int(batch.rec_lengths) > 1
+    )
+    lengths = (int(batch.search_lengths), int(batch.rec_lengths))
+    states = model.states(batch)
+    looks = model.cross_attention(states, batch)
+    assert len(looks) == 2
+    for k, pair in enumerate(looks):
+        for x, look in enumerate(pair):
+            torch.testing.assert_close(look.sum(-1), torch.ones(look.shape[:-1]))
+            expected = cross_attention_of(model, states, k, x, lengths[x], lengths[1 - x])
+            torch.testing.assert_close(look[0, :, : lengths[x], : lengths[1 - x]], expected)
+
+
+def test_shares_where_there_is_nothing_to_look_at(data, make_model):
+    base = make_model(data, steps=0)
+    share = relevance_share(base, data)
+    assert math.isnan(share.cross)
+    assert 0 < share.chance < 1
+    assert 0 < share.target < 1
+    distances = state_distances(base, data)
+    assert distances["a_rec"] == distances["a_search"] == []
+    unknown = {k: v for k, v in data.arrays.items() if k != "search_relevant"}
+    nothing = relevance_share(base, PreparedData(unknown, {}))
+    assert nothing.n == 0
+    assert all(math.isnan(value) for value in nothing[:3])

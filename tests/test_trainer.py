@@ -1,0 +1,456 @@
+"""Trainer: exact resume, early stopping, what is trained, what is logged, what is refused."""
+
+import itertools
+import json
+import logging
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from lcr_fast.config import TrainConfig
+from lcr_fast.data.prepared import PreparedData
+from lcr_fast.model import LCRSER
+from lcr_fast.storage import load_tensors
+from lcr_fast.training import trainer as module
+from lcr_fast.training.objective import OBJECTIVES, Grpo, Supervised, warn_if_sinking
+from lcr_fast.training.trainer import CHECKPOINT, METRICS, MODEL, Trainer, make_optimizer
+
+# Three steps an epoch, in either phase.
+CONFIG = TrainConfig(
+    epochs=2, batch_size=100, learning_rate=1e-2, rl_epochs=2, rl_epoch_size=24, rl_batch_size=8,
+    rl_learning_rate=1e-3, rl_negatives=9, n_trajectories=4, noise_scale=0.5, inner_epochs=2,
+    action="sampled",
+)  # fmt: skip
+N_UPDATES = {"supervised": 3, "grpo": 6, "noisy": 6}  # in an epoch
+
+
+class KilledError(Exception):
+    """Stands for the end of the process."""
+
+
+def run(make_model, data, objective, out, *, seed=0, config=CONFIG, model=None, **options):
+    """Train a tiny model and return the trainer."""
+    trainer = Trainer(
+        model or make_model(data, seed=seed), data, config, objective, out, **options
+    )  # fmt: skip
+    trainer.run()
+    return trainer
+
+
+def die_at(monkeypatch, update: int) -> None:
+    """Let the trainer die in its n-th update, counted from 1."""
+    counter, original = itertools.count(1), Trainer._update
+
+    def dying(self, loss):
+        if next(counter) == update:
+            raise KilledError
+        original(self, loss)
+
+    monkeypatch.setattr(Trainer, "_update", dying)
+
+
+def without_seconds(records):
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+def read_metrics(out):
+    return [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
+
+
+def assert_same_run(first, second) -> None:
+    """Compare two runs' folders, all but their clocks, bit for bit."""
+    for name, kind in ((CHECKPOINT, "checkpoint"), (MODEL, "model")):
+        (mine, my_info), (theirs, their_info) = (
+            load_tensors(out / name, kind) for out in (first, second)
+        )
+        assert mine.keys() == theirs.keys()
+        for key, tensor in mine.items():
+            assert torch.equal(tensor, theirs[key]), key
+        if kind == "checkpoint":
+            for info in (my_info, their_info):
+                del info["progress"]["seconds"]
+                info["progress"]["history"] = without_seconds(info["progress"]["history"])
+        assert my_info == their_info
+    assert without_seconds(read_metrics(first)) == without_seconds(read_metrics(second))
+
+
+@pytest.fixture(scope="module")
+def whole(prepared, make_model, tmp_path_factory):
+    """Folders of uninterrupted runs, by objective."""
+    root = tmp_path_factory.mktemp("whole")
+    for objective in OBJECTIVES:
+        run(make_model, prepared, objective, root / objective)
+    return root
+
+
+# -- resume --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    ("epochs", "update", "seconds"),
+    [
+        pytest.param(0, 1, -1.0, id="first-step"),
+        pytest.param(0, 3, -1.0, id="mid-epoch"),
+        pytest.param(0, 3, 1e9, id="mid-epoch-without-a-checkpoint-in-it"),
+        pytest.param(1, 1, 1e9, id="between-epochs"),
+        pytest.param(1, 2, -1.0, id="second-epoch"),
+    ],
+)
+def test_a_killed_run_resumes_bit_for_bit(
+    prepared, make_model, whole, tmp_path, monkeypatch, objective, epochs, update, seconds
+):
+    monkeypatch.setattr(module, "_CHECKPOINT_SECONDS", seconds)
+    with monkeypatch.context() as patch:
+        die_at(patch, epochs * N_UPDATES[objective] + update)
+        with pytest.raises(KilledError):
+            run(make_model, prepared, objective, tmp_path)
+    # Another starting model: all that counts must come from the checkpoint.
+    run(make_model, prepared, objective, tmp_path, seed=9, resume=True)
+    assert_same_run(tmp_path, whole / objective)
+
+
+@pytest.mark.parametrize("name", [CHECKPOINT, MODEL, METRICS])
+@pytest.mark.parametrize("validation", [1, 2, 3])
+def test_a_run_killed_between_two_files_resumes(
+    prepared, make_model, whole, tmp_path, monkeypatch, name, validation
+):
+    counter, original = itertools.count(1), module.Path.replace
+
+    def dying(self, target):
+        if target.name == name and next(counter) == validation:
+            raise KilledError
+        return original(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Path, "replace", dying)
+        try:
+            run(make_model, prepared, "supervised", tmp_path)
+        except KilledError:
+            pass
+        else:
+            assert name == MODEL  # written at a new best only
+    run(make_model, prepared, "supervised", tmp_path, resume=True)
+    assert_same_run(tmp_path, whole / "supervised")
+
+
+_CHILD = """
+import json, os, signal, sys
+from pathlib import Path
+from lcr_fast.config import LCRConfig, TrainConfig
+from lcr_fast.data.prepared import PreparedData
+from lcr_fast.experiments.comparison import attach_text
+from lcr_fast.model import LCRSER
+from lcr_fast.storage import load_tensors
+from lcr_fast.training import trainer
+
+data, start, config, out = sys.argv[1:]
+data = PreparedData.open(data)
+model = attach_text(LCRSER.load(start), data)
+trainer._CHECKPOINT_SECONDS = -1.0
+writes, original = [], Path.replace
+
+def dying(self, target):
+    writes.append(target.name)
+    if writes.count("checkpoint.safetensors") == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, target)
+
+Path.replace = dying
+trainer.Trainer(model, data, TrainConfig.from_json(config), "supervised", out).run()
+"""
+
+
+def test_sigkill_leaves_files_that_load_and_resume(
+    prepared, prepared_folder, make_model, whole, tmp_path
+):
+    start, out = tmp_path / "start.safetensors", tmp_path / "run"
+    make_model(prepared).save(start)
+    child = [sys.executable, "-c", _CHILD, prepared_folder, start, CONFIG.to_json(), out]
+    assert subprocess.run(child, check=False, timeout=120).returncode == -signal.SIGKILL
+    assert isinstance(LCRSER.load(out / MODEL), LCRSER)
+    _, info = load_tensors(out / CHECKPOINT, "checkpoint")
+    assert (info["progress"]["epoch"], info["progress"]["step"]) == (0, 1)
+    run(make_model, prepared, "supervised", out, seed=9, resume=True)
+    assert_same_run(out, whole / "supervised")
+
+
+def test_a_finished_run_is_read_back(prepared, make_model, whole, monkeypatch):
+    monkeypatch.setattr(Trainer, "_update", None)
+    monkeypatch.setattr(module, "validation_score", None)
+    trainer = run(make_model, prepared, "supervised", whole / "supervised", seed=9, resume=True)
+    best, _ = load_tensors(whole / "supervised" / MODEL, "model")
+    assert all(torch.equal(t, best[name]) for name, t in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("objective", "train", "model", "message"),
+    [
+        ("noisy", {}, {}, "cannot resume noisy, the checkpoint is of supervised"),
+        ("supervised", {"tcl_weight": 0.5, "seed": 3}, {}, "train config differs in seed, tcl_we"),
+        ("supervised", {}, {"n_heads": 1}, "model config differs in n_heads"),
+    ],
+)
+def test_resume_refuses_another_run(prepared, make_model, whole, objective, train, model, message):
+    config = CONFIG.replace(**train)
+    with pytest.raises(ValueError, match=message):
+        Trainer(
+            make_model(prepared, **model), prepared, config, objective, whole / "supervised",
+            resume=True,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_seed_names_a_run(prepared, make_model, whole, tmp_path, objective):
+    run(make_model, prepared, objective, tmp_path / "same")
+    assert_same_run(tmp_path / "same", whole / objective)
+    run(make_model, prepared, objective, tmp_path / "other", config=CONFIG.replace(seed=1))
+    mine, theirs = (
+        load_tensors(out / CHECKPOINT, "checkpoint")[0]
+        for out in (tmp_path / "other", whole / objective)
+    )
+    name = "model.head.mlp_weights.0"
+    assert not torch.equal(mine[name], theirs[name])
+
+
+# -- the loop ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scores", "patience", "best"),
+    [
+        pytest.param([0.1, 0.2, 0.3, 0.25, 0.3], 2, 2, id="a-tie-is-no-better"),
+        pytest.param([0.9, 0.1, 0.2], 2, 0, id="the-start-counts"),
+        pytest.param([0.1, 0.2, 0.1], 0, 1, id="no-patience"),
+        pytest.param([0.0, 0.0, 0.1, 0.0, 0.2, 0.0, 0.0], 2, 4, id="patience-starts-again"),
+    ],
+)
+def test_early_stopping_restores_the_best(
+    prepared, make_model, tmp_path, monkeypatch, scores, patience, best
+):
+    weights, coming = [], iter(scores)
+
+    def scripted(model, *_):
+        weights.append({name: t.clone() for name, t in model.state_dict().items()})
+        return next(coming)
+
+    monkeypatch.setattr(module, "validation_score", scripted)
+    config = CONFIG.replace(epochs=20, patience=patience)
+    trainer = run(make_model, prepared, "supervised", tmp_path, config=config)
+    assert next(coming, None) is None
+    assert trainer.progress.best == scores[best]
+    saved = LCRSER.load(tmp_path / MODEL).state_dict()
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, weights[best][name]), name
+        assert torch.equal(tensor, saved[name]), name
+
+
+def test_the_loss_falls(prepared, make_model, tmp_path):
+    config = CONFIG.replace(epochs=6, patience=6, rank_loss="softmax", batch_size=50)
+    model = make_model(prepared, dropout=0.0)
+    trainer = run(make_model, prepared, "supervised", tmp_path, config=config, model=model)
+    history = trainer.progress.history
+    assert history[-1]["loss"] < 0.9 * history[1]["loss"]
+    for record in history[1:]:
+        assert record["loss"] == pytest.approx(record["rank_loss"] + 0.1 * record["tcl"])
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(
+    prepared, make_model, tmp_path, monkeypatch, objective
+):
+    n, original = N_UPDATES[objective], OBJECTIVES[objective].updates
+    counter = itertools.count(1)
+
+    def poisoned(self, batch, seed):
+        for loss, logs in original(self, batch, seed):
+            yield (loss * float("nan") if next(counter) > n else loss), logs
+
+    monkeypatch.setattr(OBJECTIVES[objective], "updates", poisoned)
+    with pytest.raises(FloatingPointError, match=r"the loss is nan in epoch 2, step 1"):
+        run(make_model, prepared, objective, tmp_path)
+    _, info = load_tensors(tmp_path / CHECKPOINT, "checkpoint")
+    assert (info["progress"]["epoch"], info["progress"]["step"]) == (1, 0)
+    LCRSER.load(tmp_path / MODEL)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_metrics_agree_with_the_checkpoint(whole, objective):
+    _, info = load_tensors(whole / objective / CHECKPOINT, "checkpoint")
+    records = read_metrics(whole / objective)
+    assert records == info["progress"]["history"]
+    assert [record["epoch"] for record in records] == [0, 1, 2]
+    assert max(record["valid_ndcg@5"] for record in records) == info["progress"]["best"]
+
+
+def test_nothing_to_train_on(prepared, make_model, tmp_path):
+    arrays = {
+        name: array[:0] if name.startswith("train_") and name != "train_target_count" else array
+        for name, array in prepared.arrays.items()
+    }
+    with pytest.raises(ValueError, match="no training samples"):
+        run(make_model, PreparedData(arrays, {}), "supervised", tmp_path)
+
+
+# -- what is trained -----------------------------------------------------------------------------
+
+
+def test_weight_decay_touches_dense_weights_only(prepared, make_model, tmp_path):
+    """The first update's gradient knows nothing of decay, so only decayed weights may differ."""
+    config = CONFIG.replace(epochs=1, batch_size=10_000, tcl_weight=0.0)
+    states = {}
+    for decay in (0.0, 0.5):
+        out = tmp_path / str(decay)
+        run(make_model, prepared, "supervised", out, config=config.replace(weight_decay=decay))
+        states[decay] = load_tensors(out / CHECKPOINT, "checkpoint")[0]
+    for name, _ in make_model(prepared).named_parameters():
+        spared = any(part in name for part in ("embedding", "position", "bias", "norm"))
+        same = torch.equal(*(state[f"model.{name}"] for state in states.values()))
+        assert same == spared, name
+
+
+def test_embedding_rows_that_no_batch_touches_stay(prepared, make_model, tmp_path):
+    sizes = {"n_items": prepared.n_items, "n_users": prepared.n_users, "n_terms": prepared.n_terms}
+    model = make_model(
+        prepared, item_text_dim=0, query_text_dim=0, **{k: n + 3 for k, n in sizes.items()}
+    )  # fmt: skip
+    tables = {"item": sizes["n_items"], "user": sizes["n_users"], "query": sizes["n_terms"]}
+    before = {name: getattr(model, f"{name}_embedding").weight.clone() for name in tables}
+    run(make_model, prepared, "supervised", tmp_path, model=model,
+        config=CONFIG.replace(weight_decay=0.5))  # fmt: skip
+    after = load_tensors(tmp_path / CHECKPOINT, "checkpoint")[0]
+    for name, n in tables.items():
+        trained = after[f"model.{name}_embedding.weight"]
+        assert torch.equal(trained[n + 1 :], before[name][n + 1 :]), name
+        assert not torch.equal(trained[1 : n + 1], before[name][1 : n + 1]), name
+        assert not trained[0].any(), name
+
+
+def test_the_optimizer_numbers_parameters_as_it_names_them(prepared, make_model):
+    model = make_model(prepared)
+    optimizer, names = make_optimizer(list(model.named_parameters()), 0.1, 0.2)
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    named = dict(model.named_parameters())
+    assert sorted(names) == sorted(named)
+    assert all(named[name] is p for name, p in zip(names, held, strict=True))
+
+
+@pytest.mark.parametrize("objective", ["grpo", "noisy"])
+@pytest.mark.parametrize("trainable", ["reasoning", "all"])
+def test_phase_2_trains_what_it_is_told_to(prepared, make_model, tmp_path, objective, trainable):
+    config = CONFIG.replace(rl_trainable=trainable, rl_epochs=1)
+    model = make_model(prepared, step_embedding=True)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    run(make_model, prepared, objective, tmp_path, config=config, model=model)
+    after = load_tensors(tmp_path / CHECKPOINT, "checkpoint")[0]
+    for name, parameter in model.named_parameters():
+        if trainable == "all" or name.startswith(("reasoning.", "step_embedding", "head.")):
+            assert not torch.equal(after[f"model.{name}"], before[name]), name
+        else:
+            assert torch.equal(after[f"model.{name}"], before[name]), name
+            assert parameter.grad is None, name
+        assert parameter.requires_grad, name
+
+
+# -- objectives ----------------------------------------------------------------------------------
+
+
+def make_objective(make_model, data, kind, **changes):
+    model = make_model(data)
+    batcher = module.make_batcher(data, "train", model)
+    objective = kind(model, batcher, CONFIG.replace(**changes))
+    return objective, objective.batch(np.arange(0, 288, 6), np.random.default_rng(0))
+
+
+def test_in_batch_negatives_are_the_unseen_targets_of_others(prepared, make_model):
+    objective, batch = make_objective(make_model, prepared, Supervised, negatives="in_batch")
+    samples = objective.batcher.samples
+    rows = batch.row.tolist()
+    targets = [int(samples.items[row]) for row in rows]
+    assert batch.candidates[:, 0].tolist() == targets
+    assert batch.target.tolist() == [0] * len(rows)
+    hidden = 0
+    for row, candidates in zip(rows, batch.candidates[:, 1:].tolist(), strict=True):
+        user, time = samples.users[row], samples.times[row]
+        seen = seen_by(prepared, user, time) | {int(samples.items[row])}
+        assert candidates == [0 if item in seen else item for item in targets]
+        hidden += candidates.count(0) - 1
+    assert hidden > len(rows)  # the test has seen items to hide
+
+
+def seen_by(data, user, time) -> set[int]:
+    """Walk through a user's events and clicks before a time."""
+    seen = {
+        int(data.rec_items[i])
+        for i in range(data.rec_offsets[user], data.rec_offsets[user + 1])
+        if data.rec_times[i] < time
+    }
+    for search in range(data.search_offsets[user], data.search_offsets[user + 1]):
+        for i in range(data.click_offsets[search], data.click_offsets[search + 1]):
+            if data.click_times[i] < time:
+                seen.add(int(data.click_items[i]))
+    return seen
+
+
+@pytest.mark.parametrize("negatives", ["popularity", "uniform", "in_batch"])
+@pytest.mark.parametrize("kind", OBJECTIVES.values())
+def test_negatives_are_unseen(prepared, make_model, kind, negatives):
+    objective, batch = make_objective(make_model, prepared, kind, negatives=negatives)
+    samples = objective.batcher.samples
+    for row, candidates in zip(batch.row.tolist(), batch.candidates.tolist(), strict=True):
+        seen = seen_by(prepared, samples.users[row], samples.times[row])
+        assert not seen.intersection(candidates[1:])
+        assert samples.items[row] not in candidates[1:]
+        if kind is not Supervised:
+            assert len(set(candidates)) == len(candidates) == 10
+
+
+@pytest.mark.parametrize("kl", ["exact", "k3"])
+@pytest.mark.parametrize("action", ["top1", "sampled", "target"])
+def test_grpo_starts_at_the_reference(prepared, make_model, action, kl):
+    objective, batch = make_objective(
+        make_model, prepared, Grpo, action=action, kl=kl, rl_learning_rate=0.1
+    )
+    optimizer, _ = make_optimizer(objective.parameters(), 0.1, 0.0)
+    updates = objective.updates(batch, 5)
+    loss, logs = next(updates)
+    assert set(logs) == {"reward", "signal", "kl", "surrogate", "target_cosine"}
+    assert logs["kl"] == 0
+    assert 0 < logs["reward"] < 1
+    assert 0 < logs["signal"] <= 1
+    assert abs(logs["target_cosine"]) <= 1.0001
+    loss.backward()
+    optimizer.step()
+    _, logs = next(updates)
+    assert logs["kl"] > 0
+    assert "target_cosine" not in logs
+    assert next(updates, None) is None
+
+
+def test_grpo_leaves_its_reference_alone(prepared, make_model, tmp_path):
+    model = make_model(prepared)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    run(make_model, prepared, "grpo", tmp_path, model=model)
+    after = load_tensors(tmp_path / CHECKPOINT, "checkpoint")[0]
+    assert all(torch.equal(after[f"reference.{name}"], t) for name, t in before.items())
+
+
+@pytest.mark.parametrize(("action", "sinks"), [("target", True), ("top1", False)])
+def test_the_alarm_tells_a_target_that_sinks(prepared, make_model, tmp_path, caplog, action, sinks):
+    config = CONFIG.replace(action=action, rl_epochs=1, inner_epochs=1, noise_scale=1.0)
+    caplog.set_level(logging.WARNING, logger="lcr_fast")
+    history = run(make_model, prepared, "grpo", tmp_path, config=config).progress.history
+    assert (history[1]["target_cosine"] < 0) == sinks
+    warned = [r for r in caplog.records if "lowers the target's probability" in r.message]
+    assert len(warned) == sinks
+
+
+@pytest.mark.parametrize(("logs", "n"), [({"target_cosine": 0.1}, 0), ({}, 0),
+                                         ({"target_cosine": -0.1}, 1)])  # fmt: skip
+def test_warn_if_sinking(caplog, logs, n):
+    warn_if_sinking(logs)
+    assert len(caplog.records) == n
