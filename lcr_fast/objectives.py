@@ -83,7 +83,8 @@ def tcl(
 
     with q_x the target-aware aggregation at the target: the state after the cross-attention is
     to be nearer the target than the state before it. ``detach_negative`` stops the gradient
-    through the second distance. 0 where nothing counts (K = 0, or no user has both streams).
+    through the second distance. A stream without events counts as m, without gradient, where the
+    other has some. 0 where nothing counts (K = 0, or no user has an event).
     """
     after = target_distances(states.h[1:], lengths, target, target_weight, kind)  # [K, 2, B]
     before = target_distances(states.a, lengths, target, target_weight, kind)  # [K, 2, B]

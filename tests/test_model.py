@@ -193,6 +193,12 @@ def test_unknown_terms_and_clicks_count_for_nothing_anywhere(field):
     )
 
 
+def test_clicks_beyond_max_clicks_are_not_read():
+    model, batch = setup()
+    more = torch.nn.functional.pad(batch.search_clicks, (0, 1), value=5)
+    assert torch.equal(model(batch.replace(search_clicks=more)), model(batch))
+
+
 def test_candidates_may_be_permuted_and_candidate_0_scores_minus_infinity():
     model, batch = setup(n_candidates=5)
     batch.candidates[:, 2] = 0

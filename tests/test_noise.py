@@ -66,8 +66,8 @@ def test_cpp_normals_are_the_reference_within_rounding(dim):
         torch.testing.assert_close(fast, noise.normal_noise(ROWS, seed, 2, 0, 3, dim))
 
 
-@needs_cpp
-def test_cpp_words_are_the_documented_ones_to_the_bit():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_words_are_the_documented_ones_to_the_bit(backend):
     """A mask at the threshold of one half-word keeps it, and drops it one unit above."""
     rows, dim, seed, site, position = torch.tensor([2**31 + 3]), 70, -9, 4097, 2
     counters = [(block, position, 2**31 + site, 2**31 + 3) for block in range(9)]
@@ -77,7 +77,7 @@ def test_cpp_words_are_the_documented_ones_to_the_bit():
         for threshold, kept in ((half, True), (half + 1, False)):
             if 0 <= threshold < 65536:
                 rate = threshold / 65536
-                masks = dropout_masks(rows, seed, site, 1, position + 1, dim, rate, backend="cpp")
+                masks = dropout_masks(rows, seed, site, 1, position + 1, dim, rate, backend=backend)
                 assert bool(masks[0, 0, position, d]) == kept
 
 

@@ -47,10 +47,10 @@ def test_assert_parity_rejects(case):
 def test_assert_parity_accepts_a_correctly_rounded_result(dtype):
     rounded = EXACT.to(dtype)
     assert_parity("y", rounded, rounded, EXACT)
-    # Here eager is exact by luck, the fused result off by one rounding.
-    fused = torch.tensor([1.0, 2.0], dtype=dtype)
-    exact = fused.double() * (1 + 0.9 * torch.finfo(dtype).eps / 2)
-    assert_parity("y", fused[:1], fused[:1], exact[:1])
+    # Eager is exact by luck, the fused result one unit in the last place off.
+    exact = torch.tensor([1.5, 4.0], dtype=torch.float64)
+    fused = exact.to(dtype) + torch.tensor([torch.finfo(dtype).eps, 0.0], dtype=dtype)
+    assert_parity("y", fused, exact.to(dtype), exact)
 
 
 def test_assert_parity_accepts_empty_results_and_wants_a_float64_oracle():
