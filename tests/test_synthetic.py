@@ -13,7 +13,9 @@ from lcr_fast.data.synthetic import _EVENT_MS, World, generate
 WORLD = World(n_users=40, n_topics=16)
 
 
-@pytest.fixture(scope="module", params=[{}, {"max_lead": 0}, {"n_interests": 4, "n_topics": 24, "seed": 3}])
+@pytest.fixture(
+    scope="module", params=[{}, {"max_lead": 0}, {"n_interests": 4, "n_topics": 24, "seed": 3}]
+)
 def world(request) -> World:
     return dataclasses.replace(WORLD, **request.param)
 
