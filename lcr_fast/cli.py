@@ -33,6 +33,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
+    except BrokenPipeError:
+        # The interpreter would complain once more when it flushes stdout.
+        sys.stderr.close()
     except (ValueError, OSError) as error:
         print(f"lcr-fast {arguments.command}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -42,8 +45,6 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\nstopped; --resume continues from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from None
-    except BrokenPipeError:
-        sys.stderr.close()
 
 
 def _parser() -> argparse.ArgumentParser:
