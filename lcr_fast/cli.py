@@ -47,8 +47,15 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(130) from None
 
 
+class _Parser(argparse.ArgumentParser):
+    """Complain in one line: the usage of ``train`` alone would fill a screen."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lcr-fast", description="Latent cross reasoning for search-aware recommendation."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
