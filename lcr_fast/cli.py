@@ -230,12 +230,18 @@ def _configs(arguments: argparse.Namespace, defaults: dict[str, dict]) -> dict[s
     """Merge defaults, --config and flags into the two configs."""
     values = {section: dict(defaults.get(section, {})) for section in _SECTIONS}
     if arguments.config:
-        given = json.loads(arguments.config.read_text(encoding="utf-8"))
+        try:
+            given = json.loads(arguments.config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{arguments.config}: not valid JSON: {error}") from None
         if not isinstance(given, dict) or given.keys() - _SECTIONS.keys():
             raise ValueError(
                 f'{arguments.config} must be a JSON object of "model" and "train", '
                 f"got {', '.join(given) if isinstance(given, dict) else type(given).__name__}"
             )
+        for section, options in given.items():
+            if not isinstance(options, dict):
+                raise ValueError(f"{arguments.config}: {section} must be a JSON object")
         for section, options in given.items():
             values[section] |= options
     flags = vars(arguments)
