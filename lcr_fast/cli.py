@@ -246,9 +246,9 @@ def _configs(arguments: argparse.Namespace, defaults: dict[str, dict]) -> dict[s
             values[section] |= options
     flags = vars(arguments)
     for section, kind in _SECTIONS.items():
-        values[section] |= {f.name: flags[f.name] for f in fields(kind) if f.name in flags}
-    if arguments.backend is None:
-        values["model"].pop("backend", None)
+        given = {f.name: flags[f.name] for f in fields(kind) if f.name in flags}
+        # Absent flags are not there at all, apart from --backend.
+        values[section] |= {name: value for name, value in given.items() if value is not None}
     return {section: kind.from_dict(values[section]) for section, kind in _SECTIONS.items()}
 
 
