@@ -255,10 +255,12 @@ def _configs(arguments: argparse.Namespace, defaults: dict[str, dict]) -> dict[s
 def _train(arguments: argparse.Namespace) -> None:
     from lcr_fast.data.prepared import PreparedData
     from lcr_fast.experiments.comparison import fit_config, run_comparison, with_requirements
+    from lcr_fast.model import LCRSER
 
     _set_threads(arguments)
     with_requirements(arguments.variants)
     configs = _configs(arguments, {} if arguments.data else SYNTHETIC_DEFAULTS)
+    LCRSER(configs["model"])  # fails where the backend cannot serve it, before a file is written
     if arguments.data:
         data = PreparedData.open(arguments.data)
         out = _out_folder(arguments, arguments.data.resolve().name)
