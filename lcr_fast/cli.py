@@ -33,6 +33,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
+    except BrokenPipeError:
+        # The interpreter would complain once more when it flushes stdout.
+        sys.stderr.close()
     except (ValueError, OSError) as error:
         print(f"lcr-fast {arguments.command}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -42,12 +45,17 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\nstopped; --resume continues from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from None
-    except BrokenPipeError:
-        sys.stderr.close()
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complain in one line: the usage of ``train`` alone would fill a screen."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lcr-fast", description="Latent cross reasoning for search-aware recommendation."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -231,19 +239,25 @@ def _configs(arguments: argparse.Namespace, defaults: dict[str, dict]) -> dict[s
     """Merge defaults, --config and flags into the two configs."""
     values = {section: dict(defaults.get(section, {})) for section in _SECTIONS}
     if arguments.config:
-        given = json.loads(arguments.config.read_text(encoding="utf-8"))
+        try:
+            given = json.loads(arguments.config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{arguments.config}: not valid JSON: {error}") from None
         if not isinstance(given, dict) or given.keys() - _SECTIONS.keys():
             raise ValueError(
                 f'{arguments.config} must be a JSON object of "model" and "train", '
                 f"got {', '.join(given) if isinstance(given, dict) else type(given).__name__}"
             )
         for section, options in given.items():
+            if not isinstance(options, dict):
+                raise ValueError(f"{arguments.config}: {section} must be a JSON object")
+        for section, options in given.items():
             values[section] |= options
     flags = vars(arguments)
     for section, kind in _SECTIONS.items():
-        values[section] |= {f.name: flags[f.name] for f in fields(kind) if f.name in flags}
-    if arguments.backend is None:
-        values["model"].pop("backend", None)
+        given = {f.name: flags[f.name] for f in fields(kind) if f.name in flags}
+        # Absent flags are not there at all, apart from --backend.
+        values[section] |= {name: value for name, value in given.items() if value is not None}
     return {
         "model": LCRConfig.from_dict(values["model"]),
         "train": TrainConfig.from_dict(values["train"]),
@@ -253,10 +267,12 @@ def _configs(arguments: argparse.Namespace, defaults: dict[str, dict]) -> dict[s
 def _train(arguments: argparse.Namespace) -> None:
     from lcr_fast.data.prepared import PreparedData
     from lcr_fast.experiments.comparison import fit_config, run_comparison, with_requirements
+    from lcr_fast.model import LCRSER
 
     _set_threads(arguments)
     with_requirements(arguments.variants)
     configs = _configs(arguments, {} if arguments.data else SYNTHETIC_DEFAULTS)
+    LCRSER(configs["model"])  # fails where the backend cannot serve it, before a file is written
     if arguments.data:
         data = PreparedData.open(arguments.data)
         out = _out_folder(arguments, arguments.data.resolve().name)

@@ -248,9 +248,12 @@ def evaluate(
     """Evaluate by every protocol and stratum: one row a metric.
 
     A row holds protocol, targets (the stratum), metric, and mean, low, high, n of
-    :func:`bootstrap`. Protocols that the data has no candidates for are left out.
+    :func:`bootstrap`. Protocols that the data has no candidates for are left out. Raises ValueError
+    for a split without samples.
     """
     batcher = make_batcher(data, split, model)
+    if not len(batcher):
+        raise ValueError(f"the data has no {split} samples")
     groups = strata(data, split)
     rows = []
     for protocol in protocols:

@@ -1,0 +1,510 @@
+"""The command line in-process: a whole job, resume, what recommend writes, and every bad input."""
+
+import contextlib
+import csv
+import dataclasses
+import io
+import json
+import re
+import shutil
+
+import matplotlib.image
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from lcr_fast import cli
+from lcr_fast.config import LCRConfig, TrainConfig
+from lcr_fast.data import synthetic
+from lcr_fast.data.prepared import PreparedData
+from lcr_fast.experiments.comparison import VARIANTS, with_requirements
+from lcr_fast.storage import load_tensors
+from lcr_fast.training.objective import Supervised
+from lcr_fast.training.trainer import Trainer
+
+WORLD = synthetic.World(n_users=24, n_topics=16)
+TINY = [
+    *("--epochs", "1", "--rl-epochs", "1", "--rl-epoch-size", "16", "--rl-negatives", "9"),
+    *("--dim", "8", "--steps", "1", "--mlp-hidden", "8", "--n-trajectories", "2"),
+    *("--max-search-len", "4", "--max-rec-len", "5", "--no-user-embedding"),
+]
+COMMANDS = ("prepare", "train", "evaluate", "recommend")
+SERIES = ("popularity", "recency", *VARIANTS)
+
+
+def run(*argv) -> str:
+    """Run a command that must succeed; return its standard output."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        cli.main([str(word) for word in argv])
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """Prepare and train through the CLI; return the folder, with all that was printed."""
+    folder = tmp_path_factory.mktemp("job")
+    (folder / "world.json").write_text(json.dumps(dataclasses.asdict(WORLD)))
+    texts = {
+        "prepare": run("prepare", "synthetic", folder / "world.json", folder / "data"),
+        "train": run("train", "--data", folder / "data", "--out", folder / "run", *TINY),
+    }
+    (folder / "texts.json").write_text(json.dumps(texts))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(job):
+    return json.loads((job / "texts.json").read_text())
+
+
+def read_csv(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+# -- help ----------------------------------------------------------------------------------------
+
+
+def help_of(capsys, *argv) -> str:
+    with pytest.raises(SystemExit) as end:
+        cli.main([*argv, "--help"])
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_lists_the_commands(capsys):
+    text = help_of(capsys)
+    assert all(command in text for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("prepare", "seed n-negatives negatives min-targets min-history overwrite"),
+        ("train", "data out resume variants config device backend threads"),
+        ("evaluate", "data split csv device backend threads"),
+        ("recommend", "data users device backend threads"),
+    ],
+)
+def test_help_names_every_flag(capsys, command, flags):
+    wanted = flags.split()
+    if command == "train":
+        names = [f.name for kind in (LCRConfig, TrainConfig) for f in dataclasses.fields(kind)]
+        sizes = ("n_items", "n_users", "n_queries", "n_terms", "item_text_dim", "query_text_dim")
+        wanted += [name.replace("_", "-") for name in names if name not in sizes]
+    named = set(re.findall(r"--([a-z0-9-]+)", help_of(capsys, command)))
+    assert named.issuperset(wanted)
+    assert not named.intersection(name.replace("_", "-") for name in cli._FROM_DATA)
+
+
+# -- a whole job ---------------------------------------------------------------------------------
+
+
+def test_prepare_says_what_it_made(job, texts):
+    data = PreparedData.open(job / "data")
+    assert data.n_users == 24
+    assert texts["prepare"].endswith(data.summary() + "\n")
+
+
+def test_a_job_writes_its_tables(job, texts):
+    table = (job / "run" / "results.md").read_text()
+    assert table in texts["train"]
+    titles = [variant.title for variant in VARIANTS.values()]
+    for part in table.split("\n\n|")[1:]:
+        rows = [line.split("|")[1].strip() for line in part.splitlines()[2:] if "|" in line]
+        assert rows == ["popularity baseline", "recency baseline", *titles]
+    rows = read_csv((job / "run" / "results.csv").read_text())
+    assert tuple(dict.fromkeys(row["model"] for row in rows)) == SERIES
+    assert {row["protocol"] for row in rows} == {"sampled", "catalogue"}
+    for row in rows:
+        low, mean, high = (float(row[name]) for name in ("low", "mean", "high"))
+        assert int(row["n"]) == 0 or 0 <= low <= mean <= high <= 1
+
+
+@pytest.mark.parametrize("name", ["learning_curves", "target_distance", "metrics"])
+def test_a_job_draws_its_plots(job, name):
+    path = job / "run" / f"{name}.png"
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    pixels = matplotlib.image.imread(path)
+    assert min(pixels.shape[:2]) > 200
+    assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 20
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_model_evaluates_to_its_line_of_the_table(job, variant, tmp_path):
+    path = tmp_path / "numbers.csv"
+    model = job / "run" / variant / "model.safetensors"
+    text = run("evaluate", model, "--data", job / "data", "--csv", path)
+    mine = read_csv(path.read_text())
+    theirs = [
+        row
+        for row in read_csv((job / "run" / "results.csv").read_text())
+        if row.pop("model") == variant
+    ]
+    assert mine == theirs
+    assert f"| ndcg@5 | {float(mine[5]['mean']):.4f} [" in re.sub(" +", " ", text)
+
+
+def test_a_finished_job_is_read_back(job, monkeypatch):
+    before = (job / "run" / "results.csv").read_bytes()
+    monkeypatch.setattr(Trainer, "run", None)
+    text = run("train", "--data", job / "data", "--out", job / "run", "--resume", *TINY)
+    assert text.count("already evaluated") == len(VARIANTS)
+    assert (job / "run" / "results.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("objective", ["supervised", "grpo", "noisy"])
+def test_a_stopped_job_resumes_to_the_same_numbers(job, tmp_path, monkeypatch, capsys, objective):
+    command = ["train", "--data", job / "data", "--out", tmp_path / "run", *TINY]
+    original = Trainer._update
+
+    def stop(self, loss):
+        if self.name == objective:
+            raise KeyboardInterrupt
+        original(self, loss)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_update", stop)
+        with pytest.raises(SystemExit) as end:
+            run(*command)
+    assert end.value.code == 130
+    assert "--resume continues" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "results.csv").exists()
+    run(*command, "--resume")
+    for variant in ("base", "tcl", "rl", "control"):
+        mine, theirs = (
+            load_tensors(folder / variant / "model.safetensors", "model")[0]
+            for folder in (tmp_path / "run", job / "run")
+        )
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items()), variant
+    mine, theirs = (folder / "results.csv" for folder in (tmp_path / "run", job / "run"))
+    assert mine.read_bytes() == theirs.read_bytes()
+
+
+def test_a_job_without_data_makes_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(synthetic, "World", lambda seed: dataclasses.replace(WORLD, seed=seed))
+    (tmp_path / "runs" / "synthetic-1").mkdir(parents=True)
+    text = run("train", "--variants", "base", "--seed", "3", *TINY)
+    out = tmp_path / "runs" / "synthetic-2"
+    assert f"writing to {out.relative_to(tmp_path)}" in text
+    assert PreparedData.open(out / "data").manifest["options"]["seed"] == 3
+    assert (out / "base" / "model.safetensors").is_file()
+    assert (out / "results.md").read_text() in text
+
+
+@pytest.mark.parametrize(
+    ("wanted", "trained"),
+    [
+        (["lcr", "base"], ["base", "lcr"]),
+        (["rl"], ["tcl", "rl", "control"]),
+        (["control"], ["tcl", "control"]),
+    ],
+)
+def test_variants_bring_what_they_need(wanted, trained):
+    assert with_requirements(wanted) == trained
+
+
+def test_flags_override_the_config_file(tmp_path):
+    path = tmp_path / "config.json"
+    given = {"model": {"dim": 16, "steps": 1, "backend": "reference", "mlp_hidden": [5, 4]},
+             "train": {"clip": 0.3, "seed": 4}}  # fmt: skip
+    path.write_text(json.dumps(given))
+    flags = ["--config", str(path), "--dim", "24", "--clip", "0.1", "--no-step-ffn"]
+    configs = cli._configs(
+        cli._parser().parse_args(["train", *flags]), {"model": {"steps": 7, "n_layers": 2}}
+    )
+    assert configs["model"] == LCRConfig(
+        dim=24, steps=1, backend="reference", mlp_hidden=(5, 4), n_layers=2, step_ffn=False
+    )
+    assert configs["train"] == TrainConfig(clip=0.1, seed=4)
+
+
+# -- recommend -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("users", [None, ["7", "0", "23"]])
+@pytest.mark.parametrize("k", [1, 5])
+def test_recommendations(job, users, k):
+    model = job / "run" / "lcr" / "model.safetensors"
+    chosen = ["--users", *users] if users else []
+    text = run("recommend", model, "--data", job / "data", "-k", k, *chosen)
+    assert text.splitlines()[0] == "user,rank,item,score"
+    log = synthetic.generate(WORLD)
+    known = {str(item) for item in log.events["item"]} | {str(i) for i in log.clicks["item"]}
+    by_user: dict[str, list] = {}
+    for row in read_csv(text):
+        by_user.setdefault(row["user"], []).append(row)
+    assert list(by_user) == users if users else len(by_user) == WORLD.n_users
+    for user, rows in by_user.items():
+        assert [int(row["rank"]) for row in rows] == list(range(1, k + 1))
+        scores = [float(row["score"]) for row in rows]
+        assert scores == sorted(scores, reverse=True)
+        items = {row["item"] for row in rows}
+        assert len(items) == k
+        assert items <= known
+        searches = log.searches.filter(pl.col("user") == int(user))["search"].implode()
+        clicked = log.clicks.filter(pl.col("search").is_in(searches))["item"]
+        events = log.events.filter(pl.col("user") == int(user))["item"]
+        assert items.isdisjoint(map(str, [*events, *clicked]))
+
+
+def test_recommendations_stop_quietly_with_their_reader(job, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    errors = io.StringIO()
+    monkeypatch.setattr("sys.stdout", Closed())
+    monkeypatch.setattr("sys.stderr", errors)
+    model = job / "run" / "lcr" / "model.safetensors"
+    cli.main(["recommend", str(model), "--data", str(job / "data")])
+    assert errors.closed
+
+
+# -- bad input -----------------------------------------------------------------------------------
+
+
+def fails(capsys, *argv, code: int = 2) -> str:
+    """Run a command that must fail; return its one line of complaint."""
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(word) for word in argv])
+    assert end.value.code == code
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("lcr-fast")
+    return lines[0]
+
+
+def is_untouched(folder) -> bool:
+    """Whether a folder and its siblings hold nothing, not even something half-written."""
+    left = [path for path in folder.parent.iterdir() if folder.name in path.name]
+    return not left or (left == [folder] and not any(folder.iterdir()))
+
+
+@pytest.fixture
+def frames(tmp_path):
+    """Write a data set of the ``frames`` source without a single target; return its folder."""
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    log = synthetic.generate(WORLD)
+    log.events.with_columns(target=False).write_parquet(folder / "events.parquet")
+    log.searches.write_parquet(folder / "searches.parquet")
+    log.clicks.write_parquet(folder / "clicks.parquet")
+    return folder
+
+
+def rewrite(path, edit) -> None:
+    content = bytearray(path.read_bytes())
+    edit(content)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        pytest.param(lambda f: None, "no target event has a history", id="no-targets"),
+        pytest.param(
+            lambda f: pl.read_parquet(f / "events.parquet").clear().write_parquet(
+                f / "events.parquet"
+            ),
+            "no target event has a history", id="no-events",
+        ),
+        pytest.param(
+            lambda f: rewrite(f / "clicks.parquet", lambda b: b.__delitem__(slice(100, None))),
+            "clicks.parquet: cannot be read", id="truncated-parquet",
+        ),
+        pytest.param(
+            lambda f: (f / "events.parquet").write_text("user,item\n1,2\n"),
+            "events.parquet: cannot be read", id="csv-named-parquet",
+        ),
+        pytest.param(
+            lambda f: (f / "searches.parquet").unlink(),
+            "searches.parquet: not found", id="missing-file",
+        ),
+        pytest.param(
+            lambda f: pl.read_parquet(f / "events.parquet").drop("time").write_parquet(
+                f / "events.parquet"
+            ),
+            "events lacks the column time", id="missing-column",
+        ),
+    ],
+)  # fmt: skip
+def test_prepare_refuses(capsys, tmp_path, frames, break_it, message):
+    break_it(frames)
+    assert message in fails(capsys, "prepare", "frames", frames, tmp_path / "out")
+    assert is_untouched(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["clicks", "-", "OUT"], "'clicks'"),
+        (["trivago", "nowhere", "OUT"], "nowhere"),
+        (["synthetic", "nowhere.json", "OUT"], "nowhere.json"),
+        (["synthetic", "WORLD", "OUT", "--min-targets", "0"], "min_targets must be at least 1"),
+        (["synthetic", "WORLD", "OUT", "--n-negatives", "500"], "negatives"),
+        (["synthetic", "WORLD", "OUT", "--seed", "one"], "--seed"),
+        (["synthetic", "WORLD"], "OUT"),
+    ],
+)
+def test_prepare_refuses_options(capsys, job, tmp_path, argv, message):
+    places = {"OUT": tmp_path / "out", "WORLD": job / "world.json"}
+    argv = [places.get(word, word) for word in argv]
+    assert message in fails(capsys, "prepare", *argv)
+    assert is_untouched(tmp_path / "out")
+
+
+def test_prepare_never_replaces_unasked(capsys, job, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(job / "data", out)
+    command = ["prepare", "synthetic", job / "world.json", out, "--seed", "5"]
+    assert "already holds prepared data" in fails(capsys, *command)
+    assert PreparedData.open(out).manifest["options"]["seed"] == 0
+    run(*command, "--overwrite")
+    assert PreparedData.open(out).manifest["options"]["seed"] == 5
+
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--n-heads", "3", "--dim", "32"], "n_heads must divide dim, got 3 heads for dim 32"),
+        (["--dropout", "nan"], "dropout must be a number, got nan"),
+        (["--dropout", "2"], "dropout must be at most 0.99"),
+        (["--epochs", "-1"], "epochs must be at least 0"),
+        (["--reward", "auc"], "auc"),
+        (["--action", "best"], "best"),
+        (["--dim", "wide"], "wide"),
+        (["--frobnicate"], "--frobnicate"),
+        (["--variants", "base", "ltr"], "base, lcr, tcl, rl, control, got 'ltr'"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--device", "abacus"], "abacus"),
+        (["--config", "nowhere.json"], "nowhere.json"),
+        (["--config", '{"model": {"dims": 8}}'], "no field 'dims'; did you mean 'dim'?"),
+        (["--config", '{"train": {"epoch": 8}}'], "no field 'epoch'; did you mean 'epochs'?"),
+        (["--config", '{"model": {"dim": "8"}}'], "dim must be an integer, got '8'"),
+        (["--config", '{"models": {}}'], "models"),
+        (["--config", "[]"], "list"),
+        (["--config", '{"model": [1]}'], "model"),
+        (["--config", '{"model": {'], "config.json: not valid JSON"),
+        pytest.param(["--config", '{"model": {"backend": "triton"}}'], "triton", marks=NO_GPU),
+        pytest.param(["--backend", "triton"], "triton", marks=NO_GPU),
+        pytest.param(["--device", "cuda"], "sees no GPU", marks=NO_GPU),
+    ],
+)
+@pytest.mark.parametrize("source", ["given", "made"])
+def test_train_refuses(capsys, monkeypatch, job, tmp_path, options, message, source):
+    monkeypatch.setattr(synthetic, "World", lambda seed: WORLD)
+    if options[-1][0] in "{[":
+        (tmp_path / "config.json").write_text(options[-1])
+        options = [*options[:-1], tmp_path / "config.json"]
+    data = ["--data", job / "data"] if source == "given" else []
+    out = tmp_path / "out"
+    assert message in fails(capsys, "train", *data, "--out", out, "--variants", "base", *options)
+    assert is_untouched(out)
+
+
+def test_train_refuses_an_occupied_folder(capsys, job, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    argv = ["train", "--data", job / "data", "--out", tmp_path, *TINY]
+    assert "is not empty" in fails(capsys, *argv)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_resume_needs_a_folder(capsys, job):
+    assert "--resume needs --out" in fails(capsys, "train", "--data", job / "data", "--resume")
+
+
+def test_resume_refuses_another_job(capsys, job, tmp_path):
+    shutil.copytree(job / "run", tmp_path / "run")
+    (tmp_path / "run" / "lcr" / "evaluation.json").unlink()
+    argv = ["train", "--data", job / "data", "--out", tmp_path / "run", "--resume", *TINY]
+    assert "config differs in n_layers" in fails(capsys, *argv, "--n-layers", "2")
+
+
+def test_a_diverging_run_ends_in_one_line(capsys, job, tmp_path, monkeypatch):
+    original = Supervised.updates
+    monkeypatch.setattr(
+        Supervised,
+        "updates",
+        lambda *a: ((loss * float("inf"), logs) for loss, logs in original(*a)),
+    )
+    argv = ["train", "--data", job / "data", "--out", tmp_path / "run", *TINY]
+    assert "the loss is inf in epoch 1, step 1" in fails(capsys, *argv, code=1)
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "recommend"])
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (
+            lambda d: rewrite(d / "rec_items.npy", lambda b: b.__setitem__(-4, b[-4] ^ 1)),
+            "checksum",
+        ),
+        (lambda d: rewrite(d / "rec_items.npy", lambda b: b.__delitem__(-4)), "rec_items.npy"),
+        (lambda d: (d / "rec_items.npy").unlink(), "rec_items.npy: missing"),
+        (lambda d: (d / "manifest.json").unlink(), "is not prepared data"),
+    ],
+)
+def test_damaged_data_is_refused(capsys, job, tmp_path, command, break_it, message):
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(job / "data", data)
+    break_it(data)
+    model = job / "run" / "lcr" / "model.safetensors"
+    argv = ["--out", out, *TINY] if command == "train" else [model]
+    assert message in fails(capsys, command, *argv, "--data", data)
+    assert is_untouched(out)
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_data_without_test_samples_is_refused(capsys, job, tmp_path, command):
+    world = job / "world.json"
+    run("prepare", "synthetic", world, tmp_path / "data", "--min-targets", "99")
+    out, model = tmp_path / "out", job / "run" / "lcr" / "model.safetensors"
+    argv = ["--out", out, *TINY] if command == "train" else [model, "--csv", out]
+    assert "no test samples" in fails(capsys, command, *argv, "--data", tmp_path / "data")
+    assert is_untouched(out)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "recommend"])
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (
+            lambda m: rewrite(m, lambda b: b.__delitem__(slice(-100, None))),
+            "not a complete safeten",
+        ),
+        (lambda m: m.write_text("weights"), "not a complete safetensors file"),
+        (lambda m: m.unlink(), "no such file"),
+        (lambda m: shutil.copy(m.parent / "checkpoint.safetensors", m), "not a model file"),
+    ],
+)
+def test_damaged_models_are_refused(capsys, job, tmp_path, command, break_it, message):
+    folder = shutil.copytree(job / "run" / "lcr", tmp_path / "lcr")
+    model = folder / "model.safetensors"
+    break_it(model)
+    assert message in fails(capsys, command, model, "--data", job / "data")
+
+
+def test_a_model_of_other_data_is_refused(capsys, job, tmp_path):
+    world = dataclasses.replace(WORLD, n_topics=18)
+    (tmp_path / "world.json").write_text(json.dumps(dataclasses.asdict(world)))
+    run("prepare", "synthetic", tmp_path / "world.json", tmp_path / "data")
+    model = job / "run" / "lcr" / "model.safetensors"
+    line = fails(capsys, "evaluate", model, "--data", tmp_path / "data")
+    assert re.search(r"the model knows \d+ items, the data has \d+", line)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--users", "7", "nobody"], "user 'nobody' is not in the data"),
+        (["-k", "0"], "k must be at least 1, got 0"),
+    ],
+)
+def test_recommend_refuses(capsys, job, options, message):
+    model = job / "run" / "lcr" / "model.safetensors"
+    assert message in fails(capsys, "recommend", model, "--data", job / "data", *options)
