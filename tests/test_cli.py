@@ -372,7 +372,7 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has 
     ("options", "message"),
     [
         (["--n-heads", "3", "--dim", "32"], "n_heads must divide dim, got 3 heads for dim 32"),
-        (["--dropout", "nan"], "dropout must be a number, got nan"),
+        (["--dropout", "nan"], "dropout must be a finite number, got nan"),
         (["--dropout", "2"], "dropout must be at most 0.99"),
         (["--epochs", "-1"], "epochs must be at least 0"),
         (["--reward", "auc"], "auc"),
