@@ -34,6 +34,15 @@ class Update(NamedTuple):
     logs: dict[str, float]
 
 
+class Schedule(NamedTuple):
+    """The numbers that the phases do not share."""
+
+    learning_rate: float
+    epochs: int
+    batch_size: int
+    epoch_size: int  # samples drawn for an epoch; 0 means all
+
+
 class Objective:
     """What the trainer asks of an objective: parameters, batches and updates."""
 
@@ -45,6 +54,10 @@ class Objective:
         self.model, self.batcher, self.config = model, batcher, config
         kind = "popularity" if config.negatives == "in_batch" else config.negatives
         self.sampler = NegativeSampler(batcher.data, kind)
+
+    @property
+    def schedule(self) -> Schedule:
+        raise NotImplementedError
 
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """List what is trained; the trainer freezes the rest."""
@@ -63,6 +76,11 @@ class Supervised(Objective):
     """Phase 1: ranking loss and TCL (:mod:`lcr_fast.objectives`)."""
 
     phase = 1
+
+    @property
+    def schedule(self) -> Schedule:
+        config = self.config
+        return Schedule(config.learning_rate, config.epochs, config.batch_size, 0)
 
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         return list(self.model.named_parameters())
@@ -113,6 +131,13 @@ class _Trajectories(Objective):
     """What phase 2 and its control share: fresh candidates, frozen parts, noisy trajectories."""
 
     phase = 2
+
+    @property
+    def schedule(self) -> Schedule:
+        config = self.config
+        return Schedule(
+            config.rl_learning_rate, config.rl_epochs, config.rl_batch_size, config.rl_epoch_size
+        )
 
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """List what is trained: reasoning and head, or everything.

@@ -70,9 +70,10 @@ class Trainer:
         if not len(self.batcher):
             raise ValueError("the data has no training samples")
         self.objective: Objective = OBJECTIVES[objective](model, self.batcher, config)
+        self.schedule = self.objective.schedule
         trained = self.objective.parameters()
         self.optimizer, self._names = make_optimizer(
-            trained, self._learning_rate, config.weight_decay
+            trained, self.schedule.learning_rate, config.weight_decay
         )
         self._trained = {name for name, _ in trained}
         self.progress = Progress()
@@ -81,29 +82,6 @@ class Trainer:
         if resume and (self.out / CHECKPOINT).is_file():
             self._load()
 
-    # The two phases differ in these four numbers only.
-
-    @property
-    def _second(self) -> bool:
-        return self.objective.phase == 2
-
-    @property
-    def _learning_rate(self) -> float:
-        return self.config.rl_learning_rate if self._second else self.config.learning_rate
-
-    @property
-    def _epochs(self) -> int:
-        return self.config.rl_epochs if self._second else self.config.epochs
-
-    @property
-    def _batch_size(self) -> int:
-        return self.config.rl_batch_size if self._second else self.config.batch_size
-
-    @property
-    def _epoch_size(self) -> int:
-        limit = self.config.rl_epoch_size if self._second else 0
-        return min(limit, len(self.batcher)) if limit else len(self.batcher)
-
     def run(self) -> LCRSER:
         """Train to the end, restore the best weights into the model and return it."""
         progress = self.progress
@@ -111,7 +89,9 @@ class Trainer:
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(name in self._trained)
             self._start()
-            while progress.epoch < self._epochs and progress.stale < max(self.config.patience, 1):
+            while progress.epoch < self.schedule.epochs and progress.stale < max(
+                self.config.patience, 1
+            ):
                 self._epoch()
             progress.finished = True
             self._save()
@@ -125,20 +105,21 @@ class Trainer:
 
     def _epoch(self) -> None:
         progress = self.progress
-        order = self._rng(0).permutation(len(self.batcher))[: self._epoch_size]
-        n_steps = math.ceil(len(order) / self._batch_size)
+        size = self.schedule.batch_size
+        order = self._rng(0).permutation(len(self.batcher))[: self.schedule.epoch_size or None]
+        n_steps = math.ceil(len(order) / size)
         last_save = clock = time.monotonic()
         bar = tqdm(
             total=n_steps,
             initial=progress.step,
-            desc=f"{self.name} epoch {progress.epoch + 1}/{self._epochs}",
+            desc=f"{self.name} epoch {progress.epoch + 1}/{self.schedule.epochs}",
             leave=False,
             disable=not sys.stderr.isatty(),
         )
         with bar:
             while progress.step < n_steps:
-                start = progress.step * self._batch_size
-                self.step(order[start : start + self._batch_size], self._rng(1 + progress.step))
+                start = progress.step * size
+                self.step(order[start : start + size], self._rng(1 + progress.step))
                 progress.step += 1
                 bar.update()
                 now = time.monotonic()
