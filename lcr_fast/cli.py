@@ -367,9 +367,10 @@ def _recommend(arguments: argparse.Namespace) -> None:
     _set_threads(arguments)
     data = PreparedData.open(arguments.data)
     model = load_model(arguments.model, data, arguments.device, arguments.backend)
+    lines = recommend(model, data, arguments.users, arguments.k)
     writer = csv.writer(sys.stdout)
     writer.writerow(("user", "rank", "item", "score"))
-    for user, rank, item, score in recommend(model, data, arguments.users, arguments.k):
+    for user, rank, item, score in lines:
         writer.writerow((user, rank, item, f"{score:.6g}"))
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lcr_fast.data.prepared import PreparedData
 from lcr_fast.model import LCRSER
@@ -21,13 +22,20 @@ def recommend(
 ) -> Iterator[tuple[str, int, str, float]]:
     """Yield (user, rank, item, score) with raw ids, k unseen items a user, rank from 1.
 
-    ``users`` None means all. Raises ValueError for a user that the data does not know; users
-    without any history get what the model gives to nobody in particular.
+    ``users`` None means all; a user without any history gets what the model gives to nobody in
+    particular. Raises ValueError, before anything is computed, for a user that the data does not
+    know.
     """
     if users is None:
         numbers = np.arange(1, data.n_users + 1)
     else:
         numbers = np.array([_find(data, user) for user in users], dtype=np.int64)
+    return _recommend(model, data, numbers, k, batch_size)
+
+
+def _recommend(
+    model: LCRSER, data: PreparedData, numbers: NDArray[np.int64], k: int, batch_size: int
+) -> Iterator[tuple[str, int, str, float]]:
     batcher = make_batcher(data, "test", model)
     device = model.head.target_weight.device
     for start in range(0, len(numbers), batch_size):
