@@ -10,7 +10,7 @@ from lcr_fast.data.prepared import PreparedData
 from lcr_fast.experiments.comparison import attach_text, fit_config
 from lcr_fast.model import LCRSER
 
-_WORLD = synthetic.World(n_users=24, n_topics=16)
+_WORLD = synthetic.World(n_users=24, n_topics=16, n_targets=14)
 _MODEL = LCRConfig(
     dim=8, steps=2, max_search_len=4, max_rec_len=5, max_clicks=2, mlp_hidden=(8,)
 )  # fmt: skip
