@@ -11,6 +11,7 @@ from lcr_fast.data import synthetic
 from lcr_fast.data.build import prepare
 from lcr_fast.data.log import InteractionLog
 from lcr_fast.data.prepared import PreparedData
+from lcr_fast.data.synthetic import _EVENT_MS
 from lcr_fast.training import evaluation
 from lcr_fast.training.evaluation import (
     PROTOCOLS,
@@ -33,17 +34,25 @@ from lcr_fast.weights import REC, SEARCH
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> PreparedData:
-    """Synthetic data, two thirds of its targets with impressions."""
+    """Synthetic data with what it lacks otherwise.
+
+    Two thirds of the targets have impressions, every test target happens at the time of the
+    validation target, users 0..3 have no searches and users 4..7 short histories.
+    """
     log = synthetic.generate(synthetic.World(n_users=24, n_topics=16))
     rng = np.random.default_rng(3)
     shown = [
         [int(item), *rng.choice(160, rng.integers(1, 9)).tolist()] if rng.random() < 0.67 else None
         for item in log.events["item"]
     ]
-    events = log.events.with_columns(impressions=pl.Series(shown, dtype=pl.List(pl.Int64)))
-    log = InteractionLog(
-        "shown", events, log.searches, log.clicks, [], log.item_text, log.query_text
-    )
+    last = pl.col("order").max().over("user")
+    events = log.events.with_columns(
+        impressions=pl.Series(shown, dtype=pl.List(pl.Int64)),
+        time=pl.col("time") - pl.when(pl.col("order") == last).then(_EVENT_MS).otherwise(0),
+    ).filter(~pl.col("user").is_between(4, 7) | (pl.col("order") >= last - 3))
+    searches = log.searches.filter(pl.col("user") > 3)
+    clicks = log.clicks.join(searches, on="search", how="semi")
+    log = InteractionLog("shown", events, searches, clicks, [], log.item_text, log.query_text)
     return prepare(log, tmp_path_factory.mktemp("shown") / "data", n_negatives=40)
 
 

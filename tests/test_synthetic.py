@@ -10,11 +10,11 @@ import pytest
 from lcr_fast.data import read, synthetic
 from lcr_fast.data.synthetic import _EVENT_MS, World, generate
 
-WORLD = World(n_users=40, n_topics=16)
+WORLD = World(n_users=40, n_topics=32)  # more than any user gets interested in
 
 
 @pytest.fixture(
-    scope="module", params=[{}, {"max_lead": 0}, {"n_interests": 4, "n_topics": 24, "seed": 3}]
+    scope="module", params=[{}, {"max_lead": 0}, {"n_interests": 4, "n_topics": 40, "seed": 3}]
 )
 def world(request) -> World:
     return dataclasses.replace(WORLD, **request.param)
@@ -95,7 +95,8 @@ def test_streams_are_alike_in_form(world, log):
     for relevant in (0, 1):
         terms = log.searches.filter(pl.col("relevant") == relevant)["terms"].to_list()
         assert all(t[0].startswith("topic") and t[1].startswith("for") for t in terms)
-        assert len({t[0] for t in terms}) == len({t[1] for t in terms}) == world.n_topics
+        for place in (0, 1):
+            assert len({t[place] for t in terms}) > 0.8 * world.n_topics
     clicked = log.clicks["search"].unique()
     rates = log.searches.group_by("relevant").agg(pl.col("search").is_in(clicked.implode()).mean())
     assert rates["search"].to_list() == pytest.approx([world.click_rate] * 2, abs=0.12)
