@@ -28,7 +28,7 @@ def complaint(reader, path, **options) -> str:
 def test_the_registry_reads_by_name(tmp_path):
     write_trivago(tmp_path / "t.csv")
     assert read("trivago", tmp_path / "t.csv").source == "trivago"
-    with pytest.raises(ValueError, match="source must be one of trivago, kuaisar"):
+    with pytest.raises(ValueError, match="source must be one of synthetic, trivago"):
         read("movielens", tmp_path)
     for source in SOURCES:
         with pytest.raises((FileNotFoundError, ValueError), match=r"absent"):
