@@ -420,7 +420,6 @@ def test_resume_needs_a_folder(capsys, job):
 
 def test_resume_refuses_another_job(capsys, job, tmp_path):
     shutil.copytree(job / "run", tmp_path / "run")
-    (tmp_path / "run" / "lcr" / "evaluation.json").unlink()
     argv = ["train", "--data", job / "data", "--out", tmp_path / "run", "--resume", *TINY]
     assert "config differs in n_layers" in fails(capsys, *argv, "--n-layers", "2")
 

@@ -22,7 +22,7 @@ from lcr_fast.training import evaluation
 from lcr_fast.training.trainer import METRICS, MODEL, Trainer
 
 Report = Callable[[str], None]
-_EVALUATION = "evaluation.json"
+_EVALUATION, _JOB = "evaluation.json", "job.json"
 
 
 class Variant(NamedTuple):
@@ -108,12 +108,17 @@ def run_comparison(
     report: Report = lambda line: None,
 ) -> str:
     """Train, evaluate and compare; write the results to ``out`` and return the tables."""
+    job = {"model": model_config.to_dict(), "train": train_config.to_dict()}
+    if resume and (out / _JOB).is_file():
+        _check_same_job(out / _JOB, job)
     results: dict[str, dict[str, Any]] = {}
     for name, scorer in (
         ("popularity", evaluation.popularity_scorer(data)),
         ("recency", evaluation.recency_scorer(data)),
     ):
         results[name] = {"title": f"{name} baseline", "rows": evaluation.evaluate(scorer, data)}
+    with replacing(out / _JOB) as path:
+        path.write_text(json.dumps(job, indent=2), encoding="utf-8")
     for name in with_requirements(variants):
         report(f"{VARIANTS[name].title}:")
         results[name] = _run_variant(
@@ -128,6 +133,20 @@ def run_comparison(
     plots.target_distances(models, out / "target_distance.png")
     plots.metric_bars(results, out / "metrics.png")
     return tables
+
+
+def _check_same_job(path: Path, job: dict[str, dict[str, Any]]) -> None:
+    """Raise ValueError where a job is resumed with other configs: no table may mix two of them."""
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    ours = json.loads(json.dumps(job))
+    changed = [
+        key
+        for section, values in ours.items()
+        for key, value in values.items()
+        if saved[section].get(key) != value
+    ]
+    if changed:
+        raise ValueError(f"{path}: cannot resume, the config differs in {', '.join(changed)}")
 
 
 def _run_variant(
