@@ -141,6 +141,8 @@ def test_a_run_killed_between_two_files_resumes(
 _CHILD = """
 import json, os, signal, sys
 from pathlib import Path
+
+import torch
 from lcr_fast.config import LCRConfig, TrainConfig
 from lcr_fast.data.prepared import PreparedData
 from lcr_fast.experiments.comparison import attach_text
@@ -148,6 +150,7 @@ from lcr_fast.model import LCRSER
 from lcr_fast.storage import load_tensors
 from lcr_fast.training import trainer
 
+torch.set_num_threads(1)  # as in the run it is compared with: sums depend on the threads
 data, start, config, out = sys.argv[1:]
 data = PreparedData.open(data)
 model = attach_text(LCRSER.load(start), data)
