@@ -92,7 +92,7 @@ class Supervised(Objective):
         if self.config.negatives == "in_batch":
             # Another user's target, unless this user has seen it: 0 is padding.
             others = np.broadcast_to(targets, (len(rows), len(rows))).copy()
-            seen = batch_seen(self.batcher, users, others, times)
+            seen = self.batcher.data.has_seen(users[:, None], others, times[:, None])
             others[seen | (others == targets[:, None])] = 0
             negatives = others
         else:
@@ -120,11 +120,6 @@ class Supervised(Objective):
             loss = loss + config.tcl_weight * contrast
             logs["tcl"] = contrast.item()
         yield Update(loss, logs)
-
-
-def batch_seen(batcher: Batcher, users: NDArray, items: NDArray, times: NDArray) -> NDArray:
-    """Whether each user [b] has seen each of the items [b, n] before the time [b]."""
-    return batcher.data.has_seen(users[:, None], items, times[:, None])
 
 
 class _Trajectories(Objective):
