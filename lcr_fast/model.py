@@ -14,6 +14,7 @@ from lcr_fast.batch import Batch
 from lcr_fast.config import LCRConfig
 from lcr_fast.ops import reasoning, scoring
 from lcr_fast.ops.noise import Dropout
+from lcr_fast.ops.reasoning import Reasoned
 from lcr_fast.reference import States, Streams
 from lcr_fast.storage import load_tensors, save_tensors
 from lcr_fast.weights import REC, SEARCH, EncoderWeights, ReasoningWeights, ScoringWeights
@@ -156,7 +157,8 @@ class LCRSER(nn.Module):
         #: Key of the dropout masks in training mode; a trainer sets a new one every step.
         self.dropout_seed = 0
         # An explicit backend that cannot serve this model must fail here, not mid-training.
-        self.backend_report()
+        if config.backend != "auto":
+            self._choices("cuda" if config.backend == "triton" else "cpu")
 
     def _text_projection(self, text_dim: int) -> nn.Linear | None:
         if not text_dim:
@@ -289,12 +291,19 @@ class LCRSER(nn.Module):
         options: dict[str, Any] = {
             "n_heads": self.config.n_heads,
             "dropout": self._dropout(batch),
-            "backend": self.config.backend,
+            "backend": self._backend_of(
+                reasoning.encode_backends(search.device.type, search.dtype)
+            ),
         }
         return (
             reasoning.encode(search, batch.search_lengths, weights, SEARCH, **options),
             reasoning.encode(rec, batch.rec_lengths, weights, REC, **options),
         )
+
+    def _backend_of(self, implementations: dict[str, str | None]) -> str:
+        """Give the config's backend to an op that knows it, ``auto`` to one that has no such."""
+        backend = self.config.backend
+        return backend if backend in implementations else "auto"
 
     def _reasoning_options(self) -> dict[str, Any]:
         return {
@@ -302,15 +311,23 @@ class LCRSER(nn.Module):
             "step_embedding": self.step_embedding,
             "update": self.config.update,
             "cross_memory": self.config.cross_memory,
-            "backend": self.config.backend,
         }
 
-    def reason(self, h0: Streams, batch: Batch) -> States:
-        """Run the K reasoning steps from h^(0); every state, [B, L, D]."""
+    def reason(self, h0: Streams, batch: Batch, target: Tensor | None = None) -> Reasoned:
+        """Run the K reasoning steps from h^(0): the final states, [B, L, D].
+
+        With item vectors ``target`` [B, D] also what each step's states pool to at them.
+        """
         return reasoning.latent_reasoning(
             *h0, batch.search_lengths, batch.rec_lengths, self.reasoning.weights(),
-            self.config.steps, dropout=self._dropout(batch), **self._reasoning_options(),
+            self.config.steps, target_keys=None if target is None else self.target_keys(target),
+            dropout=self._dropout(batch), backend=self.config.backend,
+            **self._reasoning_options(),
         )  # fmt: skip
+
+    def target_keys(self, vectors: Tensor) -> Tensor:
+        """W_x e of both streams, at which states are pooled: [B, D] -> [B, 2, D]."""
+        return torch.einsum("xij,bj->bxi", self.head.target_weight, vectors)
 
     def cross_attention(self, states: States, batch: Batch) -> list[Streams]:
         """Recompute where each step's cross-attention looks, for analysis; K pairs (search, rec).
@@ -344,12 +361,12 @@ class LCRSER(nn.Module):
 
     def rollout(
         self, h0: Streams, batch: Batch, n_trajectories: int, noise_scale: float, seed: int
-    ) -> States:
-        """Reason from N noisy copies of h^(0) (paper, Eq. 14); every state, [B, N, L, D]."""
+    ) -> Reasoned:
+        """Reason from N noisy copies of h^(0) (paper, Eq. 14): final states [B, N, L, D]."""
         return reasoning.rollout(
             *h0, batch.search_lengths, batch.rec_lengths, batch.row, self.reasoning.weights(),
             self.config.steps, n_trajectories=n_trajectories, noise_scale=noise_scale, seed=seed,
-            **self._reasoning_options(),
+            backend=self.config.backend, **self._reasoning_options(),
         )  # fmt: skip
 
     def score(self, h: Streams, batch: Batch, candidates: Tensor | None = None) -> Tensor:
@@ -383,11 +400,22 @@ class LCRSER(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Score the batch's candidates: [B, C], -inf where a candidate is 0."""
-        return self.score(self.states(batch).h[-1], batch)
+        return self.score(self.final_states(batch), batch)
+
+    def final_states(self, batch: Batch) -> Streams:
+        """Encode and reason: h^(K), (search, rec), [B, L, D]."""
+        return self.reason(self.encode(batch), batch).streams
 
     def states(self, batch: Batch) -> States:
-        """Every state of the reasoning: h^(0)..h^(K) and a^(1)..a^(K), (search, rec) pairs."""
-        return self.reason(self.encode(batch), batch)
+        """Every state of the reasoning: h^(0)..h^(K) and a^(1)..a^(K), (search, rec) pairs.
+
+        For analysis: the steps run on the reference, whatever the backend.
+        """
+        return reasoning.latent_states(
+            *self.encode(batch), batch.search_lengths, batch.rec_lengths,
+            self.reasoning.weights(), self.config.steps, dropout=self._dropout(batch),
+            **self._reasoning_options(),
+        )  # fmt: skip
 
     @torch.no_grad()
     def recommend(
@@ -414,7 +442,7 @@ class LCRSER(nn.Module):
         return items.masked_fill(scores == -math.inf, 0), scores
 
     def _top_items(self, batch: Batch, k: int, seen: Tensor) -> tuple[Tensor, Tensor]:
-        h = self.states(batch).h[-1]
+        h = self.final_states(batch)
         items = torch.zeros(len(batch), k, dtype=torch.int64, device=batch.device)
         scores = torch.full((len(batch), k), -math.inf, device=batch.device, dtype=h[0].dtype)
         for ids, vectors in self.catalogue_blocks():
@@ -439,15 +467,28 @@ class LCRSER(nn.Module):
     def backend_report(self) -> str:
         """Say which implementation serves each op of this model, and why; one line an op."""
         lines = []
-        for op, available in (
-            ("encode", reasoning.AVAILABLE),
-            ("latent_reasoning", reasoning.AVAILABLE),
-            ("score", scoring.AVAILABLE),
-        ):
-            chosen = ops.choose_backend(op, self.config.backend, available)
+        for op, (chosen, available) in self._choices(self.head.target_weight.device.type).items():
             others = [f"{name}: {why}" for name, why in available.items() if why]
             lines.append(f"{op}: {chosen}" + (f" ({'; '.join(others)})" if others else ""))
         return "\n".join(lines)
+
+    def _choices(self, device: str) -> dict[str, tuple[str, dict[str, str | None]]]:
+        """Find, for each op, what serves it on a device, and what could."""
+        config, dtype = self.config, self.head.target_weight.dtype
+        case = reasoning.ReasoningCase(
+            device, dtype, config.dim, config.n_heads,
+            config.ffn_width if config.step_ffn else 0, config.max_search_len,
+            config.max_rec_len, config.update, config.cross_memory, config.step_embedding,
+        )  # fmt: skip
+        implementations = {
+            "encode": reasoning.encode_backends(device, dtype),
+            "latent_reasoning": reasoning.reasoning_backends(case),
+            "score": scoring.AVAILABLE,
+        }
+        return {
+            op: (ops.choose_backend(op, self._backend_of(available), available), available)
+            for op, available in implementations.items()
+        }
 
     def save(self, path: str | Path) -> None:
         """Write weights and config, but not text vectors, to one safetensors file, atomically."""

@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lcr_fast.ops.scoring import aggregate
-from lcr_fast.reference import States, Streams
+from lcr_fast.reference import Streams
 from lcr_fast.weights import REC, SEARCH
 
 
@@ -46,31 +45,10 @@ def distance(a: Tensor, b: Tensor, kind: str = "l2") -> Tensor:
     raise ValueError(f"kind must be l2 or cosine, got {kind!r}")
 
 
-def target_distances(
-    states: list[Streams],
-    lengths: Streams,
-    target: Tensor,  # [B, D] e_t
-    target_weight: Tensor,  # [2, D, D] W_s, W_r
-    kind: str = "l2",
-) -> Tensor:
-    """Measure how far pooled states are from the target: [n, 2, B] for n (search, rec) pairs.
-
-    Pooling is the target-aware aggregation at the target; axis 1 is (search, rec).
-    """
-
-    def pooled_distance(x: int, state: Tensor) -> Tensor:
-        pooled, _ = aggregate(state, lengths[x], target.unsqueeze(-2), target_weight[x])
-        return distance(target, pooled.squeeze(-2), kind)  # [B]
-
-    rows = [pooled_distance(x, pair[x]) for pair in states for x in (SEARCH, REC)]
-    return torch.stack(rows).unflatten(0, (-1, 2)) if rows else target.new_zeros(0, 2, len(target))
-
-
 def tcl(
-    states: States,
+    pooled: Tensor,  # [B, K, 2, 2, D]
     lengths: Streams,
     target: Tensor,  # [B, D] e_t
-    target_weight: Tensor,  # [2, D, D]
     *,
     margin: float = 0.1,
     kind: str = "l2",
@@ -82,14 +60,15 @@ def tcl(
         [ D(e_t, q_x(h_x^(k))) - D(e_t, q_x(a_x^(k))) + m ]_+
 
     with q_x the target-aware aggregation at the target: the state after the cross-attention is
-    to be nearer the target than the state before it. ``detach_negative`` stops the gradient
+    to be nearer the target than the state before it. ``pooled`` holds the q_x, as
+    :func:`lcr_fast.reference.pool_steps` defines them. ``detach_negative`` stops the gradient
     through the second distance. A stream without events counts as m, without gradient, where the
     other has some. 0 where nothing counts (K = 0, or no user has an event).
     """
-    after = target_distances(states.h[1:], lengths, target, target_weight, kind)  # [K, 2, B]
-    before = target_distances(states.a, lengths, target, target_weight, kind)  # [K, 2, B]
+    before, after = distance(target[:, None, None, None], pooled, kind).unbind(2)  # [B, K, 2]
     if detach_negative:
         before = before.detach()
-    counts = torch.stack((lengths[REC] > 0, lengths[SEARCH] > 0)).expand_as(after)  # [K, 2, B]
+    counts = torch.stack((lengths[REC] > 0, lengths[SEARCH] > 0), -1).unsqueeze(1)  # [B, 1, 2]
+    counts = counts.expand_as(after)
     hinge = F.relu(after - before + margin) * counts
     return hinge.sum() / counts.sum().clamp(min=1)

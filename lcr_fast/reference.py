@@ -235,6 +235,36 @@ def latent_reasoning(
     return States(h_all, a_all)
 
 
+def pool_steps(
+    states: States,
+    search_lengths: Tensor,  # [...]
+    rec_lengths: Tensor,  # [...]
+    keys: Tensor,  # [..., 2, D] W_x e_t of both streams
+) -> Tensor:
+    """Pool what each step made of both streams at one target: what TCL compares.
+
+        alpha_j = softmax_j( h_j^T W_x e_t );   q_x(h) = sum_j alpha_j h_j     (0 without an event)
+
+    Returns [..., K, 2, 2, D]: step, (a^(k), h^(k)), (search, rec).
+    """
+
+    def pool(pair: Streams) -> Tensor:
+        pooled = []
+        for x, lengths in ((SEARCH, search_lengths), (REC, rec_lengths)):
+            h = _zero_padding(pair[x].to(_accumulator(pair[x])), lengths)  # [..., L, D]
+            logits = keys[..., x, None, :].to(h.dtype) @ h.transpose(-1, -2)  # [..., 1, L]
+            alpha = (logits + _key_bias(lengths, h.shape[-2], h.dtype)).softmax(-1)
+            pooled.append((alpha @ h).squeeze(-2))
+        return torch.stack(pooled, -2).to(pair[0].dtype)  # [..., 2, D]
+
+    steps = [
+        torch.stack((pool(a), pool(h)), -3) for a, h in zip(states.a, states.h[1:], strict=True)
+    ]
+    if not steps:
+        return keys.new_zeros(*keys.shape[:-2], 0, 2, *keys.shape[-2:])
+    return torch.stack(steps, -4)
+
+
 def aggregate(
     states: Tensor,  # [..., L, D]
     lengths: Tensor,  # [...]

@@ -323,8 +323,8 @@ def rollout():
     batch = batch.replace(target=batch.target.clamp(max=2))
 
     def run(noise_scale, n=4, model=model):
-        states = model.rollout(model.encode(batch), batch, n, noise_scale, seed=3)
-        return model.score(states.h[-1], batch)
+        reasoned = model.rollout(model.encode(batch), batch, n, noise_scale, seed=3)
+        return model.score(reasoned.streams, batch)
 
     run.model, run.batch = model, batch
     return run

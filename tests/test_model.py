@@ -97,8 +97,8 @@ def test_rollouts_match_the_oracle(name):
     """In training mode too, where dropout acts on the encoders alone."""
     model, batch = setup(**CONFIGS[name], dropout=0.3)
     h0 = model.encode(batch)
-    states = model.train().rollout(h0, batch, 3, 0.7, seed=99)
-    scores = model.score(states.h[-1], batch)
+    reasoned = model.train().rollout(h0, batch, 3, 0.7, seed=99)
+    scores = model.score(reasoned.streams, batch)
     twin = oracle.Model(model)
     for b in range(len(batch)):
         for n in range(3):

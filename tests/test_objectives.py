@@ -80,6 +80,12 @@ def reasoned(n_users=7):
     return states, (n_s, n_r), target, head.target_weight.detach()
 
 
+def tcl_of(states, lengths, target, weight, **options):
+    """TCL of whole states, pooled at the target."""
+    keys = torch.einsum("xij,bj->bxi", weight, target)
+    return tcl(reference.pool_steps(states, *lengths, keys), lengths, target, **options)
+
+
 @pytest.mark.parametrize("kind", ["l2", "cosine"])
 @pytest.mark.parametrize("margin", [0.1, 5.0])
 def test_tcl_matches_the_oracle(kind, margin):
@@ -91,7 +97,7 @@ def test_tcl_matches_the_oracle(kind, margin):
             for part in states
         )
         users.append((after, before, target[b].numpy()))
-    loss = tcl(states, lengths, target, weight, margin=margin, kind=kind)
+    loss = tcl_of(states, lengths, target, weight, margin=margin, kind=kind)
     expected = oracle.tcl(users, weight.numpy(), margin, kind)
     assert loss.item() == pytest.approx(expected, rel=1e-10)
     assert expected > 0
@@ -114,7 +120,7 @@ def states_at(after: float, before: float, length: int = 1):
 @pytest.mark.parametrize(("margin", "loss"), [(0.1, 0.0), (0.5, 0.0), (0.7, 0.2)])
 def test_tcl_is_a_hinge_on_the_difference_of_distances(margin, loss):
     states, *rest = states_at(1.0, 1.5)
-    assert tcl(states, *rest, margin=margin).item() == pytest.approx(loss, abs=1e-12)
+    assert tcl_of(states, *rest, margin=margin).item() == pytest.approx(loss, abs=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["l2", "cosine"])
@@ -125,7 +131,7 @@ def test_equal_states_give_the_margin_without_gradient(kind):
     target = torch.randn(2, 6, generator=generator, dtype=torch.float64, requires_grad=True)
     lengths = (torch.tensor([3, 2]), torch.tensor([1, 3]))
     pair = (states, states)
-    loss = tcl(States([pair, pair], [pair]), lengths, target, weight, margin=0.1, kind=kind)
+    loss = tcl_of(States([pair, pair], [pair]), lengths, target, weight, margin=0.1, kind=kind)
     assert loss.item() == pytest.approx(0.1, abs=1e-15)
     for gradient in torch.autograd.grad(loss, (states, weight, target)):
         assert gradient.abs().max() < 1e-15
@@ -133,7 +139,7 @@ def test_equal_states_give_the_margin_without_gradient(kind):
 
 def test_a_state_at_the_target_has_a_finite_gradient():
     states, *rest = states_at(0.0, 0.0)
-    loss = tcl(states, *rest, margin=0.1)
+    loss = tcl_of(states, *rest, margin=0.1)
     leaves = (*states.h[1], *states.a[0])
     assert loss.item() == pytest.approx(0.1)
     for gradient in torch.autograd.grad(loss, leaves):
@@ -147,12 +153,12 @@ def test_detach_negative_stops_the_gradient_of_the_negative_only(kind, detach):
     states = States(
         *([tuple(t.requires_grad_() for t in pair) for pair in part] for part in states)
     )
-    loss = tcl(states, lengths, target, weight, margin=9.0, kind=kind, detach_negative=detach)
+    loss = tcl_of(states, lengths, target, weight, margin=9.0, kind=kind, detach_negative=detach)
     after = torch.autograd.grad(loss, states.h[1], retain_graph=True)
     assert all(g.any() for g in after)
     before = torch.autograd.grad(loss, states.a[0], allow_unused=True)
     assert all((g is None or not g.any()) == detach for g in before)
-    plain = tcl(states, lengths, target, weight, margin=9.0, kind=kind)
+    plain = tcl_of(states, lengths, target, weight, margin=9.0, kind=kind)
     assert loss.item() == plain.item()
 
 
@@ -164,7 +170,7 @@ def test_gradients_of_tcl_with_empty_streams(kind):
     def loss(target, weight, *flat):
         pairs = [tuple(flat[i : i + 2]) for i in range(0, 8, 2)]
         rebuilt = States([states.h[0], *pairs[:2]], pairs[2:])
-        return tcl(rebuilt, lengths, target, weight, margin=0.3, kind=kind)
+        return tcl_of(rebuilt, lengths, target, weight, margin=0.3, kind=kind)
 
     leaves = [t.clone().requires_grad_() for t in (target, weight, *flat)]
     assert torch.autograd.gradcheck(loss, leaves, fast_mode=True)
@@ -181,7 +187,7 @@ def test_a_user_with_an_empty_stream_gives_tcl_no_gradient(user):
         *([tuple(t[one].requires_grad_() for t in pair) for pair in part] for part in states)
     )
     lengths = tuple(n[one] for n in lengths)
-    loss = tcl(states, lengths, target[one], weight, margin=5.0)
+    loss = tcl_of(states, lengths, target[one], weight, margin=5.0)
     # The stream without events is at the same distance, |e_t|, before and after.
     assert loss.item() == (5.0 if any(lengths) else 0.0)
     leaves = [t for pair in (*states.h[1:], *states.a) for t in pair]
@@ -191,4 +197,4 @@ def test_a_user_with_an_empty_stream_gives_tcl_no_gradient(user):
 
 def test_tcl_without_steps_is_zero():
     states, lengths, target, weight = reasoned()
-    assert tcl(States(states.h[:1], []), lengths, target, weight).item() == 0.0
+    assert tcl_of(States(states.h[:1], []), lengths, target, weight).item() == 0.0

@@ -21,16 +21,16 @@ TRAIN_ONE_STEP = """
 
     config = LCRConfig(n_items=9, n_terms=4, dim=4, max_search_len=2, max_rec_len=3)
     model, batch = LCRSER(config), random_batch(config, 6, 3, torch.Generator().manual_seed(0))
-    states = model.states(batch)
-    loss = rank_loss(model.score(states.h[-1], batch), batch.target)
-    lengths = (batch.search_lengths, batch.rec_lengths)
     target = model.item_vectors(batch.candidates[:, 0])
-    (loss + tcl(states, lengths, target, model.head.target_weight)).backward()
+    reasoned = model.reason(model.encode(batch), batch, target)
+    loss = rank_loss(model.score(reasoned.streams, batch), batch.target)
+    lengths = (batch.search_lengths, batch.rec_lengths)
+    (loss + tcl(reasoned.pooled, lengths, target)).backward()
     with torch.no_grad():
         for p in model.parameters():
             p -= 0.1 * p.grad
-    states = model.rollout(model.encode(batch), batch, 2, 0.1, seed=0)
-    choose_actions(model.score(states.h[-1], batch), batch.target, "top1", "hr@1")
+    reasoned = model.rollout(model.encode(batch), batch, 2, 0.1, seed=0)
+    choose_actions(model.score(reasoned.streams, batch), batch.target, "top1", "hr@1")
 """
 
 

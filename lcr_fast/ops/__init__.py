@@ -10,10 +10,17 @@ from lcr_fast.ops.ranking import (
     ranking_rewards,
     target_rank,
 )
-from lcr_fast.ops.reasoning import encode, latent_reasoning, rollout
+from lcr_fast.ops.reasoning import (
+    Reasoned,
+    encode,
+    latent_reasoning,
+    latent_states,
+    rollout,
+)
 from lcr_fast.ops.scoring import aggregate, score
 
 __all__ = [
+    "Reasoned",
     "aggregate",
     "catalogue_metrics",
     "catalogue_rank",
@@ -22,6 +29,7 @@ __all__ = [
     "encode",
     "group_advantages",
     "latent_reasoning",
+    "latent_states",
     "normal_noise",
     "ranking_metrics",
     "ranking_rewards",

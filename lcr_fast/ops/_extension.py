@@ -16,6 +16,7 @@ def extension_error() -> ImportError | None:
 
 def has_kernel(op: str, device: str) -> bool:
     """Whether the loaded extension serves ``op`` on tensors of ``device`` (``cpu``, ``cuda``)."""
-    if _error is not None:
+    name = f"lcr_fast::{op}"
+    if not torch._C._dispatch_has_kernel(name):
         return False
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"lcr_fast::{op}", device.upper())
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, device.upper())

@@ -1,9 +1,22 @@
-"""Encoders, latent cross reasoning and its noisy rollouts."""
+"""Encoders, latent cross reasoning and its noisy rollouts.
 
+Reasoning has three implementations: the reference; ``triton`` on CUDA tensors (and on CPU tensors
+under Triton's interpreter, if asked for); ``cpp`` on CPU tensors. The fused two serve the defaults
+of the model and ``share_steps``, ``step_ffn``; their own limits on sizes and dtypes are in
+:func:`reasoning_backends`. What they do not serve runs on the reference.
+"""
+
+import os
+from typing import Any, NamedTuple
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lcr_fast import reference
-from lcr_fast.ops._dispatch import choose_backend
+from lcr_fast.noise import dropout_threshold
+from lcr_fast.ops._dispatch import choose_backend, extension_obstacle
+from lcr_fast.ops._extension import has_kernel
 from lcr_fast.ops.noise import (
     ENCODER_SITES,
     REASONING_SITES,
@@ -11,11 +24,234 @@ from lcr_fast.ops.noise import (
     Dropout,
     normal_noise,
 )
-from lcr_fast.reference import States
+from lcr_fast.reference import States, Streams
 from lcr_fast.weights import REC, SEARCH, EncoderWeights, ReasoningWeights
 
-# No fused implementation is registered yet; explicit requests for one say so.
-AVAILABLE: dict[str, str | None] = {"reference": None}
+# -- who serves -----------------------------------------------------------------------------------
+
+# Looked up once: torch.compile cannot trace the questions.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_HAS_CPP = has_kernel("cpu_latent_reasoning_fwd", "cpu")
+
+
+class ReasoningCase(NamedTuple):
+    """All that decides which implementations can serve a call."""
+
+    device: str  # cpu, cuda
+    dtype: torch.dtype
+    dim: int
+    n_heads: int
+    ffn_dim: int
+    search_len: int
+    rec_len: int
+    update: str = "jacobi"
+    cross_memory: str = "post_msa"
+    step_embedding: bool = False
+
+
+def _switch_obstacle(case: ReasoningCase) -> str | None:
+    if case.update != "jacobi":
+        return f"it has no update={case.update!r}"
+    if case.cross_memory != "post_msa":
+        return f"it has no cross_memory={case.cross_memory!r}"
+    return "it has no step embedding" if case.step_embedding else None
+
+
+def _triton_obstacle(case: ReasoningCase) -> str | None:
+    if case.device == "cpu" and not _INTERPRETED:
+        return "it needs CUDA tensors"
+    try:
+        from lcr_fast.kernels import reasoning as kernels
+    except ImportError as error:
+        return f"Triton is not installed ({error})"
+    return _switch_obstacle(case) or kernels.obstacle(
+        dim=case.dim, n_heads=case.n_heads, ffn_dim=case.ffn_dim, search_len=case.search_len,
+        rec_len=case.rec_len, dtype=case.dtype,
+    )  # fmt: skip
+
+
+def _cpp_obstacle(case: ReasoningCase) -> str | None:
+    if case.device != "cpu":
+        return "it needs CPU tensors"
+    if (error := extension_obstacle()) is not None:
+        return error
+    if not _HAS_CPP:
+        return "the C++ extension was built without it"
+    if case.dtype != torch.float32:
+        return f"it computes float32, not {case.dtype}"
+    return _switch_obstacle(case)
+
+
+def reasoning_backends(case: ReasoningCase) -> dict[str, str | None]:
+    """List the implementations of :func:`latent_reasoning`, each with None or what prevents it."""
+    fused = {"cpp": _cpp_obstacle(case)} if case.device == "cpu" else {}
+    obstacles = {**fused, "triton": _triton_obstacle(case)}
+    if case.device == "cpu":  # the interpreter is for tests: never chosen by itself
+        return {"cpp": obstacles["cpp"], "reference": None, "triton": obstacles["triton"]}
+    return {"triton": obstacles["triton"], "reference": None, "cpp": _cpp_obstacle(case)}
+
+
+def encode_backends(device: str, dtype: torch.dtype) -> dict[str, str | None]:
+    """List the implementations of :func:`encode`, each with None or what prevents it."""
+    return {"reference": None}
+
+
+def expected_backend(device: str, dtype: torch.dtype) -> str | None:
+    """Name the backend that a caller counts on; float64 is for exactness, not for speed."""
+    if dtype == torch.float64:
+        return None
+    return {"cpu": "cpp", "cuda": "triton"}.get(device)
+
+
+# -- registered ops -------------------------------------------------------------------------------
+
+_ARGUMENTS = (
+    "Tensor search, Tensor rec, Tensor search_lengths, Tensor rec_lengths, Tensor rows, "
+    "Tensor target_keys, Tensor[] weights"
+)
+_SCALARS = (
+    "int steps, int n_heads, int n_trajectories, float noise_scale, int noise_seed, "
+    "int dropout_threshold, int dropout_seed"
+)
+_FWD_SCHEMA = (
+    f"({_ARGUMENTS}, {_SCALARS}, bool save_states) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_BWD_SCHEMA = (
+    f"(Tensor dsearch_out, Tensor drec_out, Tensor dpooled, {_ARGUMENTS}, {_SCALARS}, "
+    "Tensor saved_search, Tensor saved_rec) -> (Tensor, Tensor, Tensor, Tensor[])"
+)
+
+
+def _fwd_fake(
+    search, rec, search_lengths, rec_lengths, rows, target_keys, weights, steps, n_heads,
+    n_trajectories, noise_scale, noise_seed, dropout_threshold, dropout_seed, save_states,
+):  # fmt: skip
+    B, n_search, D = search.shape
+    n_rec, N, n_saved = rec.shape[1], n_trajectories, steps - 1 if save_states else 0
+    pooled = (B, N, steps, 2, 2, D) if target_keys.numel() else (0,)
+    return (
+        search.new_empty(B, N, n_search, D),
+        rec.new_empty(B, N, n_rec, D),
+        search.new_empty(pooled),
+        search.new_empty(n_saved, B, N, n_search, D),
+        rec.new_empty(n_saved, B, N, n_rec, D),
+    )
+
+
+def _bwd_fake(
+    dsearch_out, drec_out, dpooled, search, rec, search_lengths, rec_lengths, rows, target_keys,
+    weights, *_,
+):  # fmt: skip
+    inputs = (torch.empty_like(t) for t in (search, rec, target_keys))
+    return (*inputs, [torch.empty_like(w) for w in weights])
+
+
+def _triton_fwd(*args):
+    from lcr_fast.kernels import reasoning as kernels
+
+    return kernels.latent_reasoning_fwd(*args)
+
+
+def _triton_bwd(*args):
+    from lcr_fast.kernels import reasoning as kernels
+
+    return kernels.latent_reasoning_bwd(*args)
+
+
+# Schemas are known before Triton is: importing this package must not import it.
+_LIBRARY = torch.library.Library("lcr_fast", "FRAGMENT")
+for _name, _schema, _launch in (
+    ("triton_latent_reasoning_fwd", _FWD_SCHEMA, _triton_fwd),
+    ("triton_latent_reasoning_bwd", _BWD_SCHEMA, _triton_bwd),
+):
+    _LIBRARY.define(_name + _schema)
+    for _device in ("CUDA", "CPU"):  # CPU: the interpreter
+        _LIBRARY.impl(_name, _launch, _device)
+for _prefix in ("triton", "cpu"):
+    if _prefix == "triton" or _HAS_CPP:
+        torch.library.register_fake(f"lcr_fast::{_prefix}_latent_reasoning_fwd", _fwd_fake)
+        torch.library.register_fake(f"lcr_fast::{_prefix}_latent_reasoning_bwd", _bwd_fake)
+
+_OPS = {"triton": "triton_latent_reasoning", "cpp": "cpu_latent_reasoning"}
+
+
+class _Scalars(NamedTuple):
+    """The numbers that every pass of one call shares, in the order of the schema."""
+
+    steps: int
+    n_heads: int
+    n_trajectories: int = 1
+    noise_scale: float = 0.0
+    noise_seed: int = 0
+    dropout_threshold: int = 0
+    dropout_seed: int = 0
+
+
+class _LatentReasoning(torch.autograd.Function):
+    """Saves the inputs and, by the forward op, each later step's input; all else is recomputed."""
+
+    @staticmethod
+    def forward(
+        ctx, op, scalars, search, rec, search_lengths, rec_lengths, rows, target_keys, *weights
+    ):
+        inputs = (search, rec, search_lengths, rec_lengths, rows, target_keys)
+        out_search, out_rec, pooled, *saved = getattr(torch.ops.lcr_fast, f"{op}_fwd")(
+            *inputs, list(weights), *scalars, True
+        )
+        ctx.op, ctx.scalars, ctx.n_weights = op, scalars, len(weights)
+        ctx.save_for_backward(*inputs, *weights, *saved)
+        return out_search, out_rec, pooled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dsearch_out, drec_out, dpooled):
+        tensors = ctx.saved_tensors
+        inputs, weights, saved = tensors[:6], tensors[6:-2], tensors[-2:]
+        dsearch, drec, dkeys, dweights = getattr(torch.ops.lcr_fast, f"{ctx.op}_bwd")(
+            dsearch_out.contiguous(), drec_out.contiguous(), dpooled.contiguous(),
+            *inputs, list(weights), *ctx.scalars, *saved,
+        )  # fmt: skip
+        return None, None, dsearch, drec, None, None, None, dkeys, *dweights
+
+
+def _fused(
+    backend: str,
+    search: Tensor,  # [B, L_s, D]
+    rec: Tensor,  # [B, L_r, D]
+    search_lengths: Tensor,  # [B]
+    rec_lengths: Tensor,  # [B]
+    rows: Tensor | None,  # int64 [B]
+    target_keys: Tensor | None,  # [B, 2, D]
+    weights: ReasoningWeights,
+    scalars: _Scalars,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Run a fused op, in training with its backward: [B, N, L, D] twice, [B, N, K, 2, 2, D]."""
+    rows = search_lengths if rows is None else rows
+    keys = search.new_empty(0) if target_keys is None else target_keys
+    inputs = [
+        t.contiguous() for t in (search, rec, search_lengths, rec_lengths, rows, keys, *weights)
+    ]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        out_search, out_rec, pooled = _LatentReasoning.apply(_OPS[backend], scalars, *inputs)
+    else:
+        op = getattr(torch.ops.lcr_fast, f"{_OPS[backend]}_fwd")
+        out_search, out_rec, pooled, *_ = op(*inputs[:6], inputs[6:], *scalars, False)
+    return out_search, out_rec, None if target_keys is None else pooled
+
+
+# -- public functions -----------------------------------------------------------------------------
+
+
+class Reasoned(NamedTuple):
+    """What K steps make of both streams."""
+
+    search: Tensor  # [..., L_s, D] h_s^(K)
+    rec: Tensor  # [..., L_r, D] h_r^(K)
+    pooled: Tensor | None  # [..., K, 2, 2, D] see reference.pool_steps; None if not asked for
+
+    @property
+    def streams(self) -> Streams:
+        return self.search, self.rec
 
 
 def _check_stream(name: str, x: Tensor, lengths: Tensor, dim: int) -> None:
@@ -49,7 +285,7 @@ def encode(
     dim = weights.qkv_weight.shape[-1]
     _check_stream("x", x, lengths, dim)
     _check_heads(dim, n_heads)
-    choose_backend("encode", backend, AVAILABLE)
+    choose_backend("encode", backend, encode_backends(x.device.type, x.dtype))
     masks = None
     if dropout is not None:
         dropout.check(x)
@@ -58,28 +294,10 @@ def encode(
     return reference.encode(x, lengths, weights, stream, n_heads=n_heads, masks=masks)
 
 
-def latent_reasoning(
-    search: Tensor,
-    rec: Tensor,
-    search_lengths: Tensor,
-    rec_lengths: Tensor,
-    weights: ReasoningWeights,
-    steps: int,
-    *,
-    n_heads: int,
-    step_embedding: Tensor | None = None,
-    update: str = "jacobi",
-    cross_memory: str = "post_msa",
-    dropout: Dropout | None = None,
-    backend: str = "auto",
-) -> States:
-    """Run K latent cross reasoning steps: see :func:`lcr_fast.reference.latent_reasoning`.
-
-    ``dropout`` acts on every sublayer's output, on states [B, L, D]; None means none.
-    ``search`` [..., L_s, D] and ``rec`` [..., L_r, D] share dtype and leading axes; the lengths
-    are integers [...], or broadcast to it. ``steps`` >= 0.
-    Raises ValueError on other shapes or dtypes, and where ``backend`` cannot serve the call.
-    """
+def _check_reasoning(
+    search: Tensor, rec: Tensor, search_lengths: Tensor, rec_lengths: Tensor,
+    weights: ReasoningWeights, steps: int, n_heads: int,
+) -> None:  # fmt: skip
     dim = weights.self_qkv_weight.shape[-1]
     _check_stream("search", search, search_lengths, dim)
     _check_stream("rec", rec, rec_lengths, dim)
@@ -92,7 +310,40 @@ def latent_reasoning(
     n_sets = weights.self_qkv_weight.shape[0]
     if steps < 0 or (n_sets != 1 and n_sets < steps):
         raise ValueError(f"steps must be 0..{n_sets} for {n_sets} sets of weights, got {steps}")
-    choose_backend("latent_reasoning", backend, AVAILABLE)
+
+
+def _choose(
+    op: str, backend: str, search: Tensor, rec: Tensor, weights: ReasoningWeights, n_heads: int,
+    update: str, cross_memory: str, step_embedding: Tensor | None,
+) -> str:  # fmt: skip
+    device, dtype = search.device.type, search.dtype
+    case = ReasoningCase(
+        device, dtype, search.shape[-1], n_heads, weights.ffn_in_weight.shape[-2],
+        search.shape[-2], rec.shape[-2], update, cross_memory, step_embedding is not None,
+    )  # fmt: skip
+    expected = expected_backend(device, dtype)
+    return choose_backend(op, backend, reasoning_backends(case), expected)
+
+
+def latent_states(
+    search: Tensor,
+    rec: Tensor,
+    search_lengths: Tensor,
+    rec_lengths: Tensor,
+    weights: ReasoningWeights,
+    steps: int,
+    *,
+    n_heads: int,
+    step_embedding: Tensor | None = None,
+    update: str = "jacobi",
+    cross_memory: str = "post_msa",
+    dropout: Dropout | None = None,
+) -> States:
+    """Run K steps and keep every state, for analysis: always on the reference.
+
+    Arguments as for :func:`latent_reasoning`.
+    """
+    _check_reasoning(search, rec, search_lengths, rec_lengths, weights, steps, n_heads)
     masks = None
     if dropout is not None:
         dropout.check(search)
@@ -105,6 +356,73 @@ def latent_reasoning(
         search, rec, search_lengths, rec_lengths, weights, steps, n_heads=n_heads,
         step_embedding=step_embedding, update=update, cross_memory=cross_memory, masks=masks,
     )  # fmt: skip
+
+
+def latent_reasoning(
+    search: Tensor,
+    rec: Tensor,
+    search_lengths: Tensor,
+    rec_lengths: Tensor,
+    weights: ReasoningWeights,
+    steps: int,
+    *,
+    n_heads: int,
+    target_keys: Tensor | None = None,
+    step_embedding: Tensor | None = None,
+    update: str = "jacobi",
+    cross_memory: str = "post_msa",
+    dropout: Dropout | None = None,
+    backend: str = "auto",
+) -> Reasoned:
+    """Run K latent cross reasoning steps: see :func:`lcr_fast.reference.latent_reasoning`.
+
+    ``search`` [..., L_s, D] and ``rec`` [..., L_r, D] share dtype and leading axes; the lengths
+    are integers [...], or broadcast to it. ``steps`` >= 0. ``target_keys`` [..., 2, D], W_x e_t of
+    both streams, asks for the pooled vectors of every step (:func:`reference.pool_steps`).
+    ``dropout`` acts on every sublayer's output, on states [B, L, D]; None means none.
+    Weights are float32 or of the states' dtype.
+    Raises ValueError on other shapes or dtypes, and where ``backend`` cannot serve the call.
+    """
+    _check_reasoning(search, rec, search_lengths, rec_lengths, weights, steps, n_heads)
+    leading = search.shape[:-2]
+    if target_keys is not None and target_keys.shape != (*leading, 2, search.shape[-1]):
+        raise ValueError(
+            f"target_keys must be {[*leading, 2, search.shape[-1]]}, got {list(target_keys.shape)}"
+        )
+    if dropout is not None:
+        dropout.check(search)
+    chosen = _choose(
+        "latent_reasoning", backend, search, rec, weights, n_heads, update, cross_memory,
+        step_embedding,
+    )  # fmt: skip
+    if chosen == "reference" or steps == 0:
+        states = latent_states(
+            search, rec, search_lengths, rec_lengths, weights, steps, n_heads=n_heads,
+            step_embedding=step_embedding, update=update, cross_memory=cross_memory,
+            dropout=dropout,
+        )  # fmt: skip
+        pooled = None
+        if target_keys is not None:
+            pooled = reference.pool_steps(states, search_lengths, rec_lengths, target_keys)
+        return Reasoned(*states.h[-1], pooled)
+    scalars = _Scalars(steps, n_heads)
+    rows = None
+    if dropout is not None:
+        rows = dropout.rows
+        scalars = scalars._replace(
+            dropout_threshold=dropout_threshold(dropout.rate), dropout_seed=dropout.seed
+        )
+    out_search, out_rec, pooled = _fused(
+        chosen, search.flatten(0, -3), rec.flatten(0, -3),
+        search_lengths.expand(leading).flatten(), rec_lengths.expand(leading).flatten(), rows,
+        None if target_keys is None else target_keys.to(search.dtype).flatten(0, -3), weights,
+        scalars,
+    )  # fmt: skip
+    return Reasoned(
+        out_search.view(search.shape),
+        out_rec.view(rec.shape),
+        None if pooled is None else pooled.view(*leading, *pooled.shape[2:]),
+    )
 
 
 def rollout(
@@ -124,23 +442,39 @@ def rollout(
     update: str = "jacobi",
     cross_memory: str = "post_msa",
     backend: str = "auto",
-) -> States:
+) -> Reasoned:
     """Reason from N noisy copies of each user's h^(0) (paper, Eq. 14).
 
         h_n^(0) = h^(0) + gamma eps_n,   eps_n ~ N(0, I) on valid positions
 
     ``search`` [B, L_s, D], ``rec`` [B, L_r, D], lengths [B], ``rows`` int64 [B] names the users for
-    the generator (:mod:`lcr_fast.noise`). Dropout is off. Returns states [B, N, L, D].
+    the generator (:mod:`lcr_fast.noise`). Dropout is off. Returns states [B, N, L, D]. The fused
+    backends draw the noise where they read h^(0), in backward again, and never store it.
     """
     if n_trajectories < 1:
         raise ValueError(f"n_trajectories must be at least 1, got {n_trajectories}")
+    if rows.shape != search_lengths.shape or rows.dtype != torch.int64:
+        raise ValueError(
+            f"rows must be int64 {list(search_lengths.shape)}, got {rows.dtype} {list(rows.shape)}"
+        )
+    _check_reasoning(search, rec, search_lengths, rec_lengths, weights, steps, n_heads)
+    options: dict[str, Any] = {
+        "step_embedding": step_embedding, "update": update, "cross_memory": cross_memory,
+    }  # fmt: skip
+    chosen = _choose("rollout", backend, search, rec, weights, n_heads, **options)
+    if chosen != "reference" and steps:
+        scalars = _Scalars(steps, n_heads, n_trajectories, noise_scale, seed)
+        out_search, out_rec, _ = _fused(
+            chosen, search, rec, search_lengths, rec_lengths, rows, None, weights, scalars
+        )
+        return Reasoned(out_search, out_rec, None)
     noisy = []
     for stream, x in ((SEARCH, search), (REC, rec)):
         length, dim = x.shape[-2:]
         eps = normal_noise(rows, seed, n_trajectories, stream, length, dim, x.dtype)
         noisy.append(x.unsqueeze(1) + noise_scale * eps)  # [B, N, L, D]
-    return latent_reasoning(
+    states = latent_states(
         noisy[SEARCH], noisy[REC], search_lengths.unsqueeze(1), rec_lengths.unsqueeze(1),
-        weights, steps, n_heads=n_heads, step_embedding=step_embedding, update=update,
-        cross_memory=cross_memory, backend=backend,
+        weights, steps, n_heads=n_heads, **options,
     )  # fmt: skip
+    return Reasoned(*states.h[-1], None)

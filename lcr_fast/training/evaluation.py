@@ -12,8 +12,9 @@ from lcr_fast.batch import Batch
 from lcr_fast.data.batching import Batcher
 from lcr_fast.data.prepared import PreparedData, Samples
 from lcr_fast.model import LCRSER, mask_items
-from lcr_fast.objectives import target_distances
+from lcr_fast.objectives import distance
 from lcr_fast.ops.ranking import target_rank
+from lcr_fast.reference import pool_steps
 from lcr_fast.weights import REC, SEARCH
 
 PROTOCOLS = ("sampled", "catalogue", "impressions")
@@ -37,7 +38,7 @@ def model_scorer(model: LCRSER) -> Scorer:
     """Score with a model, in evaluation mode."""
 
     def read(batch: Batch) -> Score:
-        h = model.states(batch).h[-1]
+        h = model.final_states(batch)
         return lambda ids: model.score(h, batch, ids)
 
     return read
@@ -306,9 +307,14 @@ def state_distances(model: LCRSER, data: PreparedData, split: str = "test") -> d
         both = (batch.search_lengths > 0) & (batch.rec_lengths > 0)
         target = model.item_vectors(batch.candidates[:, 0])
         lengths = (batch.search_lengths, batch.rec_lengths)
-        for name, pairs in (("h", states.h), ("a", states.a)):
-            distances = target_distances(pairs, lengths, target, model.head.target_weight)
-            total = distances[..., both].double().sum(-1).cpu()  # [n, 2]
+        a, h = pool_steps(states, *lengths, model.target_keys(target)).unbind(2)  # [B, K, 2, D]
+        pooled = (
+            model.pool(states.h[0][x], lengths[x], target.unsqueeze(1), x)[0] for x in (SEARCH, REC)
+        )
+        h = torch.cat((torch.stack(tuple(pooled), 2), h), 1)  # [B, K + 1, 2, D]
+        for name, vectors in (("h", h), ("a", a)):
+            distances = distance(target[:, None, None], vectors)[both]  # [b, n, 2]
+            total = distances.double().sum(0).cpu()  # [n, 2]
             sums[name] = sums[name] + total if name in sums else total
         n_users += int(both.sum())
     means = {name: total / max(n_users, 1) for name, total in sums.items()}

@@ -104,15 +104,17 @@ class Supervised(Objective):
         config, model = self.config, self.model
         model.train()
         model.dropout_seed = seed
-        states = model.states(batch)
-        loss = rank_loss(model.score(states.h[-1], batch), batch.target, config.rank_loss)
-        logs = {"rank_loss": loss.item()}
+        target = None
         if config.tcl_weight and model.config.steps:
+            target = model.item_vectors(batch.candidates[:, 0])  # [B, D]
+        reasoned = model.reason(model.encode(batch), batch, target)
+        loss = rank_loss(model.score(reasoned.streams, batch), batch.target, config.rank_loss)
+        logs = {"rank_loss": loss.item()}
+        if target is not None:
             contrast = tcl(
-                states,
+                reasoned.pooled,
                 (batch.search_lengths, batch.rec_lengths),
-                model.item_vectors(batch.candidates[:, 0]),
-                model.head.target_weight,
+                target,
                 margin=config.tcl_margin,
                 kind=config.tcl_distance,
                 detach_negative=config.tcl_detach_negative,
@@ -157,8 +159,10 @@ class _Trajectories(Objective):
         """Score the candidates on N noisy trajectories, dropout off: [B, N, C]."""
         model.eval()
         h0 = model.encode(batch)
-        states = model.rollout(h0, batch, self.config.n_trajectories, self.config.noise_scale, seed)
-        return model.score(states.h[-1], batch)
+        reasoned = model.rollout(
+            h0, batch, self.config.n_trajectories, self.config.noise_scale, seed
+        )
+        return model.score(reasoned.streams, batch)
 
 
 class NoisySupervised(_Trajectories):
