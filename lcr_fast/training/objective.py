@@ -110,7 +110,7 @@ class Supervised(Objective):
         reasoned = model.reason(model.encode(batch), batch, target)
         loss = rank_loss(model.score(reasoned.streams, batch), batch.target, config.rank_loss)
         logs = {"rank_loss": loss.item()}
-        if target is not None:
+        if target is not None and reasoned.pooled is not None:
             contrast = tcl(
                 reasoned.pooled,
                 (batch.search_lengths, batch.rec_lengths),
