@@ -471,8 +471,8 @@ def test_ops_refuse_what_does_not_fit(case):
             dropout=Dropout(0.1, 0, torch.arange(7)),
         ),
         "dropout needs states": lambda: ops.score(
-            search[:, None], rec[:, None], n_s[:, None], n_r[:, None], items[:, None],
-            user[:, None], head, dropout=Dropout(0.1, 0, torch.arange(7)),
+            search[:, None], rec[:, None], n_s, n_r, items, user, head,
+            dropout=Dropout(0.1, 0, torch.arange(7)),
         ),
         "n_trajectories must be at least 1": lambda: ops.rollout(
             search, rec, n_s, n_r, torch.arange(7), step, 2, n_trajectories=0, noise_scale=1.0,
