@@ -351,7 +351,6 @@ struct BackwardWork {
     first.resize(net.hidden * ld);
     dfirst.resize(net.hidden * ld);
     user_sum.resize(net.hidden);
-    ones.assign(ld, 1.0f);
     for (int x : {kSearch, kRec}) {
       keys[x].resize(net.dim * ld);
       keys_swapped[x].resize(ld * net.dim);
@@ -370,7 +369,6 @@ struct BackwardWork {
   Buffer first;                 // [hidden, ld]
   Buffer dfirst;                // [hidden, ld] sum over trajectories
   Buffer user_sum;              // [hidden]
-  Buffer ones;
   Buffer keys[2];          // [dim, ld]
   Buffer keys_swapped[2];  // [n, dim]
   Buffer dkeys[2];         // [n, dim]
@@ -390,7 +388,7 @@ void head_bwd(const Net& net, int64_t n, float kept, BackwardWork& w, WeightSums
     float* dx = w.dlayers[l - 1].data();
     k.transpose(x, ld, in, n, w.swapped.data(), in);
     k.gemm(out, in, n, {d, ld, 1}, w.swapped.data(), in, sums.weight(l), in, nullptr, true, false);
-    k.gemm(out, 1, n, {d, ld, 1}, w.ones.data(), 1, sums.bias(l), 1, nullptr, true, false);
+    k.row_sums(d, ld, out, n, sums.bias(l), true);
     k.gemm(in, n, out, {a.weights[l], 1, in}, d, ld, dx, ld, nullptr, false, false);
     k.relu_bwd(x, kept, ld, in, n, dx);
   }
@@ -522,8 +520,7 @@ void score_bwd_cpu(const ScoringArgs& args, const CandidateArgs& candidates, con
                  nullptr, true, false);
           for (const Segment& s : segments) {
             float* sum = w.user_sum.data();
-            k.gemm(net.hidden, 1, s.size, {dfirst + s.begin, ld, 1}, w.ones.data(), 1, sum, 1,
-                   nullptr, false, false);
+            k.row_sums(dfirst + s.begin, ld, net.hidden, s.size, sum, false);
             for (int64_t h = 0; h < net.hidden; ++h) sums.bias(0)[h] += sum[h];
             if (args.user == nullptr) continue;
             k.gemm(1, D, net.hidden, {sum, 0, 1}, args.weights[0] + 3 * D, net.inputs,

@@ -32,6 +32,8 @@ struct ScoringKernels {
   // out[c] (+)= sum over rows of x * y, for every column.
   void (*column_dots)(const float* x, const float* y, int64_t ld, int64_t rows, int64_t n,
                       float* out, bool add);
+  // out [rows] = sum over the columns of x; added to out where `add`.
+  void (*row_sums)(const float* x, int64_t ld, int64_t rows, int64_t n, float* out, bool add);
   // out [n, m] = in [m, n], transposed.
   void (*transpose)(const float* in, int64_t ld_in, int64_t m, int64_t n, float* out,
                     int64_t ld_out);
@@ -183,21 +185,38 @@ LCR_TARGET void gemm_columns(int64_t m, int64_t k, Strided a, const float* b, in
   }
 }
 
+// Products summed in one chain; chains are added up, which halves the rounding of long sums.
+constexpr int64_t kChain = 32;
+
+template <int kVectors, bool kTail>
+LCR_TARGET void gemm_panel(int64_t m, int64_t k, Strided a, const float* b, int64_t ldb, float* c,
+                           int64_t ldc, const float* bias, bool add, bool relu, Tail tail) {
+  int64_t chains = k > kChain ? (k + kChain - 1) / kChain : 1;
+  for (bool first = true; chains > 0; first = false, --chains) {
+    const int64_t depth = (k + chains - 1) / chains;
+    gemm_columns<kVectors, kTail>(m, depth, a, b, ldb, c, ldc, first ? bias : nullptr,
+                                  add || !first, relu && chains == 1, tail);
+    a.data += depth * a.col;
+    b += depth * ldb;
+    k -= depth;
+  }
+}
+
 LCR_TARGET void gemm(int64_t m, int64_t n, int64_t k, Strided a, const float* b, int64_t ldb,
                      float* c, int64_t ldc, const float* bias, bool add, bool relu) {
   // Columns outside, so that a block of B stays in the first cache while A passes by.
   while (n >= 2 * kWidth) {
-    gemm_columns<2, false>(m, k, a, b, ldb, c, ldc, bias, add, relu, Tail{});
+    gemm_panel<2, false>(m, k, a, b, ldb, c, ldc, bias, add, relu, Tail{});
     n -= 2 * kWidth;
     b += 2 * kWidth;
     c += 2 * kWidth;
   }
   if (n > kWidth)
-    gemm_columns<2, true>(m, k, a, b, ldb, c, ldc, bias, add, relu, tail_of(n - kWidth));
+    gemm_panel<2, true>(m, k, a, b, ldb, c, ldc, bias, add, relu, tail_of(n - kWidth));
   else if (n == kWidth)
-    gemm_columns<1, false>(m, k, a, b, ldb, c, ldc, bias, add, relu, Tail{});
+    gemm_panel<1, false>(m, k, a, b, ldb, c, ldc, bias, add, relu, Tail{});
   else if (n > 0)
-    gemm_columns<1, true>(m, k, a, b, ldb, c, ldc, bias, add, relu, tail_of(n));
+    gemm_panel<1, true>(m, k, a, b, ldb, c, ldc, bias, add, relu, tail_of(n));
 }
 
 // e^x for x <= 0 or NaN, within 2 ulp: the polynomial of Cephes' expf. 0 below the normal numbers.
@@ -290,6 +309,19 @@ LCR_TARGET void column_dots(const float* x, const float* y, int64_t ld, int64_t 
   if (c < n) column_dot<true>(x + c, y + c, ld, rows, out + c, add, tail_of(n - c));
 }
 
+LCR_TARGET void row_sums(const float* x, int64_t ld, int64_t rows, int64_t n, float* out,
+                         bool add) {
+  for (int64_t h = 0; h < rows; ++h, x += ld) {
+    double sum[kWidth] = {};
+    int64_t c = 0;
+    for (; c + kWidth <= n; c += kWidth)
+      for (int64_t i = 0; i < kWidth; ++i) sum[i] += x[c + i];
+    for (; c < n; ++c) sum[0] += x[c];
+    for (int64_t i = 1; i < kWidth; ++i) sum[0] += sum[i];
+    out[h] = static_cast<float>(add ? out[h] + sum[0] : sum[0]);
+  }
+}
+
 LCR_TARGET void transpose(const float* in, int64_t ld_in, int64_t m, int64_t n, float* out,
                           int64_t ld_out) {
   // Blocks of 16 x 16, whose lines fit the first cache on both sides.
@@ -359,9 +391,8 @@ LCR_TARGET void dropout(float* x, int64_t ld, int64_t rows, int64_t n, int64_t f
   }
 }
 
-constexpr ScoringKernels kThisLevel = {gemm,      softmax,  softmax_bwd, column_dots,
-                                       transpose, add_bias, relu,        relu_bwd,
-                                       dropout};
+constexpr ScoringKernels kThisLevel = {gemm,      softmax,  softmax_bwd, column_dots, row_sums,
+                                       transpose, add_bias, relu,        relu_bwd,    dropout};
 
 }  // namespace
 }  // namespace lcr_fast
