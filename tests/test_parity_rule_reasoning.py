@@ -288,8 +288,9 @@ CORRECT = {
     "FFN in blocks of hidden units": (
         _FFN_OUT,
         "out = weights.ffn_out_bias\n"
-        "    for i in range(0, hidden.shape[-1], 8):\n"
-        "        out = out + F.linear(hidden[..., i : i + 8], weights.ffn_out_weight[:, i : i + 8])\n"
+        "    blocks = weights.ffn_out_weight.split(8, -1)\n"
+        "    for h, w in zip(hidden.split(8, -1), blocks, strict=True):\n"
+        "        out = out + F.linear(h, w)\n"
         "    return out",
     ),
 }
