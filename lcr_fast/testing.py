@@ -209,16 +209,27 @@ class Reasoning(NamedTuple):
     rows: Tensor  # int64 [B]
     upstream: dict[str, Tensor]  # search, rec, pooled
 
-    def to(self, dtype: torch.dtype, weights: torch.dtype | None = None) -> "Reasoning":
+    def to(
+        self,
+        dtype: torch.dtype,
+        weights: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> "Reasoning":
         """Cast all that is floating point; the weights to a dtype of their own, if given."""
-        chosen = {
-            name: (weights or dtype) if name in ReasoningWeights._fields else dtype
-            for name in self.inputs
-        }
+
+        def cast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {
+                name: t.to(
+                    device, weights if weights and name in ReasoningWeights._fields else dtype
+                )
+                for name, t in tensors.items()
+            }
+
+        n_search, n_rec = self.lengths
         return self._replace(
-            inputs={name: t.to(chosen[name]) for name, t in self.inputs.items()},
-            upstream={name: t.to(dtype) for name, t in self.upstream.items()},
-        )
+            inputs=cast(self.inputs), lengths=(n_search.to(device), n_rec.to(device)),
+            rows=self.rows.to(device), upstream=cast(self.upstream),
+        )  # fmt: skip
 
 
 def random_reasoning(case: ReasoningCase, seed: int = 0) -> Reasoning:
