@@ -216,7 +216,9 @@ def from_markdown(text: str) -> tuple[dict[str, str], list[Usage]]:
 
 def main(argv: list[str] | None = None) -> None:
     """Compile, measure, write the table."""
-    parser = argparse.ArgumentParser(prog="python -m lcr_fast.kernels.resources", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m lcr_fast.kernels.resources", description=__doc__
+    )
     parser.add_argument("--arch", nargs="+", choices=SHARED_BYTES, default=list(SHARED_BYTES))
     parser.add_argument("-o", "--out", type=Path, help="file of the table; else standard output")
     parser.add_argument("--only", default="", help="a regular expression that names must contain")
