@@ -95,11 +95,6 @@ using Parallel = std::function<void(int64_t n_tasks, const Task& task)>;
 Faults ranking_cpu(const RankingArgs& args, const Parallel& parallel);
 Faults catalogue_cpu(const CatalogueArgs& args, const Parallel& parallel);
 
-// Instruction sets of the CPU path: 0 baseline, 1 AVX2, 2 AVX-512.
-// LCR_FAST_CPU=baseline|avx2|avx512 chooses one, read once. Returns -1 where that names none, -2
-// where this CPU lacks it.
-int64_t cpu_level();
-
 // CUDA. `scratch` is [2 * n_rows] int64 and `partial` [ranking_partials(n_rows) * (n_metrics + 1)]
 // double (unused unless the output is sums); `faults` is a device Faults. `stream` is a
 // cudaStream_t. Returns the cudaError_t of the launches; a row with bad data becomes NaN.

@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu_level.h"
 #include "ranking.h"
 
 namespace lcr_fast {

@@ -4,36 +4,19 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <limits>
 #include <memory>
 #include <vector>
 
+#include "../cpu_level.h"
 #include "ranking_scan.h"
 
 namespace lcr_fast {
 namespace {
 
 constexpr int64_t kWholeList = std::numeric_limits<int64_t>::max();
-
-int64_t choose_level() {
-  int64_t best = 0;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = 1;
-  if (best == 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    best = 2;
-#endif
-  const char* wanted = std::getenv("LCR_FAST_CPU");
-  if (wanted == nullptr || *wanted == '\0') return best;
-  const char* const names[] = {"baseline", "avx2", "avx512"};
-  for (int64_t level = 0; level < 3; ++level)
-    if (std::strcmp(wanted, names[level]) == 0) return level <= best ? level : -2;
-  return -1;
-}
 
 const RankingKernels& kernels() {
 #if defined(__x86_64__)
@@ -675,11 +658,6 @@ void ranking_rows(const RankingArgs& args, const Scorer& scorer, Sink& sink, Fir
 }
 
 }  // namespace
-
-int64_t cpu_level() {
-  static const int64_t level = choose_level();
-  return level;
-}
 
 Faults ranking_cpu(const RankingArgs& args, const Parallel& parallel) {
   const Scorer scorer(args.metric);

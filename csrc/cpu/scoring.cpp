@@ -315,7 +315,7 @@ struct WeightSums {
       sizes.push_back(width * in);
       in = width;
     }
-    for (int64_t width : args.widths) sizes.push_back(width);
+    for (int64_t width : args.widths) biases.emplace_back(width);
     int64_t total = 0;
     for (int64_t size : sizes) total += size;
     sums.resize(total);
@@ -327,11 +327,11 @@ struct WeightSums {
   }
   float* target_weight() { return parts[0]; }
   float* weight(size_t l) { return parts[1 + l]; }
-  float* bias(size_t l) { return parts[1 + (parts.size() - 1) / 2 + l]; }
-
   std::vector<int64_t> sizes;
   Buffer sums;
-  std::vector<float*> parts;  // target weight, weights, biases
+  std::vector<float*> parts;  // target weight, weights
+  // The gradient of a bias is a bare sum over all candidates, where rounding shows.
+  std::vector<std::vector<double>> biases;
 };
 
 // Room for the gradients of one tile.
@@ -351,6 +351,7 @@ struct BackwardWork {
     first.resize(net.hidden * ld);
     dfirst.resize(net.hidden * ld);
     user_sum.resize(net.hidden);
+    exact_sum.resize(net.hidden);
     for (int x : {kSearch, kRec}) {
       keys[x].resize(net.dim * ld);
       keys_swapped[x].resize(ld * net.dim);
@@ -369,6 +370,7 @@ struct BackwardWork {
   Buffer first;                 // [hidden, ld]
   Buffer dfirst;                // [hidden, ld] sum over trajectories
   Buffer user_sum;              // [hidden]
+  std::vector<double> exact_sum;
   Buffer keys[2];          // [dim, ld]
   Buffer keys_swapped[2];  // [n, dim]
   Buffer dkeys[2];         // [n, dim]
@@ -388,7 +390,7 @@ void head_bwd(const Net& net, int64_t n, float kept, BackwardWork& w, WeightSums
     float* dx = w.dlayers[l - 1].data();
     k.transpose(x, ld, in, n, w.swapped.data(), in);
     k.gemm(out, in, n, {d, ld, 1}, w.swapped.data(), in, sums.weight(l), in, nullptr, true, false);
-    k.row_sums(d, ld, out, n, sums.bias(l), true);
+    k.row_sums(d, ld, out, n, sums.biases[l].data());
     k.gemm(in, n, out, {a.weights[l], 1, in}, d, ld, dx, ld, nullptr, false, false);
     k.relu_bwd(x, kept, ld, in, n, dx);
   }
@@ -519,10 +521,14 @@ void score_bwd_cpu(const ScoringArgs& args, const CandidateArgs& candidates, con
           k.gemm(net.hidden, D, n, {dfirst, ld, 1}, w.items.data(), D, dweight + 2 * D, net.inputs,
                  nullptr, true, false);
           for (const Segment& s : segments) {
-            float* sum = w.user_sum.data();
-            k.row_sums(dfirst + s.begin, ld, net.hidden, s.size, sum, false);
-            for (int64_t h = 0; h < net.hidden; ++h) sums.bias(0)[h] += sum[h];
+            std::fill(w.exact_sum.begin(), w.exact_sum.end(), 0.0);
+            k.row_sums(dfirst + s.begin, ld, net.hidden, s.size, w.exact_sum.data());
+            for (int64_t h = 0; h < net.hidden; ++h) {
+              sums.biases[0][h] += w.exact_sum[h];
+              w.user_sum[h] = static_cast<float>(w.exact_sum[h]);
+            }
             if (args.user == nullptr) continue;
+            const float* sum = w.user_sum.data();
             k.gemm(1, D, net.hidden, {sum, 0, 1}, args.weights[0] + 3 * D, net.inputs,
                    gradients.user + s.user * D, D, nullptr, true, false);
             k.gemm(net.hidden, D, 1, {sum, 1, 0}, args.user + s.user * D, D, dweight + 3 * D,
@@ -542,7 +548,11 @@ void score_bwd_cpu(const ScoringArgs& args, const CandidateArgs& candidates, con
   total(0, gradients.target_weight);
   for (size_t l = 0; l < args.widths.size(); ++l) {
     total(1 + l, gradients.weights[l]);
-    total(1 + args.widths.size() + l, gradients.biases[l]);
+    for (int64_t h = 0; h < args.widths[l]; ++h) {
+      double sum = 0;
+      for (const WeightSums& slice : slices) sum += slice.biases[l][h];
+      gradients.biases[l][h] = static_cast<float>(sum);
+    }
   }
 }
 

@@ -32,8 +32,8 @@ struct ScoringKernels {
   // out[c] (+)= sum over rows of x * y, for every column.
   void (*column_dots)(const float* x, const float* y, int64_t ld, int64_t rows, int64_t n,
                       float* out, bool add);
-  // out [rows] = sum over the columns of x; added to out where `add`.
-  void (*row_sums)(const float* x, int64_t ld, int64_t rows, int64_t n, float* out, bool add);
+  // Add the sum over the columns of x [rows, n] to out [rows].
+  void (*row_sums)(const float* x, int64_t ld, int64_t rows, int64_t n, double* out);
   // out [n, m] = in [m, n], transposed.
   void (*transpose)(const float* in, int64_t ld_in, int64_t m, int64_t n, float* out,
                     int64_t ld_out);
@@ -185,8 +185,9 @@ LCR_TARGET void gemm_columns(int64_t m, int64_t k, Strided a, const float* b, in
   }
 }
 
-// Products summed in one chain; chains are added up, which halves the rounding of long sums.
-constexpr int64_t kChain = 32;
+// Products summed in one chain; chains are added up, which halves the rounding of long sums. Shorter
+// without fused multiply-add, where every product rounds too.
+constexpr int64_t kChain = LCR_BYTES == 16 ? 16 : 32;
 
 template <int kVectors, bool kTail>
 LCR_TARGET void gemm_panel(int64_t m, int64_t k, Strided a, const float* b, int64_t ldb, float* c,
@@ -309,16 +310,16 @@ LCR_TARGET void column_dots(const float* x, const float* y, int64_t ld, int64_t 
   if (c < n) column_dot<true>(x + c, y + c, ld, rows, out + c, add, tail_of(n - c));
 }
 
-LCR_TARGET void row_sums(const float* x, int64_t ld, int64_t rows, int64_t n, float* out,
-                         bool add) {
+LCR_TARGET void row_sums(const float* x, int64_t ld, int64_t rows, int64_t n, double* out) {
   for (int64_t h = 0; h < rows; ++h, x += ld) {
-    double sum[kWidth] = {};
     int64_t c = 0;
-    for (; c + kWidth <= n; c += kWidth)
-      for (int64_t i = 0; i < kWidth; ++i) sum[i] += x[c + i];
-    for (; c < n; ++c) sum[0] += x[c];
-    for (int64_t i = 1; i < kWidth; ++i) sum[0] += sum[i];
-    out[h] = static_cast<float>(add ? out[h] + sum[0] : sum[0]);
+    if (n >= kWidth) {
+      double lanes[kWidth] = {};
+      for (; c + kWidth <= n; c += kWidth)
+        for (int64_t i = 0; i < kWidth; ++i) lanes[i] += x[c + i];
+      for (int64_t i = 0; i < kWidth; ++i) out[h] += lanes[i];
+    }
+    for (; c < n; ++c) out[h] += x[c];
   }
 }
 

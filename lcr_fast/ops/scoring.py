@@ -382,7 +382,7 @@ def score(
     inputs = _prepare(chosen, search, rec, search_lengths, rec_lengths, candidates, user, weights)
     states, (items, user, target_weight) = inputs[:4], inputs[4:7]
     mlp = (*inputs.mlp_weights, *inputs.mlp_biases)
-    rows, scalars = inputs.search_lengths, _Scalars()
+    rows, scalars = ids.new_empty(0), _Scalars()
     if dropout is not None:
         rows = dropout.rows.contiguous()
         scalars = _Scalars(dropout_threshold(dropout.rate), dropout.seed)
