@@ -272,7 +272,8 @@ def _train(arguments: argparse.Namespace) -> None:
     _set_threads(arguments)
     with_requirements(arguments.variants)
     configs = _configs(arguments, {} if arguments.data else SYNTHETIC_DEFAULTS)
-    LCRSER(configs["model"])  # fails where the backend cannot serve it, before a file is written
+    # Fails where the backend cannot serve it, before a file is written.
+    LCRSER(configs["model"]).backend_report(arguments.device)
     if arguments.data:
         data = PreparedData.open(arguments.data)
         out = _out_folder(arguments, arguments.data.resolve().name)

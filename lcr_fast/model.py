@@ -475,10 +475,14 @@ class LCRSER(nn.Module):
         finally:
             self.train(was_training)
 
-    def backend_report(self) -> str:
-        """Say which implementation serves each op of this model, and why; one line an op."""
+    def backend_report(self, device: str | None = None) -> str:
+        """Say which implementation serves each op of this model, and why; one line an op.
+
+        ``device`` None is the model's. Raises ValueError where the config's backend cannot serve.
+        """
+        device = device or str(self.head.target_weight.device)
         lines = []
-        for op, (chosen, available) in self._choices(self.head.target_weight.device.type).items():
+        for op, (chosen, available) in self._choices(torch.device(device).type).items():
             others = [f"{name}: {why}" for name, why in available.items() if why]
             lines.append(f"{op}: {chosen}" + (f" ({'; '.join(others)})" if others else ""))
         return "\n".join(lines)

@@ -4,6 +4,7 @@
 // that a long list of candidates never meets the wide input of the MLP; likewise P_x = H_x W_x
 // gives the attention's logits from the bare item vectors. Both are made once a user where that
 // costs less.
+#include "../cpu_level.h"
 #include "../scoring.h"
 
 #include <algorithm>
