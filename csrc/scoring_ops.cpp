@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu_level.h"
 #include "scoring.h"
 
 namespace lcr_fast {
