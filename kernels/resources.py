@@ -66,6 +66,7 @@ _COLUMNS = (
     "kernel", "arch", "warps", "stages", "registers", "spilled B", "shared B", "tensor cores",
     "programs / SM",
 )  # fmt: skip
+_ALIGNMENT = ["---" if kind is str else "--:" for kind in Usage.__annotations__.values()]
 
 
 def kernel_modules() -> dict[str, ModuleType]:
@@ -129,7 +130,7 @@ def compile_variant(variant: Variant, arch: str) -> triton.compiler.CompiledKern
 
 
 def _dump_resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and stack bytes a thread, from the compiled program itself."""
+    """Read registers and stack bytes a thread from the compiled program itself."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -195,7 +196,7 @@ def to_markdown(rows: list[Usage]) -> str:
         f"Triton {triton.__version__}; sources: {', '.join(prints)}.",
         "",
         f"| {' | '.join(_COLUMNS)} |",
-        f"|{'|'.join('---' if c in ('kernel', 'arch', 'tensor cores') else '--:' for c in _COLUMNS)}|",
+        f"|{'|'.join(_ALIGNMENT)}|",
         *(f"| {' | '.join(map(str, row))} |" for row in rows),
     ]
     return "\n".join(lines) + "\n"

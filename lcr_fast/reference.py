@@ -106,7 +106,7 @@ def _add_norm(
     x: Tensor, update: Tensor, mask: Tensor | None, norm_weight: Tensor, norm_bias: Tensor
 ) -> Tensor:
     """LN(x + dropout(update)): the end of every sublayer (post-norm)."""
-    x = x + (update if mask is None else update * mask)
+    x = x + (update if mask is None else update * mask.to(update.dtype))
     return F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, EPS)
 
 
