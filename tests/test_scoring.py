@@ -1,5 +1,6 @@
 """Scoring of candidates and of the catalogue: fused against the reference, and its facts."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -102,8 +103,10 @@ def assert_matches(case: Case, **options):
 
 
 def parity_case(head: str, n_candidates: int) -> Case:
-    """Enough rows for errors to be comparable, few enough that no hidden unit is within rounding
-    of 0, where its gradient jumps."""
+    """Enough rows for errors to be comparable, few enough for no hidden unit to be almost 0.
+
+    There the gradient of ReLU jumps, and rounding decides.
+    """
     return Case(head, n_users=24 if n_candidates < 20 else 6, n_candidates=n_candidates)
 
 
@@ -447,6 +450,38 @@ def test_every_instruction_set(level):
     )
     if "instructions that this CPU does not have" in done.stderr:
         pytest.skip(f"this CPU has no {level}")
+    assert done.returncode == 0, done.stderr
+
+
+INTERPRETED = """
+import torch
+import test_scoring as t
+from lcr_fast import ops
+close = torch.testing.assert_close
+for head in ("mlp", "mlp without user", "dot"):
+    case = t.catalogue_case(40, head, n_users=3, n_candidates=5)
+    runs = [case.run(backend) for backend in ("triton", "cpp")]
+    for name in runs[0]:
+        close(*(run[name] for run in runs), rtol=1e-4, atol=1e-4, msg=f"{head}, {name}")
+    for function, argument in ((ops.score_topk, 45), (ops.score_rank, torch.tensor([3, 0, 9]))):
+        found, expected = (
+            case.catalogue(function, argument, exclude=t.EXCLUDED[:3], backend=backend)
+            for backend in ("triton", "cpp")
+        )
+        close(found, expected, rtol=1e-4, atol=1e-4)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_triton_serves_the_same_contract():
+    """Wiring only, under the interpreter; the kernels have tests of their own."""
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED],
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
 
 

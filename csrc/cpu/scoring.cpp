@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "../cpu_level.h"
 #include "scoring_kernels.h"
 
 namespace lcr_fast {
