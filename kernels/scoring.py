@@ -1,0 +1,419 @@
+"""Target-aware aggregation and head, forward and backward.
+
+For candidate i of a user, its vector e, streams x (search s, recommendation r) with states h_j:
+
+    k_x = W_x e;   p_xj = softmax_j( k_x . h_j );   z_x = sum_j p_xj h_j     (0 without an event)
+    mlp: t1 = W1 [z_r; z_s; e; u] + b1;   t2 = W2 m1 relu(t1) + b2;   y = w3 . m2 relu(t2) + b3
+    dot: y = (z_r + z_s) . e                                  m1, m2: dropout, 0 or 1 / (1 - rate)
+
+Forward: one program scores one tile of candidates of one user, for a run of trajectories, which
+share k_x. Events and hidden units are read in blocks, the softmax is the running one, and of the
+hidden layer no more than one block of columns exists at a time. Nothing is stored but y.
+
+Backward, with g = dy and everything recomputed:
+
+    dt2 = g w3 m2 [t2 > 0];   dt1 = W2^T dt2 m1 [t1 > 0];   [dz_r; dz_s; de; du] = W1^T dt1
+    dl_xj = p_xj (dz_x . h_j - dz_x . z_x);   dk_x = sum_j dl_xj h_j;   de += W_x^T dk_x
+    dh_j = sum_i p_xj dz_x + dl_xj k_x
+    dW1 = dt1 [z_r; z_s; e; u]^T;   dW2 = dt2 (m1 relu(t1))^T;   dW_x = dk_x e^T
+
+in five kernels, for as many users at a time as :data:`SCRATCH_BYTES` allows: the head's rows
+(dt1, dt2, dz; one program a tile), the candidates (dk, de; one program a tile, over all
+trajectories), the states (dh; one program a block of events, over all candidates), the users (du),
+and matrix products over all rows for the weights.
+
+Sums are float32; products take the states' dtype (float32 as
+``torch.get_float32_matmul_precision()`` says), to which weights and vectors are cast as they are
+read. No atomics: each program writes its own partial sums, which are added in a fixed order.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lcr_fast.kernels._launch import dot_precision, on_device
+from lcr_fast.kernels.variant import Variant
+
+DIMS = (32, 64, 128)  # widths of a vector: one tile holds whole vectors
+MAX_HIDDEN = (512, 128)  # widths of the hidden layers; the second is whole in one tile
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_HEAD_SITES = 1 << 14  # of lcr_fast.ops.noise; a kernel knows nothing of the ops
+_DROPOUT_SITES = tl.constexpr(1 << 31)  # as in lcr_fast.noise
+
+
+def obstacle(dim: int, dtype: torch.dtype, hidden: tuple[int, ...]) -> str | None:
+    """Say in one sentence why these kernels cannot serve a call, or None.
+
+    ``hidden`` holds the widths of the hidden layers; it is empty for the dot product.
+    """
+    if dtype not in DTYPES:
+        return f"the states must be float32, float16 or bfloat16, not {dtype}"
+    if dim not in DIMS:
+        return f"the width must be one of {', '.join(map(str, DIMS))}, not {dim}"
+    if len(hidden) not in (0, 2) or any(h > m for h, m in zip(hidden, MAX_HIDDEN, strict=False)):
+        return (
+            f"the head must have two hidden layers of at most {MAX_HIDDEN[0]} and {MAX_HIDDEN[1]} "
+            f"units, or none, not {list(hidden)}"
+        )
+    return None
+
+
+# -- device functions ---------------------------------------------------------------------------
+
+
+@triton.jit
+def dropout_tile(seed, row, SITE: tl.constexpr, positions, first, COLUMNS: tl.constexpr):
+    """Draw 16 bits for every position and the coordinates first .. first + COLUMNS: int32 tile.
+
+    The numbers are those of lcr_fast.noise. ``first`` and COLUMNS are multiples of 8: one Philox
+    call serves 8 coordinates.
+    """
+    octets = (first // 8 + tl.arange(0, COLUMNS // 8)).to(tl.uint32)[None, :]
+    zero = tl.zeros([positions.shape[0], COLUMNS // 8], tl.uint32)
+    w0, w1, w2, w3 = tl.philox(
+        seed,
+        octets + zero,
+        positions.to(tl.uint32)[:, None] + zero,
+        tl.full([positions.shape[0], COLUMNS // 8], _DROPOUT_SITES + SITE, tl.uint32),
+        row.to(tl.uint32) + zero,
+    )
+    # A join adds the fastest axis; in order: octet, high bit of the word, low bit, half.
+    low = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
+    high = tl.join(tl.join(w0 >> 16, w2 >> 16), tl.join(w1 >> 16, w3 >> 16))
+    halves = tl.join(low, high)
+    return tl.reshape(halves, [positions.shape[0], COLUMNS]).to(tl.int32)
+
+
+@triton.jit
+def relu(x):
+    return tl.where(x < 0, 0.0, x)  # unlike tl.maximum, it lets a NaN through
+
+
+@triton.jit
+def load_vectors(items_ptr, ids_ptr, places, n, D: tl.constexpr, DTYPE: tl.constexpr):
+    """Gather the item vectors of ``ids[places]``: [P, D]; 0 where places >= n."""
+    ids = tl.load(ids_ptr + places, mask=places < n, other=0)
+    offsets = ids[:, None] * D + tl.arange(0, D)[None, :]
+    return tl.load(items_ptr + offsets, mask=(places < n)[:, None], other=0.0).to(DTYPE)
+
+
+@triton.jit
+def target_keys(vectors, weight_ptr, D: tl.constexpr, PRECISION: tl.constexpr):
+    """W e for a tile of vectors [P, D], with W [D, D]."""
+    axis = tl.arange(0, D)
+    weight = tl.load(weight_ptr + axis[:, None] * D + axis[None, :]).to(vectors.dtype)
+    keys = tl.dot(vectors, tl.trans(weight), input_precision=PRECISION)
+    return keys.to(vectors.dtype)
+
+
+@triton.jit
+def _load_events(states_ptr, events, length, D: tl.constexpr):
+    # The mask is the length, not the padded size: padding may hold NaN.
+    offsets = events[:, None] * D + tl.arange(0, D)[None, :]
+    return tl.load(states_ptr + offsets, mask=(events < length)[:, None], other=0.0)
+
+
+@triton.jit
+def attend(
+    keys, states_ptr, length, D: tl.constexpr, EVENTS: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Pool states [length, D] by the softmax of keys . states, in one pass over blocks of events.
+
+    Returns z [P, D] in float32, and the maximum and the inverse sum of the softmax, [P].
+    """
+    P: tl.constexpr = keys.shape[0]
+    top = tl.full([P], float("-inf"), tl.float32)
+    total = tl.zeros([P], tl.float32)
+    z = tl.zeros([P, D], tl.float32)
+    for first in range(0, length, EVENTS):
+        events = first + tl.arange(0, EVENTS)
+        h = _load_events(states_ptr, events, length, D)  # [EVENTS, D]
+        logits = tl.dot(keys, tl.trans(h), input_precision=PRECISION)  # [P, EVENTS]
+        logits = tl.where((events < length)[None, :], logits, float("-inf"))
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        shrink = tl.exp(top - new_top)
+        p = tl.exp(logits - new_top[:, None])
+        total = total * shrink + tl.sum(p, 1)
+        z = tl.dot(p.to(h.dtype), h, z * shrink[:, None], input_precision=PRECISION)
+        top = new_top
+    inverse = 1.0 / tl.where(length > 0, total, 1.0)
+    return z * inverse[:, None], top, inverse
+
+
+@triton.jit
+def _first_layer(
+    z_r, z_s, e,  # [P, D]
+    user_ptr, w1_ptr, b1_ptr,  # [D], [H1, 3D (+ D)], [H1]
+    units,  # [BLOCK]
+    D: tl.constexpr, H1: tl.constexpr, HAS_USER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute t1 of some hidden units, [P, BLOCK], and return the weights read: 3 x [BLOCK, D]."""
+    WIDTH: tl.constexpr = 4 * D if HAS_USER else 3 * D
+    axis = tl.arange(0, D)
+    row_ptrs = w1_ptr + units[:, None] * WIDTH + axis[None, :]  # [BLOCK, D]
+    mask = (units < H1)[:, None]
+    w_r = tl.load(row_ptrs, mask=mask, other=0.0).to(e.dtype)
+    w_s = tl.load(row_ptrs + D, mask=mask, other=0.0).to(e.dtype)
+    w_e = tl.load(row_ptrs + 2 * D, mask=mask, other=0.0).to(e.dtype)
+    t = tl.dot(z_r, tl.trans(w_r), input_precision=PRECISION)
+    t = tl.dot(z_s, tl.trans(w_s), t, input_precision=PRECISION)
+    t = tl.dot(e, tl.trans(w_e), t, input_precision=PRECISION)
+    shared = tl.load(b1_ptr + units, mask=units < H1, other=0.0).to(tl.float32)
+    if HAS_USER:
+        u = tl.load(user_ptr + axis).to(tl.float32)
+        w_u = tl.load(row_ptrs + 3 * D, mask=mask, other=0.0).to(tl.float32)
+        shared += tl.sum(w_u * u[None, :], 1)
+    return t + shared[None, :], w_r, w_s, w_e
+
+
+@triton.jit
+def _second_layer_weights(w2_ptr, units, H1: tl.constexpr, H2: tl.constexpr, H2_TILE: tl.constexpr):
+    outputs = tl.arange(0, H2_TILE)
+    return tl.load(
+        w2_ptr + outputs[:, None] * H1 + units[None, :],
+        mask=(outputs < H2)[:, None] & (units < H1)[None, :],
+        other=0.0,
+    )  # [H2_TILE, BLOCK]
+
+
+@triton.jit
+def _second_layer(
+    z_r, z_s, e, user_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr,
+    seed, row, positions, threshold, scale,
+    D: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, H1_BLOCK: tl.constexpr,
+    H2_TILE: tl.constexpr, SITE: tl.constexpr, HAS_USER: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute t2 [P, H2_TILE], a block of first hidden units at a time."""
+    t2 = tl.zeros([e.shape[0], H2_TILE], tl.float32)
+    for first in range(0, H1, H1_BLOCK):
+        units = first + tl.arange(0, H1_BLOCK)
+        t1, _, _, _ = _first_layer(
+            z_r, z_s, e, user_ptr, w1_ptr, b1_ptr, units, D, H1, HAS_USER, PRECISION
+        )
+        x = relu(t1)
+        if DROPOUT:
+            bits = dropout_tile(seed, row, SITE, positions, first, H1_BLOCK)
+            x = tl.where(bits >= threshold, x * scale, 0.0)
+        w2 = _second_layer_weights(w2_ptr, units, H1, H2, H2_TILE).to(e.dtype)
+        t2 = tl.dot(x.to(e.dtype), tl.trans(w2), t2, input_precision=PRECISION)
+    outputs = tl.arange(0, H2_TILE)
+    b2 = tl.load(b2_ptr + outputs, mask=outputs < H2, other=0.0).to(tl.float32)
+    return t2 + b2[None, :]
+
+
+@triton.jit
+def head(
+    z_r, z_s, e,  # [P, D]: float32, float32, states' dtype
+    user_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr, b3_ptr,
+    seed, row, positions, threshold, scale,
+    D: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, H1_BLOCK: tl.constexpr,
+    H2_TILE: tl.constexpr, SITE: tl.constexpr, HAS_USER: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Score a tile of candidates, [P] in float32. H1 = 0 is the dot product."""
+    if H1 == 0:
+        y = tl.sum((z_r + z_s) * e.to(tl.float32), 1)
+    else:
+        t2 = _second_layer(
+            z_r.to(e.dtype), z_s.to(e.dtype), e, user_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr,
+            seed, row, positions, threshold, scale,
+            D, H1, H2, H1_BLOCK, H2_TILE, SITE, HAS_USER, DROPOUT, PRECISION,
+        )  # fmt: skip
+        x = relu(t2)
+        if DROPOUT:
+            bits = dropout_tile(seed, row, SITE + 1, positions, 0, H2_TILE)
+            x = tl.where(bits >= threshold, x * scale, 0.0)
+        outputs = tl.arange(0, H2_TILE)
+        w3 = tl.load(w3_ptr + outputs, mask=outputs < H2, other=0.0).to(tl.float32)
+        y = tl.sum(x * w3[None, :], 1) + tl.load(b3_ptr).to(tl.float32)
+    return y
+
+
+# -- forward --------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["n_run", "threshold", "seed"])
+def _score_fwd_kernel(
+    search_ptr, rec_ptr, search_lengths_ptr, rec_lengths_ptr,  # [B, N, L, D] x 2, [B] x 2
+    items_ptr, ids_ptr, user_ptr,  # [T, D], [B or 1, C], [B, D]
+    target_weight_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr, b3_ptr,
+    rows_ptr,  # [B]
+    scores_ptr,  # [B, N, C]
+    search_size, rec_size, ids_stride, n_trajectories, n_candidates,
+    n_run,  # trajectories of a program
+    threshold, scale, seed,
+    D: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, SITE: tl.constexpr,
+    HAS_USER: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    CANDIDATES: tl.constexpr, EVENTS: tl.constexpr, H1_BLOCK: tl.constexpr, H2_TILE: tl.constexpr,
+):  # fmt: skip
+    n_tiles = tl.cdiv(n_candidates, CANDIDATES)
+    n_runs = tl.cdiv(n_trajectories, n_run)
+    pid = tl.program_id(0).to(tl.int64)
+    tile, run, b = pid % n_tiles, pid // n_tiles % n_runs, pid // n_tiles // n_runs
+    c = tile.to(tl.int32) * CANDIDATES + tl.arange(0, CANDIDATES)
+    DTYPE: tl.constexpr = search_ptr.dtype.element_ty
+
+    search_length = tl.load(search_lengths_ptr + b).to(tl.int32)
+    rec_length = tl.load(rec_lengths_ptr + b).to(tl.int32)
+    row = tl.load(rows_ptr + b) if DROPOUT else b
+    e = load_vectors(items_ptr, ids_ptr + b * ids_stride, c, n_candidates, D, DTYPE)  # [P, D]
+    keys_s = target_keys(e, target_weight_ptr, D, PRECISION)
+    keys_r = target_keys(e, target_weight_ptr + D * D, D, PRECISION)
+
+    for n in range(run * n_run, tl.minimum((run + 1) * n_run, n_trajectories)):
+        bn = b * n_trajectories + n
+        z_s, _, _ = attend(
+            keys_s, search_ptr + bn * search_size * D, search_length, D, EVENTS, PRECISION
+        )
+        z_r, _, _ = attend(keys_r, rec_ptr + bn * rec_size * D, rec_length, D, EVENTS, PRECISION)
+        y = head(
+            z_r, z_s, e, user_ptr + b * D, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr, b3_ptr,
+            seed, row, c, threshold, scale,
+            D, H1, H2, H1_BLOCK, H2_TILE, SITE, HAS_USER, DROPOUT, PRECISION,
+        )  # fmt: skip
+        tl.store(
+            scores_ptr + bn * n_candidates + c,
+            y.to(scores_ptr.dtype.element_ty),
+            mask=c < n_candidates,
+        )
+
+
+class _Head(NamedTuple):
+    """The head's tensors as the kernels read them; any pointer stands for an absent one."""
+
+    w1: Tensor  # [H1, 3D (+ D)]
+    b1: Tensor  # [H1]
+    w2: Tensor  # [H2, H1]
+    b2: Tensor  # [H2]
+    w3: Tensor  # [1, H2]
+    b3: Tensor  # [1]
+
+
+def _head_tensors(mlp_weights: list[Tensor], mlp_biases: list[Tensor], absent: Tensor) -> _Head:
+    if not mlp_weights:
+        return _Head(*[absent] * 6)
+    (w1, w2, w3), (b1, b2, b3) = mlp_weights, mlp_biases
+    return _Head(*(t.contiguous() for t in (w1, b1, w2, b2, w3, b3)))
+
+
+def _constants(
+    dim: int, dtype: torch.dtype, user: Tensor, mlp_weights: list[Tensor], threshold: int
+) -> dict[str, object]:
+    """Compile-time constants that describe the call, not its launch."""
+    h1, h2 = (w.shape[0] for w in mlp_weights[:2]) if mlp_weights else (0, 0)
+    return {
+        "D": dim,
+        "H1": h1,
+        "H2": h2,
+        "H2_TILE": max(16, triton.next_power_of_2(h2)),
+        "SITE": _HEAD_SITES,
+        "HAS_USER": user.numel() > 0 and h1 > 0,
+        "DROPOUT": threshold > 0 and h1 > 0,
+        "PRECISION": dot_precision(dtype),
+    }
+
+
+def _block(size: int, smallest: int, largest: int) -> int:
+    return min(max(triton.next_power_of_2(size), smallest), largest)
+
+
+def _fwd_config(dim: int, n_candidates: int, n_events: int, dtype: torch.dtype) -> dict[str, int]:
+    half = dtype != torch.float32
+    return {
+        "CANDIDATES": _block(n_candidates, 16, 64 if half and dim < 128 else 32),
+        "EVENTS": _block(n_events, 16, 64 if half and dim < 128 else 32),
+        "H1_BLOCK": 32,
+        "num_warps": 4,
+        "num_stages": 2,
+    }
+
+
+# Programs that fill a large GPU a few times over (an H200 has 132 multiprocessors). A launch with
+# fewer gives each trajectory a program of its own.
+_PROGRAMS = 1024
+
+
+def score_fwd(
+    search: Tensor,
+    rec: Tensor,
+    search_lengths: Tensor,
+    rec_lengths: Tensor,
+    items: Tensor,
+    ids: Tensor,
+    user: Tensor,
+    target_weight: Tensor,
+    mlp_weights: list[Tensor],
+    mlp_biases: list[Tensor],
+    dropout_rows: Tensor,
+    dropout_threshold: int,
+    dropout_seed: int,
+) -> Tensor:
+    """Score the items ``ids`` [B, C], or [1, C] for all users: [B, N, C] in the states' dtype.
+
+    search [B, N, L_s, D], rec [B, N, L_r, D], lengths [B], items [T, D], user [B, D] or empty.
+    Dropout, of a threshold in units of 2^-16, needs N = 1 and ``dropout_rows`` int64 [B].
+    """
+    n_users, n_trajectories, _, dim = search.shape
+    n_candidates = ids.shape[1]
+    scores = search.new_empty(n_users, n_trajectories, n_candidates)
+    if not scores.numel():
+        return scores
+    search, rec, ids = search.contiguous(), rec.contiguous(), ids.contiguous()
+    config = _fwd_config(dim, n_candidates, max(search.shape[2], rec.shape[2]), search.dtype)
+    n_tiles = triton.cdiv(n_candidates, config["CANDIDATES"])
+    n_run = n_trajectories if n_users * n_tiles >= _PROGRAMS else 1
+    grid = (n_users * n_tiles * triton.cdiv(n_trajectories, n_run),)
+    with on_device(search):
+        _score_fwd_kernel[grid](
+            search, rec, search_lengths.contiguous(), rec_lengths.contiguous(),
+            items.contiguous(), ids, user.contiguous(), target_weight.contiguous(),
+            *_head_tensors(mlp_weights, mlp_biases, target_weight), dropout_rows.contiguous(),
+            scores, search.shape[2], rec.shape[2], n_candidates if ids.shape[0] > 1 else 0,
+            n_trajectories, n_candidates, n_run,
+            dropout_threshold, 65536 / (65536 - dropout_threshold), dropout_seed,
+            **_constants(dim, search.dtype, user, mlp_weights, dropout_threshold), **config,
+        )  # fmt: skip
+    return scores
+
+
+_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_INT64_POINTERS = ("search_lengths_ptr", "rec_lengths_ptr", "ids_ptr", "rows_ptr")
+
+
+def _signature(kernel, dtype: torch.dtype, constants: dict[str, object]) -> dict[str, str]:
+    def kind(name: str) -> str:
+        if name.endswith("_ptr"):
+            return "*i64" if name in _INT64_POINTERS else f"*{_TYPES[dtype]}"
+        return {"scale": "fp32", "seed": "i64"}.get(name, "i32")
+
+    return {name: kind(name) for name in kernel.arg_names if name not in constants}
+
+
+def variants() -> Iterator[Variant]:
+    """Yield what is launched for the default head and typical shapes."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for dim, n_events, n_candidates in (
+            (32, 20, 5),
+            (32, 20, 100),
+            (64, 50, 5),
+            (64, 50, 100),
+            (128, 200, 100),
+        ):
+            config = _fwd_config(dim, n_candidates, n_events, dtype)
+            user, head = torch.empty(1, dim), [torch.empty(200, 4 * dim), torch.empty(80, 200)]
+            warps, stages = config.pop("num_warps"), config.pop("num_stages")
+            constants = {**_constants(dim, dtype, user, head, 0), **config}
+            yield Variant(
+                f"score_fwd-{_TYPES[dtype]}-d{dim}-L{n_events}-C{n_candidates}",
+                _score_fwd_kernel,
+                _signature(_score_fwd_kernel, dtype, constants),
+                constants,
+                warps,
+                stages,
+            )
