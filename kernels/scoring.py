@@ -382,6 +382,489 @@ def score_fwd(
     return scores
 
 
+# -- backward -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _store_tile(
+    ptr, rows, columns, stride, values, row_mask, n_columns: tl.constexpr
+):  # values [P, columns]
+    tl.store(
+        ptr + rows[:, None] * stride + columns[None, :],
+        values.to(ptr.dtype.element_ty),
+        mask=row_mask[:, None] & (columns < n_columns)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["first_user", "threshold", "seed"])
+def _head_bwd_kernel(
+    search_ptr, rec_ptr, search_lengths_ptr, rec_lengths_ptr,  # [B, N, L, D] x 2, [B] x 2
+    items_ptr, ids_ptr, user_ptr,  # [T, D], [B or 1, C], [B, D]
+    target_weight_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr, b3_ptr,
+    rows_ptr,  # [B]
+    dscores_ptr,  # [B, N, C]
+    # Rows R = users of the chunk x N x C.
+    inputs_ptr, dinputs_ptr,  # [R, 3D] x 2: z_r, z_s, e
+    hidden_ptr, dt1_ptr, dt2_ptr,  # [R, H1] x 2, [R, H2]
+    softmax_ptr,  # [2, 3, R] of each stream: maximum, inverse sum, dz . z
+    sums_ptr,  # [programs, H1 + 2 H2] sums over the tile: dt1, dt2, dy relu(t2)
+    search_size, rec_size, ids_stride, n_trajectories, n_candidates,
+    n_rows, first_user, threshold, scale, seed,
+    D: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, SITE: tl.constexpr,
+    HAS_USER: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    CANDIDATES: tl.constexpr, EVENTS: tl.constexpr, H1_BLOCK: tl.constexpr, H2_TILE: tl.constexpr,
+):  # fmt: skip
+    n_tiles = tl.cdiv(n_candidates, CANDIDATES)
+    pid = tl.program_id(0).to(tl.int64)
+    tile, bn_local = pid % n_tiles, pid // n_tiles
+    b = first_user + bn_local // n_trajectories
+    bn = b * n_trajectories + bn_local % n_trajectories
+    c = tile.to(tl.int32) * CANDIDATES + tl.arange(0, CANDIDATES)
+    inside = c < n_candidates
+    r = bn_local * n_candidates + c  # [P] int64
+    axis = tl.arange(0, D)
+    DTYPE: tl.constexpr = search_ptr.dtype.element_ty
+
+    search_length = tl.load(search_lengths_ptr + b).to(tl.int32)
+    rec_length = tl.load(rec_lengths_ptr + b).to(tl.int32)
+    e = load_vectors(items_ptr, ids_ptr + b * ids_stride, c, n_candidates, D, DTYPE)  # [P, D]
+    keys = target_keys(e, target_weight_ptr, D, PRECISION)
+    z, top, inverse = attend(
+        keys, search_ptr + bn * search_size * D, search_length, D, EVENTS, PRECISION
+    )
+    z_s = z.to(DTYPE)
+    tl.store(softmax_ptr + r, top, mask=inside)
+    tl.store(softmax_ptr + n_rows + r, inverse, mask=inside)
+    keys = target_keys(e, target_weight_ptr + D * D, D, PRECISION)
+    z, top, inverse = attend(keys, rec_ptr + bn * rec_size * D, rec_length, D, EVENTS, PRECISION)
+    z_r = z.to(DTYPE)
+    rec_softmax_ptr = softmax_ptr + 3 * n_rows
+    tl.store(rec_softmax_ptr + r, top, mask=inside)
+    tl.store(rec_softmax_ptr + n_rows + r, inverse, mask=inside)
+
+    dy = tl.load(dscores_ptr + bn * n_candidates + c, mask=inside, other=0.0).to(tl.float32)
+    if H1 == 0:
+        dz_s = dy[:, None] * e.to(tl.float32)
+        dz_r = dz_s
+        de = dy[:, None] * (z_s.to(tl.float32) + z_r.to(tl.float32))
+    else:
+        row = tl.load(rows_ptr + b) if DROPOUT else b
+        _store_tile(inputs_ptr, r, axis, 3 * D, z_r, inside, D)
+        _store_tile(inputs_ptr + D, r, axis, 3 * D, z_s, inside, D)
+        _store_tile(inputs_ptr + 2 * D, r, axis, 3 * D, e, inside, D)
+        t2 = _second_layer(
+            z_r, z_s, e, user_ptr + b * D, w1_ptr, b1_ptr, w2_ptr, b2_ptr,
+            seed, row, c, threshold, scale,
+            D, H1, H2, H1_BLOCK, H2_TILE, SITE, HAS_USER, DROPOUT, PRECISION,
+        )  # fmt: skip
+        outputs = tl.arange(0, H2_TILE)
+        w3 = tl.load(w3_ptr + outputs, mask=outputs < H2, other=0.0).to(tl.float32)
+        x2 = relu(t2)
+        dt2 = tl.where(t2 > 0, dy[:, None] * w3[None, :], 0.0)
+        if DROPOUT:
+            keep = dropout_tile(seed, row, SITE + 1, c, 0, H2_TILE) >= threshold
+            x2 = tl.where(keep, x2 * scale, 0.0)
+            dt2 = tl.where(keep, dt2 * scale, 0.0)
+        my_sums_ptr = sums_ptr + pid * (H1 + 2 * H2)
+        tl.store(my_sums_ptr + H1 + outputs, tl.sum(dt2, 0), mask=outputs < H2)
+        tl.store(my_sums_ptr + H1 + H2 + outputs, tl.sum(dy[:, None] * x2, 0), mask=outputs < H2)
+        _store_tile(dt2_ptr, r, outputs, H2, dt2, inside, H2)
+        dt2 = dt2.to(DTYPE)
+
+        dz_r = tl.zeros([CANDIDATES, D], tl.float32)
+        dz_s = tl.zeros([CANDIDATES, D], tl.float32)
+        de = tl.zeros([CANDIDATES, D], tl.float32)
+        for first in range(0, H1, H1_BLOCK):
+            units = first + tl.arange(0, H1_BLOCK)
+            t1, w_r, w_s, w_e = _first_layer(
+                z_r, z_s, e, user_ptr + b * D, w1_ptr, b1_ptr, units, D, H1, HAS_USER, PRECISION
+            )
+            w2 = _second_layer_weights(w2_ptr, units, H1, H2, H2_TILE).to(DTYPE)
+            dt1 = tl.dot(dt2, w2, input_precision=PRECISION)  # [P, BLOCK]
+            dt1 = tl.where(t1 > 0, dt1, 0.0)
+            x1 = relu(t1)
+            if DROPOUT:
+                keep = dropout_tile(seed, row, SITE, c, first, H1_BLOCK) >= threshold
+                x1 = tl.where(keep, x1 * scale, 0.0)
+                dt1 = tl.where(keep, dt1 * scale, 0.0)
+            _store_tile(hidden_ptr, r, units, H1, x1, inside, H1)
+            _store_tile(dt1_ptr, r, units, H1, dt1, inside, H1)
+            tl.store(my_sums_ptr + units, tl.sum(dt1, 0), mask=units < H1)
+            dt1 = dt1.to(DTYPE)
+            dz_r = tl.dot(dt1, w_r, dz_r, input_precision=PRECISION)
+            dz_s = tl.dot(dt1, w_s, dz_s, input_precision=PRECISION)
+            de = tl.dot(dt1, w_e, de, input_precision=PRECISION)
+
+    dz_r, dz_s = dz_r.to(DTYPE), dz_s.to(DTYPE)
+    _store_tile(dinputs_ptr, r, axis, 3 * D, dz_r, inside, D)
+    _store_tile(dinputs_ptr + D, r, axis, 3 * D, dz_s, inside, D)
+    _store_tile(dinputs_ptr + 2 * D, r, axis, 3 * D, de, inside, D)
+    # From the rounded dz, which is what the next kernels multiply with the states.
+    mean = tl.sum(dz_s.to(tl.float32) * z_s.to(tl.float32), 1)
+    tl.store(softmax_ptr + 2 * n_rows + r, mean, mask=inside)
+    mean = tl.sum(dz_r.to(tl.float32) * z_r.to(tl.float32), 1)
+    tl.store(rec_softmax_ptr + 2 * n_rows + r, mean, mask=inside)
+
+
+@triton.jit
+def _softmax_rows(softmax_ptr, r, n_rows, inside):
+    """Load what :func:`_head_bwd_kernel` kept of a softmax: maximum, inverse sum, dz . z; [P]."""
+    top = tl.load(softmax_ptr + r, mask=inside, other=0.0)
+    inverse = tl.load(softmax_ptr + n_rows + r, mask=inside, other=0.0)
+    mean = tl.load(softmax_ptr + 2 * n_rows + r, mask=inside, other=0.0)
+    return top, inverse, mean
+
+
+@triton.jit
+def _dkeys(
+    e, states_ptr, length, weight_ptr, candidates_ptr, dkeys_ptr, dz_ptr, softmax_ptr,
+    c, i, r, size, n_trajectories, n_candidates, n_rows,
+    D: tl.constexpr, EVENTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store k and dk of one stream, dk summed over the trajectories; return W^T dk, [P, D]."""
+    DTYPE: tl.constexpr = e.dtype
+    axis = tl.arange(0, D)
+    inside = c < n_candidates
+    weight = tl.load(weight_ptr + axis[:, None] * D + axis[None, :]).to(DTYPE)
+    keys = tl.dot(e, tl.trans(weight), input_precision=PRECISION).to(DTYPE)
+    _store_tile(candidates_ptr, i, axis, 3 * D, keys, inside, D)
+    dkeys = tl.zeros([e.shape[0], D], tl.float32)
+    for n in range(0, n_trajectories):
+        rows = r + n * n_candidates
+        top, inverse, mean = _softmax_rows(softmax_ptr, rows, n_rows, inside)
+        dz_ptrs = dz_ptr + rows[:, None] * (3 * D) + axis[None, :]
+        dz = tl.load(dz_ptrs, mask=inside[:, None], other=0.0)
+        for first in range(0, length, EVENTS):
+            events = first + tl.arange(0, EVENTS)
+            h = _load_events(states_ptr + n * size * D, events, length, D)  # [EVENTS, D]
+            logits = tl.dot(keys, tl.trans(h), input_precision=PRECISION)  # [P, EVENTS]
+            p = tl.exp(logits - top[:, None]) * inverse[:, None]
+            p = tl.where((events < length)[None, :], p, 0.0)
+            dp = tl.dot(dz, tl.trans(h), input_precision=PRECISION)
+            dl = p * (dp - mean[:, None])
+            dkeys = tl.dot(dl.to(DTYPE), h, dkeys, input_precision=PRECISION)
+    dkeys = dkeys.to(DTYPE)
+    _store_tile(dkeys_ptr, i, axis, 2 * D, dkeys, inside, D)
+    return tl.dot(dkeys, weight, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["first_user"])
+def _candidate_bwd_kernel(
+    search_ptr, rec_ptr, search_lengths_ptr, rec_lengths_ptr,  # [B, N, L, D] x 2, [B] x 2
+    items_ptr, ids_ptr, target_weight_ptr,  # [T, D], [B or 1, C], [2, D, D]
+    dinputs_ptr, softmax_ptr,  # [R, 3D], [2, 3, R]
+    candidates_ptr, dkeys_ptr,  # users of the chunk x C rows: [.., 3D] k_s, k_r, e; [.., 2D]
+    ditems_ptr,  # [B, C, D]
+    search_size, rec_size, ids_stride, n_trajectories, n_candidates, n_rows, first_user,
+    D: tl.constexpr, PRECISION: tl.constexpr, CANDIDATES: tl.constexpr, EVENTS: tl.constexpr,
+):  # fmt: skip
+    n_tiles = tl.cdiv(n_candidates, CANDIDATES)
+    pid = tl.program_id(0).to(tl.int64)
+    tile, b_local = pid % n_tiles, pid // n_tiles
+    b = first_user + b_local
+    c = tile.to(tl.int32) * CANDIDATES + tl.arange(0, CANDIDATES)
+    inside = c < n_candidates
+    i = b_local * n_candidates + c  # [P] int64, rows of the candidates
+    r = b_local * n_trajectories * n_candidates + c  # [P] int64, rows of the first trajectory
+    axis = tl.arange(0, D)
+    DTYPE: tl.constexpr = search_ptr.dtype.element_ty
+
+    e = load_vectors(items_ptr, ids_ptr + b * ids_stride, c, n_candidates, D, DTYPE)  # [P, D]
+    _store_tile(candidates_ptr + 2 * D, i, axis, 3 * D, e, inside, D)
+    de = _dkeys(
+        e, search_ptr + b * n_trajectories * search_size * D,
+        tl.load(search_lengths_ptr + b).to(tl.int32), target_weight_ptr, candidates_ptr,
+        dkeys_ptr, dinputs_ptr + D, softmax_ptr, c, i, r, search_size, n_trajectories,
+        n_candidates, n_rows, D, EVENTS, PRECISION,
+    )  # fmt: skip
+    de += _dkeys(
+        e, rec_ptr + b * n_trajectories * rec_size * D,
+        tl.load(rec_lengths_ptr + b).to(tl.int32), target_weight_ptr + D * D, candidates_ptr + D,
+        dkeys_ptr + D, dinputs_ptr, softmax_ptr + 3 * n_rows, c, i, r, rec_size, n_trajectories,
+        n_candidates, n_rows, D, EVENTS, PRECISION,
+    )  # fmt: skip
+    for n in range(0, n_trajectories):
+        rows = r + n * n_candidates
+        de_ptrs = dinputs_ptr + 2 * D + rows[:, None] * (3 * D) + axis[None, :]
+        de += tl.load(de_ptrs, mask=inside[:, None], other=0.0).to(tl.float32)
+    _store_tile(ditems_ptr, b * n_candidates + c, axis, D, de, inside, D)
+
+
+@triton.jit(do_not_specialize=["first_user"])
+def _state_bwd_kernel(
+    states_ptr, lengths_ptr,  # [B, N, L, D], [B]
+    candidates_ptr, dz_ptr, softmax_ptr,  # of this stream: k [.., 3D], dz [R, 3D], [3, R]
+    dstates_ptr,  # [B, N, L, D]
+    size, n_trajectories, n_candidates, n_rows, first_user,
+    D: tl.constexpr, PRECISION: tl.constexpr, CANDIDATES: tl.constexpr, EVENTS: tl.constexpr,
+):  # fmt: skip
+    n_blocks = tl.cdiv(size, EVENTS)
+    pid = tl.program_id(0).to(tl.int64)
+    block, bn_local = pid % n_blocks, pid // n_blocks
+    b_local = bn_local // n_trajectories
+    bn = first_user * n_trajectories + bn_local
+    length = tl.load(lengths_ptr + first_user + b_local).to(tl.int32)
+    first_event = block.to(tl.int32) * EVENTS
+    events = first_event + tl.arange(0, EVENTS)
+    valid = events < length
+    axis = tl.arange(0, D)
+
+    h = _load_events(states_ptr + bn * size * D, events, length, D)  # [EVENTS, D]
+    dh = tl.zeros([EVENTS, D], tl.float32)
+    for first in range(0, tl.where(first_event < length, n_candidates, 0), CANDIDATES):
+        c = first + tl.arange(0, CANDIDATES)
+        inside = c < n_candidates
+        i = b_local * n_candidates + c
+        r = bn_local * n_candidates + c
+        columns = axis[None, :]
+        keys = tl.load(
+            candidates_ptr + i[:, None] * (3 * D) + columns, mask=inside[:, None], other=0.0
+        )  # [P, D]
+        dz = tl.load(dz_ptr + r[:, None] * (3 * D) + columns, mask=inside[:, None], other=0.0)
+        top, inverse, mean = _softmax_rows(softmax_ptr, r, n_rows, inside)
+        logits = tl.dot(h, tl.trans(keys), input_precision=PRECISION)  # [EVENTS, P]
+        p = tl.where(valid[:, None], tl.exp(logits - top[None, :]) * inverse[None, :], 0.0)
+        dp = tl.dot(h, tl.trans(dz), input_precision=PRECISION)
+        dl = p * (dp - mean[None, :])
+        dh = tl.dot(p.to(h.dtype), dz, dh, input_precision=PRECISION)
+        dh = tl.dot(dl.to(h.dtype), keys, dh, input_precision=PRECISION)
+    dh = tl.where(valid[:, None], dh, 0.0)
+    _store_tile(dstates_ptr + bn * size * D, events, axis, D, dh, events < size, D)
+
+
+@triton.jit(do_not_specialize=["first_user"])
+def _user_bwd_kernel(
+    w1_ptr, sums_ptr,  # [H1, 4D], [programs of the head, H1 + 2 H2]
+    dt1_ptr, duser_ptr,  # [B, H1] float32 sum of dt1 over a user's rows, [B, D]
+    n_sums, first_user,
+    D: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, H1_BLOCK: tl.constexpr,
+):  # fmt: skip
+    b_local = tl.program_id(0).to(tl.int64)
+    b = first_user + b_local
+    axis = tl.arange(0, D)
+    du = tl.zeros([D], tl.float32)
+    for first in range(0, H1, H1_BLOCK):
+        units = first + tl.arange(0, H1_BLOCK)
+        dt1 = tl.zeros([H1_BLOCK], tl.float32)
+        for k in range(0, n_sums):
+            my_sums_ptr = sums_ptr + (b_local * n_sums + k) * (H1 + 2 * H2)
+            dt1 += tl.load(my_sums_ptr + units, mask=units < H1, other=0.0)
+        tl.store(dt1_ptr + b * H1 + units, dt1, mask=units < H1)
+        w_u = tl.load(
+            w1_ptr + units[:, None] * (4 * D) + 3 * D + axis[None, :],
+            mask=(units < H1)[:, None],
+            other=0.0,
+        ).to(tl.float32)
+        du += tl.sum(w_u * dt1[:, None], 0)
+    tl.store(duser_ptr + b * D + axis, du.to(duser_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _weight_bwd_kernel(
+    left_ptr, right_ptr,  # [R, M], [R, K], in strides
+    partial_ptr,  # [splits, M, K]
+    left_stride, right_stride, n_rows, rows_per_split, M, K,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Multiply left^T right over a run of rows, in the dtype of the right side."""
+    DTYPE: tl.constexpr = right_ptr.dtype.element_ty
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    split = tl.program_id(2).to(tl.int64)
+    end = tl.minimum((split + 1) * rows_per_split, n_rows)
+    total = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    for first in range(split * rows_per_split, end, BLOCK_R):
+        r = first + tl.arange(0, BLOCK_R)  # int64
+        left = tl.load(
+            left_ptr + r[:, None] * left_stride + m[None, :],
+            mask=(r < end)[:, None] & (m < M)[None, :],
+            other=0.0,
+        ).to(DTYPE)  # [BLOCK_R, BLOCK_M]
+        right = tl.load(
+            right_ptr + r[:, None] * right_stride + k[None, :],
+            mask=(r < end)[:, None] & (k < K)[None, :],
+            other=0.0,
+        )  # [BLOCK_R, BLOCK_K]
+        total = tl.dot(tl.trans(left), right, total, input_precision=PRECISION)
+    tl.store(
+        partial_ptr + (split * M + m[:, None]) * K + k[None, :],
+        total,
+        mask=(m < M)[:, None] & (k < K)[None, :],
+    )
+
+
+# Most bytes of intermediate rows that a backward holds at once (but at least one user's).
+SCRATCH_BYTES = 256 << 20
+# A weight gradient is the sum over so many runs of rows at most, each at least so long.
+_SPLITS, _SPLIT_ROWS = 64, 1024
+
+
+def _head_bwd_config(
+    dim: int, n_candidates: int, n_events: int, dtype: torch.dtype
+) -> dict[str, int]:
+    return {
+        "CANDIDATES": _block(n_candidates, 16, 32),
+        "EVENTS": _block(n_events, 16, 32),
+        "H1_BLOCK": 32,
+        "num_warps": 4,
+        "num_stages": 2,
+    }
+
+
+def _attention_bwd_config(
+    dim: int, n_candidates: int, n_events: int, dtype: torch.dtype
+) -> dict[str, int]:
+    return {
+        "CANDIDATES": _block(n_candidates, 16, 32),
+        "EVENTS": _block(n_events, 16, 32),
+        "num_warps": 4,
+        "num_stages": 2,
+    }
+
+
+_WEIGHT_CONFIG = {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_R": 32, "num_warps": 4, "num_stages": 3}
+
+
+def _weight_bwd(left: Tensor, right: Tensor, precision: str) -> Tensor:
+    """Launch left^T right: [R, M], [R, K] -> float32 [M, K]."""
+    n_rows, M, K = left.shape[0], left.shape[1], right.shape[1]
+    rows_per_split = max(_SPLIT_ROWS, triton.cdiv(n_rows, _SPLITS))
+    n_splits = triton.cdiv(n_rows, rows_per_split)
+    partial = left.new_empty(n_splits, M, K, dtype=torch.float32)
+    grid = (
+        triton.cdiv(K, _WEIGHT_CONFIG["BLOCK_K"]),
+        triton.cdiv(M, _WEIGHT_CONFIG["BLOCK_M"]),
+        n_splits,
+    )
+    _weight_bwd_kernel[grid](
+        left, right, partial, left.stride(0), right.stride(0), n_rows, rows_per_split, M, K,
+        PRECISION=precision, **_WEIGHT_CONFIG,
+    )  # fmt: skip
+    return partial.sum(0)
+
+
+def score_bwd(
+    dscores: Tensor,
+    search: Tensor,
+    rec: Tensor,
+    search_lengths: Tensor,
+    rec_lengths: Tensor,
+    items: Tensor,
+    ids: Tensor,
+    user: Tensor,
+    target_weight: Tensor,
+    mlp_weights: list[Tensor],
+    mlp_biases: list[Tensor],
+    dropout_rows: Tensor,
+    dropout_threshold: int,
+    dropout_seed: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Differentiate :func:`score_fwd`, for dscores [B, N, C].
+
+    Returns dsearch, drec, the gradient of each candidate's vector [B, C, D] (summed over the
+    trajectories), duser (0 for the dot product), dtarget_weight, and lists like the MLP's, each in
+    its tensor's dtype.
+    """
+    n_users, n_trajectories, n_search, dim = search.shape
+    n_rec, n_candidates, dtype = rec.shape[2], ids.shape[1], search.dtype
+    search, rec, search_lengths, rec_lengths, items, ids, user, target_weight, dscores, rows = (
+        t.contiguous()
+        for t in (
+            search, rec, search_lengths, rec_lengths, items, ids, user, target_weight, dscores,
+            dropout_rows,
+        )
+    )  # fmt: skip
+    head = _head_tensors(mlp_weights, mlp_biases, target_weight)
+    constants = _constants(dim, dtype, user, mlp_weights, dropout_threshold)
+    h1, h2, precision = constants["H1"], constants["H2"], constants["PRECISION"]
+    n_events = max(n_search, n_rec)
+    head_config = _head_bwd_config(dim, n_candidates, n_events, dtype)
+    config = _attention_bwd_config(dim, n_candidates, n_events, dtype) | {
+        "D": dim, "PRECISION": precision,
+    }  # fmt: skip
+    n_sums = n_trajectories * triton.cdiv(n_candidates, head_config["CANDIDATES"])  # a user
+
+    dsearch, drec = torch.zeros_like(search), torch.zeros_like(rec)
+    ditems = items.new_zeros(n_users, n_candidates, dim)
+    duser = torch.zeros_like(user)
+    dtarget_weight = target_weight.new_zeros(2 * dim, dim, dtype=torch.float32)
+    dmlp_weights, dmlp_biases = (
+        [torch.zeros_like(t, dtype=torch.float32) for t in tensors]
+        for tensors in (mlp_weights, mlp_biases)
+    )
+    dt1_sums = user.new_zeros(n_users if constants["HAS_USER"] else 0, h1, dtype=torch.float32)
+
+    rows_bytes = (6 * dim + 2 * h1 + h2) * search.element_size() + 6 * 4
+    user_bytes = (
+        n_trajectories * n_candidates * rows_bytes
+        + n_candidates * 5 * dim * search.element_size()
+        + n_sums * (h1 + 2 * h2) * 4
+    )
+    n_chunk = max(1, SCRATCH_BYTES // max(user_bytes, 1))
+    for first in range(0, n_users if dscores.numel() else 0, n_chunk):
+        users = min(n_chunk, n_users - first)
+        n_rows = users * n_trajectories * n_candidates
+        inputs = search.new_empty(n_rows if h1 else 0, 3 * dim)
+        dinputs = search.new_empty(n_rows, 3 * dim)
+        hidden, dt1 = search.new_empty(2, n_rows, h1)
+        dt2 = search.new_empty(n_rows, h2)
+        softmax = search.new_empty(2, 3, n_rows, dtype=torch.float32)
+        sums = search.new_empty(users * n_sums, h1 + 2 * h2, dtype=torch.float32)
+        candidates = search.new_empty(users * n_candidates, 3 * dim)
+        dkeys = search.new_empty(users * n_candidates, 2 * dim)
+        ids_stride = n_candidates if ids.shape[0] > 1 else 0
+        with on_device(search):
+            _head_bwd_kernel[(users * n_sums,)](
+                search, rec, search_lengths, rec_lengths, items, ids, user, target_weight, *head,
+                rows, dscores, inputs, dinputs, hidden, dt1, dt2, softmax, sums,
+                n_search, n_rec, ids_stride, n_trajectories, n_candidates, n_rows, first,
+                dropout_threshold, 65536 / (65536 - dropout_threshold), dropout_seed,
+                **constants, **head_config,
+            )  # fmt: skip
+            _candidate_bwd_kernel[(users * triton.cdiv(n_candidates, config["CANDIDATES"]),)](
+                search, rec, search_lengths, rec_lengths, items, ids, target_weight,
+                dinputs, softmax, candidates, dkeys, ditems,
+                n_search, n_rec, ids_stride, n_trajectories, n_candidates, n_rows, first, **config,
+            )  # fmt: skip
+            for x, (states, lengths, dstates) in enumerate(
+                ((search, search_lengths, dsearch), (rec, rec_lengths, drec))
+            ):
+                size = states.shape[2]
+                n_programs = users * n_trajectories * triton.cdiv(size, config["EVENTS"])
+                _state_bwd_kernel[(n_programs,)](
+                    states, lengths, candidates[:, x * dim :], dinputs[:, (1 - x) * dim :],
+                    softmax[x], dstates, size, n_trajectories, n_candidates, n_rows, first,
+                    **config,
+                )  # fmt: skip
+            dtarget_weight += _weight_bwd(dkeys, candidates[:, 2 * dim :], precision)
+            if h1:
+                dmlp_weights[0][:, : 3 * dim] += _weight_bwd(dt1, inputs, precision)
+                dmlp_weights[1] += _weight_bwd(dt2, hidden, precision)
+                for total, part in zip(
+                    (dmlp_biases[0], dmlp_biases[1], dmlp_weights[2][0]),
+                    sums.sum(0).split((h1, h2, h2)),
+                    strict=True,
+                ):
+                    total += part
+            if constants["HAS_USER"]:
+                _user_bwd_kernel[(users,)](
+                    head.w1, sums, dt1_sums, duser, n_sums, first,
+                    D=dim, H1=h1, H2=h2, H1_BLOCK=32,
+                )  # fmt: skip
+    if dscores.numel() and h1:
+        dmlp_biases[2] += dscores.sum(dtype=torch.float32)
+        if constants["HAS_USER"]:
+            with on_device(search):
+                dmlp_weights[0][:, 3 * dim :] = _weight_bwd(dt1_sums, user.to(dtype), precision)
+    return (
+        dsearch, drec, ditems, duser,
+        dtarget_weight.view_as(target_weight).to(target_weight.dtype),
+        [d.to(w.dtype) for d, w in zip(dmlp_weights, mlp_weights, strict=True)],
+        [d.to(b.dtype) for d, b in zip(dmlp_biases, mlp_biases, strict=True)],
+    )  # fmt: skip
+
+
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _INT64_POINTERS = ("search_lengths_ptr", "rec_lengths_ptr", "ids_ptr", "rows_ptr")
 
