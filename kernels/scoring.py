@@ -36,6 +36,18 @@ import triton.language as tl
 from torch import Tensor
 
 from lcr_fast.kernels._launch import dot_precision, on_device
+from lcr_fast.kernels.target import (
+    attend,
+    dropout_tile,
+    first_layer,
+    head,
+    load_events,
+    load_vectors,
+    relu,
+    second_layer,
+    second_layer_weights,
+    target_keys,
+)
 from lcr_fast.kernels.variant import Variant
 
 DIMS = (32, 64, 128)  # widths of a vector: one tile holds whole vectors
@@ -43,7 +55,6 @@ MAX_HIDDEN = (512, 128)  # widths of the hidden layers; the second is whole in o
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _HEAD_SITES = 1 << 14  # of lcr_fast.ops.noise; a kernel knows nothing of the ops
-_DROPOUT_SITES = tl.constexpr(1 << 31)  # as in lcr_fast.noise
 
 
 def obstacle(dim: int, dtype: torch.dtype, hidden: tuple[int, ...]) -> str | None:
@@ -61,178 +72,6 @@ def obstacle(dim: int, dtype: torch.dtype, hidden: tuple[int, ...]) -> str | Non
             f"units, or none, not {list(hidden)}"
         )
     return None
-
-
-# -- device functions ---------------------------------------------------------------------------
-
-
-@triton.jit
-def dropout_tile(seed, row, SITE: tl.constexpr, positions, first, COLUMNS: tl.constexpr):
-    """Draw 16 bits for every position and the coordinates first .. first + COLUMNS: int32 tile.
-
-    The numbers are those of lcr_fast.noise. ``first`` and COLUMNS are multiples of 8: one Philox
-    call serves 8 coordinates.
-    """
-    octets = (first // 8 + tl.arange(0, COLUMNS // 8)).to(tl.uint32)[None, :]
-    zero = tl.zeros([positions.shape[0], COLUMNS // 8], tl.uint32)
-    w0, w1, w2, w3 = tl.philox(
-        seed,
-        octets + zero,
-        positions.to(tl.uint32)[:, None] + zero,
-        tl.full([positions.shape[0], COLUMNS // 8], _DROPOUT_SITES + SITE, tl.uint32),
-        row.to(tl.uint32) + zero,
-    )
-    # A join adds the fastest axis; in order: octet, high bit of the word, low bit, half.
-    low = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
-    high = tl.join(tl.join(w0 >> 16, w2 >> 16), tl.join(w1 >> 16, w3 >> 16))
-    halves = tl.join(low, high)
-    return tl.reshape(halves, [positions.shape[0], COLUMNS]).to(tl.int32)
-
-
-@triton.jit
-def relu(x):
-    return tl.where(x < 0, 0.0, x)  # unlike tl.maximum, it lets a NaN through
-
-
-@triton.jit
-def load_vectors(items_ptr, ids_ptr, places, n, D: tl.constexpr, DTYPE: tl.constexpr):
-    """Gather the item vectors of ``ids[places]``: [P, D]; 0 where places >= n."""
-    ids = tl.load(ids_ptr + places, mask=places < n, other=0)
-    offsets = ids[:, None] * D + tl.arange(0, D)[None, :]
-    return tl.load(items_ptr + offsets, mask=(places < n)[:, None], other=0.0).to(DTYPE)
-
-
-@triton.jit
-def target_keys(vectors, weight_ptr, D: tl.constexpr, PRECISION: tl.constexpr):
-    """W e for a tile of vectors [P, D], with W [D, D]."""
-    axis = tl.arange(0, D)
-    weight = tl.load(weight_ptr + axis[:, None] * D + axis[None, :]).to(vectors.dtype)
-    keys = tl.dot(vectors, tl.trans(weight), input_precision=PRECISION)
-    return keys.to(vectors.dtype)
-
-
-@triton.jit
-def _load_events(states_ptr, events, length, D: tl.constexpr):
-    # The mask is the length, not the padded size: padding may hold NaN.
-    offsets = events[:, None] * D + tl.arange(0, D)[None, :]
-    return tl.load(states_ptr + offsets, mask=(events < length)[:, None], other=0.0)
-
-
-@triton.jit
-def attend(
-    keys, states_ptr, length, D: tl.constexpr, EVENTS: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Pool states [length, D] by the softmax of keys . states, in one pass over blocks of events.
-
-    Returns z [P, D] in float32, and the maximum and the inverse sum of the softmax, [P].
-    """
-    P: tl.constexpr = keys.shape[0]
-    top = tl.full([P], float("-inf"), tl.float32)
-    total = tl.zeros([P], tl.float32)
-    z = tl.zeros([P, D], tl.float32)
-    for first in range(0, length, EVENTS):
-        events = first + tl.arange(0, EVENTS)
-        h = _load_events(states_ptr, events, length, D)  # [EVENTS, D]
-        logits = tl.dot(keys, tl.trans(h), input_precision=PRECISION)  # [P, EVENTS]
-        logits = tl.where((events < length)[None, :], logits, float("-inf"))
-        new_top = tl.maximum(top, tl.max(logits, 1))
-        shrink = tl.exp(top - new_top)
-        p = tl.exp(logits - new_top[:, None])
-        total = total * shrink + tl.sum(p, 1)
-        z = tl.dot(p.to(h.dtype), h, z * shrink[:, None], input_precision=PRECISION)
-        top = new_top
-    inverse = 1.0 / tl.where(length > 0, total, 1.0)
-    return z * inverse[:, None], top, inverse
-
-
-@triton.jit
-def _first_layer(
-    z_r, z_s, e,  # [P, D]
-    user_ptr, w1_ptr, b1_ptr,  # [D], [H1, 3D (+ D)], [H1]
-    units,  # [BLOCK]
-    D: tl.constexpr, H1: tl.constexpr, HAS_USER: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Compute t1 of some hidden units, [P, BLOCK], and return the weights read: 3 x [BLOCK, D]."""
-    WIDTH: tl.constexpr = 4 * D if HAS_USER else 3 * D
-    axis = tl.arange(0, D)
-    row_ptrs = w1_ptr + units[:, None] * WIDTH + axis[None, :]  # [BLOCK, D]
-    mask = (units < H1)[:, None]
-    w_r = tl.load(row_ptrs, mask=mask, other=0.0).to(e.dtype)
-    w_s = tl.load(row_ptrs + D, mask=mask, other=0.0).to(e.dtype)
-    w_e = tl.load(row_ptrs + 2 * D, mask=mask, other=0.0).to(e.dtype)
-    t = tl.dot(z_r, tl.trans(w_r), input_precision=PRECISION)
-    t = tl.dot(z_s, tl.trans(w_s), t, input_precision=PRECISION)
-    t = tl.dot(e, tl.trans(w_e), t, input_precision=PRECISION)
-    shared = tl.load(b1_ptr + units, mask=units < H1, other=0.0).to(tl.float32)
-    if HAS_USER:
-        u = tl.load(user_ptr + axis).to(tl.float32)
-        w_u = tl.load(row_ptrs + 3 * D, mask=mask, other=0.0).to(tl.float32)
-        shared += tl.sum(w_u * u[None, :], 1)
-    return t + shared[None, :], w_r, w_s, w_e
-
-
-@triton.jit
-def _second_layer_weights(w2_ptr, units, H1: tl.constexpr, H2: tl.constexpr, H2_TILE: tl.constexpr):
-    outputs = tl.arange(0, H2_TILE)
-    return tl.load(
-        w2_ptr + outputs[:, None] * H1 + units[None, :],
-        mask=(outputs < H2)[:, None] & (units < H1)[None, :],
-        other=0.0,
-    )  # [H2_TILE, BLOCK]
-
-
-@triton.jit
-def _second_layer(
-    z_r, z_s, e, user_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr,
-    seed, row, positions, threshold, scale,
-    D: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, H1_BLOCK: tl.constexpr,
-    H2_TILE: tl.constexpr, SITE: tl.constexpr, HAS_USER: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Compute t2 [P, H2_TILE], a block of first hidden units at a time."""
-    t2 = tl.zeros([e.shape[0], H2_TILE], tl.float32)
-    for first in range(0, H1, H1_BLOCK):
-        units = first + tl.arange(0, H1_BLOCK)
-        t1, _, _, _ = _first_layer(
-            z_r, z_s, e, user_ptr, w1_ptr, b1_ptr, units, D, H1, HAS_USER, PRECISION
-        )
-        x = relu(t1)
-        if DROPOUT:
-            bits = dropout_tile(seed, row, SITE, positions, first, H1_BLOCK)
-            x = tl.where(bits >= threshold, x * scale, 0.0)
-        w2 = _second_layer_weights(w2_ptr, units, H1, H2, H2_TILE).to(e.dtype)
-        t2 = tl.dot(x.to(e.dtype), tl.trans(w2), t2, input_precision=PRECISION)
-    outputs = tl.arange(0, H2_TILE)
-    b2 = tl.load(b2_ptr + outputs, mask=outputs < H2, other=0.0).to(tl.float32)
-    return t2 + b2[None, :]
-
-
-@triton.jit
-def head(
-    z_r, z_s, e,  # [P, D]: float32, float32, states' dtype
-    user_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr, b3_ptr,
-    seed, row, positions, threshold, scale,
-    D: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, H1_BLOCK: tl.constexpr,
-    H2_TILE: tl.constexpr, SITE: tl.constexpr, HAS_USER: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Score a tile of candidates, [P] in float32. H1 = 0 is the dot product."""
-    if H1 == 0:
-        y = tl.sum((z_r + z_s) * e.to(tl.float32), 1)
-    else:
-        t2 = _second_layer(
-            z_r.to(e.dtype), z_s.to(e.dtype), e, user_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr,
-            seed, row, positions, threshold, scale,
-            D, H1, H2, H1_BLOCK, H2_TILE, SITE, HAS_USER, DROPOUT, PRECISION,
-        )  # fmt: skip
-        x = relu(t2)
-        if DROPOUT:
-            bits = dropout_tile(seed, row, SITE + 1, positions, 0, H2_TILE)
-            x = tl.where(bits >= threshold, x * scale, 0.0)
-        outputs = tl.arange(0, H2_TILE)
-        w3 = tl.load(w3_ptr + outputs, mask=outputs < H2, other=0.0).to(tl.float32)
-        y = tl.sum(x * w3[None, :], 1) + tl.load(b3_ptr).to(tl.float32)
-    return y
 
 
 # -- forward --------------------------------------------------------------------------------------
@@ -452,7 +291,7 @@ def _head_bwd_kernel(
         _store_tile(inputs_ptr, r, axis, 3 * D, z_r, inside, D)
         _store_tile(inputs_ptr + D, r, axis, 3 * D, z_s, inside, D)
         _store_tile(inputs_ptr + 2 * D, r, axis, 3 * D, e, inside, D)
-        t2 = _second_layer(
+        t2 = second_layer(
             z_r, z_s, e, user_ptr + b * D, w1_ptr, b1_ptr, w2_ptr, b2_ptr,
             seed, row, c, threshold, scale,
             D, H1, H2, H1_BLOCK, H2_TILE, SITE, HAS_USER, DROPOUT, PRECISION,
@@ -476,10 +315,10 @@ def _head_bwd_kernel(
         de = tl.zeros([CANDIDATES, D], tl.float32)
         for first in range(0, H1, H1_BLOCK):
             units = first + tl.arange(0, H1_BLOCK)
-            t1, w_r, w_s, w_e = _first_layer(
+            t1, w_r, w_s, w_e = first_layer(
                 z_r, z_s, e, user_ptr + b * D, w1_ptr, b1_ptr, units, D, H1, HAS_USER, PRECISION
             )
-            w2 = _second_layer_weights(w2_ptr, units, H1, H2, H2_TILE).to(DTYPE)
+            w2 = second_layer_weights(w2_ptr, units, H1, H2, H2_TILE).to(DTYPE)
             dt1 = tl.dot(dt2, w2, input_precision=PRECISION)  # [P, BLOCK]
             dt1 = tl.where(t1 > 0, dt1, 0.0)
             x1 = relu(t1)
@@ -536,7 +375,7 @@ def _dkeys(
         dz = tl.load(dz_ptrs, mask=inside[:, None], other=0.0)
         for first in range(0, length, EVENTS):
             events = first + tl.arange(0, EVENTS)
-            h = _load_events(states_ptr + n * size * D, events, length, D)  # [EVENTS, D]
+            h = load_events(states_ptr + n * size * D, events, length, D)  # [EVENTS, D]
             logits = tl.dot(keys, tl.trans(h), input_precision=PRECISION)  # [P, EVENTS]
             p = tl.exp(logits - top[:, None]) * inverse[:, None]
             p = tl.where((events < length)[None, :], p, 0.0)
@@ -609,7 +448,7 @@ def _state_bwd_kernel(
     valid = events < length
     axis = tl.arange(0, D)
 
-    h = _load_events(states_ptr + bn * size * D, events, length, D)  # [EVENTS, D]
+    h = load_events(states_ptr + bn * size * D, events, length, D)  # [EVENTS, D]
     dh = tl.zeros([EVENTS, D], tl.float32)
     for first in range(0, tl.where(first_event < length, n_candidates, 0), CANDIDATES):
         c = first + tl.arange(0, CANDIDATES)
@@ -863,6 +702,293 @@ def score_bwd(
         [d.to(w.dtype) for d, w in zip(dmlp_weights, mlp_weights, strict=True)],
         [d.to(b.dtype) for d, b in zip(dmlp_biases, mlp_biases, strict=True)],
     )  # fmt: skip
+
+
+# -- the whole catalogue --------------------------------------------------------------------------
+
+_ID_BITS = tl.constexpr(0x7FFFFFFF)
+_NAN_BITS = tl.constexpr(0x7FC00000)
+_NO_KEY = tl.constexpr(-(1 << 63))  # below the key of every score
+_HIGHEST_KEY = tl.constexpr((1 << 63) - 1)
+_LOWEST_KEY = -(((1 << 31) - 1) << 32)  # at or below the key of every score
+
+
+@triton.jit
+def _score_items(
+    ids, valid,  # [P]
+    items_ptr, search_ptr, search_length, rec_ptr, rec_length, user_ptr,  # of one user
+    target_weight_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr, b3_ptr,
+    D: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, HAS_USER: tl.constexpr,
+    PRECISION: tl.constexpr, EVENTS: tl.constexpr, H1_BLOCK: tl.constexpr, H2_TILE: tl.constexpr,
+):  # fmt: skip
+    """Score a tile of items as :func:`score_fwd` returns it, in the states' dtype: [P]."""
+    DTYPE: tl.constexpr = search_ptr.dtype.element_ty
+    offsets = ids.to(tl.int64)[:, None] * D + tl.arange(0, D)[None, :]
+    e = tl.load(items_ptr + offsets, mask=valid[:, None], other=0.0).to(DTYPE)  # [P, D]
+    keys = target_keys(e, target_weight_ptr, D, PRECISION)
+    z_s, _, _ = attend(keys, search_ptr, search_length, D, EVENTS, PRECISION)
+    keys = target_keys(e, target_weight_ptr + D * D, D, PRECISION)
+    z_r, _, _ = attend(keys, rec_ptr, rec_length, D, EVENTS, PRECISION)
+    y = head(
+        z_r, z_s, e, user_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr, b3_ptr, 0, 0, ids, 0, 1.0,
+        D, H1, H2, H1_BLOCK, H2_TILE, 0, HAS_USER, False, PRECISION,
+    )  # fmt: skip
+    return y.to(DTYPE)
+
+
+@triton.jit
+def _sort_keys(scores, ids):
+    """Make int64 keys that order like (score, -id), and so are unique; a NaN is the highest."""
+    scores = tl.where(scores == 0, 0.0, scores.to(tl.float32))  # -0 equals 0
+    bits = scores.to(tl.int32, bitcast=True)
+    bits = tl.where(scores != scores, _NAN_BITS, bits)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative numbers: the larger, the lower
+    return (bits.to(tl.int64) << 32) | (ids ^ _ID_BITS).to(tl.int64)
+
+
+@triton.jit(do_not_specialize=["k", "tiles_per_split"])
+def _catalogue_topk_kernel(
+    search_ptr, rec_ptr, search_lengths_ptr, rec_lengths_ptr,  # [B, L, D] x 2, [B] x 2
+    items_ptr, user_ptr,  # [I + 1, D], [B, D]
+    target_weight_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr, b3_ptr,
+    exclude_ptr, ceiling_ptr,  # [B, X], [B]: only keys below the ceiling count
+    keys_ptr,  # [B, splits, k] int64, in no order
+    search_size, rec_size, n_rows, n_excluded, n_users, k, tiles_per_split,
+    D: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, HAS_USER: tl.constexpr,
+    PRECISION: tl.constexpr, ITEMS: tl.constexpr, EVENTS: tl.constexpr, H1_BLOCK: tl.constexpr,
+    H2_TILE: tl.constexpr, K_TILE: tl.constexpr, X_BLOCK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    b, split = pid % n_users, pid // n_users
+    search_length = tl.minimum(tl.load(search_lengths_ptr + b), search_size).to(tl.int32)
+    rec_length = tl.minimum(tl.load(rec_lengths_ptr + b), rec_size).to(tl.int32)
+    ceiling = tl.load(ceiling_ptr + b)
+    slots = tl.arange(0, K_TILE)
+    # Distinct, as one slot at a time is replaced; slots beyond k never are.
+    best = tl.where(slots < k, slots.to(tl.int64) + _NO_KEY, _HIGHEST_KEY)
+    worst = tl.min(best, 0)
+    n_nan = 0
+
+    n_tiles = tl.cdiv(n_rows - 1, ITEMS)
+    first_tile = split.to(tl.int32) * tiles_per_split
+    for tile in range(first_tile, tl.minimum(first_tile + tiles_per_split, n_tiles)):
+        ids = 1 + tile * ITEMS + tl.arange(0, ITEMS)
+        valid = ids < n_rows
+        scores = _score_items(
+            ids, valid, items_ptr, search_ptr + b * search_size * D, search_length,
+            rec_ptr + b * rec_size * D, rec_length, user_ptr + b * D,
+            target_weight_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr, b3_ptr,
+            D, H1, H2, HAS_USER, PRECISION, EVENTS, H1_BLOCK, H2_TILE,
+        )  # fmt: skip
+        n_nan += tl.sum((valid & (scores != scores)).to(tl.int32), 0)
+        keys = _sort_keys(scores, ids)
+        keys = tl.where(valid & (scores > float("-inf")) & (keys < ceiling), keys, _NO_KEY)
+        # After the first tiles few keys pass, so one at a time is cheap, and so is the search for
+        # each of them among the excluded ids.
+        key = tl.max(keys, 0)
+        while key > worst:
+            item = (key & _ID_BITS) ^ _ID_BITS
+            n_found = 0
+            for x in range(0, n_excluded, X_BLOCK):
+                place = x + tl.arange(0, X_BLOCK)
+                excluded = tl.load(
+                    exclude_ptr + b * n_excluded + place, mask=place < n_excluded, other=0
+                )
+                n_found += tl.sum((excluded == item).to(tl.int32), 0)
+            best = tl.where((best == worst) & (n_found == 0), key, best)
+            worst = tl.min(best, 0)
+            keys = tl.where(keys == key, _NO_KEY, keys)
+            key = tl.max(keys, 0)
+    # One NaN spoils the user's list: it must not look like a list.
+    nan_key = tl.full([K_TILE], _NAN_BITS, tl.int64) << 32
+    best = tl.where(n_nan > 0, nan_key, best)
+    tl.store(
+        keys_ptr + (b * tl.cdiv(n_tiles, tiles_per_split) + split) * k + slots, best, mask=slots < k
+    )
+
+
+@triton.jit(do_not_specialize=["tiles_per_split"])
+def _catalogue_rank_kernel(
+    search_ptr, rec_ptr, search_lengths_ptr, rec_lengths_ptr,  # [B, L, D] x 2, [B] x 2
+    items_ptr, user_ptr,  # [I + 1, D], [B, D]
+    target_weight_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr, b3_ptr,
+    target_ptr, exclude_ptr,  # [B], [B, X] without repetitions
+    ahead_ptr,  # [B, splits] int64, hugely negative where there was a NaN
+    search_size, rec_size, n_rows, n_excluded, n_users, tiles_per_split,
+    D: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, HAS_USER: tl.constexpr,
+    PRECISION: tl.constexpr, ITEMS: tl.constexpr, EVENTS: tl.constexpr, H1_BLOCK: tl.constexpr,
+    H2_TILE: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    b, split = pid % n_users, pid // n_users
+    search_length = tl.minimum(tl.load(search_lengths_ptr + b), search_size).to(tl.int32)
+    rec_length = tl.minimum(tl.load(rec_lengths_ptr + b), rec_size).to(tl.int32)
+    target = tl.load(target_ptr + b).to(tl.int32)
+    goal = tl.zeros([1], tl.float32)
+    n_ahead = 0
+    n_nan = 0
+
+    # Tiles of the excluded items, which are counted away, and then of the whole catalogue. Before
+    # them each program scores the target in the same loop, so that the very same instructions
+    # give its score and that of an equal item.
+    n_listed = tl.cdiv(n_excluded, ITEMS)
+    n_tiles = n_listed + tl.cdiv(n_rows - 1, ITEMS)
+    first_tile = split.to(tl.int32) * tiles_per_split
+    for tile in range(first_tile - 1, tl.minimum(first_tile + tiles_per_split, n_tiles)):
+        is_goal, is_listed = tile < first_tile, tile < n_listed
+        place = tile * ITEMS + tl.arange(0, ITEMS)
+        listed = tl.load(
+            exclude_ptr + b * n_excluded + place,
+            mask=(place >= 0) & (place < n_excluded),
+            other=0,
+        ).to(tl.int32)
+        ids = tl.where(is_listed, listed, place - n_listed * ITEMS + 1)
+        ids = tl.where(is_goal, target, ids)
+        valid = (ids > 0) & (ids < n_rows)
+        scores = _score_items(
+            ids, valid, items_ptr, search_ptr + b * search_size * D, search_length,
+            rec_ptr + b * rec_size * D, rec_length, user_ptr + b * D,
+            target_weight_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr, b3_ptr,
+            D, H1, H2, HAS_USER, PRECISION, EVENTS, H1_BLOCK, H2_TILE,
+        ).to(tl.float32)  # fmt: skip
+        goal = tl.where(is_goal, tl.max(scores, 0), goal)
+        n_nan += tl.sum((valid & (scores != scores)).to(tl.int32), 0)
+        ahead = valid & (ids != target) & (scores >= goal) & (scores > float("-inf"))
+        count = tl.sum(ahead.to(tl.int32), 0)
+        n_ahead += tl.where(is_goal, 0, tl.where(is_listed, -count, count))
+    n_splits = tl.cdiv(n_tiles, tiles_per_split)
+    result = tl.where(n_nan > 0, -(1 << 40), n_ahead.to(tl.int64))
+    tl.store(ahead_ptr + b * n_splits + split, result)
+
+
+# A longer list is found in several passes over the catalogue.
+MAX_K = 512
+# A split has at least so many tiles: its programs fill their lists, or score the target, once.
+_SPLIT_TILES = 8
+
+
+def _catalogue_config(dim: int, n_events: int, dtype: torch.dtype) -> dict[str, int]:
+    config = _fwd_config(dim, 1 << 20, n_events, dtype)
+    return {"ITEMS": config.pop("CANDIDATES")} | config
+
+
+def _catalogue_constants(*call) -> dict[str, object]:
+    constants = _constants(*call, 0)
+    return {name: v for name, v in constants.items() if name not in ("SITE", "DROPOUT")}
+
+
+def _split_tiles(n_tiles: int, n_users: int) -> tuple[int, int]:
+    """Tiles of a split, and splits."""
+    n_splits = min(triton.cdiv(_PROGRAMS, n_users), triton.cdiv(n_tiles, _SPLIT_TILES))
+    per_split = triton.cdiv(n_tiles, max(n_splits, 1))
+    return per_split, triton.cdiv(n_tiles, max(per_split, 1))
+
+
+def catalogue_topk(
+    search: Tensor,
+    rec: Tensor,
+    search_lengths: Tensor,
+    rec_lengths: Tensor,
+    items: Tensor,
+    user: Tensor,
+    target_weight: Tensor,
+    mlp_weights: list[Tensor],
+    mlp_biases: list[Tensor],
+    k: int,
+    exclude: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Find the k best rows of ``items`` [I + 1, D] but row 0: ids and scores [B, k].
+
+    States are [B, L, D], ``exclude`` int64 [B, X]. The best first, of equal scores the lower id;
+    id 0 and score -inf where fewer have a score above -inf. One NaN among a user's scores makes
+    them all NaN. Exact; each program keeps the best keys of a run of items, so memory is
+    O(B splits min(k, MAX_K)), with splits <= _PROGRAMS / B + 1.
+    """
+    n_users, _, dim = search.shape
+    n_rows = items.shape[0]
+    head = _head_tensors(mlp_weights, mlp_biases, target_weight)
+    constants = _catalogue_constants(dim, search.dtype, user, mlp_weights)
+    config = _catalogue_config(dim, max(search.shape[1], rec.shape[1]), search.dtype)
+    per_split, n_splits = _split_tiles(triton.cdiv(n_rows - 1, config["ITEMS"]), max(n_users, 1))
+    tensors = [
+        t.contiguous()
+        for t in (search, rec, search_lengths, rec_lengths, items, user, target_weight)
+    ]
+    exclude = exclude.contiguous()
+
+    ceiling = torch.full((n_users,), 2**63 - 1, dtype=torch.int64, device=search.device)
+    n_best = min(k, n_rows - 1) if n_users else 0
+    found = [ceiling.new_empty(n_users, 0)]
+    for first in range(0, n_best, MAX_K):
+        size = min(MAX_K, n_best - first)
+        keys = ceiling.new_empty(n_users, n_splits, size)
+        with on_device(search):
+            _catalogue_topk_kernel[(n_users * n_splits,)](
+                *tensors, *head, exclude, ceiling, keys,
+                search.shape[1], rec.shape[1], n_rows, exclude.shape[1], n_users, size, per_split,
+                K_TILE=triton.next_power_of_2(size), X_BLOCK=_block(exclude.shape[1], 16, 256),
+                **constants, **config,
+            )  # fmt: skip
+        found.append(keys.flatten(1).sort(1, descending=True).values[:, :size])
+        ceiling = found[-1][:, -1].contiguous()
+    return _read_keys(torch.cat(found, 1), k, search.dtype)
+
+
+def _read_keys(keys: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Undo :func:`_sort_keys`: [B, n] -> ids and scores [B, k], with 0 and -inf where no item is."""
+    bits = keys >> 32
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    scores = bits.to(torch.int32).view(torch.float32)
+    absent = keys < _LOWEST_KEY
+    scores = scores.masked_fill(absent, -torch.inf)
+    ids = (~keys & 0x7FFFFFFF).masked_fill(absent, 0)
+    missing = (0, k - keys.shape[1])
+    ids = torch.nn.functional.pad(ids, missing)
+    return ids, torch.nn.functional.pad(scores, missing, value=-torch.inf).to(dtype)
+
+
+def catalogue_rank(
+    search: Tensor,
+    rec: Tensor,
+    search_lengths: Tensor,
+    rec_lengths: Tensor,
+    items: Tensor,
+    user: Tensor,
+    target_weight: Tensor,
+    mlp_weights: list[Tensor],
+    mlp_biases: list[Tensor],
+    target: Tensor,
+    exclude: Tensor,
+) -> Tensor:
+    """Count, for each user, the items that come before ``target``, from 1: int64 [B].
+
+    1 + the number of rows of ``items`` [I + 1, D], but row 0, the target and those in ``exclude``
+    [B, X], with a score above -inf and not below the target's. -1 where a score is NaN.
+    """
+    n_users, _, dim = search.shape
+    n_rows = items.shape[0]
+    ahead = target.new_zeros(n_users, 0)
+    if n_users and n_rows > 1:
+        head = _head_tensors(mlp_weights, mlp_biases, target_weight)
+        constants = _catalogue_constants(dim, search.dtype, user, mlp_weights)
+        config = _catalogue_config(dim, max(search.shape[1], rec.shape[1]), search.dtype)
+        exclude = exclude.sort(1).values
+        repeated = torch.zeros_like(exclude, dtype=torch.bool)
+        repeated[:, 1:] = exclude[:, 1:] == exclude[:, :-1]
+        exclude = exclude.masked_fill(repeated | (exclude < 0) | (exclude >= n_rows), 0)
+        n_tiles = sum(triton.cdiv(n, config["ITEMS"]) for n in (exclude.shape[1], n_rows - 1))
+        per_split, n_splits = _split_tiles(n_tiles, n_users)
+        ahead = target.new_empty(n_users, n_splits)
+        with on_device(search):
+            _catalogue_rank_kernel[(n_users * n_splits,)](
+                search.contiguous(), rec.contiguous(), search_lengths.contiguous(),
+                rec_lengths.contiguous(), items.contiguous(), user.contiguous(),
+                target_weight.contiguous(), *head, target.contiguous(), exclude, ahead,
+                search.shape[1], rec.shape[1], n_rows, exclude.shape[1], n_users, per_split,
+                **constants, **config,
+            )  # fmt: skip
+    n_ahead = ahead.sum(1)
+    return torch.where(n_ahead < 0, -1, n_ahead + 1)
 
 
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
