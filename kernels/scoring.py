@@ -301,9 +301,9 @@ def _head_bwd_kernel(
         x2 = relu(t2)
         dt2 = tl.where(t2 > 0, dy[:, None] * w3[None, :], 0.0)
         if DROPOUT:
-            keep = dropout_tile(seed, row, SITE + 1, c, 0, H2_TILE) >= threshold
-            x2 = tl.where(keep, x2 * scale, 0.0)
-            dt2 = tl.where(keep, dt2 * scale, 0.0)
+            keep2 = dropout_tile(seed, row, SITE + 1, c, 0, H2_TILE) >= threshold
+            x2 = tl.where(keep2, x2 * scale, 0.0)
+            dt2 = tl.where(keep2, dt2 * scale, 0.0)
         my_sums_ptr = sums_ptr + pid * (H1 + 2 * H2)
         tl.store(my_sums_ptr + H1 + outputs, tl.sum(dt2, 0), mask=outputs < H2)
         tl.store(my_sums_ptr + H1 + H2 + outputs, tl.sum(dy[:, None] * x2, 0), mask=outputs < H2)
@@ -562,6 +562,7 @@ def _attention_bwd_config(
     }
 
 
+_USER_CONFIG = {"H1_BLOCK": 32, "num_warps": 4, "num_stages": 1}
 _WEIGHT_CONFIG = {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_R": 32, "num_warps": 4, "num_stages": 3}
 
 
@@ -689,7 +690,7 @@ def score_bwd(
             if constants["HAS_USER"]:
                 _user_bwd_kernel[(users,)](
                     head.w1, sums, dt1_sums, duser, n_sums, first,
-                    D=dim, H1=h1, H2=h2, H1_BLOCK=32,
+                    D=dim, H1=h1, H2=h2, **_USER_CONFIG,
                 )  # fmt: skip
     if dscores.numel() and h1:
         dmlp_biases[2] += dscores.sum(dtype=torch.float32)
@@ -991,38 +992,68 @@ def catalogue_rank(
     return torch.where(n_ahead < 0, -1, n_ahead + 1)
 
 
+# -- what is compiled -----------------------------------------------------------------------------
+
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-_INT64_POINTERS = ("search_lengths_ptr", "rec_lengths_ptr", "ids_ptr", "rows_ptr")
+_POINTER_TYPES = {
+    "search_lengths_ptr": "*i64", "rec_lengths_ptr": "*i64", "lengths_ptr": "*i64",
+    "ids_ptr": "*i64", "rows_ptr": "*i64", "exclude_ptr": "*i64", "ceiling_ptr": "*i64",
+    "target_ptr": "*i64", "keys_ptr": "*i64", "ahead_ptr": "*i64",
+    "softmax_ptr": "*fp32", "sums_ptr": "*fp32", "partial_ptr": "*fp32",
+}  # fmt: skip
+_SCALAR_TYPES = {"scale": "fp32", "seed": "i64", "rows_per_split": "i32"}
 
 
-def _signature(kernel, dtype: torch.dtype, constants: dict[str, object]) -> dict[str, str]:
-    def kind(name: str) -> str:
-        if name.endswith("_ptr"):
-            return "*i64" if name in _INT64_POINTERS else f"*{_TYPES[dtype]}"
-        return {"scale": "fp32", "seed": "i64"}.get(name, "i32")
+def _variant(name: str, kernel, dtype: torch.dtype, constants: dict[str, object]) -> Variant:
+    def kind(argument: str) -> str:
+        if argument.endswith("_ptr"):
+            return _POINTER_TYPES.get(argument, f"*{_TYPES[dtype]}")
+        return _SCALAR_TYPES.get(argument, "i32")
 
-    return {name: kind(name) for name in kernel.arg_names if name not in constants}
+    options = {"num_warps", "num_stages"}
+    constants = {n: v for n, v in constants.items() if n in kernel.arg_names or n in options}
+    warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
+    signature = {n: kind(n) for n in kernel.arg_names if n not in constants}
+    return Variant(name, kernel, signature, constants, warps, stages)
 
 
 def variants() -> Iterator[Variant]:
-    """Yield what is launched for the default head and typical shapes."""
-    for dtype in (torch.bfloat16, torch.float32):
-        for dim, n_events, n_candidates in (
-            (32, 20, 5),
-            (32, 20, 100),
-            (64, 50, 5),
-            (64, 50, 100),
-            (128, 200, 100),
-        ):
-            config = _fwd_config(dim, n_candidates, n_events, dtype)
-            user, head = torch.empty(1, dim), [torch.empty(200, 4 * dim), torch.empty(80, 200)]
-            warps, stages = config.pop("num_warps"), config.pop("num_stages")
-            constants = {**_constants(dim, dtype, user, head, 0), **config}
-            yield Variant(
-                f"score_fwd-{_TYPES[dtype]}-d{dim}-L{n_events}-C{n_candidates}",
-                _score_fwd_kernel,
-                _signature(_score_fwd_kernel, dtype, constants),
-                constants,
-                warps,
-                stages,
-            )
+    """Yield what a model with the default head launches, in training (C 5) and in phase 2 (C 100).
+
+    L is the longer history, k the length of a list.
+    """
+    shapes = ((32, 20), (64, 30), (64, 50), (128, 200))
+    for dtype, precision in (
+        (torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"),
+    ):  # fmt: skip
+        half = dtype != torch.float32
+        kind = _TYPES[dtype] if half else f"{_TYPES[dtype]}-{precision}"
+        for dim, n_events in shapes if dtype == torch.bfloat16 else ((64, 50),):
+            user = torch.empty(1, dim, device="meta")
+            layers = [torch.empty(n, device="meta") for n in (200, 80)]
+            for n_candidates, threshold in ((5, 6554), (100, 0)):
+                sizes = (dim, n_candidates, n_events, dtype)
+                call = _constants(dim, dtype, user, layers, threshold) | {"PRECISION": precision}
+                suffix = f"{kind}-d{dim}-L{n_events}-C{n_candidates}"
+                forward = call | _fwd_config(*sizes)
+                yield _variant(f"score_fwd-{suffix}", _score_fwd_kernel, dtype, forward)
+                if n_candidates == 100:
+                    dot = forward | {"H1": 0, "HAS_USER": False}
+                    yield _variant(f"score_fwd-dot-{suffix}", _score_fwd_kernel, dtype, dot)
+                backward = call | _head_bwd_config(*sizes)
+                yield _variant(f"head_bwd-{suffix}", _head_bwd_kernel, dtype, backward)
+                backward = call | _attention_bwd_config(*sizes)
+                yield _variant(f"candidate_bwd-{suffix}", _candidate_bwd_kernel, dtype, backward)
+                yield _variant(f"state_bwd-{suffix}", _state_bwd_kernel, dtype, backward)
+            scan = call | _catalogue_config(dim, n_events, dtype)
+            for k in (10, 100):
+                top = scan | {"K_TILE": triton.next_power_of_2(k), "X_BLOCK": 128}
+                name = f"catalogue_topk-{kind}-d{dim}-L{n_events}-k{k}"
+                yield _variant(name, _catalogue_topk_kernel, dtype, top)
+            name = f"catalogue_rank-{kind}-d{dim}-L{n_events}"
+            yield _variant(name, _catalogue_rank_kernel, dtype, scan)
+        call = {"PRECISION": precision} | _WEIGHT_CONFIG
+        yield _variant(f"weight_bwd-{kind}", _weight_bwd_kernel, dtype, call)
+        if precision == "ieee":
+            call = {"D": 64, "H1": 200, "H2": 80} | _USER_CONFIG
+            yield _variant(f"user_bwd-no-dot-{kind}-d64", _user_bwd_kernel, dtype, call)
