@@ -5,7 +5,7 @@
 compiles each :class:`Variant` of each kernel module for each architecture with the ptxas that
 Triton ships, and writes a Markdown table: registers a thread, spilled bytes a thread, shared
 memory a program, tensor-core instructions, and how many programs fit one multiprocessor. The table
-is committed; tests check that it is complete, in date and within :data:`SHARED_BYTES`.
+is committed; tests check that it is complete, up to date and within limits.
 
 Interpreted kernels cannot be compiled, so this must run without ``TRITON_INTERPRET``.
 """
@@ -58,26 +58,29 @@ class Usage(NamedTuple):
     registers: int  # a thread
     spilled: int  # bytes a thread
     shared: int  # bytes a program
-    tensor_cores: str  # instructions and the type that they multiply, or "-"
+    products: str  # tensor-core instructions and the type that they multiply, FMA, or - for none
     programs: int  # that fit one multiprocessor
 
 
 _COLUMNS = (
-    "kernel", "arch", "warps", "stages", "registers", "spilled B", "shared B", "tensor cores",
+    "kernel", "arch", "warps", "stages", "registers", "spilled B", "shared B", "products",
     "programs / SM",
 )  # fmt: skip
 _ALIGNMENT = ["---" if kind is str else "--:" for kind in Usage.__annotations__.values()]
 
 
+def _module_names() -> list[str]:
+    tools = ("resources", "variant")
+    names = (info.name for info in pkgutil.iter_modules(lcr_fast.kernels.__path__))
+    return [name for name in names if name not in tools]
+
+
 def kernel_modules() -> dict[str, ModuleType]:
     """Every module of this package that lists variants, by its short name."""
-    modules = {}
-    for info in pkgutil.iter_modules(lcr_fast.kernels.__path__):
-        if not info.name.startswith("_"):
-            module = importlib.import_module(f"lcr_fast.kernels.{info.name}")
-            if hasattr(module, "variants"):
-                modules[info.name] = module
-    return modules
+    modules = {
+        name: importlib.import_module(f"lcr_fast.kernels.{name}") for name in _module_names()
+    }
+    return {name: module for name, module in modules.items() if hasattr(module, "variants")}
 
 
 def all_variants() -> Iterator[tuple[str, Variant]]:
@@ -88,24 +91,23 @@ def all_variants() -> Iterator[tuple[str, Variant]]:
             yield f"{name}.{variant.name}", variant
 
 
-def fingerprint(name: str, module: ModuleType) -> str:
-    """Digest what a module compiles: its @triton.jit functions, constants and variants.
+def fingerprint(name: str) -> str:
+    """Digest what a module compiles: its variants, and the @triton.jit functions and constants of
+    it and of the modules that have no variants of their own.
 
-    Comments, formatting and the launchers do not count.
+    Comments, formatting and launchers do not count.
     """
-    tree = ast.parse(inspect.getsource(module))
-    parts = [
-        ast.dump(node)
-        for node in tree.body
-        if isinstance(node, ast.Assign | ast.AnnAssign)
-        or (
-            isinstance(node, ast.FunctionDef)
-            and any(ast.unparse(d).startswith("triton.jit") for d in node.decorator_list)
-        )
-    ]
-    for full_name, variant in all_variants():
-        if full_name.startswith(f"{name}."):
-            parts.append(repr((full_name, *variant[2:])))
+    modules = kernel_modules()
+    shared = [other for other in _module_names() if other not in modules]
+    parts = [repr((full, *v[2:])) for full, v in all_variants() if full.startswith(f"{name}.")]
+    for module in (name, *shared):
+        source = inspect.getsource(importlib.import_module(f"lcr_fast.kernels.{module}"))
+        for node in ast.parse(source).body:
+            jitted = isinstance(node, ast.FunctionDef) and any(
+                ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list
+            )
+            if jitted or isinstance(node, ast.Assign | ast.AnnAssign):
+                parts.append(ast.dump(node))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -143,13 +145,13 @@ def _dump_resources(cubin: bytes) -> tuple[int, int]:
     return int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
 
 
-def _tensor_cores(ptx: str) -> str:
+def _products(ttir: str, ptx: str) -> str:
     found = set()
     for match in _TENSOR_CORE.finditer(ptx):
         kind = _INPUT_TYPE.search(match.group().partition("f32")[2] or match.group())
         family = match.group(1).partition(".")[0]
         found.add(f"{family} {kind.group(1).removeprefix('kind::')}" if kind else family)
-    return ", ".join(sorted(found)) or "-"
+    return ", ".join(sorted(found)) or ("FMA" if "tt.dot" in ttir else "-")
 
 
 def _programs_per_sm(registers: int, shared: int, num_warps: int, arch: str) -> int:
@@ -169,7 +171,7 @@ def measure(name: str, variant: Variant, arch: str) -> Usage:
     shared = compiled.metadata.shared
     return Usage(
         name, arch, variant.num_warps, variant.num_stages, registers, spilled, shared,
-        _tensor_cores(compiled.asm["ptx"]),
+        _products(compiled.asm["ttir"], compiled.asm["ptx"]),
         _programs_per_sm(registers, shared, variant.num_warps, arch),
     )  # fmt: skip
 
@@ -184,7 +186,7 @@ def _measure_named(job: tuple[str, str]) -> Usage:
 
 def to_markdown(rows: list[Usage]) -> str:
     """Write the committed table; :func:`from_markdown` reads it."""
-    prints = [f"{name} {fingerprint(name, module)}" for name, module in kernel_modules().items()]
+    prints = [f"{name} {fingerprint(name)}" for name in kernel_modules()]
     lines = [
         "# Resources of the Triton kernels",
         "",
