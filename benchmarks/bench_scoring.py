@@ -5,6 +5,7 @@ per candidate before the attention, as the published code of UniSAR and GSERec d
 reference, which never does, and "torch.compile" the same compiled. Peak memory is what a call adds.
 """
 
+import ctypes
 import resource
 from pathlib import Path
 
@@ -65,6 +66,7 @@ def peak_bytes(function) -> int:
     resets = Path("/proc/self/clear_refs")
     if not resets.exists():
         return 0
+    ctypes.CDLL(None).malloc_trim(0)  # else a call lives on what others have freed
     resets.write_text("5")  # forget the peak so far
     before = _resident()
     function()
