@@ -320,7 +320,8 @@ class LCRSER(nn.Module):
         """
         return reasoning.latent_reasoning(
             *h0, batch.search_lengths, batch.rec_lengths, self.reasoning.weights(),
-            self.config.steps, target_keys=None if target is None else self.target_keys(target),
+            self.config.steps,
+            target_keys=None if target is None else self.target_keys(target).to(h0[0].dtype),
             dropout=self._dropout(batch), backend=self.config.backend,
             **self._reasoning_options(),
         )  # fmt: skip

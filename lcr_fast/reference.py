@@ -440,6 +440,31 @@ def parse_metric(name: str) -> tuple[str, int]:
     return kind, int(k) if at else 0
 
 
+def parse_reward(name: str) -> tuple[tuple[float, str], ...]:
+    """Split ``"0.5*hr@1 + 0.5*ndcg@10"`` into ((0.5, "hr@1"), (0.5, "ndcg@10")).
+
+    A term is hr@k, ndcg@k or mrr, with a positive weight before it or without one (1). Anything
+    else is a ValueError.
+    """
+    terms = []
+    for term in name.split("+"):
+        weight, times, metric = term.rpartition("*")
+        metric = metric.strip()
+        try:
+            value = float(weight) if times else 1.0
+            kind, cut = parse_metric(metric)
+        except ValueError:
+            value, kind, cut = 0.0, "", 0
+        rewarding = (kind in ("hr", "ndcg") and cut) or metric == "mrr"
+        if not rewarding or not 0 < value < float("inf"):
+            raise ValueError(
+                f"reward must be hr@k, ndcg@k, mrr or a sum of them with positive weights, such as "
+                f"0.5*hr@1+0.5*ndcg@10, got {name!r}"
+            )
+        terms.append((value, metric))
+    return tuple(terms)
+
+
 def ranking_metrics(
     scores: Tensor,
     target: Tensor | None,

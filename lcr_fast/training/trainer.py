@@ -209,9 +209,8 @@ class Trainer:
         for index, state in self.optimizer.state_dict()["state"].items():
             for key, value in state.items():
                 tensors[f"adam.{self._names[index]}.{key}"] = torch.as_tensor(value)
-        if self.objective.reference is not None:
-            frozen = self.objective.reference.state_dict()
-            tensors |= {f"reference.{name}": t for name, t in frozen.items()}
+        frozen = self.objective.reference_state()
+        tensors |= {f"reference.{name}": t for name, t in frozen.items()}
         info = {
             "objective": self.name,
             "model": self.model.config.to_dict(),
@@ -242,7 +241,8 @@ class Trainer:
         self.model.load_state_dict(part("model."))
         self.best = part("best.")
         if self.objective.reference is not None:
-            self.objective.reference.load_state_dict(part("reference."))
+            # The rest of it is the model's own.
+            self.objective.reference.load_state_dict(part("reference."), strict=False)
         self.objective.n_updates = info["n_updates"]
         # AdamW moves the moments to its parameters' device by itself.
         state = {index: part(f"adam.{name}.") for index, name in enumerate(self._names)}
