@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lcr_fast.ops.ranking import group_advantages, ranking_rewards
+from lcr_fast.profiling import ranged
 from lcr_fast.reference import parse_metric
 
 __all__ = [
@@ -25,6 +26,7 @@ class Rollout(NamedTuple):
     rewards: Tensor  # float32 [B, N]
 
 
+@ranged("reward")
 def choose_actions(
     scores: Tensor,
     target: Tensor,
@@ -60,6 +62,7 @@ def choose_actions(
     raise ValueError(f"action must be top1, sampled or target, got {action!r}")
 
 
+@ranged("loss")
 def list_log_probability(scores: Tensor, actions: Tensor) -> Tensor:
     """Log-probability of a list's first k places under the policy: [B, N, C], [B, N, k] -> [B, N].
 
@@ -78,6 +81,7 @@ def list_log_probability(scores: Tensor, actions: Tensor) -> Tensor:
     return total
 
 
+@ranged("loss")
 def kl_divergence(
     scores: Tensor, reference_scores: Tensor, kind: str, actions: Tensor | None = None
 ) -> Tensor:
@@ -101,6 +105,7 @@ def kl_divergence(
     return (log_p.exp() * difference).sum(-1)
 
 
+@ranged("loss")
 def policy_objective(
     log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip: float
 ) -> Tensor:
