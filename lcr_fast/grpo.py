@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lcr_fast.ops.ranking import group_advantages, ranking_metrics
+from lcr_fast.profiling import ranged
 from lcr_fast.reference import parse_metric, parse_reward
 
 __all__ = [
@@ -35,6 +36,7 @@ def list_rewards(scores: Tensor, target: Tensor, reward: str) -> Tensor:
     return torch.stack([weight * values[name] for weight, name in terms]).sum(0)
 
 
+@ranged("reward")
 def choose_actions(
     scores: Tensor,
     target: Tensor,
@@ -72,6 +74,7 @@ def choose_actions(
     raise ValueError(f"action must be top1, sampled or target, got {action!r}")
 
 
+@ranged("loss")
 def list_log_probability(scores: Tensor, actions: Tensor) -> Tensor:
     """Log-probability of a list's first k places under the policy: [B, N, C], [B, N, k] -> [B, N].
 
@@ -88,6 +91,7 @@ def list_log_probability(scores: Tensor, actions: Tensor) -> Tensor:
     return (chosen - left).masked_fill(padding, 0.0).sum(-1)
 
 
+@ranged("loss")
 def kl_divergence(
     scores: Tensor, reference_scores: Tensor, kind: str, actions: Tensor | None = None
 ) -> Tensor:
@@ -111,6 +115,7 @@ def kl_divergence(
     return (log_p.exp() * difference).sum(-1)
 
 
+@ranged("loss")
 def policy_objective(
     log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip: float
 ) -> Tensor:

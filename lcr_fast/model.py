@@ -15,6 +15,7 @@ from lcr_fast.config import LCRConfig
 from lcr_fast.ops import reasoning, scoring
 from lcr_fast.ops.noise import Dropout
 from lcr_fast.ops.reasoning import Reasoned
+from lcr_fast.profiling import ranged
 from lcr_fast.reference import States, Streams
 from lcr_fast.storage import load_tensors, save_tensors
 from lcr_fast.weights import REC, SEARCH, EncoderWeights, ReasoningWeights, ScoringWeights
@@ -226,6 +227,7 @@ class LCRSER(nn.Module):
         """User vectors e_u [B, D], or None where the config has no user embedding."""
         return None if self.user_embedding is None else self.user_embedding(users)
 
+    @ranged("embed")
     def embed(self, batch: Batch) -> Streams:
         """Input vectors of both streams: [B, L_s, D], [B, L_r, D]."""
         queries = self.query_vectors(batch.search_queries, batch.search_terms)
@@ -282,6 +284,7 @@ class LCRSER(nn.Module):
 
     # -- stages ---------------------------------------------------------------------------------
 
+    @ranged("encode")
     def encode(self, batch: Batch) -> Streams:
         """Encode both histories: h^(0), [B, L_s, D] and [B, L_r, D]."""
         if not batch.user.is_cuda and not torch.compiler.is_compiling():
@@ -313,6 +316,7 @@ class LCRSER(nn.Module):
             "cross_memory": self.config.cross_memory,
         }
 
+    @ranged("reason")
     def reason(self, h0: Streams, batch: Batch, target: Tensor | None = None) -> Reasoned:
         """Run the K reasoning steps from h^(0): the final states, [B, L, D].
 
@@ -360,6 +364,7 @@ class LCRSER(nn.Module):
             looks.append((pair[SEARCH], pair[REC]))
         return looks
 
+    @ranged("rollout")
     def rollout(
         self, h0: Streams, batch: Batch, n_trajectories: int, noise_scale: float, seed: int
     ) -> Reasoned:
@@ -370,6 +375,7 @@ class LCRSER(nn.Module):
             backend=self.config.backend, **self._reasoning_options(),
         )  # fmt: skip
 
+    @ranged("score")
     def score(self, h: Streams, batch: Batch, candidates: Tensor | None = None) -> Tensor:
         """Score candidates (default: the batch's) from final states.
 

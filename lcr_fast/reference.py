@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lcr_fast.profiling import ranged_steps
 from lcr_fast.weights import REC, SEARCH, EncoderWeights, ReasoningWeights, ScoringWeights
 
 EPS = 1e-5  # of every LayerNorm
@@ -214,7 +215,7 @@ def latent_reasoning(
 
     states = States([initial], [])
     h = initial
-    for k in range(steps):
+    for k in ranged_steps("reason step", steps):
         w = sets[min(k, len(sets) - 1)]
         m = [[None] * 3 if masks is None else masks[x][3 * k : 3 * k + 3] for x in (SEARCH, REC)]
         if step_embedding is not None:

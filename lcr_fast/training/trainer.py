@@ -17,6 +17,7 @@ from tqdm import tqdm
 from lcr_fast.config import TrainConfig
 from lcr_fast.data.prepared import PreparedData
 from lcr_fast.model import LCRSER
+from lcr_fast.profiling import range_
 from lcr_fast.storage import load_tensors, replacing, save_tensors
 from lcr_fast.training.evaluation import make_batcher, validation_score
 from lcr_fast.training.objective import OBJECTIVES, Objective, warn_if_sinking
@@ -137,7 +138,8 @@ class Trainer:
 
     def step(self, rows: NDArray, rng: np.random.Generator) -> float:
         """Make the updates of one mini-batch of samples; return the last loss."""
-        batch = self.objective.batch(rows, rng).to(self.model.head.target_weight.device)
+        with range_("batch"):
+            batch = self.objective.batch(rows, rng).to(self.model.head.target_weight.device)
         value = float("nan")
         for loss, logs in self.objective.updates(batch, _seed(rng)):
             self._update(loss)
@@ -152,11 +154,13 @@ class Trainer:
                 f"{self.progress.step + 1}; the last checkpoint is kept"
             )
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if self.config.grad_clip:
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
-        self.optimizer.step()
+        with range_("backward"):
+            loss.backward()
+        with range_("optimizer"):
+            if self.config.grad_clip:
+                parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+                torch.nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
+            self.optimizer.step()
 
     def _add(self, logs: dict[str, float]) -> None:
         for name, value in logs.items():
