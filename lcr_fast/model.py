@@ -375,7 +375,6 @@ class LCRSER(nn.Module):
             backend=self.config.backend, **self._reasoning_options(),
         )  # fmt: skip
 
-    @ranged("score")
     def score(self, h: Streams, batch: Batch, candidates: Tensor | None = None) -> Tensor:
         """Score candidates (default: the batch's) from final states.
 
@@ -400,6 +399,7 @@ class LCRSER(nn.Module):
         """Score item vectors [B, C, D], or [1, C, D] shared by all users: [B, (N,) C]."""
         return self._score(h, batch, vectors, None)
 
+    @ranged("score")
     def _score(self, h: Streams, batch: Batch, candidates: Tensor, ids: Tensor | None) -> Tensor:
         return scoring.score(
             *h, batch.search_lengths, batch.rec_lengths, candidates, self.user_vectors(batch.user),
