@@ -23,18 +23,17 @@ DROPOUT_COUNTER = tl.constexpr(1 << 31)  # in the third counter word; noise stay
 
 
 @triton.jit
-def locate_rows(
-    tile, lengths_ptr, n_sequences, n_trajectories, size, M: tl.constexpr, SLOT: tl.constexpr
-):
+def locate_rows(first, end, lengths_ptr, n_trajectories, size, M: tl.constexpr, SLOT: tl.constexpr):
     """Say what stands in each row of a tile: (sequence, position, length, stored), [M] each.
 
-    Sequence b N + n (int64) is trajectory n of user b; a row is stored if tensors
-    [sequences, size, D] have it. The length of a sequence beyond the last one is 0.
+    Sequence b N + n (int64) is trajectory n of user b; the slots hold ``first``, ``first`` + 1 and
+    so on up to ``end``, where the length is 0. A row is stored if tensors [sequences, size, D] have
+    it.
     """
     row = tl.arange(0, M)
     position = row % SLOT
-    sequence = tile * (M // SLOT) + row // SLOT
-    exists = sequence < n_sequences
+    sequence = first + row // SLOT
+    exists = sequence < end
     length = tl.load(lengths_ptr + sequence // n_trajectories, mask=exists, other=0)
     length = tl.minimum(length, size).to(tl.int32)
     return sequence, position, length, exists & (position < size)
@@ -89,22 +88,38 @@ def _uniform(word):
 
 
 @triton.jit
+def _box_muller(word0, word1):
+    """Two normals from two words. The angle is reduced exactly, so that no slow path is compiled.
+
+    With quarter = round(4 u) the rest of the angle is within pi / 4, where the polynomials are
+    those of Cephes' sinf and cosf.
+    """
+    radius = tl.sqrt(-2.0 * tl.log(_uniform(word0)))
+    u = _uniform(word1)
+    quarter = (4.0 * u + 0.5).to(tl.int32)
+    angle = TWO_PI * (u - 0.25 * quarter.to(tl.float32))
+    z = angle * angle
+    sine = ((-1.9515295891e-4 * z + 8.3321608736e-3) * z - 1.6666654611e-1) * z * angle + angle
+    cosine = (2.443315711809948e-5 * z - 1.388731625493765e-3) * z + 4.166664568298827e-2
+    cosine = cosine * z * z - 0.5 * z + 1.0
+    odd = (quarter & 1) != 0
+    cos_negative = ((quarter + 1) & 2) != 0
+    sin_negative = (quarter & 2) != 0
+    x = tl.where(odd, sine, cosine)
+    y = tl.where(odd, cosine, sine)
+    return radius * tl.where(cos_negative, -x, x), radius * tl.where(sin_negative, -y, y)
+
+
+@triton.jit
 def normal_noise(user_row, position, trajectory_stream, seed, D: tl.constexpr):
     """Draw eps ~ N(0, I) by Box-Muller, four coordinates a Philox call: [M, D].
 
     ``user_row`` int64, ``position`` and ``trajectory_stream`` (2 n + stream) are [M].
     """
     w0, w1, w2, w3 = _philox(user_row, position, trajectory_stream, seed, D // 4)
-    radius0 = tl.sqrt(-2.0 * tl.log(_uniform(w0)))  # [M, D/4]
-    radius1 = tl.sqrt(-2.0 * tl.log(_uniform(w2)))
-    angle0 = TWO_PI * _uniform(w1)
-    angle1 = TWO_PI * _uniform(w3)
-    return _interleave4(
-        radius0 * tl.cos(angle0),
-        radius0 * tl.sin(angle0),
-        radius1 * tl.cos(angle1),
-        radius1 * tl.sin(angle1),
-    )
+    x0, x1 = _box_muller(w0, w1)  # [M, D/4] each
+    x2, x3 = _box_muller(w2, w3)
+    return _interleave4(x0, x1, x2, x3)
 
 
 @triton.jit
@@ -140,6 +155,25 @@ def layer_norm(x, weight_ptr, bias_ptr, D: tl.constexpr):
     return x_hat * weight[None, :] + bias[None, :]
 
 
+@triton.jit
+def layer_norm_bwd(dy, x, weight_ptr, dnorm_ptr, D: tl.constexpr):
+    """dx of :func:`layer_norm`, float32 [M, D]; stores the tile's own dw and db at dnorm_ptr [2, D].
+
+        dx = rstd (g - mean(g) - x_hat mean(g x_hat)),  g = dy w;   dw = sum dy x_hat,  db = sum dy
+
+    Rows with dy = 0 add nothing and get 0.
+    """
+    column = tl.arange(0, D)
+    weight = tl.load(weight_ptr + column).to(tl.float32)
+    x_hat, rstd = standardise(x, D)
+    tl.store(dnorm_ptr + column, tl.sum(dy * x_hat, 0))
+    tl.store(dnorm_ptr + D + column, tl.sum(dy, 0))
+    g = dy * weight[None, :]
+    mean_g = tl.sum(g, 1) / D
+    mean_gx = tl.sum(g * x_hat, 1) / D
+    return rstd[:, None] * (g - mean_g[:, None] - x_hat * mean_gx[:, None])
+
+
 # -- dots with weights ----------------------------------------------------------------------------
 
 
@@ -167,16 +201,24 @@ def linear(x, weight_ptr, bias_ptr, rows, D: tl.constexpr, PRECISION: tl.constex
 
 
 @triton.jit
-def head_probabilities(q, k, query_slot, key_slot, PRECISION: tl.constexpr):
-    """softmax(q k^T) over a query's own keys, for q times log2(e) / sqrt(D/H): [M_q, M_k].
+def _project_head(
+    x, memory, query_slot, key_slot, head, qkv_weight_ptr, qkv_bias_ptr,
+    D: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One head's queries [M_q, D/H] times log2(e) / sqrt(D/H), keys, values and probabilities.
 
-    A query without keys gets zeros.
+    p = softmax(q k^T) over a query's own keys, float32 [M_q, M_k]; zeros for a query without keys.
     """
-    scores = tl.dot(q, k.trans(), input_precision=PRECISION)
+    q = linear(x, qkv_weight_ptr, qkv_bias_ptr, head, D, PRECISION)
+    q = (q * (LOG2_E * WIDTH**-0.5)).to(x.dtype)
+    k = linear(memory, qkv_weight_ptr, qkv_bias_ptr, D + head, D, PRECISION).to(x.dtype)
+    scores = tl.dot(q, k.trans(), input_precision=PRECISION)  # [M_q, M_k]
     scores = tl.where(query_slot[:, None] == key_slot[None, :], scores, float("-inf"))
     top = tl.maximum(tl.max(scores, 1), LOWEST_SCORE)
     p = tl.exp2(scores - top[:, None])
-    return p / tl.maximum(tl.sum(p, 1), 1.0)[:, None]  # a sum over keys is at least 1
+    p = p / tl.maximum(tl.sum(p, 1), 1.0)[:, None]  # a sum over keys is at least 1
+    v = linear(memory, qkv_weight_ptr, qkv_bias_ptr, 2 * D + head, D, PRECISION).to(x.dtype)
+    return q, k, v, p
 
 
 @triton.jit
@@ -190,7 +232,7 @@ def attention(
     H: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Multi-head attention, head by head: sum_h softmax(Q_h K_h^T / sqrt(D/H)) V_h Wo_h^T + bo.
+    """Multi-head attention, head by head: y = sum_h softmax(Q_h K_h^T / sqrt(D/H)) V_h Wo_h^T + bo.
 
     The loop is not unrolled and its weights are read in it, so one head's are on chip at a time.
     Returns float32 [M_q, D]; finite, and without meaning, for a query without keys.
@@ -201,15 +243,82 @@ def attention(
     y = tl.zeros([x.shape[0], D], tl.float32) + tl.load(out_bias_ptr + column).to(tl.float32)
     for h in range(H):
         head = h * WIDTH + tl.arange(0, WIDTH)
-        q = linear(x, qkv_weight_ptr, qkv_bias_ptr, head, D, PRECISION)  # [M_q, D/H]
-        q = (q * (LOG2_E * WIDTH**-0.5)).to(x.dtype)
-        k = linear(memory, qkv_weight_ptr, qkv_bias_ptr, D + head, D, PRECISION).to(x.dtype)
-        p = head_probabilities(q, k, query_slot, key_slot, PRECISION)  # [M_q, M_k]
-        v = linear(memory, qkv_weight_ptr, qkv_bias_ptr, 2 * D + head, D, PRECISION).to(x.dtype)
+        _, _, v, p = _project_head(
+            x, memory, query_slot, key_slot, head, qkv_weight_ptr, qkv_bias_ptr,
+            D, WIDTH, PRECISION,
+        )  # fmt: skip
         o = tl.dot(p.to(x.dtype), v, input_precision=PRECISION).to(x.dtype)  # [M_q, D/H]
         out_weight = load_block_transposed(out_weight_ptr, column, head, D, x.dtype)  # [D/H, D]
         y = tl.dot(o, out_weight, y, input_precision=PRECISION)
     return y
+
+
+@triton.jit
+def attention_bwd(
+    dy,  # [M_q, D] gradient of the sublayer's output, in the states' dtype
+    x,  # [M_q, D]
+    memory,  # [M_k, D]
+    query_slot,  # [M_q]
+    key_slot,  # [M_k]
+    dx,  # float32 [M_q, D], added to
+    dmemory,  # float32 [M_k, D], added to; not used if the memory is x itself
+    heads_ptr,  # o, pairs of rows with dy: at this tile's rows, [M_q, D] each
+    dq_ptr,
+    dkv_ptr,  # [M_k, 2D]: dk, dv
+    query_place,  # offsets of the rows from these pointers, [M_q, 1], and which rows exist
+    key_place,  # the same of the memory's rows, [M_k, 1]
+    weights,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    IS_SELF: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Backward of :func:`attention`, recomputing each head:
+
+        do = dy Wo_h;   dv = p^T do;   dp = do v^T;   ds = p (dp - rowsum(p dp))
+        dq = ds k / sqrt(D/H);   dk = ds^T q / sqrt(D/H)
+        dx += dq Wq_h;   dmemory += dk Wk_h + dv Wv_h
+
+    Stores what the weight gradients need: o (with dy), dq (with x), dk and dv (with memory).
+    Returns dx and dmemory; for self-attention all of it in dx.
+    """
+    qkv_weight_ptr, qkv_bias_ptr, out_weight_ptr, _ = weights
+    query_offset, query_stored = query_place
+    key_offset, key_stored = key_place
+    WIDTH: tl.constexpr = D // H
+    column = tl.arange(0, D)
+    for h in range(H):
+        head = h * WIDTH + tl.arange(0, WIDTH)
+        q, k, v, p = _project_head(
+            x, memory, query_slot, key_slot, head, qkv_weight_ptr, qkv_bias_ptr,
+            D, WIDTH, PRECISION,
+        )  # fmt: skip
+        to_head = query_offset + head[None, :]
+        o = tl.dot(p.to(x.dtype), v, input_precision=PRECISION)
+        tl.store(heads_ptr + to_head, o.to(x.dtype), mask=query_stored)
+
+        out_weight = load_block(out_weight_ptr, column, head, D, x.dtype)  # [D, D/H]
+        do = tl.dot(dy, out_weight, input_precision=PRECISION).to(x.dtype)  # [M_q, D/H]
+        dv = tl.dot(p.to(x.dtype).trans(), do, input_precision=PRECISION).to(x.dtype)
+        dp = tl.dot(do, v.trans(), input_precision=PRECISION)  # [M_q, M_k]
+        ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(x.dtype)
+        dq = (tl.dot(ds, k, input_precision=PRECISION) * WIDTH**-0.5).to(x.dtype)
+        dk = (tl.dot(ds.trans(), q, input_precision=PRECISION) / LOG2_E).to(x.dtype)
+        tl.store(dq_ptr + to_head, dq, mask=query_stored)
+        tl.store(dkv_ptr + key_offset + head[None, :], dk, mask=key_stored)
+        tl.store(dkv_ptr + key_offset + D + head[None, :], dv, mask=key_stored)
+
+        query_weight = load_block(qkv_weight_ptr, head, column, D, x.dtype)  # [D/H, D]
+        dx = tl.dot(dq, query_weight, dx, input_precision=PRECISION)
+        key_weight = load_block(qkv_weight_ptr, D + head, column, D, x.dtype)
+        value_weight = load_block(qkv_weight_ptr, 2 * D + head, column, D, x.dtype)
+        if IS_SELF:
+            dx = tl.dot(dk, key_weight, dx, input_precision=PRECISION)
+            dx = tl.dot(dv, value_weight, dx, input_precision=PRECISION)
+        else:
+            dmemory = tl.dot(dk, key_weight, dmemory, input_precision=PRECISION)
+            dmemory = tl.dot(dv, value_weight, dmemory, input_precision=PRECISION)
+    return dx, dmemory
 
 
 @triton.jit
@@ -234,43 +343,107 @@ def ffn(
     return y
 
 
+@triton.jit
+def ffn_bwd(
+    dy,  # [M, D] gradient of the sublayer's output, in the states' dtype
+    x,  # [M, D]
+    dx,  # float32 [M, D], added to
+    hidden_ptr,  # pairs of rows with dy: [M, F]
+    dhidden_ptr,  # pairs of rows with x: [M, F]
+    place,  # offsets of the rows from these pointers, [M, 1], and which rows exist
+    weights,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Backward of :func:`ffn`: dhidden = dy W2 [hidden > 0], dx += dhidden W1."""
+    in_weight_ptr, in_bias_ptr, out_weight_ptr, _ = weights
+    offset, stored = place
+    column = tl.arange(0, D)
+    for start in range(0, F, BLOCK_F):
+        unit = start + tl.arange(0, BLOCK_F)
+        hidden = linear(x, in_weight_ptr, in_bias_ptr, unit, D, PRECISION)  # [M, BLOCK_F]
+        hidden = tl.maximum(hidden, 0.0).to(x.dtype)
+        tl.store(hidden_ptr + offset + unit[None, :], hidden, mask=stored)
+        out_weight = load_block(out_weight_ptr, column, unit, F, x.dtype)  # [D, BLOCK_F]
+        dhidden = tl.dot(dy, out_weight, input_precision=PRECISION)
+        dhidden = tl.where(hidden > 0.0, dhidden, 0.0).to(x.dtype)
+        tl.store(dhidden_ptr + offset + unit[None, :], dhidden, mask=stored)
+        in_weight = load_block(in_weight_ptr, unit, column, D, x.dtype)  # [BLOCK_F, D]
+        dx = tl.dot(dhidden, in_weight, dx, input_precision=PRECISION)
+    return dx
+
+
 # -- pooling --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _pool_weights(state, key, events):
+    """alpha = softmax_j(state_j . key) over the rows that are ``events``, else 0: float32 [M]."""
+    logits = tl.where(events, tl.sum(state * key[None, :], 1) * LOG2_E, float("-inf"))
+    alpha = tl.exp2(logits - tl.maximum(tl.max(logits, 0), LOWEST_SCORE))
+    return alpha / tl.maximum(tl.sum(alpha, 0), 1.0)
 
 
 @triton.jit
 def pool(
     state,  # [M, D]
+    event_slot,  # [M] slot of each event, -1 at padding
     keys_ptr,  # [B, 2, D], at the stream
-    pooled_ptr,  # [sequences, ..., D], at the place of this step, state and stream
+    pooled_ptr,  # [sequences, K, 2, 2, D], at the step, state and stream
     pooled_stride,  # from one sequence to the next
-    rows,
-    n_sequences,
+    first,  # sequences of the tile's slots: first, first + 1, ..., up to end
+    end,
     n_trajectories,
-    tile,
     D: tl.constexpr,
-    SLOT: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
-    """Pool each slot's state at its user's key and store it: z = sum_j alpha_j state_j.
-
-    alpha = softmax_j(state_j . key) over the events of the slot; z = 0 without an event.
-    """
-    M: tl.constexpr = state.shape[0]
-    _, position, length, _ = rows
-    slot = row_slots(M, SLOT)
+    """Store each sequence's pooled state, z = sum_j alpha_j state_j; 0 without an event."""
     column = tl.arange(0, D)
     state = state.to(tl.float32)
-    for u in range(M // SLOT):
-        sequence = tile * (M // SLOT) + u
-        exists = sequence < n_sequences
+    for slot in range(SLOTS):
+        sequence = first + slot
+        exists = sequence < end
         key_offset = (sequence // n_trajectories) * (2 * D) + column
-        key = tl.load(keys_ptr + key_offset, mask=exists & (column < D), other=0.0)
-        logits = tl.sum(state * key.to(tl.float32)[None, :], 1)  # [M]
-        logits = tl.where((slot == u) & (position < length), logits * LOG2_E, float("-inf"))
-        alpha = tl.exp2(logits - tl.maximum(tl.max(logits, 0), LOWEST_SCORE))
-        alpha = alpha / tl.maximum(tl.sum(alpha, 0), 1.0)
+        key = tl.load(keys_ptr + key_offset, mask=exists, other=0.0).to(tl.float32)
+        alpha = _pool_weights(state, key, event_slot == slot)
         z = tl.sum(alpha[:, None] * state, 0)  # [D]
-        tl.store(
-            pooled_ptr + sequence * pooled_stride + column,
-            z.to(pooled_ptr.dtype.element_ty),
-            mask=exists & (column < D),
-        )
+        z_ptr = pooled_ptr + sequence * pooled_stride + column
+        tl.store(z_ptr, z.to(pooled_ptr.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def pool_bwd(
+    dstate,  # float32 [M, D], added to
+    state,  # [M, D]
+    event_slot,  # [M]
+    keys_ptr,  # [B, 2, D], at the stream
+    dpooled_ptr,  # [sequences, K, 2, 2, D], at the step, state and stream
+    dkeys_ptr,  # the same shape, float32: a sequence's share of this step and state
+    pooled_stride,
+    first,
+    end,
+    n_trajectories,
+    D: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """Backward of :func:`pool`. With t_j = state_j . dz and s_j = alpha_j (t_j - sum_i alpha_i t_i):
+
+    dstate_j += alpha_j dz + s_j key;   dkey = sum_j s_j state_j
+    """
+    column = tl.arange(0, D)
+    state = state.to(tl.float32)
+    for slot in range(SLOTS):
+        sequence = first + slot
+        exists = sequence < end
+        key_offset = (sequence // n_trajectories) * (2 * D) + column
+        key = tl.load(keys_ptr + key_offset, mask=exists, other=0.0).to(tl.float32)
+        offset = sequence * pooled_stride + column
+        dz = tl.load(dpooled_ptr + offset, mask=exists, other=0.0).to(tl.float32)
+        alpha = _pool_weights(state, key, event_slot == slot)  # [M]
+        t = tl.sum(state * dz[None, :], 1)
+        s = alpha * (t - tl.sum(alpha * t, 0))
+        dstate += alpha[:, None] * dz[None, :] + s[:, None] * key[None, :]
+        tl.store(dkeys_ptr + offset, tl.sum(s[:, None] * state, 0), mask=exists)
+    return dstate
