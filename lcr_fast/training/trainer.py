@@ -85,6 +85,12 @@ class Trainer:
 
     def run(self) -> LCRSER:
         """Train to the end, restore the best weights into the model and return it."""
+        self.train()
+        self.model.load_state_dict(self.best)
+        return self.model
+
+    def train(self) -> LCRSER:
+        """Train to the end and return the model with its last weights, not its best."""
         progress = self.progress
         if not progress.finished:
             for name, parameter in self.model.named_parameters():
@@ -96,7 +102,6 @@ class Trainer:
                 self._epoch()
             progress.finished = True
             self._save()
-        self.model.load_state_dict(self.best)
         return self.model.requires_grad_(True).eval()
 
     def _start(self) -> None:
