@@ -106,10 +106,9 @@ def training_cases(device: str) -> dict[Case, bool]:
             more = _around(plain, B=(32, 8192), L=(50, 100), d=(128,), K=(1, 3))
             cases |= {centre: False} | dict.fromkeys(more, True)
         return cases
-    cases = {Case(256, compiled=True): False}
-    return cases | dict.fromkeys(
-        _around(Case(256), B=(8, 64), L=(20, 50), d=(32, 128), K=(1, 3), lengths=("random",)), True
-    )
+    centre = Case(64)
+    more = _around(centre, B=(1, 8, 256), L=(20, 50), d=(32, 128), K=(1, 3), lengths=("random",))
+    return {centre._replace(compiled=True): False} | dict.fromkeys(more, True)
 
 
 def rollout_cases(device: str) -> dict[Case, bool]:
@@ -117,8 +116,8 @@ def rollout_cases(device: str) -> dict[Case, bool]:
         centre = Case(1024, L=32, N=8, dtype="bf16")
         more = [*_around(centre, N=(2, 32), B=(32,), K=(1,)), centre._replace(dtype="fp32")]
     else:
-        centre = Case(32, N=8)
-        more = _around(centre, N=(2, 16), B=(1, 128), K=(1,))
+        centre = Case(16, N=8)
+        more = _around(centre, N=(2, 16), B=(1, 64), K=(1,))
     return {centre: False} | dict.fromkeys(more, True)
 
 

@@ -23,6 +23,7 @@ _HERE = Path(__file__).parent
 _CEILINGS = pytest.StashKey[dict[str, float]]()
 _LEFT_OUT = pytest.StashKey[int]()
 _replayed = [0.0]  # seconds
+PERCENTILES = (50, 99)
 
 
 def pytest_addoption(parser):
@@ -132,7 +133,8 @@ def race(benchmark, pytestconfig, device):
     ``race(ours, {"name": (function, share)}, rounds, seconds)``: a function that does only a
     ``share`` of the work has its time divided by it, and one that has used up ``seconds`` sits out
     the other rounds. Ours goes to pytest-benchmark, median and quartiles of the others to
-    ``extra_info``. Returns the medians of the others, nothing where nothing is timed.
+    ``extra_info``. Returns the medians of the others, nothing where nothing is timed. With
+    ``single``, each time is one call's, and percentiles of all are kept too.
     """
 
     def run(
@@ -141,6 +143,7 @@ def race(benchmark, pytestconfig, device):
         rounds: int = 15,
         seconds: float = 4.0,
         on: str = device,
+        single: bool = False,
     ) -> dict[str, float]:
         variants = {"": Variant(ours)} | {n: Variant(*other) for n, other in others.items()}
         if benchmark.disabled:
@@ -149,8 +152,13 @@ def race(benchmark, pytestconfig, device):
             benchmark.pedantic(lambda: None)
             return {}
         if pytestconfig.getoption("--quick"):
-            rounds, seconds = min(rounds, 7), min(seconds, 0.5)
-        times = harness.take_turns(variants, rounds, seconds, on)
+            rounds, seconds = rounds if single else min(rounds, 7), min(seconds, 0.5)
+        times = harness.take_turns(variants, rounds, seconds, on, single)
+        if single:
+            benchmark.extra_info["percentiles"] = {
+                name: {p: float(np.percentile(all_, p)) for p in PERCENTILES}
+                for name, all_ in times.items()
+            }
         _hand_over(benchmark, times.pop(""))
         summaries = {name: harness.summary(seconds) for name, seconds in times.items()}
         benchmark.extra_info["threads"] = torch.get_num_threads()

@@ -4,21 +4,24 @@ On CUDA a turn queues launches until they fill about two milliseconds and reads 
 and after; on CPU it reads the clock around one call, or around as many as take 0.1 ms.
 """
 
+import ctypes
 import itertools
+import resource
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.profiler import ProfilerActivity, profile
 
 Function = Callable[[], Any]
 
 _TURN_SECONDS = {"cuda": 2e-3, "cpu": 1e-4}
 _MOST_CALLS = 200  # in one turn
+_LEAST_ROUNDS = 3
 
 
 class Variant(NamedTuple):
@@ -62,21 +65,21 @@ def take_turns(
 ) -> dict[str, list[float]]:
     """Time variants in turns, so that all of them meet the same noise.
 
-    Everyone has one warm-up turn and at least one that counts; who has used up ``seconds`` sits
-    out the other rounds. ``single`` times single calls, the answer in hand each time.
+    Everyone warms up and has three rounds at least; who has used up ``seconds`` sits out the
+    others. ``single`` times single calls, the answer in hand each time.
     """
     n_calls, spent = {}, {}
     for name, (function, _) in variants.items():
-        seconds_a_call(function, 1, device)
-        warm = seconds_a_call(function, 1, device)
-        wanted = 1 if single else int(_TURN_SECONDS[device] / max(warm, 1e-7))
+        if device == "cuda":
+            function()  # may compile, which says nothing about the next call
+        spent[name] = seconds_a_call(function, 1, device)
+        wanted = 1 if single else int(_TURN_SECONDS[device] / max(spent[name], 1e-7))
         n_calls[name] = min(max(wanted, 1), _MOST_CALLS)
-        spent[name] = warm
     times: dict[str, list[float]] = {name: [] for name in variants}
     order = list(variants)
     for turn in range(rounds):
         for name in order if turn % 2 == 0 else reversed(order):
-            if times[name] and spent[name] > seconds:
+            if turn >= _LEAST_ROUNDS and spent[name] > seconds:
                 continue
             function, share = variants[name]
             took = seconds_a_call(function, n_calls[name], device)
@@ -135,11 +138,7 @@ def assert_close(name: str, found: Any, expected: Any) -> None:
 
 
 def peak_bytes(function: Function, device: str) -> int:
-    """Most memory that torch's allocator held for a call, beyond what it held before.
-
-    Scratch that a C++ kernel keeps on its threads' stacks or allocates by itself is not seen.
-    """
-    function()
+    """Memory that one call adds at its peak: of the GPU, or of the process. 0 where unknown."""
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -147,15 +146,14 @@ def peak_bytes(function: Function, device: str) -> int:
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    events = [
-        (event.start_ns(), event.nbytes())
-        for event in profiler.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    ]
-    held = itertools.accumulate(size for _, size in sorted(events, key=lambda event: event[0]))
-    return max(held, default=0)
+    resets = Path("/proc/self/clear_refs")
+    if not resets.exists():
+        return 0
+    ctypes.CDLL(None).malloc_trim(0)  # else a call lives on what others have freed
+    resets.write_text("5")  # forget the peak so far
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    function()
+    return max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident)
 
 
 def saved_bytes(forward: Callable[[], Any], inputs: Iterable[Tensor]) -> int:
