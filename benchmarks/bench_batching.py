@@ -85,15 +85,21 @@ def assemble_by_loop(data, split, rows):
 @pytest.mark.benchmark(group="batch assembly")
 @pytest.mark.parametrize("size", [256, 1024])
 def test_batch_assembly(benchmark, race, data, size):
+    """On the CPU, whatever the device of the other benchmarks."""
     batcher = Batcher(data, "train", **LIMITS, trim=False)
     rows = np.random.default_rng(1).integers(len(batcher), size=size)
     candidates, target = np.ones((size, 5), np.int64), np.zeros(size, np.int64)
     batch = batcher.gather(rows, candidates, target)
     for name, expected in assemble_by_loop(data, "train", rows).items():
         assert torch.equal(getattr(batch, name), torch.from_numpy(expected)), name
-    benchmark.extra_info |= {"case": f"{size} users, 30 + 30 events", "samples": size}
+    benchmark.extra_info |= {
+        "case": f"{size} users, 30 + 30 events",
+        "samples": size,
+        "device": "cpu",
+    }
     race(
         lambda: batcher.gather(rows, candidates, target),
         {"loop over samples": (lambda: assemble_by_loop(data, "train", rows), 1.0)},
         rounds=30,
+        on="cpu",
     )

@@ -1,33 +1,79 @@
 """Benchmarks run only when asked for: `pytest benchmarks --benchmark [--benchmark-json=FILE]`.
 
-All options of pytest-benchmark apply; with --benchmark-disable each body runs once, untimed.
-`python benchmarks/report.py FILE` prints such a file as Markdown tables.
+`--device cpu|cuda` (default: cuda where there is one), `--quick` for the cases that matter most.
+All options of pytest-benchmark apply; with --benchmark-disable each body runs once, untimed, on
+few users, without torch.compile. `lcr-fast bench-report FILE` prints such a file as tables.
 """
 
+import importlib.metadata
+import importlib.util
 import platform
-import statistics
-import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import harness
+from harness import Variant
+
+_HERE = Path(__file__).parent
+_CEILINGS = pytest.StashKey[dict[str, float]]()
+_LEFT_OUT = pytest.StashKey[int]()
+_replayed = [0.0]  # seconds
+PERCENTILES = (50, 99)
+
 
 def pytest_addoption(parser):
-    parser.addoption("--benchmark", action="store_true", help="run the benchmarks")
+    group = parser.getgroup("benchmarks of lcr_fast")
+    group.addoption("--benchmark", action="store_true", help="run the benchmarks")
+    group.addoption("--quick", action="store_true", help="fewer cases and rounds: minutes in all")
+    group.addoption("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "extended: left out of --quick")
+    if config.getoption("--device") is None:
+        config.option.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def replayed_time() -> float:
+    """Tell the time to pytest-benchmark while it is shown what was measured before."""
+    return _replayed[0]
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--benchmark"):
-        return
-    skip = pytest.mark.skip(reason="benchmarks run with --benchmark")
-    for item in items:
-        if item.path.is_relative_to(config.rootpath / "benchmarks"):
-            item.add_marker(skip)
+    ours = [item for item in items if item.path.is_relative_to(_HERE)]
+    if not config.getoption("--benchmark"):
+        left_out = ours
+    else:
+        quick = config.getoption("--quick")
+        left_out = [item for item in ours if quick and item.get_closest_marker("extended")]
+    for item in ours:
+        if (marker := item.get_closest_marker("benchmark")) is not None:
+            clock = pytest.mark.benchmark(**{**marker.kwargs, "timer": replayed_time})
+            item.add_marker(clock, append=False)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+    config.stash[_LEFT_OUT] = 0 if config.getoption("--benchmark") else len(left_out)
 
 
-def pytest_benchmark_update_machine_info(machine_info):
+def pytest_terminal_summary(terminalreporter, config):
+    if n := config.stash.get(_LEFT_OUT, 0):
+        terminalreporter.write_line(f"{n} benchmarks left out: they run with --benchmark")
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and session.config.stash.get(_LEFT_OUT, 0):
+        session.exitstatus = pytest.ExitCode.OK
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(config, machine_info):
     """Keep what explains a number, drop what names a computer or its owner."""
     cpu = machine_info.get("cpu", {})
     machine_info.clear()
@@ -39,52 +85,96 @@ def pytest_benchmark_update_machine_info(machine_info):
         torch=torch.__version__,
         numpy=np.__version__,
     )
+    if importlib.util.find_spec("triton"):
+        machine_info["triton"] = importlib.metadata.version("triton")
+    if config.getoption("device") == "cuda":
+        machine_info |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    # Paths would name a computer too.
+    words = [
+        word.split("=")[0] + "=" + Path(word.split("=")[1]).name if "=" in word else word
+        for word in config.invocation_params.args
+    ]
+    machine_info["command"] = " ".join(["pytest", *(w.split("/")[-1] for w in words)])
+    machine_info["ceilings"] = config.stash.get(_CEILINGS, {})
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_commit_info(commit_info):
     commit_id = commit_info.get("id")
     commit_info.clear()
     commit_info["id"] = commit_id
 
 
+@pytest.fixture(scope="session")
+def device(pytestconfig) -> str:
+    return pytestconfig.getoption("device")
+
+
 @pytest.fixture
-def race(benchmark):
+def compiles(benchmark, pytestconfig) -> bool:
+    """Whether torch.compile takes part: it needs up to a minute a shape."""
+    return benchmark.enabled and not pytestconfig.getoption("--quick")
+
+
+@pytest.fixture
+def ceilings(benchmark, pytestconfig, device) -> dict[str, float]:
+    """Return what the machine can do at best, measured once; nothing where nothing is timed."""
+    if benchmark.disabled:
+        return {}
+    if _CEILINGS not in pytestconfig.stash:
+        pytestconfig.stash[_CEILINGS] = harness.ceilings(device)
+    return pytestconfig.stash[_CEILINGS]
+
+
+@pytest.fixture
+def race(benchmark, pytestconfig, device):
     """Time one function against others, in turns, so that all of them meet the same noise.
 
-    ``race(ours, {"name": (function, share)}, rounds)``: a function that does only a ``share`` of
-    the work has its time divided by it, and one that has used up ``seconds`` sits out the other
-    rounds. Medians of the others, their shares and numbers of rounds go to ``extra_info``.
+    ``race(ours, {"name": (function, share)}, rounds, seconds)``: a function that does only a
+    ``share`` of the work has its time divided by it, and one that has used up ``seconds`` sits out
+    the other rounds. Ours goes to pytest-benchmark, median and quartiles of the others to
+    ``extra_info``. Returns the medians of the others, nothing where nothing is timed. With
+    ``single``, each time is one call's, and percentiles of all are kept too.
     """
 
     def run(
-        ours: Callable,
-        others: dict[str, tuple[Callable, float]],
+        ours: Callable[[], Any],
+        others: dict[str, tuple[Callable[[], Any], float]],
         rounds: int = 15,
         seconds: float = 4.0,
+        on: str = device,
+        single: bool = False,
     ) -> dict[str, float]:
-        times = {name: [] for name in others}
-
-        def one_round():
-            for name, (function, share) in others.items():
-                if sum(times[name]) * share > seconds:
-                    continue
-                start = time.perf_counter()
+        variants = {"": Variant(ours)} | {n: Variant(*other) for n, other in others.items()}
+        if benchmark.disabled:
+            for function, _ in variants.values():
                 function()
-                times[name].append((time.perf_counter() - start) / share)
-
-        benchmark.pedantic(ours, setup=one_round, rounds=rounds, warmup_rounds=1)
-        if benchmark.stats is None:
+            benchmark.pedantic(lambda: None)
             return {}
-        # The first time of each is its warm-up, unless it is the only one.
-        medians = {n: statistics.median(t[1:] or t) for n, t in times.items()}
-        benchmark.extra_info["others"] = {
-            name: {
-                "median": medians[name],
-                "share": others[name][1],
-                "rounds": max(1, len(times[name]) - 1),
+        if pytestconfig.getoption("--quick"):
+            rounds, seconds = rounds if single else min(rounds, 7), min(seconds, 0.5)
+        times = harness.take_turns(variants, rounds, seconds, on, single)
+        if single:
+            benchmark.extra_info["percentiles"] = {
+                name: {p: float(np.percentile(all_, p)) for p in PERCENTILES}
+                for name, all_ in times.items()
             }
-            for name in others
+        _hand_over(benchmark, times.pop(""))
+        summaries = {name: harness.summary(seconds) for name, seconds in times.items()}
+        benchmark.extra_info["threads"] = torch.get_num_threads()
+        benchmark.extra_info["others"] = {
+            name: one | {"share": others[name][1]} for name, one in summaries.items()
         }
-        return medians
+        return {name: one["median"] for name, one in summaries.items()}
 
     return run
+
+
+def _hand_over(benchmark, seconds: list[float]) -> None:
+    """Give measured times to pytest-benchmark, which cannot interleave or queue by itself."""
+    left = iter(seconds)
+
+    def replay():
+        _replayed[0] += next(left)
+
+    benchmark.pedantic(replay, rounds=len(seconds))

@@ -18,6 +18,8 @@ from lcr_fast.ops import (
     ranking_rewards,
     rollout,
     score,
+    score_rank,
+    score_topk,
     target_rank,
 )
 from lcr_fast.ops._extension import extension_error
@@ -45,5 +47,7 @@ __all__ = [
     "ranking_rewards",
     "rollout",
     "score",
+    "score_rank",
+    "score_topk",
     "target_rank",
 ]

@@ -1,4 +1,4 @@
-"""Command line ``lcr-fast``: prepare data, train, evaluate, recommend."""
+"""Command line ``lcr-fast``: prepare data, train, evaluate, recommend, study."""
 
 import argparse
 import csv
@@ -23,6 +23,13 @@ SYNTHETIC_DEFAULTS: dict[str, dict[str, Any]] = {
         "patience": 7, "rl_epochs": 2, "rl_epoch_size": 1024, "noise_scale": 0.5,
     },
 }  # fmt: skip
+# A study trains dozens of models, so each a little shorter.
+STUDY_DEFAULTS = {
+    "model": SYNTHETIC_DEFAULTS["model"],
+    "train": {**SYNTHETIC_DEFAULTS["train"], "epochs": 6, "rl_epoch_size": 768},
+}
+_QUICK = {"epochs": 1, "rl_epochs": 1, "rl_epoch_size": 64, "rl_negatives": 19}
+_QUICK_USERS = 150
 _FROM_DATA = ("n_items", "n_users", "n_queries", "n_terms", "item_text_dim", "query_text_dim")
 _SECTIONS: dict[str, type] = {"model": LCRConfig, "train": TrainConfig}
 
@@ -63,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_evaluate(commands)
     _add_recommend(commands)
+    _add_study(commands)
     return parser
 
 
@@ -128,26 +136,71 @@ def _add_train(commands: Any) -> None:
         "Train the models of the paper's ablation on prepared data (without --data: on synthetic "
         "data made for it), evaluate them side by side, print a table and write plots.",
     )  # fmt: skip
-    parser.add_argument("--data", type=Path, help="prepared data; default: synthetic")
-    parser.add_argument("--out", type=Path, help="folder to write; default: the next runs/NAME-N")
-    parser.add_argument("--resume", action="store_true", help="continue the job in --out")
     parser.add_argument(
         "--variants",
         nargs="+",
         default=["base", "lcr", "tcl", "rl"],
         help="what to train, among base, lcr, tcl, rl, control; rl brings tcl and control along",
     )
+    _add_job_options(parser, SYNTHETIC_DEFAULTS)
+
+
+def _add_job_options(parser: argparse.ArgumentParser, defaults: dict[str, dict]) -> None:
+    """Add what all jobs share: their data, folder and configs."""
+    parser.add_argument("--data", type=Path, help="prepared data; default: synthetic")
+    parser.add_argument("--out", type=Path, help="folder to write; default: the next runs/NAME-N")
+    parser.add_argument("--resume", action="store_true", help="continue the job in --out")
     parser.add_argument(
         "--config", type=Path, help='JSON file {"model": {...}, "train": {...}}; flags override it'
     )
     _add_run_options(parser)
     for section, kind in _SECTIONS.items():
-        own = ", ".join(f"{k} {v}" for k, v in SYNTHETIC_DEFAULTS[section].items())
+        own = ", ".join(f"{k} {v}" for k, v in defaults[section].items())
         group = parser.add_argument_group(
             f"{section} config", f"Without --data the defaults differ: {own}."
         )
         for name, options in _flags(kind).items():
             group.add_argument("--" + name.replace("_", "-"), **options)
+
+
+def _add_study(commands: Any) -> None:
+    from lcr_fast.experiments import study
+
+    parser = commands.add_parser(
+        "study", help="train many models over seeds: what phase 2 does, the paper's figures"
+    )
+    studies = parser.add_subparsers(dest="study", required=True, metavar="STUDY")
+    rl = _command(
+        studies, "rl", _study_rl, "rewards and settings of phase 2, beside its control",
+        "Train phase 1 once a seed, then phase 2 with each reward and along each axis, every model "
+        "beside its control (the same noisy trajectories under the phase-1 loss). All seeds share "
+        "the data. The default takes about 25 minutes on two cores.",
+    )  # fmt: skip
+    rl.add_argument(
+        "--rewards", nargs="*", default=list(study.REWARDS),
+        help="rewards to compare: hr@k, ndcg@k, mrr, sums such as 0.5*hr@1+0.5*ndcg@10",
+    )  # fmt: skip
+    rl.add_argument(
+        "--axes", nargs="*", default=list(study.AXES), metavar="NAME[=V,V,...]",
+        help="fields of phase 2 to vary one at a time, with the values to try",
+    )  # fmt: skip
+    paper = _command(
+        studies, "paper", _study_paper, "the paper's ablation and figures",
+        "Train Base, LCR, LCR+TCL, LCR+TCL+RL and its control over seeds, and the last three for "
+        "each number of reasoning steps; measure distances to the target and latency. All seeds "
+        "share the data. The default takes about 30 minutes on two cores.",
+    )  # fmt: skip
+    paper.add_argument(
+        "--all-steps", type=int, nargs="+", default=list(study.STEPS), metavar="K",
+        help="numbers of reasoning steps to compare",
+    )  # fmt: skip
+    for each in (rl, paper):
+        each.add_argument("--seeds", type=int, help="number of seeds, from --seed on; default: 3")
+        each.add_argument(
+            "--quick", action="store_true",
+            help="one seed, one short epoch, few users if synthetic: to see that it runs",
+        )  # fmt: skip
+        _add_job_options(each, STUDY_DEFAULTS)
 
 
 def _flags(kind: type) -> dict[str, dict[str, Any]]:
@@ -265,45 +318,93 @@ def _configs(arguments: argparse.Namespace, defaults: dict[str, dict]) -> dict[s
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    from lcr_fast.experiments.comparison import run_comparison, with_requirements
+
+    with_requirements(arguments.variants)
+    job = _open_job(arguments, {} if arguments.data else SYNTHETIC_DEFAULTS)
+    _print_results(job, run_comparison(job, arguments.variants))
+
+
+def _study_rl(arguments: argparse.Namespace) -> None:
+    from lcr_fast.experiments.study import parse_axis, run_rl_study
+
+    n_seeds = _n_seeds(arguments)
+    for reward in arguments.rewards:
+        TrainConfig(reward=reward)
+    axes = [parse_axis(axis) for axis in arguments.axes]
+    if not (axes or arguments.rewards):
+        raise ValueError("nothing to study: name a reward or an axis")
+    job = _open_job(arguments, _study_defaults(arguments), "study-rl-")
+    _print_results(job, run_rl_study(job, n_seeds, arguments.rewards, axes))
+
+
+def _study_paper(arguments: argparse.Namespace) -> None:
+    from lcr_fast.experiments.study import run_paper_study
+
+    n_seeds = _n_seeds(arguments)
+    for steps in arguments.all_steps:
+        LCRConfig(steps=steps)
+    job = _open_job(arguments, _study_defaults(arguments), "study-paper-")
+    _print_results(job, run_paper_study(job, n_seeds, arguments.all_steps))
+
+
+def _n_seeds(arguments: argparse.Namespace) -> int:
+    n = arguments.seeds if arguments.seeds is not None else 1 if arguments.quick else 3
+    if n < 1:
+        raise ValueError(f"--seeds must be at least 1, got {n}")
+    return n
+
+
+def _study_defaults(arguments: argparse.Namespace) -> dict[str, dict]:
+    defaults = {"model": {}, "train": {}} if arguments.data else STUDY_DEFAULTS
+    quick = _QUICK if arguments.quick else {}
+    return {"model": defaults["model"], "train": {**defaults["train"], **quick}}
+
+
+def _open_job(arguments: argparse.Namespace, defaults: dict[str, dict], prefix: str = "") -> Any:
+    """Read the configs, open or make the data and the folder; return a Job."""
     from lcr_fast.data.prepared import PreparedData
-    from lcr_fast.experiments.comparison import fit_config, run_comparison, with_requirements
+    from lcr_fast.experiments.comparison import Job, fit_config
     from lcr_fast.model import LCRSER
 
     _set_threads(arguments)
-    with_requirements(arguments.variants)
-    configs = _configs(arguments, {} if arguments.data else SYNTHETIC_DEFAULTS)
-    LCRSER(configs["model"])  # fails where the backend cannot serve it, before a file is written
+    configs = _configs(arguments, defaults)
+    # Fails where the backend cannot serve it, before a file is written.
+    LCRSER(configs["model"]).backend_report(arguments.device)
     if arguments.data:
         data = PreparedData.open(arguments.data)
-        out = _out_folder(arguments, arguments.data.resolve().name)
+        out = _out_folder(arguments, prefix + arguments.data.resolve().name)
     else:
-        out = _out_folder(arguments, "synthetic")
-        data = _synthetic_data(out / "data", configs["train"].seed, arguments.resume)
+        out = _out_folder(arguments, prefix + "synthetic")
+        small = {"n_users": _QUICK_USERS} if vars(arguments).get("quick") else {}
+        data = _synthetic_data(out / "data", configs["train"].seed, arguments.resume, **small)
     print(data.summary())
-    model_config = fit_config(data, configs["model"])
     print(f"writing to {out}")
     out.mkdir(parents=True, exist_ok=True)
-    tables = run_comparison(
+    return Job(
         data,
-        model_config,
+        fit_config(data, configs["model"]),
         configs["train"],
         out,
-        variants=arguments.variants,
         device=arguments.device,
         resume=arguments.resume,
         report=lambda line: print(line, flush=True),
     )
-    print(f"\n{tables}\n\ntables, plots and models: {out}")
 
 
-def _synthetic_data(folder: Path, seed: int, resume: bool):
+def _print_results(job: Any, tables: str) -> None:
+    print(f"\n{tables}\n\ntables, plots and models: {job.out}")
+
+
+def _synthetic_data(folder: Path, seed: int, resume: bool, **world: int):
     from lcr_fast.data import synthetic
     from lcr_fast.data.build import prepare
     from lcr_fast.data.prepared import PreparedData
 
     if resume and folder.is_dir():
         return PreparedData.open(folder)
-    return prepare(synthetic.generate(synthetic.World(seed=seed)), folder, seed=seed)
+    log = synthetic.generate(synthetic.World(seed=seed, **world))
+    return prepare(log, folder, seed=seed)
 
 
 def _out_folder(arguments: argparse.Namespace, name: str) -> Path:
@@ -323,7 +424,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from tabulate import tabulate
 
     from lcr_fast.data.prepared import PreparedData
-    from lcr_fast.experiments.comparison import load_model
+    from lcr_fast.experiments.comparison import load_model, write_rows
     from lcr_fast.training.evaluation import evaluate_model
 
     _set_threads(arguments)
@@ -347,16 +448,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         lines = [[metric, *cells] for metric, cells in table.items()]
         print("\n" + tabulate(lines, headers, tablefmt="github", disable_numparse=True))
     if arguments.csv:
-        _write_rows(arguments.csv, rows)
-
-
-def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    from lcr_fast.storage import replacing
-
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+        write_rows(arguments.csv, rows)
 
 
 def _recommend(arguments: argparse.Namespace) -> None:

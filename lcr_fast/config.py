@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from lcr_fast.reference import parse_metric
+from lcr_fast.reference import parse_reward
 
 Backend = Literal["auto", "reference", "triton", "cpp"]
 _Config = TypeVar("_Config", bound="_JsonConfig")
@@ -164,6 +164,10 @@ class TrainConfig(_JsonConfig):
     learning_rate: float = _option(1e-3, "phase 1: Adam's learning rate")
     weight_decay: float = _option(1e-2, "decoupled decay, on dense weights only")
     grad_clip: float = _option(1.0, "largest gradient norm; 0 means no clipping")
+    precision: Literal["float32", "bfloat16"] = _option(
+        "float32",
+        "dtype of states and item vectors; weights, optimizer and losses stay float32",
+    )
     patience: int = _option(3, "epochs without a better validation NDCG@5 before stopping")
     rank_loss: Literal["bce", "softmax", "bpr"] = _option("bce", "phase 1: ranking loss")
     negatives: Literal["popularity", "uniform", "in_batch"] = _option(
@@ -181,7 +185,9 @@ class TrainConfig(_JsonConfig):
     rl_negatives: int = _option(99, "phase 2: fresh negatives a positive")
     n_trajectories: int = _option(8, "phase 2: noisy trajectories N of a user")
     noise_scale: float = _option(0.1, "phase 2: gamma, the scale of the noise on h^(0)")
-    reward: str = _option("hr@1", "phase 2: hr@k, ndcg@k or mrr")
+    reward: str = _option(
+        "hr@1", "phase 2: hr@k, ndcg@k, mrr, or a sum of them, 0.5*hr@1+0.5*ndcg@10"
+    )
     action: Literal["top1", "sampled", "target"] = _option("top1", "phase 2: the action a_n")
     clip: float = _option(0.2, "phase 2: clipping of the probability ratio")
     kl: Literal["exact", "k3"] = _option("exact", "phase 2: KL to the frozen phase-1 policy")
@@ -215,6 +221,7 @@ class TrainConfig(_JsonConfig):
         self._check(minimum, {"seed": 2**63 - 1})
         if self.temperature <= 0:
             raise ValueError(f"TrainConfig.temperature must be positive, got {self.temperature}")
-        kind, cut = parse_metric(self.reward)
-        if kind not in ("hr", "ndcg", "mrr") or (kind == "mrr") != (cut == 0):
-            raise ValueError(f"TrainConfig.reward must be hr@k, ndcg@k or mrr, got {self.reward!r}")
+        try:
+            parse_reward(self.reward)
+        except ValueError as error:
+            raise ValueError(f"TrainConfig.{error}") from None

@@ -9,12 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lcr_fast.ops.ranking import group_advantages, ranking_rewards
-from lcr_fast.reference import parse_metric
+from lcr_fast.ops.ranking import group_advantages, ranking_metrics
+from lcr_fast.profiling import ranged
+from lcr_fast.reference import parse_metric, parse_reward
 
 __all__ = [
-    "Rollout", "choose_actions", "group_advantages", "kl_divergence", "list_log_probability",
-    "policy_objective", "ranking_rewards",
+    "Rollout", "choose_actions", "clip_fraction", "entropy", "group_advantages", "kl_divergence",
+    "list_log_probability", "list_rewards", "policy_objective",
 ]  # fmt: skip
 
 
@@ -25,6 +26,17 @@ class Rollout(NamedTuple):
     rewards: Tensor  # float32 [B, N]
 
 
+def list_rewards(scores: Tensor, target: Tensor, reward: str) -> Tensor:
+    """Reward every trajectory's list, [B, N]: a metric or a weighted sum of several.
+
+    ``reward`` as in :func:`lcr_fast.reference.parse_reward`; ties count against the target.
+    """
+    terms = parse_reward(reward)
+    values = ranking_metrics(scores, target.unsqueeze(-1), metrics=[name for _, name in terms])
+    return torch.stack([weight * values[name] for weight, name in terms]).sum(0)
+
+
+@ranged("reward")
 def choose_actions(
     scores: Tensor,
     target: Tensor,
@@ -37,7 +49,8 @@ def choose_actions(
     - ``top1``: a_n = argmax y(.; n); the reward is that of the deterministic list. On equal scores
       argmax may be any of them, while ties count against the target in the reward.
     - ``sampled``: a list drawn from the policy (Plackett-Luce: sort scores with Gumbel noise), its
-      first k places for hr@k and ndcg@k, all of it for mrr; the reward is the draw's own.
+      first k places for hr@k and ndcg@k (the largest k of a sum), all of it for mrr; the reward
+      is the draw's own.
     - ``target``: a_n = the target with the reward of the deterministic list, as LARES and LatentR3
       do. For comparison only: with a group baseline it pushes the target down wherever the reward
       rises with p(target).
@@ -46,12 +59,13 @@ def choose_actions(
     """
     scores = scores.detach()
     if action == "sampled":
-        cut = parse_metric(reward)[1] or scores.shape[-1]
+        n_candidates = scores.shape[-1]
+        cut = max(parse_metric(name)[1] or n_candidates for _, name in parse_reward(reward))
         gumbel = -torch.empty_like(scores).exponential_(generator=generator).log()
         perturbed = scores + gumbel
-        actions = perturbed.topk(min(cut, scores.shape[-1]), -1).indices
-        return Rollout(actions, ranking_rewards(perturbed, target, reward))
-    rewards = ranking_rewards(scores, target, reward)
+        actions = perturbed.topk(min(cut, n_candidates), -1).indices
+        return Rollout(actions, list_rewards(perturbed, target, reward))
+    rewards = list_rewards(scores, target, reward)
     if action == "top1":
         return Rollout(scores.argmax(-1, keepdim=True), rewards)
     if action == "target":
@@ -60,24 +74,24 @@ def choose_actions(
     raise ValueError(f"action must be top1, sampled or target, got {action!r}")
 
 
+@ranged("loss")
 def list_log_probability(scores: Tensor, actions: Tensor) -> Tensor:
     """Log-probability of a list's first k places under the policy: [B, N, C], [B, N, k] -> [B, N].
 
     sum_j [ s(a_j) - logsumexp(s over what a_1 .. a_{j-1} leave) ], the Plackett-Luce model; for
     k = 1 it is log softmax(s)[a]. Places taken by padding (score -inf) count 0.
     """
-    left = scores
-    total = scores.new_zeros(scores.shape[:-1])
-    for place in actions.split(1, -1):  # [B, N, 1]
-        chosen = left.gather(-1, place)
-        padding = torch.isneginf(chosen)
-        # Once only padding is left, logsumexp would be -inf with a NaN gradient.
-        log_p = chosen - left.masked_fill(padding, 0.0).logsumexp(-1, keepdim=True)
-        total = total + log_p.masked_fill(padding, 0.0).squeeze(-1)
-        left = left.scatter(-1, place, -torch.inf)
-    return total
+    floor = torch.finfo(scores.dtype).min / 2
+    chosen = scores.gather(-1, actions)  # [B, N, k]
+    padding = torch.isneginf(chosen)
+    # A finite floor: logsumexp over nothing would be -inf with a NaN gradient.
+    rest = scores.scatter(-1, actions, -torch.inf).clamp(min=floor).logsumexp(-1, keepdim=True)
+    taken = chosen.clamp(min=floor).flip(-1)
+    left = torch.cat((rest, taken), -1).logcumsumexp(-1)[..., 1:].flip(-1)  # [B, N, k]
+    return (chosen - left).masked_fill(padding, 0.0).sum(-1)
 
 
+@ranged("loss")
 def kl_divergence(
     scores: Tensor, reference_scores: Tensor, kind: str, actions: Tensor | None = None
 ) -> Tensor:
@@ -101,6 +115,7 @@ def kl_divergence(
     return (log_p.exp() * difference).sum(-1)
 
 
+@ranged("loss")
 def policy_objective(
     log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip: float
 ) -> Tensor:
@@ -111,3 +126,15 @@ def policy_objective(
     ratio = (log_prob - old_log_prob).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
     return torch.minimum(ratio * advantages, clipped * advantages).mean()
+
+
+def clip_fraction(log_prob: Tensor, old_log_prob: Tensor, clip: float) -> Tensor:
+    """Share of ratios rho outside [1 - eps, 1 + eps], a scalar."""
+    ratio = (log_prob - old_log_prob).exp()
+    return ((ratio - 1).abs() > clip).float().mean()
+
+
+def entropy(scores: Tensor) -> Tensor:
+    """Entropy of softmax(scores) in nats over the last axis: 0 for a policy that never doubts."""
+    log_p = scores.log_softmax(-1)
+    return -(log_p.exp() * log_p.masked_fill(torch.isneginf(log_p), 0.0)).sum(-1)

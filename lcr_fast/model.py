@@ -15,13 +15,14 @@ from lcr_fast.config import LCRConfig
 from lcr_fast.ops import reasoning, scoring
 from lcr_fast.ops.noise import Dropout
 from lcr_fast.ops.reasoning import Reasoned
+from lcr_fast.profiling import ranged
 from lcr_fast.reference import States, Streams
 from lcr_fast.storage import load_tensors, save_tensors
 from lcr_fast.weights import REC, SEARCH, EncoderWeights, ReasoningWeights, ScoringWeights
 
 _KIND = "model"
 _OUT_SCALE = 0.1  # of Glorot's bound, for the projections that end a sublayer
-_CATALOGUE_BLOCK = 1024  # items scored at once; bounds the memory of recommend()
+_TABLE_BLOCK = 1 << 16  # items whose text is projected at once
 
 
 class _Packed(nn.Module):
@@ -226,6 +227,7 @@ class LCRSER(nn.Module):
         """User vectors e_u [B, D], or None where the config has no user embedding."""
         return None if self.user_embedding is None else self.user_embedding(users)
 
+    @ranged("embed")
     def embed(self, batch: Batch) -> Streams:
         """Input vectors of both streams: [B, L_s, D], [B, L_r, D]."""
         queries = self.query_vectors(batch.search_queries, batch.search_terms)
@@ -282,6 +284,7 @@ class LCRSER(nn.Module):
 
     # -- stages ---------------------------------------------------------------------------------
 
+    @ranged("encode")
     def encode(self, batch: Batch) -> Streams:
         """Encode both histories: h^(0), [B, L_s, D] and [B, L_r, D]."""
         if not batch.user.is_cuda and not torch.compiler.is_compiling():
@@ -313,6 +316,7 @@ class LCRSER(nn.Module):
             "cross_memory": self.config.cross_memory,
         }
 
+    @ranged("reason")
     def reason(self, h0: Streams, batch: Batch, target: Tensor | None = None) -> Reasoned:
         """Run the K reasoning steps from h^(0): the final states, [B, L, D].
 
@@ -320,7 +324,8 @@ class LCRSER(nn.Module):
         """
         return reasoning.latent_reasoning(
             *h0, batch.search_lengths, batch.rec_lengths, self.reasoning.weights(),
-            self.config.steps, target_keys=None if target is None else self.target_keys(target),
+            self.config.steps,
+            target_keys=None if target is None else self.target_keys(target).to(h0[0].dtype),
             dropout=self._dropout(batch), backend=self.config.backend,
             **self._reasoning_options(),
         )  # fmt: skip
@@ -359,6 +364,7 @@ class LCRSER(nn.Module):
             looks.append((pair[SEARCH], pair[REC]))
         return looks
 
+    @ranged("rollout")
     def rollout(
         self, h0: Streams, batch: Batch, n_trajectories: int, noise_scale: float, seed: int
     ) -> Reasoned:
@@ -376,25 +382,61 @@ class LCRSER(nn.Module):
         dropout, as :meth:`rollout`.
         """
         ids = batch.candidates if candidates is None else candidates  # [B, C]
-        return self.score_vectors(h, batch, self.item_vectors(ids)).masked_fill(
-            _align(ids == 0, h), -math.inf
-        )
+        if self.item_text_projection is None:
+            scores = self._score(h, batch, self.item_embedding.weight, ids)
+        else:
+            scores = self.score_vectors(h, batch, self.item_vectors(ids))
+        return scores.masked_fill(_align(ids == 0, h), -math.inf)
 
     def pool(
         self, states: Tensor, lengths: Tensor, candidates: Tensor, stream: int
     ) -> tuple[Tensor, Tensor]:
         """Pool one stream at item vectors [B, C, D]: z [B, C, D] and alpha [B, C, L]."""
         weight = self.head.target_weight[stream]
-        return scoring.aggregate(states, lengths, candidates, weight, self.config.backend)
+        return scoring.aggregate(states, lengths, candidates, weight)
 
     def score_vectors(self, h: Streams, batch: Batch, vectors: Tensor) -> Tensor:
         """Score item vectors [B, C, D], or [1, C, D] shared by all users: [B, (N,) C]."""
-        user = self.user_vectors(batch.user)
+        return self._score(h, batch, vectors, None)
+
+    @ranged("score")
+    def _score(self, h: Streams, batch: Batch, candidates: Tensor, ids: Tensor | None) -> Tensor:
         return scoring.score(
-            *h, _align(batch.search_lengths, h), _align(batch.rec_lengths, h), _align(vectors, h),
-            None if user is None else _align(user, h), self.head.weights(),
-            dropout=None if h[0].ndim == 4 else self._dropout(batch), backend=self.config.backend,
+            *h, batch.search_lengths, batch.rec_lengths, candidates, self.user_vectors(batch.user),
+            self.head.weights(), ids=ids, dropout=None if h[0].ndim == 4 else self._dropout(batch),
+            backend=self.config.backend,
         )  # fmt: skip
+
+    def item_table(self) -> Tensor:
+        """Vectors of the whole catalogue, [I + 1, D]; row 0 is padding."""
+        if self.item_text_projection is None:
+            return self.item_embedding.weight
+        return torch.cat([self.item_vectors(ids) for ids in self._item_ids().split(_TABLE_BLOCK)])
+
+    def _item_ids(self) -> Tensor:
+        return torch.arange(self.config.n_items + 1, device=self.head.target_weight.device)
+
+    def _catalogue(self, h: Streams, batch: Batch) -> tuple:
+        return (
+            *h, batch.search_lengths, batch.rec_lengths, self.item_table(),
+            self.user_vectors(batch.user), self.head.weights(),
+        )  # fmt: skip
+
+    def top_items(
+        self, h: Streams, batch: Batch, k: int, exclude: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Find the k best items of the catalogue from final states: see :func:`ops.score_topk`."""
+        return scoring.score_topk(
+            *self._catalogue(h, batch), k, exclude=exclude, backend=self.config.backend
+        )
+
+    def target_rank(
+        self, h: Streams, batch: Batch, target: Tensor, exclude: Tensor | None = None
+    ) -> Tensor:
+        """Rank ``target`` [B] in the catalogue from final states: see :func:`ops.score_rank`."""
+        return scoring.score_rank(
+            *self._catalogue(h, batch), target, exclude=exclude, backend=self.config.backend
+        )
 
     # -- public API -----------------------------------------------------------------------------
 
@@ -436,38 +478,18 @@ class LCRSER(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            items, scores = self._top_items(batch, k, seen_items(batch, exclude))
+            return self.top_items(self.final_states(batch), batch, k, seen_items(batch, exclude))
         finally:
             self.train(was_training)
-        return items.masked_fill(scores == -math.inf, 0), scores
 
-    def _top_items(self, batch: Batch, k: int, seen: Tensor) -> tuple[Tensor, Tensor]:
-        h = self.final_states(batch)
-        items = torch.zeros(len(batch), k, dtype=torch.int64, device=batch.device)
-        scores = torch.full((len(batch), k), -math.inf, device=batch.device, dtype=h[0].dtype)
-        for ids, vectors in self.catalogue_blocks():
-            block = self.score_vectors(h, batch, vectors.unsqueeze(0))  # [B, block]
-            block = mask_items(block, seen, int(ids[0]))
-            # Stable sort: earlier columns, which hold lower ids, win ties.
-            merged, order = torch.cat((scores, block), 1).sort(dim=1, descending=True, stable=True)
-            pool = torch.cat((items, ids.expand(len(batch), -1)), 1)
-            scores, items = merged[:, :k], pool.gather(1, order[:, :k])
-        return items, scores
+    def backend_report(self, device: str | None = None) -> str:
+        """Say which implementation serves each op of this model, and why; one line an op.
 
-    def catalogue_blocks(self, size: int = _CATALOGUE_BLOCK):
-        """Yield (ids [c], item vectors [c, D]) over the catalogue, in order of id."""
-        for start in range(1, self.config.n_items + 1, size):
-            ids = torch.arange(
-                start,
-                min(start + size, self.config.n_items + 1),
-                device=self.head.target_weight.device,
-            )
-            yield ids, self.item_vectors(ids)
-
-    def backend_report(self) -> str:
-        """Say which implementation serves each op of this model, and why; one line an op."""
+        ``device`` None is the model's. Raises ValueError where the config's backend cannot serve.
+        """
+        device = device or str(self.head.target_weight.device)
         lines = []
-        for op, (chosen, available) in self._choices(self.head.target_weight.device.type).items():
+        for op, (chosen, available) in self._choices(torch.device(device).type).items():
             others = [f"{name}: {why}" for name, why in available.items() if why]
             lines.append(f"{op}: {chosen}" + (f" ({'; '.join(others)})" if others else ""))
         return "\n".join(lines)
@@ -483,7 +505,11 @@ class LCRSER(nn.Module):
         implementations = {
             "encode": reasoning.encode_backends(device, dtype),
             "latent_reasoning": reasoning.reasoning_backends(case),
-            "score": scoring.AVAILABLE,
+            "score": scoring.scoring_backends(
+                scoring.ScoringCase(
+                    device, dtype, config.dim, config.mlp_hidden if config.score == "mlp" else None
+                )
+            ),
         }
         return {
             op: (ops.choose_backend(op, self._backend_of(available), available), available)
@@ -553,13 +579,3 @@ def seen_items(batch: Batch, exclude: Tensor | None = None) -> Tensor:
     valid = (searches < batch.search_lengths.unsqueeze(1)).unsqueeze(-1)
     parts = [rec, (batch.search_clicks * valid).flatten(1)]
     return torch.cat(parts if exclude is None else [*parts, exclude], 1)
-
-
-def mask_items(scores: Tensor, items: Tensor, first_id: int) -> Tensor:
-    """Set ``items`` [B, X] to -inf in ``scores`` [B, c] of the ids first_id, first_id + 1, ..."""
-    column = items - first_id
-    outside = (column < 0) | (column >= scores.shape[1])
-    # A spare last column takes what lies outside this block.
-    padded = torch.cat((scores, scores.new_zeros(len(scores), 1)), 1)
-    padded.scatter_(1, column.masked_fill(outside, scores.shape[1]), -math.inf)
-    return padded[:, :-1]

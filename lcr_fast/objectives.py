@@ -4,10 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lcr_fast.profiling import ranged
 from lcr_fast.reference import Streams
 from lcr_fast.weights import REC, SEARCH
 
 
+@ranged("loss")
 def rank_loss(scores: Tensor, target: Tensor, kind: str = "bce") -> Tensor:
     """Rank the positive above the negatives: the mean over users, a scalar.
 
@@ -45,6 +47,7 @@ def distance(a: Tensor, b: Tensor, kind: str = "l2") -> Tensor:
     raise ValueError(f"kind must be l2 or cosine, got {kind!r}")
 
 
+@ranged("loss")
 def tcl(
     pooled: Tensor,  # [B, K, 2, 2, D]
     lengths: Streams,

@@ -11,15 +11,18 @@ here is deterministic; None means no dropout.
 "Paper" marks what the paper states; where it is silent, the choice is ours ("our reading").
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lcr_fast.profiling import ranged_steps
 from lcr_fast.weights import REC, SEARCH, EncoderWeights, ReasoningWeights, ScoringWeights
 
 EPS = 1e-5  # of every LayerNorm
+_CATALOGUE_BLOCK = 1024  # items scored at once, which bounds the memory
 
 Streams = tuple[Tensor, Tensor]  # (search, recommendation)
 
@@ -104,7 +107,7 @@ def _add_norm(
     x: Tensor, update: Tensor, mask: Tensor | None, norm_weight: Tensor, norm_bias: Tensor
 ) -> Tensor:
     """LN(x + dropout(update)): the end of every sublayer (post-norm)."""
-    x = x + (update if mask is None else update * mask)
+    x = x + (update if mask is None else update * mask.to(update.dtype))
     return F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, EPS)
 
 
@@ -212,7 +215,7 @@ def latent_reasoning(
 
     states = States([initial], [])
     h = initial
-    for k in range(steps):
+    for k in ranged_steps("reason step", steps):
         w = sets[min(k, len(sets) - 1)]
         m = [[None] * 3 if masks is None else masks[x][3 * k : 3 * k + 3] for x in (SEARCH, REC)]
         if step_embedding is not None:
@@ -327,6 +330,96 @@ def score(
     return x.squeeze(-1).to(search.dtype)
 
 
+def _catalogue_scores(
+    search: Tensor, rec: Tensor, search_lengths: Tensor, rec_lengths: Tensor, items: Tensor,
+    user: Tensor | None, weights: ScoringWeights,
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+    """Score all items but row 0 block by block: (ids [c], scores [B, c]), in order of id."""
+    for first in range(1, len(items), _CATALOGUE_BLOCK):
+        block = items[first : first + _CATALOGUE_BLOCK]
+        ids = torch.arange(first, first + len(block), device=items.device)
+        yield (
+            ids,
+            score(
+                search, rec, search_lengths, rec_lengths, block.unsqueeze(0).to(search.dtype), user,
+                weights,
+            ),
+        )  # fmt: skip
+
+
+def _listed(ids: Tensor, exclude: Tensor) -> Tensor:
+    """Mark which of the ids [c] each user excludes: [B, X] -> bool [B, c]."""
+    column = exclude - ids[0]
+    outside = (column < 0) | (column >= len(ids))
+    # A spare last column takes what lies outside this block.
+    marks = torch.zeros(len(exclude), len(ids) + 1, dtype=torch.bool, device=ids.device)
+    return marks.scatter(1, column.masked_fill(outside, len(ids)), True)[:, :-1]
+
+
+def score_topk(
+    search: Tensor,  # [B, L_s, D]
+    rec: Tensor,  # [B, L_r, D]
+    search_lengths: Tensor,  # [B]
+    rec_lengths: Tensor,  # [B]
+    items: Tensor,  # [I + 1, D], row 0 is padding
+    user: Tensor | None,  # [B, D]
+    weights: ScoringWeights,
+    k: int,
+    exclude: Tensor,  # [B, X] ids; those outside 1..I are nothing
+) -> tuple[Tensor, Tensor]:
+    """Find the k best items of the catalogue for every user: ids [B, k] and scores [B, k].
+
+    The best first, of equal scores the lower id; excluded items and scores of -inf do not count.
+    What is missing is id 0 with score -inf. A user with a NaN score gets NaN scores.
+    """
+    B = len(search)
+    top_ids = torch.zeros(B, k, dtype=torch.int64, device=search.device)
+    top = torch.full((B, k), -torch.inf, dtype=search.dtype, device=search.device)
+    bad = torch.zeros(B, 1, dtype=torch.bool, device=search.device)
+    for ids, scores in _catalogue_scores(
+        search, rec, search_lengths, rec_lengths, items, user, weights
+    ):
+        bad = bad | scores.isnan().any(1, keepdim=True)
+        scores = scores.masked_fill(_listed(ids, exclude), -torch.inf)
+        # Stable: earlier columns, which hold lower ids, win ties.
+        merged, order = torch.cat((top, scores), 1).sort(dim=1, descending=True, stable=True)
+        pool = torch.cat((top_ids, ids.expand(B, -1)), 1)
+        top, top_ids = merged[:, :k], pool.gather(1, order[:, :k])
+    return top_ids.masked_fill(top == -torch.inf, 0), top.masked_fill(bad, torch.nan)
+
+
+def score_rank(
+    search: Tensor,  # [B, L_s, D]
+    rec: Tensor,  # [B, L_r, D]
+    search_lengths: Tensor,  # [B]
+    rec_lengths: Tensor,  # [B]
+    items: Tensor,  # [I + 1, D], row 0 is padding
+    user: Tensor | None,  # [B, D]
+    weights: ScoringWeights,
+    target: Tensor,  # [B] ids
+    exclude: Tensor,  # [B, X] ids; those outside 1..I are nothing
+) -> Tensor:
+    """Find the target's place among all items, from 1, ties before it: [B], -1 for a NaN score.
+
+    1 + the number of other items, neither excluded nor of score -inf, that score at least as high.
+    Two passes: a product of another shape may round the target's score differently.
+    """
+    arguments = (search, rec, search_lengths, rec_lengths, items, user, weights)
+    goal = target.unsqueeze(1)  # [B, 1]
+    of_target = torch.full_like(goal, -torch.inf, dtype=search.dtype)
+    bad = torch.zeros_like(target, dtype=torch.bool)
+    for ids, scores in _catalogue_scores(*arguments):
+        found = (ids == goal).any(1)
+        value = scores.gather(1, (goal - ids[0]).clamp(0, len(ids) - 1))
+        of_target = torch.where(found.unsqueeze(1), value, of_target)
+        bad = bad | scores.isnan().any(1)
+    ahead = torch.zeros_like(target)
+    for ids, scores in _catalogue_scores(*arguments):
+        competes = ~_listed(ids, torch.cat((exclude, goal), 1)) & (scores > -torch.inf)
+        ahead += (competes & (scores >= of_target)).sum(1)
+    return (ahead + 1).masked_fill(bad, -1)
+
+
 RANKING_KINDS = ("hr", "ndcg", "ndcg_exp", "mrr", "recall", "precision", "map", "rank")
 TIES = ("pessimistic", "optimistic", "average")
 
@@ -346,6 +439,31 @@ def parse_metric(name: str) -> tuple[str, int]:
             "precision@k or map@k with k > 0, or mrr, map, ndcg, ndcg_exp or rank"
         )
     return kind, int(k) if at else 0
+
+
+def parse_reward(name: str) -> tuple[tuple[float, str], ...]:
+    """Split ``"0.5*hr@1 + 0.5*ndcg@10"`` into ((0.5, "hr@1"), (0.5, "ndcg@10")).
+
+    A term is hr@k, ndcg@k or mrr, with a positive weight before it or without one (1). Anything
+    else is a ValueError.
+    """
+    terms = []
+    for term in name.split("+"):
+        weight, times, metric = term.rpartition("*")
+        metric = metric.strip()
+        try:
+            value = float(weight) if times else 1.0
+            kind, cut = parse_metric(metric)
+        except ValueError:
+            value, kind, cut = 0.0, "", 0
+        rewarding = (kind in ("hr", "ndcg") and cut) or metric == "mrr"
+        if not rewarding or not 0 < value < float("inf"):
+            raise ValueError(
+                f"reward must be hr@k, ndcg@k, mrr or a sum of them with positive weights, such as "
+                f"0.5*hr@1+0.5*ndcg@10, got {name!r}"
+            )
+        terms.append((value, metric))
+    return tuple(terms)
 
 
 def ranking_metrics(

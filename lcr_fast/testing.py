@@ -1,13 +1,19 @@
 """What tests and benchmarks share: the parity assertion, random inputs and random models."""
 
+import contextlib
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from lcr_fast import ops, reference
 from lcr_fast.batch import Batch
 from lcr_fast.config import LCRConfig
 from lcr_fast.model import LCRSER
+from lcr_fast.ops.noise import Dropout
 from lcr_fast.reference import Streams, length_mask
 from lcr_fast.weights import EncoderWeights, ReasoningWeights, ScoringWeights
 
@@ -56,6 +62,18 @@ def assert_parity(
             f"{name}: {kind} error {error:.3e} exceeds {budget:.3e} "
             f"(the eager reference has {norm(e_eager):.3e})"
         )
+
+
+@contextlib.contextmanager
+def every_op_rounded() -> Iterator[None]:
+    """Let the reference compute in the dtype of its states: an ordinary half-precision model.
+
+    The reference computes halves in float32 and rounds once, which no kernel can meet that feeds
+    halves to tensor cores. The baseline of such a kernel is what a user would run instead: every
+    operation in the half dtype, every result rounded.
+    """
+    with mock.patch.object(reference, "_accumulator", lambda x: x.dtype):
+        yield
 
 
 def random_lengths(n_users: int, size: int, generator: torch.Generator) -> Tensor:
@@ -159,3 +177,202 @@ def random_weights(
     """Draw the packed weights of a :func:`random_model`, as leaves that require gradients."""
     model = random_model(config, generator, dtype)
     return model.encoder.weights(), model.reasoning.weights(), model.head.weights()
+
+
+class ReasoningCase(NamedTuple):
+    """Shapes and switches of one call of :func:`lcr_fast.ops.latent_reasoning` or its rollout."""
+
+    dim: int = 32
+    n_heads: int = 2
+    search_len: int = 5
+    rec_len: int = 7
+    n_users: int = 6
+    steps: int = 2
+    share_steps: bool = True
+    ffn_dim: int = 32  # 0 for none
+    dropout: float = 0.0
+    pooled: bool = True
+    n_trajectories: int = 0  # 0 for latent_reasoning, else rollout
+    noise_scale: float = 0.5
+    scale: float = 1.0  # of the states
+    offset: float = 0.0  # added to the states
+    out_scale: float = 1.0  # of the projections that end a sublayer
+    padding: float = math.nan  # of the states, beyond their lengths
+
+
+class Reasoning(NamedTuple):
+    """One call: its inputs, and the upstream gradients of its results."""
+
+    case: ReasoningCase
+    inputs: dict[str, Tensor]  # what has a gradient: search, rec, target_keys, the weights
+    lengths: Streams
+    rows: Tensor  # int64 [B]
+    upstream: dict[str, Tensor]  # search, rec, pooled
+
+    def to(
+        self,
+        dtype: torch.dtype,
+        weights: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> "Reasoning":
+        """Cast all that is floating point; the weights to a dtype of their own, if given."""
+
+        def cast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {
+                name: t.to(
+                    device, weights if weights and name in ReasoningWeights._fields else dtype
+                )
+                for name, t in tensors.items()
+            }
+
+        n_search, n_rec = self.lengths
+        return self._replace(
+            inputs=cast(self.inputs), lengths=(n_search.to(device), n_rec.to(device)),
+            rows=self.rows.to(device), upstream=cast(self.upstream),
+        )  # fmt: skip
+
+
+def random_reasoning(case: ReasoningCase, seed: int = 0) -> Reasoning:
+    """Draw a call in float64.
+
+    The first users have, in this order: both histories full, no search, no recommendation event,
+    neither, one event of each. Rows are any 64 bits. Upstream gradients are random at padding too,
+    where they must not matter.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    config = LCRConfig(
+        dim=case.dim, n_heads=case.n_heads, ffn_dim=case.ffn_dim, step_ffn=case.ffn_dim > 0,
+        steps=case.steps, share_steps=case.share_steps, max_search_len=case.search_len,
+        max_rec_len=case.rec_len,
+    )  # fmt: skip
+    _, weights, _ = random_weights(config, generator)
+    search, rec, *lengths = random_streams(
+        config, case.n_users, generator, torch.float64, case.padding
+    )
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    inputs = {"search": case.scale * search + case.offset, "rec": case.scale * rec + case.offset}
+    leading = (case.n_users, case.n_trajectories) if case.n_trajectories else (case.n_users,)
+    upstream = {
+        "search": draw(*leading, *search.shape[1:]),
+        "rec": draw(*leading, *rec.shape[1:]),
+    }
+    if case.pooled and not case.n_trajectories:
+        inputs["target_keys"] = draw(case.n_users, 2, case.dim) * case.dim**-0.5
+        upstream["pooled"] = draw(case.n_users, case.steps, 2, 2, case.dim)
+    for name, w in weights._asdict().items():
+        inputs[name] = w.detach() * (case.out_scale if "out" in name else 1.0)
+    rows = torch.randint(-(2**63), 2**63 - 1, (case.n_users,), generator=generator)
+    return Reasoning(case, inputs, (lengths[0], lengths[1]), rows, upstream)
+
+
+def run_reasoning(call: Reasoning, backend: str) -> dict[str, Tensor]:
+    """Run forward and backward: every result by its name, every gradient as ``d<name>``."""
+    case = call.case
+    leaves = {name: t.detach().requires_grad_() for name, t in call.inputs.items()}
+    streams = (leaves["search"], leaves["rec"], *call.lengths)
+    weights = ReasoningWeights(*(leaves[name] for name in ReasoningWeights._fields))
+    if case.n_trajectories:
+        reasoned = ops.rollout(
+            *streams, call.rows, weights, case.steps, n_heads=case.n_heads, backend=backend,
+            n_trajectories=case.n_trajectories, noise_scale=case.noise_scale, seed=_NOISE_SEED,
+        )  # fmt: skip
+    else:
+        reasoned = ops.latent_reasoning(
+            *streams, weights, case.steps, n_heads=case.n_heads, backend=backend,
+            target_keys=leaves.get("target_keys"),
+            dropout=Dropout(case.dropout, _DROPOUT_SEED, call.rows) if case.dropout else None,
+        )  # fmt: skip
+    results = {k: t for k, t in reasoned._asdict().items() if t is not None}
+    gradients = torch.autograd.grad(
+        list(results.values()), list(leaves.values()), [call.upstream[k] for k in results],
+        allow_unused=True,
+    )  # fmt: skip
+    results = {name: t.detach() for name, t in results.items()}
+    for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+        results[f"d{name}"] = torch.zeros_like(leaf) if gradient is None else gradient
+    return results
+
+
+# 64-bit keys whose halves both matter.
+_NOISE_SEED, _DROPOUT_SEED = 0x1234567_89ABCDEF, 0x7EDCBA98_76543210
+
+
+def split_weights(results: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take packed gradients apart, so that a large part does not hide an error in a small one.
+
+    By stream; queries and keys of a projection apart from its values; by norm. Queries and keys
+    stay together, as the exact gradient of a key's bias is 0.
+    """
+    parts = {}
+    for name, t in results.items():
+        if name.removeprefix("d") not in ReasoningWeights._fields:
+            parts[name] = t
+            continue
+        for x, of_stream in zip(("search", "rec"), t.unbind(1), strict=True):
+            if "qkv" in name:
+                third = of_stream.shape[1] // 3
+                parts[f"{name}[{x}, qk]"] = of_stream[:, : 2 * third]
+                parts[f"{name}[{x}, v]"] = of_stream[:, 2 * third :]
+            elif "norm" in name:
+                for i, norm in enumerate(of_stream.unbind(1)):
+                    parts[f"{name}[{x}, LN{i + 1}]"] = norm
+            else:
+                parts[f"{name}[{x}]"] = of_stream
+    return parts
+
+
+class Baseline(NamedTuple):
+    """What :func:`run_reasoning` returns for the exact call, and for eager ones."""
+
+    exact: dict[str, Tensor]
+    eager: list[dict[str, Tensor]]
+
+
+def _neighbour(call: Reasoning, generator: torch.Generator) -> Reasoning:
+    """Move every input up or down by one unit roundoff."""
+
+    def move(t: Tensor) -> Tensor:
+        signs = 2 * torch.randint(0, 2, t.shape, generator=generator) - 1
+        u = torch.finfo(t.dtype).eps / 2
+        return (t.double() * (1 + 1.01 * u * signs.to(t.device))).to(t.dtype)
+
+    return call._replace(inputs={name: move(t) for name, t in call.inputs.items()})
+
+
+def reasoning_baseline(call: Reasoning) -> Baseline:
+    """Run the reference in float64, and three times in the call's dtype (:func:`every_op_rounded`).
+
+    A deep computation amplifies its first rounding errors, by luck more or less; one eager run is
+    a poor measure of that. So two more start from inputs that are one rounding error away.
+    """
+    dtype = call.inputs["search"].dtype
+    generator = torch.Generator().manual_seed(0)
+    calls = (call, _neighbour(call, generator), _neighbour(call, generator))
+    with every_op_rounded() if dtype.itemsize < 4 else contextlib.nullcontext():
+        eager = [run_reasoning(near, "reference") for near in calls]
+    return Baseline(run_reasoning(call.to(torch.float64), "reference"), eager)
+
+
+#: What a fused backend may lose, as a multiple of the eager error. Calibrated: see
+#: tests/test_parity_rule_reasoning.py.
+REASONING_FACTOR = 3.0
+
+
+def assert_reasoning_parity(
+    fused: dict[str, Tensor], baseline: Baseline, factor: float = REASONING_FACTOR
+) -> None:
+    """Apply :func:`assert_parity` to what :func:`run_reasoning` returns, weights taken apart.
+
+    Each part is held to the eager run with the largest RMS error.
+    """
+    assert fused.keys() == baseline.exact.keys()
+    exact, fused = split_weights(baseline.exact), split_weights(fused)
+    eager = [split_weights(results) for results in baseline.eager]
+    for name, truth in exact.items():
+        errors = [
+            _rms(results[name].double() - truth) if truth.numel() else 0.0 for results in eager
+        ]
+        assert_parity(name, fused[name], eager[errors.index(max(errors))][name], truth, factor)

@@ -1,7 +1,16 @@
-"""Tiny prepared data and models, shared by the tests of training, evaluation and the CLI."""
+"""Tiny prepared data and models, shared by the tests of training, evaluation and the CLI.
+
+Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before they or
+the ops are imported.
+"""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from lcr_fast.config import LCRConfig
 from lcr_fast.data import synthetic

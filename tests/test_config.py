@@ -60,9 +60,14 @@ REFUSED = [
     (TrainConfig, {"seed": 2**63}, "TrainConfig.seed must be at most"),
     (TrainConfig, {"seed": -1}, "TrainConfig.seed must be at least 0, got -1"),
     (TrainConfig, {"temperature": 0.0}, "temperature must be positive, got 0.0"),
-    (TrainConfig, {"reward": "mrr@5"}, "reward must be hr@k, ndcg@k or mrr, got 'mrr@5'"),
-    (TrainConfig, {"reward": "ndcg"}, "reward must be hr@k, ndcg@k or mrr, got 'ndcg'"),
-    (TrainConfig, {"reward": "hr@0"}, "metric 'hr@0' is unknown"),
+    (TrainConfig, {"reward": "mrr@5"}, "TrainConfig.reward must be hr@k, ndcg@k, mrr or a sum"),
+    (TrainConfig, {"reward": "ndcg"}, "such as 0.5*hr@1+0.5*ndcg@10, got 'ndcg'"),
+    (TrainConfig, {"reward": "hr@0"}, "TrainConfig.reward must be"),
+    (TrainConfig, {"reward": "0.5*hr@1+map"}, "TrainConfig.reward must be"),
+    (TrainConfig, {"reward": "hr@1+-1*mrr"}, "TrainConfig.reward must be"),
+    (TrainConfig, {"reward": "hr@1+"}, "TrainConfig.reward must be"),
+    (TrainConfig, {"reward": "nan*hr@1"}, "TrainConfig.reward must be"),
+    (TrainConfig, {"precision": "float16"}, "precision must be one of float32, bfloat16, got"),
     (TrainConfig, {"reward": 1}, "TrainConfig.reward must be a text, got 1"),
 ]
 

@@ -10,12 +10,16 @@ import oracle
 from lcr_fast import LCRConfig
 from lcr_fast.grpo import (
     choose_actions,
+    clip_fraction,
+    entropy,
     group_advantages,
     kl_divergence,
     list_log_probability,
+    list_rewards,
     policy_objective,
-    ranking_rewards,
 )
+from lcr_fast.ops.reasoning import ReasoningCase, reasoning_backends
+from lcr_fast.reference import parse_reward
 from lcr_fast.testing import random_batch, random_model
 
 REWARDS = ["hr@1", "hr@3", "ndcg@1", "ndcg@4", "mrr"]
@@ -38,23 +42,39 @@ def draw_scores(seed=0, ties=False):
 @pytest.mark.parametrize("reward", REWARDS)
 def test_rewards_match_the_oracle(reward, ties):
     scores, target = draw_scores(ties=ties)
-    rewards = ranking_rewards(scores, target, reward)
+    rewards = list_rewards(scores, target, reward)
     assert rewards.shape == (3, 4)
     for b, n in itertools.product(range(3), range(4)):
         expected = oracle.reward(scores[b, n].tolist(), int(target[b]), reward)
         assert rewards[b, n].item() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("reward", "terms"),
+    [
+        ("0.5*hr@1+0.5*ndcg@4", [(0.5, "hr@1"), (0.5, "ndcg@4")]),
+        (" 2 * mrr + hr@3", [(2.0, "mrr"), (1.0, "hr@3")]),
+        ("hr@1+hr@1", [(1.0, "hr@1"), (1.0, "hr@1")]),
+    ],
+)
+def test_a_mixture_is_the_weighted_sum_of_its_terms(reward, terms):
+    scores, target = draw_scores()
+    mixed = list_rewards(scores, target, reward)
+    parts = sum(weight * list_rewards(scores, target, name) for weight, name in terms)
+    torch.testing.assert_close(mixed, parts)
+    assert mixed.any()
+
+
 @pytest.mark.parametrize("reward", ["hr@1", "ndcg@1"])
 def test_a_constant_scorer_earns_nothing(reward):
-    assert not ranking_rewards(torch.zeros(2, 3, 5), torch.tensor([0, 4]), reward).any()
+    assert not list_rewards(torch.zeros(2, 3, 5), torch.tensor([0, 4]), reward).any()
 
 
 def test_ndcg_of_one_positive_is_the_discount_of_its_rank():
     scores = -torch.arange(6.0).expand(1, 1, 6)
     for place in range(6):
         for k in (1, 3, 6):
-            value = ranking_rewards(scores, torch.tensor([place]), f"ndcg@{k}").item()
+            value = list_rewards(scores, torch.tensor([place]), f"ndcg@{k}").item()
             expected = 1 / math.log2(place + 2) if place < k else 0.0
             assert value == pytest.approx(expected, rel=1e-6)
 
@@ -93,7 +113,7 @@ def test_advantages_match_the_oracle_and_sum_to_zero():
 @pytest.mark.parametrize("reward", REWARDS)
 def test_deterministic_actions_take_the_reward_of_the_list(reward):
     scores, target = draw_scores()
-    rewards = ranking_rewards(scores, target, reward)
+    rewards = list_rewards(scores, target, reward)
     top1 = choose_actions(scores, target, "top1", reward)
     assert torch.equal(top1.actions.squeeze(-1), scores.argmax(-1))
     chosen = choose_actions(scores, target, "target", reward)
@@ -104,7 +124,8 @@ def test_deterministic_actions_take_the_reward_of_the_list(reward):
 
 
 @pytest.mark.parametrize(
-    ("reward", "places"), [("hr@1", 1), ("ndcg@4", 4), ("hr@9", 6), ("mrr", 6)]
+    ("reward", "places"),
+    [("hr@1", 1), ("ndcg@4", 4), ("hr@9", 6), ("mrr", 6), ("hr@1+0.5*ndcg@3", 3), ("mrr+hr@2", 6)],
 )
 def test_a_sampled_list_is_rewarded_for_itself(reward, places):
     scores, target = draw_scores()
@@ -118,7 +139,9 @@ def test_a_sampled_list_is_rewarded_for_itself(reward, places):
         assert exists == sorted(exists, reverse=True)
         place = drawn.index(int(target[b])) + 1 if int(target[b]) in drawn else math.inf
         own_list = [-drawn.index(i) if i in drawn else -99 for i in range(6)]
-        expected = oracle.reward(own_list, int(target[b]), reward) if place < math.inf else 0.0
+        expected = 0.0
+        for weight, name in parse_reward(reward) if place < math.inf else ():
+            expected += weight * oracle.reward(own_list, int(target[b]), name)
         assert rewards[b, n].item() == pytest.approx(expected, rel=1e-6)
 
 
@@ -238,6 +261,20 @@ def test_clipping_stops_a_ratio_that_went_far_enough(ratio, advantage, moves):
     assert gradient.item() == pytest.approx(ratio * advantage if moves else 0.0)
 
 
+def test_entropy_matches_its_definition():
+    scores, _ = draw_scores()
+    for b, n in itertools.product(range(3), range(4)):
+        p = [x for x in scores[b, n].softmax(-1).tolist() if x]
+        expected = -sum(x * math.log(x) for x in p)
+        assert entropy(scores)[b, n].item() == pytest.approx(expected, rel=1e-12)
+    assert entropy(torch.zeros(1, 8)).item() == pytest.approx(math.log(8))
+
+
+def test_clip_fraction_counts_ratios_outside():
+    ratios = torch.tensor([[0.79, 0.81, 1.0], [1.19, 1.21, 3.0]], dtype=torch.float64)
+    assert clip_fraction(ratios.log(), torch.zeros(2, 3), 0.2).item() == 0.5
+
+
 # -- the sign of the update -----------------------------------------------------------------------
 
 
@@ -266,7 +303,7 @@ def test_action_target_pushes_the_target_down(reward):
     """Sum of A is 0, so the shift is worth -Cov(A, p), whatever the candidates are."""
     scores, target = users_whose_reward_rises_with_p(50)
     update = target_update(scores, target, "target", reward)
-    advantages = group_advantages(ranking_rewards(scores, target, reward)).double()
+    advantages = group_advantages(list_rewards(scores, target, reward)).double()
     p = scores.softmax(-1)[..., 0]
     assert update == pytest.approx(-(advantages * p).mean().item(), abs=1e-6)
     assert update < -0.05
@@ -312,22 +349,56 @@ CONFIG = LCRConfig(
     n_items=9, n_users=3, n_terms=5, dim=4, n_heads=2, ffn_dim=3, steps=2, max_search_len=2,
     max_rec_len=3, max_clicks=2, mlp_hidden=(4, 3),
 )  # fmt: skip
+# What the fused backends serve.
+FUSED = CONFIG.replace(dim=32, ffn_dim=32, mlp_hidden=(16, 16))
+
+
+class RolloutCase:
+    """Scores [B, N, C] of noisy trajectories of one model and batch, empty streams included."""
+
+    def __init__(self, backend: str, device: str = "cpu") -> None:
+        exact = backend == "reference"
+        self.config = (CONFIG if exact else FUSED).replace(backend=backend)
+        self.dtype = torch.float64 if exact else torch.float32
+        self.tolerance = 1e-13 if exact else 1e-6
+        self.device = device
+        generator = torch.Generator().manual_seed(0)
+        self.model = self.make_model(generator)
+        batch = random_batch(self.config, 6, 5, generator)
+        batch.candidates[2, 3:] = 0
+        self.batch = batch.replace(target=batch.target.clamp(max=2)).to(device)
+
+    def make_model(self, generator):
+        return random_model(self.config, generator, self.dtype).to(self.device)
+
+    def __call__(self, noise_scale, n=4, model=None):
+        model = model or self.model
+        h0 = model.encode(self.batch)
+        reasoned = model.rollout(h0, self.batch, n, noise_scale, seed=3)
+        return model.score(reasoned.streams, self.batch)
+
+    def assert_no_gradient(self, value):
+        gradients = torch.autograd.grad(value, list(self.model.parameters()))
+        assert max(g.abs().max() for g in gradients if g.numel()) <= self.tolerance
 
 
 @pytest.fixture
 def rollout():
-    """Give run(gamma, N, model): scores [B, N, C] of noisy trajectories, empty streams included."""
-    generator = torch.Generator().manual_seed(0)
-    model, batch = random_model(CONFIG, generator), random_batch(CONFIG, 6, 5, generator)
-    batch.candidates[2, 3:] = 0
-    batch = batch.replace(target=batch.target.clamp(max=2))
+    return RolloutCase("reference")
 
-    def run(noise_scale, n=4, model=model):
-        reasoned = model.rollout(model.encode(batch), batch, n, noise_scale, seed=3)
-        return model.score(reasoned.streams, batch)
 
-    run.model, run.batch = model, batch
-    return run
+@pytest.fixture(params=["reference", "cpp", "triton"])
+def any_rollout(request):
+    """Run on every backend that this machine has, in float32 where it is a fused one."""
+    device = "cuda" if request.param == "triton" and torch.cuda.is_available() else "cpu"
+    if request.param != "reference":
+        case = ReasoningCase(
+            device, torch.float32, FUSED.dim, FUSED.n_heads, FUSED.ffn_width, FUSED.max_search_len,
+            FUSED.max_rec_len,
+        )  # fmt: skip
+        if reason := reasoning_backends(case)[request.param]:
+            pytest.skip(f"{request.param}: {reason}")
+    return RolloutCase(request.param, device)
 
 
 def objective(scores, reference_scores, target, action, reward="ndcg@5", rollout=None):
@@ -340,43 +411,42 @@ def objective(scores, reference_scores, target, action, reward="ndcg@5", rollout
 
 
 @pytest.mark.parametrize("action", ["top1", "target"])
-def test_without_noise_trajectories_are_one_and_nothing_moves(rollout, action):
-    scores = rollout(0.0)
+def test_without_noise_trajectories_are_one_and_nothing_moves(any_rollout, action):
+    scores = any_rollout(0.0)
     first = scores[:, :1].expand_as(scores)
-    torch.testing.assert_close(scores, first, rtol=1e-12, atol=1e-12)
-    surrogate, kl, chosen = objective(scores, scores.detach(), rollout.batch.target, action)
+    torch.testing.assert_close(scores, first, rtol=1e-6, atol=any_rollout.tolerance)
+    surrogate, kl, chosen = objective(scores, scores.detach(), any_rollout.batch.target, action)
     assert not group_advantages(chosen.rewards).any()
-    gradients = torch.autograd.grad(surrogate - kl, list(rollout.model.parameters()))
-    assert max(g.abs().max() for g in gradients if g.numel()) < 1e-13
+    any_rollout.assert_no_gradient(surrogate - kl)
 
 
-def test_noise_makes_trajectories_differ_but_for_users_without_events(rollout):
-    scores = rollout(1.0)
+def test_noise_makes_trajectories_differ_but_for_users_without_events(any_rollout):
+    scores = any_rollout(1.0)
     spread = (scores.amax(1) - scores.amin(1)).nan_to_num().amax(-1)
-    empty = (rollout.batch.search_lengths == 0) & (rollout.batch.rec_lengths == 0)
+    batch = any_rollout.batch
+    empty = (batch.search_lengths == 0) & (batch.rec_lengths == 0)
     assert empty.any()
     assert not spread[empty].any()
     assert (spread[~empty] > 1e-3).all()
 
 
-def test_at_the_reference_policy_kl_and_its_gradient_vanish(rollout):
+def test_at_the_reference_policy_kl_and_its_gradient_vanish(any_rollout):
     """Policy and frozen copy share the noise, so the copy's scores are the policy's."""
-    scores = rollout(0.5)
-    frozen = random_model(CONFIG, torch.Generator().manual_seed(1))
-    frozen.load_state_dict(rollout.model.state_dict())
-    _, kl, _ = objective(scores, rollout(0.5, model=frozen).detach(), rollout.batch.target, "top1")
+    scores = any_rollout(0.5)
+    frozen = any_rollout.make_model(torch.Generator().manual_seed(1))
+    frozen.load_state_dict(any_rollout.model.state_dict())
+    reference_scores = any_rollout(0.5, model=frozen).detach()
+    _, kl, _ = objective(scores, reference_scores, any_rollout.batch.target, "top1")
     assert kl.item() == 0.0
-    gradients = torch.autograd.grad(kl, list(rollout.model.parameters()))
-    assert max(g.abs().max() for g in gradients if g.numel()) < 1e-13
+    any_rollout.assert_no_gradient(kl)
 
 
 @pytest.mark.parametrize("action", ["top1", "sampled", "target"])
-def test_one_trajectory_is_defined_and_moves_nothing(rollout, action):
-    scores = rollout(0.5, n=1)
-    surrogate, _, _ = objective(scores, scores.detach(), rollout.batch.target, action)
+def test_one_trajectory_is_defined_and_moves_nothing(any_rollout, action):
+    scores = any_rollout(0.5, n=1)
+    surrogate, _, _ = objective(scores, scores.detach(), any_rollout.batch.target, action)
     assert surrogate.item() == 0.0
-    gradients = torch.autograd.grad(surrogate, list(rollout.model.parameters()))
-    assert not any(g.any() for g in gradients)
+    any_rollout.assert_no_gradient(surrogate)
 
 
 @pytest.mark.parametrize("action", ["top1", "sampled"])

@@ -1,13 +1,11 @@
 """LCRSER as a whole: against the oracle, its facts, recommend, and what it refuses."""
 
-import functools
-
 import numpy as np
 import pytest
 import torch
 
 import oracle
-from lcr_fast import LCRSER, Batch, LCRConfig
+from lcr_fast import LCRSER, Batch, LCRConfig, reference
 from lcr_fast.model import seen_items
 from lcr_fast.reference import length_mask
 from lcr_fast.testing import random_batch, random_model
@@ -309,8 +307,7 @@ def integer_head(model: LCRSER) -> None:
 @pytest.mark.parametrize("k", [1, 4, 30])
 @torch.no_grad()
 def test_recommend_is_a_full_sort(monkeypatch, k, ties, with_exclude):
-    blocks = functools.partialmethod(LCRSER.catalogue_blocks, size=5)
-    monkeypatch.setattr(LCRSER, "catalogue_blocks", blocks)
+    monkeypatch.setattr(reference, "_CATALOGUE_BLOCK", 5)
     model, batch = setup(n_items=23)
     if ties:
         integer_head(model)

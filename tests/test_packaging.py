@@ -1,6 +1,7 @@
 """Imports, optional parts and backends: what is not there must not hurt, nor go unnoticed."""
 
 import importlib
+import os
 import subprocess
 import sys
 import textwrap
@@ -38,7 +39,9 @@ def run_without(modules: tuple[str, ...], code: str) -> None:
     """Run code in a fresh interpreter where importing any of ``modules`` fails."""
     prelude = f"import sys, warnings\nsys.modules.update(dict.fromkeys({modules!r}))\n"
     script = prelude + textwrap.dedent(code)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    # The kernels are interpreted for tests only (conftest.py).
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
 
 

@@ -463,7 +463,7 @@ def test_ops_refuse_what_does_not_fit(case):
         "agree in dtype and leading axes": lambda: reason(search, rec[:3], n_s, n_r[:3]),
         "agree in dtype": lambda: reason(search, rec.float(), n_s, n_r),
         "steps must be": lambda: reason(search, rec, n_s, n_r, steps=-1),
-        r"candidates must be \[\.\.\., C, 6\]": lambda: ops.score(
+        r"candidates must be item vectors of width 6": lambda: ops.score(
             search, rec, n_s, n_r, items[..., :2], user, head
         ),
         r"dropout needs states \[B, L, D\], got \[7, 1, 3, 6\]": lambda: reason(
@@ -471,8 +471,8 @@ def test_ops_refuse_what_does_not_fit(case):
             dropout=Dropout(0.1, 0, torch.arange(7)),
         ),
         "dropout needs states": lambda: ops.score(
-            search[:, None], rec[:, None], n_s[:, None], n_r[:, None], items[:, None],
-            user[:, None], head, dropout=Dropout(0.1, 0, torch.arange(7)),
+            search[:, None], rec[:, None], n_s, n_r, items, user, head,
+            dropout=Dropout(0.1, 0, torch.arange(7)),
         ),
         "n_trajectories must be at least 1": lambda: ops.rollout(
             search, rec, n_s, n_r, torch.arange(7), step, 2, n_trajectories=0, noise_scale=1.0,

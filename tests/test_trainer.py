@@ -421,8 +421,11 @@ def test_grpo_starts_at_the_reference(prepared, make_model, action, kl):
     optimizer, _ = make_optimizer(objective.parameters(), 0.1, 0.0)
     updates = objective.updates(batch, 5)
     loss, logs = next(updates)
-    assert set(logs) == {"reward", "signal", "kl", "surrogate", "target_cosine"}
-    assert logs["kl"] == 0
+    assert set(logs) == {
+        "reward", "signal", "kl", "surrogate", "entropy", "clipped", "target_cosine",
+    }  # fmt: skip
+    assert logs["kl"] == logs["clipped"] == 0
+    assert 0 < logs["entropy"] < np.log(10)
     assert 0 < logs["reward"] < 1
     assert 0 < logs["signal"] <= 1
     assert abs(logs["target_cosine"]) <= 1.0001
@@ -430,16 +433,104 @@ def test_grpo_starts_at_the_reference(prepared, make_model, action, kl):
     optimizer.step()
     _, logs = next(updates)
     assert logs["kl"] > 0
+    assert 0 <= logs["clipped"] <= 1
     assert "target_cosine" not in logs
     assert next(updates, None) is None
 
 
-def test_grpo_leaves_its_reference_alone(prepared, make_model, tmp_path):
+@pytest.mark.parametrize("trainable", ["reasoning", "all"])
+def test_grpo_leaves_its_reference_alone(prepared, make_model, tmp_path, trainable):
     model = make_model(prepared)
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    run(make_model, prepared, "grpo", tmp_path, model=model)
+    config = CONFIG.replace(rl_trainable=trainable)
+    run(make_model, prepared, "grpo", tmp_path, model=model, config=config)
     after = load_tensors(tmp_path / CHECKPOINT, "checkpoint")[0]
-    assert all(torch.equal(after[f"reference.{name}"], t) for name, t in before.items())
+    kept = {n.removeprefix("reference."): t for n, t in after.items() if "reference." in n}
+    own = [n for n in before if trainable == "all" or n.startswith(("reasoning.", "head."))]
+    assert sorted(kept) == sorted(own)
+    assert all(torch.equal(t, before[name]) for name, t in kept.items())
+
+
+@pytest.mark.parametrize("trainable", ["reasoning", "all"])
+def test_the_reference_shares_what_is_not_trained(prepared, make_model, trainable):
+    objective, _ = make_objective(make_model, prepared, Grpo, rl_trainable=trainable)
+    theirs = dict(objective.reference.named_parameters())
+    trained = {name for name, _ in objective.parameters()}
+    for name, parameter in objective.model.named_parameters():
+        assert (theirs[name] is parameter) == (name not in trained), name
+    assert objective.model.item_text is not None
+    assert objective.reference.item_text is objective.model.item_text
+
+
+@pytest.mark.parametrize("kind", [Grpo, OBJECTIVES["noisy"]])
+@pytest.mark.parametrize(("trainable", "n"), [("reasoning", 1), ("all", None)])
+def test_a_frozen_encoder_runs_once_a_batch(prepared, make_model, monkeypatch, kind, trainable, n):
+    """Policy, old and reference policies share h^(0) and item vectors, out of the graph."""
+    objective, batch = make_objective(
+        make_model, prepared, kind, rl_trainable=trainable, inner_epochs=3
+    )
+    encoded, rolled = [], []
+    encode, rollout = LCRSER.encode, LCRSER.rollout
+
+    def counted_encode(self, batch):
+        encoded.append(encode(self, batch))
+        return encoded[-1]
+
+    def counted_rollout(self, h0, *args):
+        rolled.append(self)
+        assert self is objective.model or not any(x.requires_grad for x in h0)
+        return rollout(self, h0, *args)
+
+    monkeypatch.setattr(LCRSER, "encode", counted_encode)
+    monkeypatch.setattr(LCRSER, "rollout", counted_rollout)
+    for _ in objective.updates(batch, 5):
+        pass
+    n_references = int(kind is Grpo)
+    assert rolled.count(objective.reference) == n_references
+    assert len(rolled) == 3 + n_references
+    assert len(encoded) == (n or 3 + n_references)
+    assert any(h[0].requires_grad for h in encoded) == (trainable == "all")
+
+
+# -- precision -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES.values())
+def test_low_precision_is_near_float32(prepared, make_model, kind):
+    losses, gradients = {}, {}
+    for precision in ("float32", "bfloat16"):
+        changes = {"precision": precision, "rl_trainable": "all"}
+        objective, batch = make_objective(make_model, prepared, kind, **changes)
+        losses[precision] = []
+        for loss, logs in objective.updates(batch, 5):
+            assert loss.dtype == torch.float32
+            losses[precision].append(logs.get("kl", loss.item()))
+        loss.backward()
+        found = [p.grad for _, p in objective.parameters() if p.grad is not None]
+        assert all(g.dtype == torch.float32 and torch.isfinite(g).all() for g in found)
+        gradients[precision] = torch.cat([g.flatten() for g in found])
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02, abs=1e-4)
+    if kind is not Grpo:  # whose gradient jumps with its actions
+        cosine = torch.cosine_similarity(*gradients.values(), dim=0)
+        assert cosine > 0.99
+        assert not torch.equal(*gradients.values())
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_low_precision_run_keeps_float32_weights_and_resumes(
+    prepared, make_model, tmp_path, monkeypatch, objective
+):
+    config = CONFIG.replace(precision="bfloat16")
+    run(make_model, prepared, objective, tmp_path / "whole", config=config)
+    tensors, _ = load_tensors(tmp_path / "whole" / CHECKPOINT, "checkpoint")
+    assert all(t.dtype == torch.float32 for t in tensors.values())
+    monkeypatch.setattr(module, "_CHECKPOINT_SECONDS", -1.0)
+    with monkeypatch.context() as patch:
+        die_at(patch, N_UPDATES[objective] + 2)
+        with pytest.raises(KilledError):
+            run(make_model, prepared, objective, tmp_path / "killed", config=config)
+    run(make_model, prepared, objective, tmp_path / "killed", seed=9, config=config, resume=True)
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ tables) and the plots. A job can be resumed: what is finished is read back.
 import csv
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from lcr_fast.experiments import plots
 from lcr_fast.model import LCRSER
 from lcr_fast.storage import replacing
 from lcr_fast.training import evaluation
+from lcr_fast.training.diversity import list_diversity
 from lcr_fast.training.trainer import METRICS, MODEL, Trainer
 
 Report = Callable[[str], None]
@@ -96,42 +98,114 @@ def load_model(path: Path, data: PreparedData, device: str, backend: str | None 
     return attach_text(model, data)
 
 
-def run_comparison(
-    data: PreparedData,
-    model_config: LCRConfig,
-    train_config: TrainConfig,
-    out: Path,
-    *,
-    variants: list[str],
-    device: str = "cpu",
-    resume: bool = False,
-    report: Report = lambda line: None,
-) -> str:
-    """Train, evaluate and compare; write the results to ``out`` and return the tables."""
-    job = {"model": model_config.to_dict(), "train": train_config.to_dict()}
-    if resume and (out / _JOB).is_file():
-        _check_same_job(out / _JOB, job)
+# What a cell can hold beside its training history, and how it is measured.
+_MEASURES: dict[str, Callable[[LCRSER, PreparedData], Any]] = {
+    "rows": evaluation.evaluate_model,
+    "distances": evaluation.state_distances,
+    "relevance": lambda model, data: evaluation.relevance_share(model, data)._asdict(),
+    "diversity": lambda model, data: list_diversity(model, data)._asdict(),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One data set, one pair of configs and one folder: what all models of a job share.
+
+    A cell is a model that is trained and evaluated in a folder of its own.
+    """
+
+    data: PreparedData
+    model: LCRConfig
+    train: TrainConfig
+    out: Path
+    device: str = "cpu"
+    resume: bool = False
+    report: Report = lambda line: None
+    measures: tuple[str, ...] = ("rows", "distances", "relevance")
+    last_measures: tuple[str, ...] = ()  # of phase 2's last weights too, whatever validation keeps
+
+    def open(self) -> None:
+        """Note down the configs, or raise ValueError where a job with others is resumed."""
+        job = {"model": self.model.to_dict(), "train": self.train.to_dict()}
+        if self.resume and (self.out / _JOB).is_file():
+            _check_same_job(self.out / _JOB, job)
+        with replacing(self.out / _JOB) as path:
+            path.write_text(json.dumps(job, indent=2), encoding="utf-8")
+
+    def cell(
+        self,
+        name: str,
+        title: str,
+        objective: str,
+        *,
+        start: str | None = None,
+        model: dict[str, Any] | None = None,
+        train: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Train from the cell ``start`` or from scratch, evaluate, and return all results.
+
+        ``model`` and ``train`` change the job's configs. With ``resume`` what is finished is read
+        back.
+        """
+        self.report(f"{title}:")
+        last = set(self.last_measures) if objective != "supervised" else set()
+        folder = self.out / name
+        if self.resume and (folder / _EVALUATION).is_file():
+            result = json.loads((folder / _EVALUATION).read_text(encoding="utf-8"))
+            if result.keys() >= set(self.measures) and result["last"].keys() >= last:
+                self.report("  already evaluated")
+                return result
+        training = self.train.replace(**train or {})
+        if start:
+            network = load_model(self.out / start / MODEL, self.data, self.device)
+        else:
+            torch.manual_seed(training.seed)
+            network = LCRSER(self.model.replace(**model or {})).to(self.device)
+            network = attach_text(network, self.data)
+        trainer = Trainer(
+            network, self.data, training, objective, folder, resume=self.resume, report=self.report
+        )
+        network = trainer.train()
+        measured_last = {name: _MEASURES[name](network, self.data) for name in sorted(last)}
+        network = trainer.run()
+        result = {
+            "title": title,
+            "seconds": trainer.progress.seconds,
+            "history": trainer.progress.history,
+            **{name: _MEASURES[name](network, self.data) for name in self.measures},
+            "last": measured_last,
+        }
+        with replacing(folder / _EVALUATION) as path:
+            path.write_text(json.dumps(result), encoding="utf-8")
+        self.report(f"  {folder / MODEL}, {folder / METRICS}")
+        return result
+
+
+def run_comparison(job: Job, variants: list[str]) -> str:
+    """Train, evaluate and compare; write the results to the job's folder, return the tables."""
     results: dict[str, dict[str, Any]] = {}
     for name, scorer in (
-        ("popularity", evaluation.popularity_scorer(data)),
-        ("recency", evaluation.recency_scorer(data)),
+        ("popularity", evaluation.popularity_scorer(job.data)),
+        ("recency", evaluation.recency_scorer(job.data)),
     ):
-        results[name] = {"title": f"{name} baseline", "rows": evaluation.evaluate(scorer, data)}
-    with replacing(out / _JOB) as path:
-        path.write_text(json.dumps(job, indent=2), encoding="utf-8")
+        rows = evaluation.evaluate(scorer, job.data)
+        results[name] = {"title": f"{name} baseline", "rows": rows}
+    job.open()
     for name in with_requirements(variants):
-        report(f"{VARIANTS[name].title}:")
-        results[name] = _run_variant(
-            name, data, model_config, train_config, out, device, resume, report
-        )
-    tables = "\n\n".join(_tables(results, data))
-    _write_csv(out / "results.csv", results)
-    with replacing(out / "results.md") as path:
+        variant = VARIANTS[name]
+        results[name] = job.cell(
+            name, variant.title, variant.objective, start=variant.start,
+            model={} if variant.steps else {"steps": 0},
+            train={} if variant.tcl else {"tcl_weight": 0.0},
+        )  # fmt: skip
+    tables = "\n\n".join(_tables(results))
+    _write_csv(job.out / "results.csv", results)
+    with replacing(job.out / "results.md") as path:
         path.write_text(tables + "\n", encoding="utf-8")
     models = {name: result for name, result in results.items() if name in VARIANTS}
-    plots.learning_curves(models, out / "learning_curves.png")
-    plots.target_distances(models, out / "target_distance.png")
-    plots.metric_bars(results, out / "metrics.png")
+    plots.learning_curves(models, job.out / "learning_curves.png")
+    plots.target_distances(models, job.out / "target_distance.png")
+    plots.metric_bars(results, job.out / "metrics.png")
     return tables
 
 
@@ -149,45 +223,6 @@ def _check_same_job(path: Path, job: dict[str, dict[str, Any]]) -> None:
         raise ValueError(f"{path}: cannot resume, the config differs in {', '.join(changed)}")
 
 
-def _run_variant(
-    name: str,
-    data: PreparedData,
-    model_config: LCRConfig,
-    train_config: TrainConfig,
-    out: Path,
-    device: str,
-    resume: bool,
-    report: Report,
-) -> dict[str, Any]:
-    variant, folder = VARIANTS[name], out / name
-    config = model_config if variant.steps else model_config.replace(steps=0)
-    training = train_config if variant.tcl else train_config.replace(tcl_weight=0.0)
-    if resume and (folder / _EVALUATION).is_file():
-        report("  already evaluated")
-        return json.loads((folder / _EVALUATION).read_text(encoding="utf-8"))
-    if variant.start:
-        model = load_model(out / variant.start / MODEL, data, device)
-    else:
-        torch.manual_seed(training.seed)
-        model = attach_text(LCRSER(config).to(device), data)
-    trainer = Trainer(
-        model, data, training, variant.objective, folder, resume=resume, report=report
-    )
-    model = trainer.run()
-    result = {
-        "title": variant.title,
-        "rows": evaluation.evaluate_model(model, data),
-        "seconds": trainer.progress.seconds,
-        "history": trainer.progress.history,
-        "distances": evaluation.state_distances(model, data),
-        "relevance": evaluation.relevance_share(model, data)._asdict(),
-    }
-    with replacing(folder / _EVALUATION) as path:
-        path.write_text(json.dumps(result), encoding="utf-8")
-    report(f"  {folder / MODEL}, {folder / METRICS}")
-    return result
-
-
 def _value(result: dict[str, Any], protocol: str, targets: str, metric: str) -> dict | None:
     key = {"protocol": protocol, "targets": targets, "metric": metric}
     return next((r for r in result["rows"] if all(r[k] == v for k, v in key.items())), None)
@@ -201,7 +236,7 @@ def _cell(row: dict | None, interval: bool = False) -> str:
     return f"{row['mean']:.3f}"
 
 
-def _tables(results: dict[str, dict[str, Any]], data: PreparedData) -> list[str]:
+def _tables(results: dict[str, dict[str, Any]]) -> list[str]:
     protocols = {r["protocol"] for r in next(iter(results.values()))["rows"]}
     tables = [_main_table(results, protocols)]
     titles = {
@@ -264,9 +299,14 @@ def _strata_table(results: dict[str, dict[str, Any]], protocol: str) -> str:
 
 
 def _write_csv(path: Path, results: dict[str, dict[str, Any]]) -> None:
-    fields = ("model", "protocol", "targets", "metric", "mean", "low", "high", "n")
+    write_rows(
+        path, [{"model": n, **row} for n, result in results.items() for row in result["rows"]]
+    )
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write dictionaries with the same keys as CSV, atomically."""
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fields)
+        writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
-        for name, result in results.items():
-            writer.writerows({"model": name, **row} for row in result["rows"])
+        writer.writerows(rows)

@@ -1,15 +1,18 @@
-"""PNG plots of a comparison; matplotlib is imported only here, without a display."""
+"""PNG plots of comparisons and studies; matplotlib is imported only here, without a display."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lcr_fast.storage import replacing
+from lcr_fast.training.evaluation import Interval
 
 Results = dict[str, dict[str, Any]]
 _COLOURS = {
     "popularity": "#bbbbbb", "recency": "#888888", "base": "#4477aa", "lcr": "#ee6677",
     "tcl": "#228833", "rl": "#aa3377", "control": "#ccbb44",
 }  # fmt: skip
+_SERIES_COLOURS = ("#aa3377", "#ccbb44", "#228833", "#4477aa")
 
 
 def _figure(n_columns: int = 1, width: float = 6.0):
@@ -85,4 +88,45 @@ def metric_bars(results: Results, path: Path) -> None:
         axis.set_title(titles[protocol])
     for axis in axes[1:]:
         axis.set_yticklabels([])
+    _save(figure, path)
+
+
+def intervals(
+    axis: str, values: Sequence[Any], series: dict[str, dict[str, list[Interval]]], path: Path
+) -> None:
+    """Draw metrics against the values of one setting, evenly spaced, with intervals.
+
+    ``series`` holds, by title and metric, one interval a value; a panel a metric.
+    """
+    metrics = list(next(iter(series.values())))
+    figure, panels = _figure(len(metrics), width=4.5)
+    names = [str(value) for value in values]
+    slanted = max(map(len, names)) > 6
+    for panel, metric in zip(panels, metrics, strict=True):
+        for place, (title, by_metric) in enumerate(series.items()):
+            points = by_metric[metric]
+            x = [i + 0.06 * (place - 1) for i in range(len(points))]  # side by side, not hidden
+            colour = _SERIES_COLOURS[place]
+            panel.plot(x, [p.mean for p in points], marker="o", color=colour, label=title)
+            panel.vlines(x, [p.low for p in points], [p.high for p in points], color=colour)
+        panel.set_xticks(range(len(names)), names, rotation=30 if slanted else 0)
+        panel.set_xlabel(axis)
+        panel.set_title(metric)
+        panel.grid(alpha=0.3)
+    panels[0].legend(fontsize="small")
+    _save(figure, path)
+
+
+def latencies(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw the time of a forward against K, a panel a number of users."""
+    users = list(dict.fromkeys(row["users"] for row in rows))
+    figure, panels = _figure(len(users), width=4.5)
+    for panel, n in zip(panels, users, strict=True):
+        mine = [row for row in rows if row["users"] == n]
+        panel.plot([r["steps"] for r in mine], [r["ms"] for r in mine], marker="o")
+        panel.set_ylim(bottom=0)
+        panel.set_xlabel("reasoning steps K")
+        panel.set_ylabel("ms a forward")
+        panel.set_title(f"{n} user{'s' * (n > 1)}")
+        panel.grid(alpha=0.3)
     _save(figure, path)

@@ -17,7 +17,7 @@ from lcr_fast.ops.reasoning import (
     latent_states,
     rollout,
 )
-from lcr_fast.ops.scoring import aggregate, score
+from lcr_fast.ops.scoring import aggregate, score, score_rank, score_topk
 
 __all__ = [
     "Reasoned",
@@ -35,5 +35,7 @@ __all__ = [
     "ranking_rewards",
     "rollout",
     "score",
+    "score_rank",
+    "score_topk",
     "target_rank",
 ]

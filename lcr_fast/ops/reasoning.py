@@ -226,7 +226,7 @@ def _fused(
     scalars: _Scalars,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run a fused op, in training with its backward: [B, N, L, D] twice, [B, N, K, 2, 2, D]."""
-    rows = search_lengths if rows is None else rows
+    rows = search_lengths.new_empty(0) if rows is None else rows
     keys = search.new_empty(0) if target_keys is None else target_keys
     inputs = [
         t.contiguous() for t in (search, rec, search_lengths, rec_lengths, rows, keys, *weights)

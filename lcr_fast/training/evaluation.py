@@ -11,7 +11,7 @@ from torch import Tensor
 from lcr_fast.batch import Batch
 from lcr_fast.data.batching import Batcher
 from lcr_fast.data.prepared import PreparedData, Samples
-from lcr_fast.model import LCRSER, mask_items
+from lcr_fast.model import LCRSER
 from lcr_fast.objectives import distance
 from lcr_fast.ops.ranking import target_rank
 from lcr_fast.reference import pool_steps
@@ -20,9 +20,6 @@ from lcr_fast.weights import REC, SEARCH
 PROTOCOLS = ("sampled", "catalogue", "impressions")
 CUTS = (1, 5, 10, 20)
 _CATALOGUE_BLOCK = 2048
-# Most (user, item) pairs that the catalogue protocol scores: about half a minute on two cores.
-# Beyond it, a fixed random sample of the users is ranked; every table shows how many.
-CATALOGUE_PAIRS = 20_000_000
 
 # Scores of candidates [B, C], or [1, C] shared by the batch: [B, C].
 Score = Callable[[Tensor], Tensor]
@@ -34,14 +31,23 @@ class Scorer(Protocol):
     def __call__(self, batch: Batch) -> Score: ...
 
 
+class _ModelScore:
+    """A model's scores for one batch; ranks the catalogue without storing them."""
+
+    def __init__(self, model: LCRSER, batch: Batch) -> None:
+        self.model, self.batch = model, batch
+        self.h = model.final_states(batch)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        return self.model.score(self.h, self.batch, ids)
+
+    def target_rank(self, target: Tensor, exclude: Tensor) -> Tensor:
+        return self.model.target_rank(self.h, self.batch, target, exclude)
+
+
 def model_scorer(model: LCRSER) -> Scorer:
     """Score with a model, in evaluation mode."""
-
-    def read(batch: Batch) -> Score:
-        h = model.final_states(batch)
-        return lambda ids: model.score(h, batch, ids)
-
-    return read
+    return lambda batch: _ModelScore(model, batch)
 
 
 def popularity_scorer(data: PreparedData) -> Scorer:
@@ -88,21 +94,16 @@ def rank_targets(
     """Rank every target of a split, from 1, ties against it; 0 where there is nothing to rank.
 
     - ``sampled``: the target and the 99 stored negatives;
-    - ``catalogue``: every item, without those the user has seen (the target always stays); where
-      that is more than ``CATALOGUE_PAIRS`` scores, for a fixed random sample of the users;
+    - ``catalogue``: every item, without those the user has seen (the target always stays);
     - ``impressions``: the items shown with the target, 0 where the data has none.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
     samples = batcher.samples
     ranks = np.zeros(len(samples), dtype=np.int64)
-    chosen = np.arange(len(samples))
-    if protocol == "catalogue":
-        n_users = max(CATALOGUE_PAIRS // batcher.data.n_items, 1)
-        chosen = np.sort(np.random.default_rng(0).permutation(chosen)[:n_users])
     with torch.inference_mode():
-        for start in range(0, len(chosen), batch_size):
-            rows = chosen[start : start + batch_size]
+        for start in range(0, len(samples), batch_size):
+            rows = np.arange(start, min(start + batch_size, len(samples)))
             if protocol == "impressions":
                 rows, candidates, columns = _shown(samples, rows)
                 if not len(rows):
@@ -113,8 +114,13 @@ def rank_targets(
             batch = batcher.gather(rows, candidates, columns).to(device)
             score = scorer(batch)
             if protocol == "catalogue":
-                seen = padded_seen(batcher.data, samples.users[rows], samples.times[rows])
-                rank = _catalogue_rank(score, batch, torch.from_numpy(seen), batcher.data.n_items)
+                seen = torch.from_numpy(
+                    padded_seen(batcher.data, samples.users[rows], samples.times[rows])
+                ).to(device)
+                if isinstance(score, _ModelScore):
+                    rank = score.target_rank(batch.candidates[:, 0], seen)
+                else:
+                    rank = _catalogue_rank(score, batch, seen, batcher.data.n_items)
             else:
                 excluded = batch.candidates == 0
                 scores = score(batch.candidates)
@@ -167,14 +173,24 @@ def _catalogue_rank(score: Score, batch: Batch, seen: Tensor, n_items: int) -> T
     target_score = score(target)  # [B, 1]
     ahead = torch.zeros(len(batch), dtype=torch.int64, device=batch.device)
     # The target is taken out of the blocks, so that it never competes with itself.
-    hidden = torch.cat((seen.to(batch.device), target), 1)
+    hidden = torch.cat((seen, target), 1)
     for first in range(1, n_items + 1, _CATALOGUE_BLOCK):
         ids = torch.arange(first, min(first + _CATALOGUE_BLOCK, n_items + 1), device=batch.device)
-        scores = mask_items(score(ids.unsqueeze(0)).clone(), hidden, first)
+        scores = _mask_items(score(ids.unsqueeze(0)).clone(), hidden, first)
         if scores.isnan().any():
             raise ValueError("the model's scores hold NaN")
         ahead += ((scores >= target_score) & (scores > -torch.inf)).sum(1)
     return ahead + 1
+
+
+def _mask_items(scores: Tensor, items: Tensor, first_id: int) -> Tensor:
+    """Set ``items`` [B, X] to -inf in ``scores`` [B, c] of the ids first_id, first_id + 1, ..."""
+    column = items - first_id
+    outside = (column < 0) | (column >= scores.shape[1])
+    # A spare last column takes what lies outside this block.
+    padded = torch.cat((scores, scores.new_zeros(len(scores), 1)), 1)
+    padded.scatter_(1, column.masked_fill(outside, scores.shape[1]), -torch.inf)
+    return padded[:, :-1]
 
 
 def rank_metrics(ranks: NDArray) -> dict[str, NDArray]:

@@ -21,6 +21,7 @@ from lcr_fast.data.batching import Batcher
 from lcr_fast.data.negatives import NegativeSampler
 from lcr_fast.model import LCRSER
 from lcr_fast.objectives import rank_loss, tcl
+from lcr_fast.reference import Streams
 from lcr_fast.training.evaluation import with_target
 
 _LOG = logging.getLogger("lcr_fast")
@@ -43,6 +44,21 @@ class Schedule(NamedTuple):
     epoch_size: int  # samples drawn for an epoch; 0 means all
 
 
+class Inputs(NamedTuple):
+    """What all trajectories of a batch start from and are scored on."""
+
+    h0: Streams
+    candidates: Tensor  # [B, C, D] item vectors
+
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def _high(x: Tensor) -> Tensor:
+    """Give losses and log-probabilities float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class Objective:
     """What the trainer asks of an objective: parameters, batches and updates."""
 
@@ -58,6 +74,15 @@ class Objective:
     @property
     def schedule(self) -> Schedule:
         raise NotImplementedError
+
+    def low(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Cast states and item vectors to the config's precision; float32 leaves any dtype."""
+        dtype = _DTYPES[self.config.precision]
+        return tensors if dtype == torch.float32 else tuple(t.to(dtype) for t in tensors)
+
+    def reference_state(self) -> dict[str, Tensor]:
+        """Give the tensors of ``reference`` that are not the model's own."""
+        return {}
 
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """List what is trained; the trainer freezes the rest."""
@@ -107,12 +132,19 @@ class Supervised(Objective):
         target = None
         if config.tcl_weight and model.config.steps:
             target = model.item_vectors(batch.candidates[:, 0])  # [B, D]
-        reasoned = model.reason(model.encode(batch), batch, target)
-        loss = rank_loss(model.score(reasoned.streams, batch), batch.target, config.rank_loss)
+        h0 = self.low(*model.encode(batch))
+        reasoned = model.reason(h0, batch, target)
+        if config.precision == "float32":
+            scores = model.score(reasoned.streams, batch)
+        else:
+            (vectors,) = self.low(model.item_vectors(batch.candidates))
+            scores = _high(model.score_vectors(reasoned.streams, batch, vectors))
+            scores = scores.masked_fill(batch.candidates == 0, -torch.inf)
+        loss = rank_loss(scores, batch.target, config.rank_loss)
         logs = {"rank_loss": loss.item()}
         if target is not None and reasoned.pooled is not None:
             contrast = tcl(
-                reasoned.pooled,
+                _high(reasoned.pooled),
                 (batch.search_lengths, batch.rec_lengths),
                 target,
                 margin=config.tcl_margin,
@@ -139,13 +171,21 @@ class _Trajectories(Objective):
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """List what is trained: reasoning and head, or everything.
 
-        With the former the encoder is not in the graph.
+        With the former neither encoder nor item vectors are in the graph.
         """
-        named = self.model.named_parameters()
-        if self.config.rl_trainable == "all":
+        return self._own(self.model)
+
+    def _own(self, model: LCRSER) -> list[tuple[str, torch.nn.Parameter]]:
+        """List the parameters of a model that phase 2 trains, and so each policy has its own."""
+        named = model.named_parameters()
+        if not self.frozen_encoder:
             return list(named)
         trained = ("reasoning.", "step_embedding", "head.")
         return [(name, p) for name, p in named if name.startswith(trained)]
+
+    @property
+    def frozen_encoder(self) -> bool:
+        return self.config.rl_trainable == "reasoning"
 
     def batch(self, rows: NDArray, rng: np.random.Generator) -> Batch:
         """Assemble samples with fresh distinct negatives, target in column 0."""
@@ -155,22 +195,31 @@ class _Trajectories(Objective):
         negatives = self.sampler.draw(rng, users, times, targets, n, distinct=True)
         return self.batcher.gather(rows, *with_target(targets, negatives))
 
-    def scores(self, model: LCRSER, batch: Batch, seed: int) -> Tensor:
-        """Score the candidates on N noisy trajectories, dropout off: [B, N, C]."""
+    def inputs(self, model: LCRSER, batch: Batch) -> Inputs:
+        """Compute what no trajectory changes: h^(0) and the candidates' vectors, dropout off."""
         model.eval()
-        h0 = model.encode(batch)
-        reasoned = model.rollout(
-            h0, batch, self.config.n_trajectories, self.config.noise_scale, seed
-        )
-        return model.score(reasoned.streams, batch)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_encoder):
+            h0 = self.low(*model.encode(batch))
+            return Inputs(h0, *self.low(model.item_vectors(batch.candidates)))
+
+    def scores(self, model: LCRSER, batch: Batch, inputs: Inputs, seed: int) -> Tensor:
+        """Score the candidates on N noisy trajectories, dropout off: float32 [B, N, C]."""
+        model.eval()
+        config = self.config
+        reasoned = model.rollout(inputs.h0, batch, config.n_trajectories, config.noise_scale, seed)
+        scores = _high(model.score_vectors(reasoned.streams, batch, inputs.candidates))
+        return scores.masked_fill((batch.candidates == 0).unsqueeze(1), -torch.inf)
 
 
 class NoisySupervised(_Trajectories):
     """Control of phase 2: the same noisy trajectories under the phase-1 ranking loss."""
 
     def updates(self, batch: Batch, seed: int) -> Iterator[Update]:
+        inputs = None
         for _ in range(self.config.inner_epochs):
-            scores = self.scores(self.model, batch, seed).flatten(0, 1)  # [B * N, C]
+            if inputs is None or not self.frozen_encoder:
+                inputs = self.inputs(self.model, batch)
+            scores = self.scores(self.model, batch, inputs, seed).flatten(0, 1)  # [B * N, C]
             target = batch.target.repeat_interleave(self.config.n_trajectories)
             loss = rank_loss(scores, target, self.config.rank_loss)
             yield Update(loss, {"rank_loss": loss.item()})
@@ -180,22 +229,33 @@ class Grpo(_Trajectories):
     """Phase 2: GRPO over noisy latent trajectories (:mod:`lcr_fast.grpo`).
 
     The frozen copy of the model at construction is the reference policy. Policy, old and reference
-    policies share the noise of a batch.
+    policies share the noise of a batch, and where the encoder is frozen its output too.
     """
 
     def __init__(self, model: LCRSER, batcher: Batcher, config: TrainConfig) -> None:
         super().__init__(model, batcher, config)
-        self.reference: LCRSER = copy.deepcopy(model).requires_grad_(False)
+        trained = {id(p) for _, p in self.parameters()}
+        # What is not trained is not copied: embeddings, and text vectors that may fill the memory.
+        kept = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in trained}
+        self.reference: LCRSER = copy.deepcopy(model, kept)
+        for _, parameter in self._own(self.reference):
+            parameter.requires_grad_(False)
+
+    def reference_state(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self._own(self.reference)}
 
     def updates(self, batch: Batch, seed: int) -> Iterator[Update]:
         """Roll out once, then update ``inner_epochs`` times on it."""
         config = self.config
         with torch.no_grad():
-            reference_scores = self.scores(self.reference, batch, seed) / config.temperature
+            inputs = self.inputs(self.reference, batch)
+            reference_scores = self.scores(self.reference, batch, inputs, seed) / config.temperature
         generator = torch.Generator(batch.device).manual_seed(seed)
         rollout, old = None, None
         for _ in range(config.inner_epochs):
-            scores = self.scores(self.model, batch, seed) / config.temperature  # [B, N, C]
+            if not self.frozen_encoder:
+                inputs = self.inputs(self.model, batch)
+            scores = self.scores(self.model, batch, inputs, seed) / config.temperature  # [B, N, C]
             if rollout is None:
                 rollout = grpo.choose_actions(
                     scores, batch.target, config.action, config.reward, generator
@@ -206,12 +266,17 @@ class Grpo(_Trajectories):
                 old = log_prob.detach()
             surrogate = grpo.policy_objective(log_prob, old, advantages, config.clip)
             kl = grpo.kl_divergence(scores, reference_scores, config.kl, rollout.actions).mean()
-            logs = {
-                "reward": rollout.rewards.mean().item(),
-                "signal": (advantages != 0).any(-1).float().mean().item(),
-                "kl": kl.item(),
-                "surrogate": surrogate.item(),
+            measured = {
+                "reward": rollout.rewards.mean(),
+                "signal": (advantages != 0).any(-1).float().mean(),
+                "kl": kl,
+                "surrogate": surrogate,
+                "entropy": grpo.entropy(scores.detach()).mean(),
+                "clipped": grpo.clip_fraction(log_prob.detach(), old, config.clip),
             }
+            # One wait for the device, not six.
+            values = torch.stack([v.detach().float() for v in measured.values()]).tolist()
+            logs = dict(zip(measured, values, strict=True))
             if self.n_updates % _ALARM_EVERY == 0:
                 logs |= self._alarm(surrogate, scores, batch.target)
             self.n_updates += 1

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from lcr_fast.config import TrainConfig
 from lcr_fast.data.prepared import PreparedData
 from lcr_fast.model import LCRSER
+from lcr_fast.profiling import range_
 from lcr_fast.storage import load_tensors, replacing, save_tensors
 from lcr_fast.training.evaluation import make_batcher, validation_score
 from lcr_fast.training.objective import OBJECTIVES, Objective, warn_if_sinking
@@ -84,6 +85,12 @@ class Trainer:
 
     def run(self) -> LCRSER:
         """Train to the end, restore the best weights into the model and return it."""
+        self.train()
+        self.model.load_state_dict(self.best)
+        return self.model
+
+    def train(self) -> LCRSER:
+        """Train to the end and return the model with its last weights, not its best."""
         progress = self.progress
         if not progress.finished:
             for name, parameter in self.model.named_parameters():
@@ -95,7 +102,6 @@ class Trainer:
                 self._epoch()
             progress.finished = True
             self._save()
-        self.model.load_state_dict(self.best)
         return self.model.requires_grad_(True).eval()
 
     def _start(self) -> None:
@@ -137,7 +143,8 @@ class Trainer:
 
     def step(self, rows: NDArray, rng: np.random.Generator) -> float:
         """Make the updates of one mini-batch of samples; return the last loss."""
-        batch = self.objective.batch(rows, rng).to(self.model.head.target_weight.device)
+        with range_("batch"):
+            batch = self.objective.batch(rows, rng).to(self.model.head.target_weight.device)
         value = float("nan")
         for loss, logs in self.objective.updates(batch, _seed(rng)):
             self._update(loss)
@@ -152,11 +159,13 @@ class Trainer:
                 f"{self.progress.step + 1}; the last checkpoint is kept"
             )
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if self.config.grad_clip:
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
-        self.optimizer.step()
+        with range_("backward"):
+            loss.backward()
+        with range_("optimizer"):
+            if self.config.grad_clip:
+                parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+                torch.nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
+            self.optimizer.step()
 
     def _add(self, logs: dict[str, float]) -> None:
         for name, value in logs.items():
@@ -209,9 +218,8 @@ class Trainer:
         for index, state in self.optimizer.state_dict()["state"].items():
             for key, value in state.items():
                 tensors[f"adam.{self._names[index]}.{key}"] = torch.as_tensor(value)
-        if self.objective.reference is not None:
-            frozen = self.objective.reference.state_dict()
-            tensors |= {f"reference.{name}": t for name, t in frozen.items()}
+        frozen = self.objective.reference_state()
+        tensors |= {f"reference.{name}": t for name, t in frozen.items()}
         info = {
             "objective": self.name,
             "model": self.model.config.to_dict(),
@@ -242,7 +250,8 @@ class Trainer:
         self.model.load_state_dict(part("model."))
         self.best = part("best.")
         if self.objective.reference is not None:
-            self.objective.reference.load_state_dict(part("reference."))
+            # The rest of it is the model's own.
+            self.objective.reference.load_state_dict(part("reference."), strict=False)
         self.objective.n_updates = info["n_updates"]
         # AdamW moves the moments to its parameters' device by itself.
         state = {index: part(f"adam.{name}.") for index, name in enumerate(self._names)}

@@ -1,0 +1,9 @@
+#define LCR_TARGET
+#define LCR_BYTES 16
+#include "scoring_kernels.h"
+
+namespace lcr_fast {
+
+constexpr ScoringKernels kScoringBaseline = kThisLevel;
+
+}  // namespace lcr_fast

@@ -1,0 +1,74 @@
+// Target-aware scoring on the CPU, float32; torch-free.
+//
+// The contract is in lcr_fast/ops/scoring.py, the oracle in lcr_fast/reference.py. Columns
+// (candidates) are the lanes everywhere: a history's part is a product with a few dozen columns.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "ranking.h"
+
+namespace lcr_fast {
+
+// States, users and weights. Index 0 is the search stream, 1 the recommendation stream.
+struct ScoringArgs {
+  const float* states[2];     // [n_users, n_trajectories, size[x], dim]
+  const int64_t* lengths[2];  // [n_users]
+  int64_t size[2];            // padded lengths
+  int64_t n_users;
+  int64_t n_trajectories;
+  int64_t dim;
+  const float* user;                  // [n_users, dim], or null
+  const float* target_weight;         // [2, dim, dim]
+  std::vector<const float*> weights;  // layer l: [widths[l], widths[l - 1]]; none: the dot head
+  std::vector<const float*> biases;
+  std::vector<int64_t> widths;  // the last is 1
+
+  int64_t inputs() const { return dim * (user == nullptr ? 3 : 4); }  // of the first layer
+};
+
+// Candidates of each user, rows of an item table, and the key of the head's dropout.
+struct CandidateArgs {
+  const float* items;   // [n, dim]
+  const int64_t* ids;   // [n_users, n_candidates], or [1, n_candidates] where step is 0
+  int64_t step;         // n_candidates or 0
+  int64_t n_candidates;
+  const int64_t* dropout_rows;  // [n_users]; read where threshold > 0
+  uint32_t threshold;           // rate in units of 2^-16
+  uint64_t seed;
+};
+
+// scores [n_users, n_trajectories, n_candidates]
+void score_cpu(const ScoringArgs& args, const CandidateArgs& candidates, float* scores,
+               const Parallel& parallel);
+
+struct ScoringGradients {
+  float* states[2];  // like the states, zero on entry
+  float* items;      // [n_users, n_candidates, dim]
+  float* user;       // [n_users, dim], or null
+  float* target_weight;
+  std::vector<float*> weights;
+  std::vector<float*> biases;
+};
+
+// Gradients of the inputs from those of the scores. The users are cut into `n_slices` whose weight
+// gradients are added in order: the bits depend on that number, on nothing else.
+void score_bwd_cpu(const ScoringArgs& args, const CandidateArgs& candidates, const float* dscores,
+                   const ScoringGradients& gradients, int64_t n_slices, const Parallel& parallel);
+
+// The whole catalogue: items [n_items + 1, dim] whose row 0 is padding, and what to leave out.
+struct ItemArgs {
+  const float* items;
+  int64_t n_items;
+  const int64_t* exclude;  // [n_users, n_exclude]
+  int64_t n_exclude;
+};
+
+// The k best: ids and scores [n_users, k], ending in 0 and -inf; NaN scores for a user with one.
+void score_topk_cpu(const ScoringArgs& args, const ItemArgs& items, int64_t k, int64_t* ids,
+                    float* scores, const Parallel& parallel);
+// The place of target [n_users] (0: none), ties before it: rank [n_users]; -1 for a NaN score.
+void score_rank_cpu(const ScoringArgs& args, const ItemArgs& items, const int64_t* target,
+                    int64_t* rank, const Parallel& parallel);
+
+}  // namespace lcr_fast

@@ -1,0 +1,249 @@
+"""What every Triton kernel costs on a GPU, found out without one.
+
+    python -m lcr_fast.kernels.resources -o docs/kernel-resources.md
+
+compiles each :class:`Variant` of each kernel module for each architecture with the ptxas that
+Triton ships, and writes a Markdown table: registers a thread, spilled bytes a thread, shared
+memory a program, tensor-core instructions, and how many programs fit one multiprocessor. The table
+is committed; tests check that it is complete, up to date and within limits.
+
+Interpreted kernels cannot be compiled, so this must run without ``TRITON_INTERPRET``.
+"""
+
+import argparse
+import ast
+import hashlib
+import importlib
+import inspect
+import multiprocessing
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import lcr_fast.kernels
+from lcr_fast.kernels.variant import Variant
+
+# What one program may have, by the CUDA programming guide's table of compute capabilities.
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
+# What one multiprocessor has (the same table): threads, 32-bit registers, shared bytes; a program
+# takes 1 KiB of shared memory for the system.
+_SM_THREADS, _SM_REGISTERS, _SM_PROGRAMS = 2048, 65536, 32
+_SM_SHARED = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
+_SYSTEM_SHARED = 1 << 10
+_REGISTER_UNIT = 256  # registers are given to a warp in multiples of this
+
+_TENSOR_CORE = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b[^;]*")
+_INPUT_TYPE = re.compile(r"\.(bf16|f16|tf32|kind::f16|kind::tf32)\b")
+
+
+class Usage(NamedTuple):
+    """One row of the table."""
+
+    kernel: str  # module.variant
+    arch: str
+    warps: int
+    stages: int
+    registers: int  # a thread
+    spilled: int  # bytes a thread
+    shared: int  # bytes a program
+    products: str  # tensor-core instructions and the type that they multiply, FMA, or - for none
+    programs: int  # that fit one multiprocessor
+
+
+_COLUMNS = (
+    "kernel", "arch", "warps", "stages", "registers", "spilled B", "shared B", "products",
+    "programs / SM",
+)  # fmt: skip
+_ALIGNMENT = ["---" if kind is str else "--:" for kind in Usage.__annotations__.values()]
+
+
+def _module_names() -> list[str]:
+    tools = ("resources", "variant")
+    names = (info.name for info in pkgutil.iter_modules(lcr_fast.kernels.__path__))
+    return [name for name in names if name not in tools]
+
+
+def kernel_modules() -> dict[str, ModuleType]:
+    """Every module of this package that lists variants, by its short name."""
+    modules = {
+        name: importlib.import_module(f"lcr_fast.kernels.{name}") for name in _module_names()
+    }
+    return {name: module for name, module in modules.items() if hasattr(module, "variants")}
+
+
+def all_variants() -> Iterator[tuple[str, Variant]]:
+    """Yield ("module.variant", variant) for every kernel module."""
+    for name, module in kernel_modules().items():
+        for fields in module.variants():
+            variant = Variant(*fields)
+            yield f"{name}.{variant.name}", variant
+
+
+def fingerprint(name: str) -> str:
+    """Digest what a module compiles: its variants, and the @triton.jit functions and constants of
+    it and of the modules that have no variants of their own.
+
+    Comments, formatting and launchers do not count.
+    """
+    modules = kernel_modules()
+    shared = [other for other in _module_names() if other not in modules]
+    parts = [repr((full, *v[2:])) for full, v in all_variants() if full.startswith(f"{name}.")]
+    for module in (name, *shared):
+        source = inspect.getsource(importlib.import_module(f"lcr_fast.kernels.{module}"))
+        for node in ast.parse(source).body:
+            jitted = isinstance(node, ast.FunctionDef) and any(
+                ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list
+            )
+            if jitted or isinstance(node, ast.Assign | ast.AnnAssign):
+                parts.append(ast.dump(node))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def compile_variant(variant: Variant, arch: str) -> triton.compiler.CompiledKernel:
+    """Compile ahead of time; no GPU is needed."""
+    names = variant.kernel.arg_names
+    signature, attrs = {}, {}
+    for i, name in enumerate(names):
+        if name in variant.constexprs:
+            signature[name] = "constexpr"
+            continue
+        kind, _, divisor = variant.signature[name].partition(":")
+        signature[name] = kind
+        if kind.startswith("*") or divisor == "16":
+            attrs[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(variant.kernel, signature, variant.constexprs, attrs)
+    return triton.compile(
+        source,
+        target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32),
+        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
+    )
+
+
+def _dump_resources(cubin: bytes) -> tuple[int, int]:
+    """Read registers and stack bytes a thread from the compiled program itself."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = knobs.nvidia.cuobjdump.path
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
+    # A kernel without calls uses its stack for nothing but spilled registers.
+    return int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
+
+
+def _products(ttir: str, ptx: str) -> str:
+    found = set()
+    for match in _TENSOR_CORE.finditer(ptx):
+        kind = _INPUT_TYPE.search(match.group().partition("f32")[2] or match.group())
+        family = match.group(1).partition(".")[0]
+        found.add(f"{family} {kind.group(1).removeprefix('kind::')}" if kind else family)
+    return ", ".join(sorted(found)) or ("FMA" if "tt.dot" in ttir else "-")
+
+
+def _programs_per_sm(registers: int, shared: int, num_warps: int, arch: str) -> int:
+    warp_registers = -(-registers * 32 // _REGISTER_UNIT) * _REGISTER_UNIT
+    return min(
+        _SM_PROGRAMS,
+        _SM_THREADS // (32 * num_warps),
+        _SM_REGISTERS // (warp_registers * num_warps),
+        _SM_SHARED[arch] // (shared + _SYSTEM_SHARED),
+    )
+
+
+def measure(name: str, variant: Variant, arch: str) -> Usage:
+    """Compile one variant and read what it uses."""
+    compiled = compile_variant(variant, arch)
+    registers, spilled = _dump_resources(compiled.asm["cubin"])
+    shared = compiled.metadata.shared
+    return Usage(
+        name, arch, variant.num_warps, variant.num_stages, registers, spilled, shared,
+        _products(compiled.asm["ttir"], compiled.asm["ptx"]),
+        _programs_per_sm(registers, shared, variant.num_warps, arch),
+    )  # fmt: skip
+
+
+def _measure_named(job: tuple[str, str]) -> Usage:
+    name, arch = job
+    clock = time.monotonic()
+    usage = measure(name, dict(all_variants())[name], arch)
+    sys.stderr.write(f"{arch} {name}: {time.monotonic() - clock:.0f} s\n")
+    return usage
+
+
+def to_markdown(rows: list[Usage]) -> str:
+    """Write the committed table; :func:`from_markdown` reads it."""
+    prints = [f"{name} {fingerprint(name)}" for name in kernel_modules()]
+    lines = [
+        "# Resources of the Triton kernels",
+        "",
+        "Compiled ahead of time, without a GPU, by `python -m lcr_fast.kernels.resources`. Spilled",
+        "bytes and registers are a thread's, shared bytes a program's; programs / SM is how many",
+        "fit one multiprocessor. A program may have 163 KiB of shared memory on sm_80 and 227 KiB",
+        "on sm_90 and sm_100.",
+        "",
+        f"Triton {triton.__version__}; sources: {', '.join(prints)}.",
+        "",
+        f"| {' | '.join(_COLUMNS)} |",
+        f"|{'|'.join(_ALIGNMENT)}|",
+        *(f"| {' | '.join(map(str, row))} |" for row in rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def from_markdown(text: str) -> tuple[dict[str, str], list[Usage]]:
+    """Read a table back: the fingerprint of each module, and the rows."""
+    sources = re.search(r"; sources: (.*)\.$", text, re.MULTILINE)
+    prints = dict(part.split() for part in sources.group(1).split(", ")) if sources else {}
+    types = list(Usage.__annotations__.values())
+    rows = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == len(_COLUMNS) and cells[1].startswith("sm_"):
+            rows.append(Usage(*(kind(cell) for kind, cell in zip(types, cells, strict=True))))
+    return prints, rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Compile, measure, write the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lcr_fast.kernels.resources", description=__doc__
+    )
+    parser.add_argument("--arch", nargs="+", choices=SHARED_BYTES, default=list(SHARED_BYTES))
+    parser.add_argument("-o", "--out", type=Path, help="file of the table; else standard output")
+    parser.add_argument("--only", default="", help="a regular expression that names must contain")
+    parser.add_argument("--jobs", type=int, default=1, help="compile so many at once")
+    args = parser.parse_args(argv)
+
+    if knobs.runtime.interpret:
+        parser.error("interpreted kernels cannot be compiled: unset TRITON_INTERPRET")
+    names = [name for name, _ in all_variants() if re.search(args.only, name)]
+    jobs = [(name, arch) for arch in args.arch for name in names]
+    if args.jobs > 1:
+        with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
+            rows = pool.map(_measure_named, jobs, chunksize=1)
+    else:
+        rows = [_measure_named(job) for job in jobs]
+    table = to_markdown(rows)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(table)
+    else:
+        sys.stdout.write(table)
+
+
+if __name__ == "__main__":
+    main()

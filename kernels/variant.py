@@ -1,0 +1,19 @@
+"""What a kernel module says about its kernels, so that they can be compiled without a GPU."""
+
+from typing import Any, NamedTuple
+
+
+class Variant(NamedTuple):
+    """One configuration of a Triton kernel; a module's ``variants()`` yields all that it launches.
+
+    ``signature`` gives the type of each argument as Triton writes it (``*bf16``, ``i32``), pointers
+    and sizes known to divide by 16 with ``:16`` (pointers always are); an argument that stands in
+    ``constexprs`` needs no type.
+    """
+
+    name: str  # unique in its module
+    kernel: Any  # a function under @triton.jit
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int

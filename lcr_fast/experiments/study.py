@@ -1,0 +1,493 @@
+"""Studies over seeds: what phase 2 does to ranking, and the paper's tables and figures.
+
+A study trains cells (:class:`lcr_fast.experiments.comparison.Job`) in a folder a seed, all on the
+same data, and takes means with 95 % confidence intervals across the seeds (Student's t). Phase 1
+is trained once a seed and shared; every model of phase 2 has its control beside it, the same
+noisy trajectories trained with the phase-1 loss. Differences are paired: within a seed first.
+"""
+
+import dataclasses
+import math
+import statistics
+import time
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tabulate import tabulate
+
+from lcr_fast.batch import Batch
+from lcr_fast.config import TrainConfig
+from lcr_fast.experiments import plots
+from lcr_fast.experiments.comparison import VARIANTS, Job, attach_text, write_rows
+from lcr_fast.model import LCRSER
+from lcr_fast.storage import replacing
+from lcr_fast.training.evaluation import Interval, make_batcher, with_target
+
+REWARDS = ("hr@1", "hr@5", "ndcg@5", "ndcg@10", "mrr", "0.5*hr@1+0.5*ndcg@10")
+AXES: dict[str, tuple[float, ...]] = {
+    "kl_weight": (0.0, 0.01, 0.1, 1.0),
+    "noise_scale": (0.1, 0.25, 0.5, 1.0),
+    "n_trajectories": (2, 4, 8, 16),
+}
+STEPS = (0, 1, 2, 3, 4, 5)
+_MEASURES = ("rows", "distances", "relevance", "diversity")
+# Fields of phase 2 that its control knows nothing of.
+_POLICY = ("reward", "action", "kl", "kl_weight", "clip", "temperature")
+_PHASE_2 = (
+    *_POLICY, "n_trajectories", "noise_scale", "inner_epochs", "rl_epochs", "rl_epoch_size",
+    "rl_batch_size", "rl_learning_rate", "rl_negatives", "rl_trainable",
+)  # fmt: skip
+_DIVERSITY = ("entropy", "coverage", "tail")
+_METRICS = ("hr@1", "hr@5", "ndcg@5", "ndcg@10", "mrr")
+# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+Numbers = dict[str, float]  # of one cell, by metric
+Change = Mapping[str, Any]
+
+
+def across_seeds(values: Iterable[float]) -> Interval:
+    """Mean with its 95 % interval by Student's t; one value alone has no interval (NaN)."""
+    values = list(values)
+    n, mean = len(values), statistics.fmean(values)
+    if n < 2:
+        return Interval(mean, math.nan, math.nan, n)
+    # Beyond the table, the first term of the expansion of t about the normal quantile.
+    t = _T95[n - 2] if n - 2 < len(_T95) else 1.96 + 2.37 / (n - 1)
+    half = t * statistics.stdev(values) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half, n)
+
+
+def parse_axis(text: str) -> tuple[str, tuple[Any, ...]]:
+    """Read ``NAME`` (with its usual values) or ``NAME=V,V,...``, a field of phase 2.
+
+    Raises ValueError for another name, and for a value that the config refuses.
+    """
+    name, given, values = text.partition("=")
+    if name not in _PHASE_2:
+        raise ValueError(f"an axis must be one of {', '.join(_PHASE_2)}, got {name!r}")
+    if not given:
+        if name not in AXES:
+            raise ValueError(f"axis {name} has no usual values: write {name}=V,V,...")
+        return name, AXES[name]
+    hint = typing.get_type_hints(TrainConfig)[name]
+    kind: Callable[[str], Any] = hint if hint in (int, float) else str
+    try:
+        parsed = tuple(kind(value.strip()) for value in values.split(","))
+    except ValueError:
+        raise ValueError(f"axis {name}: {values!r} is no list of {kind.__name__} values") from None
+    for value in parsed:
+        TrainConfig().replace(**{name: value})
+    return name, parsed
+
+
+class _Cells:
+    """The cells of a study, by seed; each is trained at most once."""
+
+    def __init__(self, job: Job, n_seeds: int) -> None:
+        self.job = dataclasses.replace(job, measures=_MEASURES, last_measures=("rows", "diversity"))
+        self.seeds = [job.train.seed + i for i in range(n_seeds)]
+        self.results: dict[tuple[int, str], dict[str, Any]] = {}
+        self.job.open()
+
+    def _resolve(self, variant: str, change: Change) -> tuple[str, dict[str, Any]]:
+        """Find what a cell really is, so that it is the same cell on whatever axis it lies."""
+        defaults = {**self.job.model.to_dict(), **self.job.train.to_dict()}
+        supervised = VARIANTS[variant].start is None
+        ignored = _PHASE_2 if supervised else _POLICY if variant == "control" else ()
+        change = {
+            key: value
+            for key, value in change.items()
+            if key not in ignored and value != defaults[key]
+        }
+        if variant == "base" or (supervised and not change.get("steps", defaults["steps"])):
+            return "base", {}
+        return variant, change
+
+    def name(self, variant: str, change: Change) -> str:
+        """Name a cell, and its folder, by what it changes."""
+        variant, change = self._resolve(variant, change)
+        parts = [f"{key}={value}" for key, value in change.items()]
+        return ",".join((variant, *parts)).replace("*", "x").replace(" ", "")
+
+    def train(self, seed: int, variant: str, change: Change) -> None:
+        """Train a variant of the comparison with some fields changed, after what it starts from."""
+        key = seed, self.name(variant, change)
+        if key in self.results:
+            return
+        variant, change = self._resolve(variant, change)
+        kind = VARIANTS[variant]
+        if kind.start is not None:
+            self.train(seed, kind.start, change)
+        model = {"steps": change["steps"]} if "steps" in change else {}
+        training = {name: value for name, value in change.items() if name not in model}
+        job = self.job
+        part = dataclasses.replace(
+            job, out=job.out / f"seed-{seed}", train=job.train.replace(seed=seed)
+        )
+        shown = "".join(f", {name}={value}" for name, value in change.items())
+        self.results[key] = part.cell(
+            key[1], f"seed {seed}, {kind.title}{shown}", kind.objective,
+            start=None if kind.start is None else self.name(kind.start, change),
+            model=model if kind.steps else {"steps": 0},
+            train=training if kind.tcl else {"tcl_weight": 0.0},
+        )  # fmt: skip
+
+    def numbers(self, variant: str, change: Change) -> list[Numbers]:
+        """Give a cell's numbers, one entry a seed."""
+        name = self.name(variant, change)
+        return [_numbers(self.results[seed, name]) for seed in self.seeds]
+
+    def write(self, path: Path) -> None:
+        """Write every number of every cell."""
+        write_rows(path, [
+            {"seed": seed, "cell": name, "metric": metric, "value": value}
+            for (seed, name), result in self.results.items()
+            for metric, value in _numbers(result).items()
+        ])  # fmt: skip
+
+
+def _numbers(result: dict[str, Any]) -> Numbers:
+    """Flatten a cell's results; ``last_*`` are those of the last weights, the others of the best.
+
+    Phase 1 counts with its best weights in both.
+    """
+    numbers = {}
+    for prefix, part in (("", result), ("last_", result["last"] or result)):
+        rows = {
+            (row["protocol"], row["metric"]): row["mean"]
+            for row in part["rows"]
+            if row["targets"] == "all"
+        }
+        numbers |= {prefix + name: rows["sampled", name] for name in _METRICS}
+        numbers[prefix + "catalogue_ndcg@10"] = rows.get(("catalogue", "ndcg@10"), math.nan)
+        numbers |= {prefix + key: part["diversity"][key] for key in _DIVERSITY}
+    scores = [record["valid_ndcg@5"] for record in result["history"]]
+    numbers["kept"] = float(max(scores) > scores[0])  # validation kept an epoch, not the start
+    return numbers | {"seconds": result["seconds"]}
+
+
+def _interval(cells: list[Numbers], metric: str, than: list[Numbers] | None = None) -> Interval:
+    """Mean of a metric, or of its difference to other cells, across seeds."""
+    values = [numbers[metric] for numbers in cells]
+    if than is not None:
+        values = [v - numbers[metric] for v, numbers in zip(values, than, strict=True)]
+    return across_seeds(values)
+
+
+def _cell(interval: Interval, sign: str = "") -> str:
+    if math.isnan(interval.mean):
+        return ""
+    text = f"{interval.mean:{sign}.3f}"
+    if not math.isnan(interval.low):
+        text += f" [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"
+    return text
+
+
+def _table(rows: list[list[str]], headers: list[str]) -> str:
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def _finish(out: Path, cells: _Cells, title: str, parts: list[str], rows: list[dict]) -> str:
+    n = len(cells.seeds)
+    spread = "one seed, so no interval" if n == 1 else f"mean [95 % t-interval] over {n} seeds"
+    text = "\n\n".join([f"{title}, test, 1 target + 99 sampled negatives; {spread}.", *parts])
+    cells.write(out / "cells.csv")
+    write_rows(out / "results.csv", rows)
+    with replacing(out / "results.md") as path:
+        path.write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+# -- phase 2 --------------------------------------------------------------------------------------
+
+
+def run_rl_study(
+    job: Job, n_seeds: int, rewards: Sequence[str], axes: Sequence[tuple[str, tuple[Any, ...]]]
+) -> str:
+    """Compare rewards, and vary one field of phase 2 at a time; return the tables.
+
+    Writes ``cells.csv`` (every number of every model), ``results.csv`` (across seeds),
+    ``results.md`` and a plot an axis. The default value of a field always belongs to its axis.
+    """
+    cells = _Cells(job, n_seeds)
+    axes = [("reward", tuple(rewards)), *axes] if rewards else list(axes)
+    axes = [(name, _with_default(values, getattr(job.train, name))) for name, values in axes]
+    for seed in cells.seeds:
+        for name, values in axes:
+            for value in values:
+                for variant in ("rl", "control"):
+                    cells.train(seed, variant, {name: value})
+    parts, rows = [], []
+    for name, values in axes:
+        parts.append(f"### {name}\n\n{_axis_table(cells, name, values)}")
+        rows += _axis_rows(cells, name, values)
+        metrics = ["ndcg@5", "hr@1", "mrr"] + ["entropy", "tail"] * (name == "reward")
+        series = {
+            title: {
+                m: [_interval(cells.numbers(variant, {name: v}), "last_" + m) for v in values]
+                for m in metrics
+            }
+            for variant, title in (("rl", "RL"), ("control", "control"), ("tcl", "no RL"))
+        }
+        plots.intervals(name, values, series, job.out / f"{name}.png")
+    return _finish(job.out, cells, "Phase 2", [*parts, _LEGEND], rows)
+
+
+_LEGEND = """All but the last two columns are of the weights after the last epoch, so that harm
+shows. RL - no RL, RL - control: paired differences in NDCG@5. entropy: of the softmax over the
+1 + 99 candidates, in nats. coverage: share of the items that stand in at least one user's top 10
+of the catalogue; tail: share of the places in these lists that the 80 % least popular items take.
+chosen: NDCG@5 of the weights that validation chose; kept: in how many seeds these were not the
+start."""
+
+
+def _with_default(values: tuple[Any, ...], default: Any) -> tuple[Any, ...]:
+    if default in values:
+        return values
+    numeric = all(isinstance(value, (int, float)) for value in values)
+    return tuple(sorted((*values, default))) if numeric else (default, *values)
+
+
+def _axis_table(cells: _Cells, name: str, values: tuple[Any, ...]) -> str:
+    shown = ("ndcg@5", "hr@1", "mrr")
+    headers = [
+        name, *(metric.upper() for metric in shown), "RL - no RL", "control", "RL - control",
+        *_DIVERSITY, "chosen", "kept",
+    ]  # fmt: skip
+
+    def row(
+        title: str, numbers: list[Numbers], differences: tuple[str, str, str] = ("", "", "")
+    ) -> list[str]:
+        kept = f"{sum(n['kept'] for n in numbers):.0f} of {len(numbers)}"
+        return [
+            title, *(_cell(_interval(numbers, "last_" + metric)) for metric in shown),
+            *differences, *(f"{_interval(numbers, 'last_' + d).mean:.3f}" for d in _DIVERSITY),
+            _cell(_interval(numbers, "ndcg@5")), kept,
+        ]  # fmt: skip
+
+    start = cells.numbers("tcl", {})
+    rows = [[*row("no RL", start)[:-2], "", ""]]
+    if name in _POLICY:  # which the control does not depend on
+        rows.append(row("control", cells.numbers("control", {})))
+    for value in values:
+        rl, control = (cells.numbers(variant, {name: value}) for variant in ("rl", "control"))
+        differences = (
+            _cell(_interval(rl, "last_ndcg@5", start), "+"),
+            _cell(_interval(control, "last_ndcg@5")),
+            _cell(_interval(rl, "last_ndcg@5", control), "+"),
+        )
+        rows.append(row(str(value), rl, differences))
+    return _table(rows, headers)
+
+
+def _axis_rows(cells: _Cells, name: str, values: tuple[Any, ...]) -> list[dict[str, Any]]:
+    start = cells.numbers("tcl", {})
+    rows = []
+    for value in values:
+        rl, control = (cells.numbers(variant, {name: value}) for variant in ("rl", "control"))
+        for series, numbers, than in (
+            ("no_rl", start, None), ("rl", rl, None), ("control", control, None),
+            ("rl-no_rl", rl, start), ("rl-control", rl, control),
+        ):  # fmt: skip
+            for metric in rl[0]:
+                interval = _interval(numbers, metric, than)
+                key = {"axis": name, "value": value, "series": series, "metric": metric}
+                rows.append({**key, **interval._asdict()})
+    return rows
+
+
+# -- the paper's tables and figures ---------------------------------------------------------------
+
+_ABLATION = tuple(VARIANTS)
+
+
+def run_paper_study(job: Job, n_seeds: int, steps: Sequence[int] = STEPS) -> str:
+    """Reproduce the shape of the paper's Table 3, Fig. 4 to 6 and Table 4; return the tables.
+
+    Base to +RL with its control; NDCG against the number of reasoning steps with and without RL;
+    distance to the target per step; latency of a forward. Writes ``cells.csv``, ``results.csv``,
+    ``distances.csv``, ``latency.csv``, ``results.md`` and plots.
+    """
+    cells = _Cells(job, n_seeds)
+    steps = tuple(dict.fromkeys(steps))
+    for seed in cells.seeds:
+        for variant in _ABLATION:
+            cells.train(seed, variant, {})
+        for k in steps:
+            for variant in ("rl", "control"):
+                cells.train(seed, variant, {"steps": k})
+    titles = {"tcl": "without RL", "rl": "with RL", "control": "control: noise, no RL"}
+    series = {
+        title: {
+            m: [_interval(cells.numbers(variant, {"steps": k}), m) for k in steps]
+            for m in ("ndcg@5", "ndcg@10")
+        }
+        for variant, title in titles.items()
+    }
+    plots.intervals("reasoning steps K", steps, series, job.out / "steps.png")
+    distances = _mean_distances(cells)
+    plots.target_distances(distances, job.out / "target_distance.png")
+    latencies = forward_latency(job, steps)
+    plots.latencies(latencies, job.out / "latency.png")
+    write_rows(job.out / "latency.csv", latencies)
+    write_rows(job.out / "distances.csv", [
+        {"variant": name, "state": state, "step": k + state.startswith("a"), "distance": value}
+        for name, result in distances.items()
+        for state, values in result["distances"].items()
+        for k, value in enumerate(values)
+    ])  # fmt: skip
+    parts = [
+        "### Ablation (cf. the paper's Table 3)\n\n" + _ablation_table(cells),
+        "### Reasoning steps (cf. Fig. 6)\n\n" + _steps_table(cells, steps),
+        "### Distance to the target per step (cf. Fig. 4 and 5)\n\n" + _distance_table(distances),
+        "### Latency of a forward, 100 candidates (cf. Table 4)\n\n" + _latency_table(latencies),
+    ]
+    return _finish(job.out, cells, "The paper's ablation", parts, _paper_rows(cells, steps))
+
+
+def _ablation_table(cells: _Cells) -> str:
+    headers = ["model", *(m.upper() for m in _METRICS), "NDCG@10, catalogue", "NDCG@5, gain"]
+    rows = []
+    before = {"lcr": "base", "tcl": "lcr", "rl": "tcl", "control": "tcl"}
+    numbers = {v: cells.numbers(v, {}) for v in _ABLATION}
+    for variant, mine in numbers.items():
+        row = [VARIANTS[variant].title, *(_cell(_interval(mine, m)) for m in _METRICS)]
+        row.append(_cell(_interval(mine, "catalogue_ndcg@10")))
+        gain = ""
+        if variant in before:
+            other = before[variant]
+            gain = f"{_cell(_interval(mine, 'ndcg@5', numbers[other]), '+')} over {other}"
+        rows.append([*row, gain])
+    rows.append([
+        "RL - control", *(_cell(_interval(numbers["rl"], m, numbers["control"]), "+")
+                          for m in (*_METRICS, "catalogue_ndcg@10")), "",
+    ])  # fmt: skip
+    return _table(rows, headers)
+
+
+def _steps_table(cells: _Cells, steps: Sequence[int]) -> str:
+    rows = []
+    for k in steps:
+        no_rl, rl, control = (cells.numbers(v, {"steps": k}) for v in ("tcl", "rl", "control"))
+        rows.append([
+            str(k), *(_cell(_interval(n, "ndcg@5")) for n in (no_rl, rl, control)),
+            _cell(_interval(rl, "ndcg@5", no_rl), "+"),
+            _cell(_interval(rl, "ndcg@5", control), "+"),
+        ])  # fmt: skip
+    headers = ["K", "NDCG@5 without RL", "with RL", "control", "RL - no RL", "RL - control"]
+    return _table(rows, headers)
+
+
+def _paper_rows(cells: _Cells, steps: Sequence[int]) -> list[dict[str, Any]]:
+    points = [("ablation", v, {}) for v in _ABLATION]
+    points += [("steps", v, {"steps": k}) for k in steps for v in ("tcl", "rl", "control")]
+    rows = []
+    for table, variant, change in points:
+        k = 0 if variant == "base" else change.get("steps", cells.job.model.steps)
+        numbers = cells.numbers(variant, change)
+        for metric in numbers[0]:
+            key = {"table": table, "steps": k, "variant": variant, "metric": metric}
+            rows.append({**key, **_interval(numbers, metric)._asdict()})
+    return rows
+
+
+def _mean_distances(cells: _Cells) -> dict[str, dict[str, Any]]:
+    """Average the distances of the ablation's models over seeds."""
+    means = {}
+    for variant in _ABLATION:
+        name = cells.name(variant, {})
+        found = [cells.results[seed, name]["distances"] for seed in cells.seeds]
+        means[variant] = {
+            "title": VARIANTS[variant].title,
+            "distances": {
+                state: np.mean([d[state] for d in found], 0).tolist() for state in found[0]
+            },
+        }
+    return means
+
+
+def _distance_table(distances: dict[str, dict[str, Any]]) -> str:
+    titles = {"h": "after cross-attention", "a": "before it"}
+    n = max(len(result["distances"]["h_rec"]) for result in distances.values())
+    rows = []
+    for result in distances.values():
+        for state, values in result["distances"].items():
+            kind, stream = state.split("_")
+            if not values:
+                continue
+            cells = [""] * (kind == "a") + [f"{value:.3f}" for value in values]
+            rows.append([result["title"], stream, titles[kind], *cells])
+    return _table(rows, ["model", "stream", "state", *(f"k={k}" for k in range(n))])
+
+
+def forward_latency(
+    job: Job, steps: Sequence[int], users: Sequence[int] = (1, 256), n_rounds: int = 20
+) -> list[dict[str, Any]]:
+    """Time a forward over 100 candidates of test users, K by K.
+
+    The variants take turns, on several batches; medians. ``ratio`` is to the smallest K.
+    """
+    data, device = job.data, torch.device(job.device)
+    models = {}
+    for k in steps:
+        torch.manual_seed(0)
+        models[k] = attach_text(LCRSER(job.model.replace(steps=k)).to(device), data).eval()
+    batcher = make_batcher(data, "test", next(iter(models.values())))
+    samples, rng = batcher.samples, np.random.default_rng(0)
+
+    def draw(n: int) -> Batch:
+        rows = rng.integers(len(samples), size=n)
+        negatives = rng.integers(1, data.n_items + 1, (n, 99))
+        return batcher.gather(rows, *with_target(samples.items[rows], negatives)).to(device)
+
+    def run(model: LCRSER, batch: Batch) -> float:
+        start = time.perf_counter()
+        model(batch)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    rows = []
+    with torch.inference_mode():
+        for n in users:
+            batches = [draw(n) for _ in range(4)]
+            times: dict[int, list[float]] = {k: [] for k in steps}
+            for turn in range(n_rounds + 2):  # the first two warm up
+                for k, model in models.items():
+                    seconds = run(model, batches[turn % 4])
+                    if turn > 1:
+                        times[k].append(seconds)
+            medians = {k: statistics.median(t) for k, t in times.items()}
+            base = medians[min(medians)]
+            rows += [
+                {"users": n, "steps": k, "ms": 1000 * t, "ratio": t / base,
+                 "backend": _reasoning_backend(models[k])}
+                for k, t in medians.items()
+            ]  # fmt: skip
+    return rows
+
+
+def _reasoning_backend(model: LCRSER) -> str:
+    lines = dict(line.split(": ", 1) for line in model.backend_report().splitlines())
+    return lines["latent_reasoning"].split(" ")[0]
+
+
+def _latency_table(latencies: list[dict[str, Any]]) -> str:
+    users = list(dict.fromkeys(row["users"] for row in latencies))
+    by_key = {(row["users"], row["steps"]): row for row in latencies}
+    headers = ["K"]
+    for n in users:
+        headers += [f"{n} user{'s' * (n > 1)}, ms", "ratio"]
+    rows = []
+    for k in dict.fromkeys(row["steps"] for row in latencies):
+        row = [str(k)]
+        for n in users:
+            found = by_key[n, k]
+            row += [f"{found['ms']:.2f}", f"{found['ratio']:.2f}x"]
+        rows.append([*row, found["backend"]])
+    return _table(rows, [*headers, "reasoning on"])

@@ -1,0 +1,619 @@
+"""The fused backends of reasoning against the reference, through the public ops.
+
+``cpp`` runs on the CPU. ``triton`` runs on a GPU where there is one, else in Triton's interpreter
+(tests/conftest.py asks for it), where a program is slow: shapes are small there, and larger on a
+GPU. The interpreter truncates float32 to bfloat16, so bfloat16 is tested on a GPU only.
+
+Inputs carry NaN behind every length, upstream gradients random numbers: neither must matter. The
+first users of a call are the corners, among them each empty stream.
+"""
+
+import functools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from lcr_fast import noise, ops
+from lcr_fast.ops import _dispatch
+from lcr_fast.ops import reasoning as op_layer
+from lcr_fast.ops.noise import Dropout
+from lcr_fast.reference import length_mask
+from lcr_fast.testing import (
+    Reasoning,
+    ReasoningCase,
+    assert_reasoning_parity,
+    random_reasoning,
+    reasoning_baseline,
+    run_reasoning,
+)
+from lcr_fast.weights import REC, SEARCH, ReasoningWeights
+
+GPU = torch.cuda.is_available()
+DEVICES = {"triton": "cuda" if GPU else "cpu", "cpp": "cpu"}
+DEFAULT = ReasoningCase()
+HALVES = [torch.float16, torch.bfloat16] if GPU else [torch.float16]
+
+
+@pytest.fixture(params=DEVICES)
+def backend(request) -> str:
+    require(request.param, DEFAULT)
+    return request.param
+
+
+def obstacle(backend: str, case: ReasoningCase, dtype: torch.dtype) -> str | None:
+    asked = op_layer.ReasoningCase(
+        DEVICES[backend], dtype, case.dim, case.n_heads, case.ffn_dim, case.search_len, case.rec_len
+    )
+    return op_layer.reasoning_backends(asked)[backend]
+
+
+def require(backend: str, case: ReasoningCase, dtype: torch.dtype = torch.float32) -> None:
+    """Skip what the backend says it does not serve."""
+    if reason := obstacle(backend, case, dtype):
+        pytest.skip(f"{backend}: {reason}")
+
+
+def draw(
+    backend: str, case: ReasoningCase = DEFAULT, seed: int = 0, dtype=torch.float32, **to
+) -> Reasoning:
+    return random_reasoning(case, seed).to(dtype, device=DEVICES[backend], **to)
+
+
+def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, t in first.items():
+        assert torch.equal(t, second[name]), name
+
+
+# -- parity ---------------------------------------------------------------------------------------
+
+CASES = {
+    "default": DEFAULT,
+    "D=64 H=4, K=1": ReasoningCase(
+        dim=64, n_heads=4, ffn_dim=64, search_len=3, rec_len=17, steps=1, n_users=5
+    ),
+    "D=128 H=2, wide FFN": ReasoningCase(
+        dim=128, n_heads=2, ffn_dim=160, search_len=2, rec_len=3, steps=2, n_users=3
+    ),
+    "D=128 H=8, no FFN": ReasoningCase(
+        dim=128, n_heads=8, ffn_dim=0, search_len=4, rec_len=1, steps=1, n_users=3
+    ),
+    "one head, narrow FFN": ReasoningCase(n_heads=1, ffn_dim=16, n_users=5),
+    "one event": ReasoningCase(search_len=1, rec_len=1, steps=3, n_users=5),
+    "128 and 33 events": ReasoningCase(search_len=128, rec_len=33, steps=1, n_users=2),
+    "own weights, K=3": ReasoningCase(share_steps=False, steps=3, n_users=5),
+    "no FFN": ReasoningCase(ffn_dim=0, n_users=5),
+    "nothing pooled": ReasoningCase(pooled=False, n_users=5),
+    "dropout": ReasoningCase(dropout=0.3),
+    "dropout, own weights, no FFN": ReasoningCase(dropout=0.1, share_steps=False, ffn_dim=0),
+    "one trajectory, K=1": ReasoningCase(n_trajectories=1, steps=1),
+    "three trajectories": ReasoningCase(n_trajectories=3, n_users=5),
+    "three trajectories, K=3, own weights": ReasoningCase(
+        n_trajectories=3, steps=3, share_steps=False, n_users=3
+    ),
+    "large states": ReasoningCase(scale=100.0, n_users=5),
+    "states far from 0": ReasoningCase(offset=100.0, out_scale=0.01, n_users=5),
+    "infinite padding": ReasoningCase(padding=math.inf, n_users=5),
+}
+IN_HALF = [
+    "default",
+    "D=64 H=4, K=1",
+    "own weights, K=3",
+    "no FFN",
+    "dropout",
+    "three trajectories",
+]
+ON_A_GPU = {
+    "D=64, 50 events, K=5": ReasoningCase(
+        dim=64, ffn_dim=64, search_len=50, rec_len=50, steps=5, n_users=300
+    ),
+    "D=32, 20 events, K=3": ReasoningCase(search_len=20, rec_len=20, steps=3, n_users=1000),
+    "D=128, 128 events, K=2": ReasoningCase(
+        dim=128, ffn_dim=128, search_len=128, rec_len=128, n_users=70
+    ),
+    "eight trajectories": ReasoningCase(
+        dim=64, ffn_dim=64, search_len=30, rec_len=50, n_users=130, n_trajectories=8
+    ),
+    "dropout, 30 events": ReasoningCase(
+        dim=64, ffn_dim=64, search_len=30, rec_len=30, steps=3, n_users=257, dropout=0.1
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parity(backend, case):
+    require(backend, CASES[case])
+    call = draw(backend, CASES[case])
+    assert_reasoning_parity(run_reasoning(call, backend), reasoning_baseline(call))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("case", IN_HALF)
+def test_parity_in_half_precision(backend, case, dtype):
+    require(backend, CASES[case], dtype)
+    call = draw(backend, CASES[case], dtype=dtype)
+    assert_reasoning_parity(run_reasoning(call, backend), reasoning_baseline(call))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_parity_of_half_states_under_float32_weights(backend, dtype):
+    require(backend, ReasoningCase(), dtype)
+    call = draw(backend, dtype=dtype, weights=torch.float32)
+    results = run_reasoning(call, backend)
+    assert results["dffn_in_weight"].dtype == torch.float32
+    assert_reasoning_parity(results, reasoning_baseline(call))
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("case", ON_A_GPU)
+def test_parity_of_large_calls(case, dtype):
+    require("triton", ON_A_GPU[case], dtype)
+    call = draw("triton", ON_A_GPU[case], dtype=dtype)
+    assert_reasoning_parity(run_reasoning(call, "triton"), reasoning_baseline(call))
+
+
+@pytest.mark.parametrize("case", ["dropout", "three trajectories"])
+def test_an_empty_batch(backend, case):
+    call = draw(backend, CASES[case]._replace(n_users=0))
+    results, expected = run_reasoning(call, backend), run_reasoning(call, "reference")
+    for name, t in expected.items():
+        assert results[name].shape == t.shape, name
+        assert results[name].dtype == t.dtype, name
+        assert not results[name].any(), name
+
+
+@pytest.mark.parametrize("inputs", [["search"], ["target_keys"], ["self_qkv_weight", "norm_bias"]])
+def test_only_some_inputs_need_gradients(backend, inputs):
+    call = draw(backend, ReasoningCase(n_users=3, steps=1))
+    leaves = {name: t.clone().requires_grad_(name in inputs) for name, t in call.inputs.items()}
+    reasoned = forward(call._replace(inputs=leaves), backend)
+    # Final states do not depend on keys, but a fused op makes all its results at once.
+    moving = [name for name, t in reasoned._asdict().items() if t.requires_grad]
+    gradients = torch.autograd.grad(
+        [getattr(reasoned, name) for name in moving],
+        [leaves[name] for name in inputs],
+        [call.upstream[name] for name in moving],
+    )
+    complete = run_reasoning(call, backend)
+    for name, gradient in zip(inputs, gradients, strict=True):
+        assert torch.equal(gradient, complete[f"d{name}"]), name
+
+
+# -- bits -----------------------------------------------------------------------------------------
+
+
+def forward(call: Reasoning, backend: str, **options) -> op_layer.Reasoned:
+    """Run a call of latent_reasoning as it stands."""
+    weights = ReasoningWeights(*(call.inputs[name] for name in ReasoningWeights._fields))
+    return ops.latent_reasoning(
+        call.inputs["search"], call.inputs["rec"], *call.lengths, weights, call.case.steps,
+        n_heads=call.case.n_heads, backend=backend, target_keys=call.inputs.get("target_keys"),
+        **options,
+    )  # fmt: skip
+
+
+def take(call: Reasoning, users: slice) -> Reasoning:
+    """Keep some users of a call."""
+    of_users = {"search", "rec", "target_keys"}
+    return call._replace(
+        inputs={name: t[users] if name in of_users else t for name, t in call.inputs.items()},
+        lengths=tuple(n[users] for n in call.lengths),
+        rows=call.rows[users],
+        upstream={name: t[users] for name, t in call.upstream.items()},
+    )
+
+
+BIT_CASES = {
+    "dropout": ReasoningCase(dropout=0.2),
+    "trajectories": ReasoningCase(n_trajectories=3, n_users=5),
+}
+
+
+@pytest.fixture(params=BIT_CASES)
+def bit_call(request, backend) -> Reasoning:
+    return draw(backend, BIT_CASES[request.param])
+
+
+@functools.cache
+def _results(backend: str, name: str) -> dict[str, Tensor]:
+    return run_reasoning(draw(backend, BIT_CASES[name]), backend)
+
+
+def results_of(backend: str, call: Reasoning) -> dict[str, Tensor]:
+    """Results of an unchanged ``bit_call``, computed once."""
+    return _results(backend, next(name for name, case in BIT_CASES.items() if case == call.case))
+
+
+def test_two_runs_give_the_same_bits(backend, bit_call):
+    assert_same_bits(results_of(backend, bit_call), run_reasoning(bit_call, backend))
+
+
+def test_a_user_alone_and_any_split_of_a_batch_give_the_same_bits(backend, bit_call):
+    whole = results_of(backend, bit_call)
+    n = bit_call.case.n_users
+    for users in (slice(0, 1), slice(1, n)):
+        part = run_reasoning(take(bit_call, users), backend)
+        for name in ("search", "rec", "pooled", "dsearch", "drec", "dtarget_keys"):
+            if name in whole:
+                assert torch.equal(part[name], whole[name][users]), name
+
+
+def test_padding_and_its_upstream_gradient_change_no_bit(backend, bit_call):
+    def fill(tensors: dict[str, Tensor], value: float) -> dict[str, Tensor]:
+        filled = dict(tensors)
+        for name, lengths in zip(("search", "rec"), bit_call.lengths, strict=True):
+            t = tensors[name]
+            valid = length_mask(lengths, t.shape[-2])  # [B, L]
+            valid = valid.view(len(t), *[1] * (t.ndim - 3), -1, 1)
+            filled[name] = t.masked_fill(~valid, value)
+        return filled
+
+    other = bit_call._replace(
+        inputs=fill(bit_call.inputs, 3.0), upstream=fill(bit_call.upstream, math.nan)
+    )
+    assert_same_bits(results_of(backend, bit_call), run_reasoning(other, backend))
+
+
+def test_strided_inputs_give_the_bits_of_contiguous_ones(backend, bit_call):
+    def spread(t: Tensor) -> Tensor:
+        wide = torch.full((*t.shape, 2), math.nan, dtype=t.dtype, device=t.device)
+        wide[..., 0] = t
+        return wide[..., 0]
+
+    strided = bit_call._replace(
+        inputs={name: spread(t) for name, t in bit_call.inputs.items()},
+        upstream={name: spread(t.mT).mT for name, t in bit_call.upstream.items()},
+        lengths=tuple(n.repeat_interleave(2)[::2] for n in bit_call.lengths),
+        rows=bit_call.rows.repeat_interleave(2)[::2],
+    )
+    assert not any(t.is_contiguous() for t in strided.inputs.values())
+    assert_same_bits(results_of(backend, bit_call), run_reasoning(strided, backend))
+
+
+def test_lengths_may_be_int32(backend, bit_call):
+    narrow = bit_call._replace(lengths=tuple(n.int() for n in bit_call.lengths))
+    assert_same_bits(results_of(backend, bit_call), run_reasoning(narrow, backend))
+
+
+def test_every_element_is_written(backend, bit_call):
+    """Memory that torch.empty hands out holds NaN here."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        poisoned = run_reasoning(bit_call, backend)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same_bits(results_of(backend, bit_call), poisoned)
+
+
+def test_results_without_gradients_have_the_same_bits(backend):
+    call = draw(backend)
+    results = run_reasoning(call, backend)
+    with torch.no_grad():
+        assert_same_bits(forward(call, backend)._asdict(), {k: results[k] for k in call.upstream})
+
+
+def test_the_number_of_threads_changes_no_bit():
+    require("cpp", DEFAULT)
+    call = draw("cpp", ReasoningCase(n_users=40, search_len=20, rec_len=11))
+    alone = run_reasoning(call, "cpp")
+    torch.set_num_threads(3)
+    try:
+        assert_same_bits(alone, run_reasoning(call, "cpp"))
+    finally:
+        torch.set_num_threads(1)
+
+
+# -- facts of the method --------------------------------------------------------------------------
+
+
+def close(first: Tensor, second: Tensor) -> None:
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+
+
+def test_extra_padding_changes_nothing(backend):
+    call = draw(backend)
+    longer = {
+        name: torch.nn.functional.pad(call.inputs[name], (0, 0, 0, extra), value=math.nan)
+        for name, extra in (("search", 4), ("rec", 30))
+    }
+    a, b = forward(call, backend), forward(call._replace(inputs=call.inputs | longer), backend)
+    for x, y in zip(a, b, strict=True):
+        if x.ndim == 3:
+            assert not y[:, x.shape[1] :].any()
+            y = y[:, : x.shape[1]]
+        close(x, y)
+
+
+def test_k_shared_steps_are_k_calls_of_one_step(backend):
+    call = draw(backend, ReasoningCase(steps=3))
+    at_once = forward(call, backend)
+    one = call._replace(case=call.case._replace(steps=1))
+    for k in range(3):
+        reasoned = forward(one, backend)
+        close(reasoned.pooled[:, 0], at_once.pooled[:, k])
+        streams = {"search": reasoned.search, "rec": reasoned.rec}
+        one = one._replace(inputs=one.inputs | streams)
+    close(reasoned.search, at_once.search)
+    close(reasoned.rec, at_once.rec)
+
+
+def test_without_steps_the_states_are_the_encoders(backend):
+    call = draw(backend, ReasoningCase(steps=0, pooled=False))
+    reasoned = forward(call, backend)
+    for x in (SEARCH, REC):
+        expected = call.inputs[("search", "rec")[x]].nan_to_num(0.0)
+        assert torch.equal(reasoned.streams[x], expected)
+
+
+def test_with_tied_weights_swapped_streams_give_swapped_states(backend):
+    call = draw(backend, ReasoningCase(search_len=7, rec_len=7))
+    inputs = {
+        name: t[:, :1].expand_as(t).contiguous() if name in ReasoningWeights._fields else t
+        for name, t in call.inputs.items()
+    }
+    search, rec, keys = (inputs[name] for name in ("search", "rec", "target_keys"))
+    swapped = inputs | {"search": rec, "rec": search, "target_keys": keys.flip(1)}
+    a = forward(call._replace(inputs=inputs), backend)
+    b = forward(call._replace(inputs=swapped, lengths=call.lengths[::-1]), backend)
+    close(a.search, b.rec)
+    close(a.rec, b.search)
+    close(a.pooled, b.pooled.flip(3))
+
+
+@pytest.mark.parametrize("empty", [SEARCH, REC])
+def test_an_empty_stream_leaves_the_other_without_cross_attention(backend, empty):
+    """No weight of the cross-attention changes a bit, and none gets a gradient."""
+    call = draw(backend, ReasoningCase(n_users=4))
+    lengths = list(call.lengths)
+    lengths[empty] = torch.zeros_like(lengths[empty])
+    call = call._replace(lengths=tuple(lengths))
+    others = {name: t + 1 if "cross" in name else t for name, t in call.inputs.items()}
+    a, b = run_reasoning(call, backend), run_reasoning(call._replace(inputs=others), backend)
+    assert_same_bits(a, b)
+    name = ("search", "rec")[empty]
+    for result in (name, f"d{name}", *(f"d{n}" for n in call.inputs if "cross" in n)):
+        assert not a[result].any(), result
+    assert not a["pooled"][..., empty, :].any()
+    assert not a["dtarget_keys"][:, empty].any()
+    assert a["drec" if empty == SEARCH else "dsearch"].any()
+
+
+@pytest.mark.parametrize("noise_scale", [0.0, 0.5])
+def test_trajectories_differ_only_by_their_noise(backend, noise_scale):
+    call = draw(backend, ReasoningCase(n_trajectories=3, steps=1, noise_scale=noise_scale))
+    results = run_reasoning(call, backend)
+    for name, lengths in zip(("search", "rec"), call.lengths, strict=True):
+        some = results[name][lengths > 0]
+        for n in (1, 2):
+            assert torch.equal(some[:, n], some[:, 0]) == (noise_scale == 0.0)
+    if noise_scale == 0.0:
+        plain = call._replace(case=call.case._replace(n_trajectories=0))
+        with torch.no_grad():
+            assert torch.equal(forward(plain, backend).rec, results["rec"][:, 0])
+
+
+def test_rows_name_the_noise_and_the_dropout(backend):
+    """Whatever their place in the batch; other rows or seeds draw other numbers."""
+    for case in BIT_CASES.values():
+        call = draw(backend, case._replace(n_users=3, steps=1))
+        first = {"search": call.inputs["search"][:1], "rec": call.inputs["rec"][:1]}
+        same = {name: t.expand(3, -1, -1).clone() for name, t in first.items()}
+        lengths = tuple(n[:1].expand(3).clone() for n in call.lengths)
+        keys = {k: t[:1].expand_as(t) for k, t in call.inputs.items() if k == "target_keys"}
+        rows = call.rows[[0, 1, 0]]
+        repeated = call._replace(inputs=call.inputs | same | keys, lengths=lengths, rows=rows)
+        search = run_reasoning(repeated, backend)["search"]
+        assert torch.equal(search[0], search[2])
+        assert not torch.equal(search[0], search[1])
+
+
+# -- gradients without autograd -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group", ["streams", "keys", "weights", "biases"])
+def test_gradients_are_finite_differences_of_the_results(backend, group):
+    """Along the true gradient of each tensor, where float32 differences have the most to see."""
+    case = ReasoningCase(n_users=3, search_len=2, rec_len=3, padding=0.0)
+    call = draw(backend, case)
+    moved = {
+        "streams": lambda name: name in ("search", "rec"),
+        "keys": lambda name: name == "target_keys",
+        "weights": lambda name: name.endswith("weight"),
+        "biases": lambda name: name.endswith("bias"),
+    }[group]
+    exact = run_reasoning(call.to(torch.float64), "reference")
+    direction = {
+        name: torch.nn.functional.normalize(exact[f"d{name}"].flatten(), dim=0).view_as(t).to(t)
+        for name, t in call.inputs.items()
+        if moved(name)
+    }
+
+    def projected(step: float) -> float:
+        moved = {name: call.inputs[name] + step * v for name, v in direction.items()}
+        with torch.no_grad():
+            reasoned = forward(call._replace(inputs=call.inputs | moved), backend)._asdict()
+        parts = ((reasoned[name].double() * t.double()).sum() for name, t in call.upstream.items())
+        return sum(parts).item()
+
+    step = 5e-4
+    numeric = (projected(step) - projected(-step)) / (2 * step)
+    results = run_reasoning(call, backend)
+    analytic = sum((results[f"d{name}"] * v).sum() for name, v in direction.items()).item()
+    assert numeric == pytest.approx(analytic, rel=5e-3)
+
+
+# -- torch ----------------------------------------------------------------------------------------
+
+
+def op_arguments(call: Reasoning) -> tuple[list, list]:
+    """Split a call into the tensors and the scalars of the registered ops."""
+    inputs = call.inputs
+    weights = [inputs[name] for name in ReasoningWeights._fields]
+    keys = inputs.get("target_keys", inputs["search"].new_empty(0))
+    n = max(call.case.n_trajectories, 1)
+    scale = call.case.noise_scale if call.case.n_trajectories else 0.0
+    threshold = noise.dropout_threshold(call.case.dropout)
+    tensors = [inputs["search"], inputs["rec"], *call.lengths, call.rows, keys, weights]
+    return tensors, [call.case.steps, call.case.n_heads, n, scale, 5, threshold, 6]
+
+
+@pytest.mark.parametrize("case", ["dropout", "trajectories"])
+def test_opcheck(backend, case):
+    name = {"triton": "triton", "cpp": "cpu"}[backend]
+    forward_op = getattr(torch.ops.lcr_fast, f"{name}_latent_reasoning_fwd").default
+    backward_op = getattr(torch.ops.lcr_fast, f"{name}_latent_reasoning_bwd").default
+    case = BIT_CASES[case]._replace(n_users=2, search_len=2, rec_len=3, padding=0.0)
+    tensors, scalars = op_arguments(draw(backend, case))
+    for save_states in (True, False):
+        torch.library.opcheck(forward_op, (*tensors, *scalars, save_states))
+    *results, saved_search, saved_rec = forward_op(*tensors, *scalars, True)
+    upstream = [torch.randn_like(t) for t in results]
+    torch.library.opcheck(backward_op, (*upstream, *tensors, *scalars, saved_search, saved_rec))
+
+
+@pytest.mark.parametrize("rollout", [False, True])
+def test_compiles_without_graph_breaks(backend, rollout):
+    case = ReasoningCase(n_users=3, search_len=2, rec_len=3, n_trajectories=2 * rollout)
+    call = draw(backend, case)
+    names = list(call.inputs)
+
+    def run(*inputs):
+        given = dict(zip(names, inputs, strict=True))
+        weights = ReasoningWeights(*(given[name] for name in ReasoningWeights._fields))
+        streams = (given["search"], given["rec"], *call.lengths)
+        if rollout:
+            reasoned = ops.rollout(
+                *streams, call.rows, weights, case.steps, n_trajectories=2, noise_scale=0.5, seed=3,
+                n_heads=case.n_heads, backend=backend,
+            )  # fmt: skip
+        else:
+            reasoned = ops.latent_reasoning(
+                *streams, weights, case.steps, n_heads=case.n_heads, backend=backend,
+                target_keys=given["target_keys"], dropout=Dropout(0.1, 7, call.rows),
+            )  # fmt: skip
+        return [t for t in reasoned if t is not None]
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    found = []
+    for function in (run, compiled):
+        leaves = [t.detach().clone().requires_grad_() for t in call.inputs.values()]
+        results = function(*leaves)
+        upstream = list(call.upstream.values())
+        gradients = torch.autograd.grad(results, leaves, upstream, allow_unused=True)
+        found.append([*results, *(g for g in gradients if g is not None)])
+    for eager, traced in zip(*found, strict=True):
+        assert torch.equal(eager, traced)
+
+
+def saved_bytes(call: Reasoning, backend: str) -> int:
+    """Count the storages that a forward keeps for its backward, the weights' left out."""
+    weights = [call.inputs[name] for name in ReasoningWeights._fields]
+    known = {t.untyped_storage()._cdata for t in weights}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage._cdata not in known:
+            kept[storage._cdata] = storage.nbytes()
+            alive.append(t)  # else its address could be used again
+        return t
+
+    alive: list[Tensor] = []
+    for t in call.inputs.values():
+        t.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        forward(call, backend)
+    return sum(kept.values())
+
+
+def test_a_fifteenth_of_the_bytes_is_saved_for_backward(backend):
+    """Weights apart, on fake tensors: nothing is computed, so the call can be a real one.
+
+    K=5 steps of D=64 on 50 + 50 events. Kept are the inputs of the steps.
+    """
+    case = ReasoningCase(
+        dim=64, ffn_dim=64, search_len=50, rec_len=50, steps=5, n_users=64, pooled=False
+    )
+    require(backend, case)
+    call = draw(backend, case)
+    with FakeTensorMode() as mode:
+        fake = call._replace(
+            inputs={name: mode.from_tensor(t) for name, t in call.inputs.items()},
+            lengths=tuple(mode.from_tensor(n) for n in call.lengths),
+        )
+        fused, eager = saved_bytes(fake, backend), saved_bytes(fake, "reference")
+    states = 5 * 64 * 2 * 50 * 64 * 4  # float32
+    assert fused < 1.01 * states
+    assert eager >= 15 * fused
+
+
+# -- dispatch -------------------------------------------------------------------------------------
+
+OUTSIDE = {
+    "double": ({}, torch.float64, {}),
+    "step embedding": ({}, torch.float32, {"step_embedding": torch.zeros(2, 2, 32)}),
+    "update": ({}, torch.float32, {"update": "rec_first"}),
+    "memory": ({}, torch.float32, {"cross_memory": "initial"}),
+}
+REASONS = {
+    "double": "float64",
+    "step embedding": "step embedding",
+    "update": "update='rec_first'",
+    "memory": "cross_memory='initial'",
+}
+
+
+@pytest.mark.parametrize("what", OUTSIDE)
+def test_outside_the_envelope_a_backend_says_why(backend, what):
+    changes, dtype, options = OUTSIDE[what]
+    call = draw(backend, ReasoningCase(**changes), dtype=dtype)
+    options = {
+        k: v.to(DEVICES[backend]) if isinstance(v, Tensor) else v for k, v in options.items()
+    }
+    with pytest.raises(ValueError, match=f"'{backend}' cannot serve .*{REASONS[what]}.*reference"):
+        forward(call, backend, **options)
+
+
+def test_auto_says_once_that_the_reference_serves(backend, caplog):
+    _dispatch._say_once.cache_clear()
+    call = draw(backend)
+    for _ in range(2):
+        reasoned = forward(call, "auto", update="rec_first")
+    expected = forward(call, "reference", update="rec_first")
+    assert torch.equal(reasoned.rec, expected.rec)
+    (record,) = caplog.records
+    fused = "triton" if DEVICES[backend] == "cuda" else "cpp"
+    assert record.levelname == "WARNING"
+    assert f"runs on the reference backend, not {fused}" in record.message
+    assert "rec_first" in record.message
+
+
+def test_auto_takes_the_fused_backend_of_the_device(backend, caplog):
+    _dispatch._say_once.cache_clear()
+    fused = "triton" if DEVICES[backend] == "cuda" else "cpp"
+    require(fused, DEFAULT)
+    call = draw(backend)
+    assert_same_bits(forward(call, "auto")._asdict(), forward(call, fused)._asdict())
+    assert not caplog.records
+
+
+def test_trajectories_may_be_given_as_states(backend):
+    """[B, N, L, D] states with lengths [B, 1] are B N users."""
+    call = draw(backend, ReasoningCase(pooled=False))
+    given = {
+        name: torch.stack((call.inputs[name], 2 * call.inputs[name]), 1)
+        for name in ("search", "rec")
+    }
+    both = call._replace(
+        inputs=call.inputs | given, lengths=tuple(n.unsqueeze(1) for n in call.lengths)
+    )
+    reasoned = forward(both, backend)
+    assert torch.equal(reasoned.rec[:, 0], forward(call, backend).rec)
+    doubled = {name: 2 * call.inputs[name] for name in given}
+    again = forward(call._replace(inputs=call.inputs | doubled), backend)
+    assert torch.equal(reasoned.search[:, 1], again.search)

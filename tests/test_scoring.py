@@ -1,0 +1,526 @@
+"""Scoring of candidates and of the catalogue: fused against the reference, and its facts."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lcr_fast import ops
+from lcr_fast.config import LCRConfig
+from lcr_fast.ops import ranking, scoring
+from lcr_fast.ops._extension import extension_error
+from lcr_fast.ops.noise import Dropout
+from lcr_fast.testing import assert_parity, random_streams, random_weights
+from lcr_fast.weights import ScoringWeights
+
+needs_cpp = pytest.mark.skipif(
+    extension_error() is not None, reason=f"lcr_fast._C is not built: {extension_error()}"
+)
+pytestmark = needs_cpp
+
+HEADS = {
+    "mlp": {},
+    "mlp without user": {"user_embedding": False},
+    "dot": {"score": "dot"},
+    "three hidden layers": {"mlp_hidden": (40, 24, 9)},
+}
+
+
+class Case:
+    """Random inputs of one call, padding NaN; the first users have the corners of lengths."""
+
+    def __init__(self, head="mlp", n_users=6, n_candidates=5, trajectories=0, seed=0, **changes):
+        options = {"dim": 32, "max_search_len": 9, "max_rec_len": 14, "mlp_hidden": (56, 24)}
+        config = LCRConfig(n_items=9, n_users=9, **(options | HEADS[head] | changes))
+        g = torch.Generator().manual_seed(seed)
+        self.weights = random_weights(config, g, torch.float32)[2]
+        search, rec, *self.lengths = random_streams(config, n_users, g, torch.float32)
+        if trajectories:
+            search, rec = (
+                x.unsqueeze(1) + 0.1 * torch.randn(n_users, trajectories, *x.shape[1:], generator=g)
+                for x in (search, rec)
+            )
+        self.items = torch.randn(n_users, n_candidates, config.dim, generator=g)
+        user = torch.randn(n_users, config.dim, generator=g) if config.user_embedding else None
+        self.tensors = {
+            "search": search, "rec": rec, "candidates": self.items, "user": user,
+            "target_weight": self.weights.target_weight,
+            **{f"weight {i}": w for i, w in enumerate(self.weights.mlp_weights)},
+            **{f"bias {i}": b for i, b in enumerate(self.weights.mlp_biases)},
+        }  # fmt: skip
+        self.tensors = {k: v.detach() for k, v in self.tensors.items() if v is not None}
+        shape = (n_users, trajectories, n_candidates) if trajectories else (n_users, n_candidates)
+        self.upstream = torch.randn(shape, generator=g)
+
+    def call(self, backend, tensors=None, **options):
+        t = tensors or self.tensors
+        n = len(self.weights.mlp_weights)
+        weights = ScoringWeights(
+            t["target_weight"],
+            tuple(t[f"weight {i}"] for i in range(n)),
+            tuple(t[f"bias {i}"] for i in range(n)),
+        )
+        return ops.score(
+            t["search"], t["rec"], *self.lengths, t["candidates"], t.get("user"), weights,
+            backend=backend, **options,
+        )  # fmt: skip
+
+    def run(self, backend, dtype=torch.float32, **options):
+        """Scores and the gradient of every tensor."""
+        leaves = {k: v.to(dtype).requires_grad_() for k, v in self.tensors.items()}
+        scores = self.call(backend, leaves, **options)
+        gradients = torch.autograd.grad(
+            scores, list(leaves.values()), self.upstream.to(dtype), allow_unused=True
+        )
+        gradients = {k: g for k, g in zip(leaves, gradients, strict=True) if g is not None}
+        return {"scores": scores.detach(), **gradients}
+
+    def catalogue(self, function, *arguments, backend="cpp", items=None, **options):
+        t = self.tensors
+        return function(
+            t["search"], t["rec"], *self.lengths, t["table"] if items is None else items,
+            t.get("user"), self.weights, *arguments, backend=backend, **options,
+        )  # fmt: skip
+
+
+def assert_matches(case: Case, **options):
+    fused, eager = case.run("cpp", **options), case.run("reference", **options)
+    exact = case.run("reference", torch.float64, **options)
+    assert fused.keys() >= exact.keys()
+    for name in fused:
+        if name not in exact:  # what the head does not read
+            assert not fused[name].any()
+            continue
+        # Chains of 32 round about as the blocks of a matrix library do, not equally: with factor 2
+        # one tensor in fifty fails by chance. With 3, of eight bugs planted in the kernels (a term
+        # of exp dropped, a softmax off by 1e-6, a row or column forgotten, wrong dropout) seven
+        # are caught; the eighth moves exp by one ulp.
+        assert_parity(name, fused[name], eager[name], exact[name], factor=3)
+
+
+def parity_case(head: str, n_candidates: int) -> Case:
+    """Enough rows for errors to be comparable, few enough for no hidden unit to be almost 0.
+
+    There the gradient of ReLU jumps, and rounding decides.
+    """
+    return Case(head, n_users=24 if n_candidates < 20 else 6, n_candidates=n_candidates)
+
+
+@pytest.mark.parametrize("n_candidates", [1, 5, 19, 100, 250])
+@pytest.mark.parametrize("head", HEADS)
+def test_parity_of_scores_and_gradients(head, n_candidates):
+    assert_matches(parity_case(head, n_candidates))
+
+
+@pytest.mark.parametrize("changes", [
+    {"dim": 64, "max_search_len": 30, "max_rec_len": 30, "mlp_hidden": (200, 80)},
+    {"dim": 128, "n_users": 5},
+    {"dim": 20, "max_search_len": 1, "max_rec_len": 40, "mlp_hidden": (7, 3)},
+    {"trajectories": 4},
+    {"trajectories": 3, "n_candidates": 130},
+    {"n_users": 1, "n_candidates": 300},
+    {"n_users": 60, "n_candidates": 3},
+], ids=str)  # fmt: skip
+def test_parity_in_other_shapes(changes):
+    assert_matches(Case(**changes))
+
+
+@pytest.mark.parametrize("n_candidates", [3, 40, 150])
+def test_parity_with_dropout(n_candidates):
+    """The mask of a unit depends on the user's row and the column, not on the tile."""
+    case = Case(n_candidates=n_candidates, n_users=9)
+    rows = torch.tensor([5, 2**40 + 1, 0, 7, 7, 3, 1, 2, 11])
+    assert_matches(case, dropout=Dropout(0.3, 2**60 + 5, rows))
+
+
+def test_ids_are_rows_of_the_table():
+    """Duplicates and row 0 included; the table's gradient adds up, in the same bits each time."""
+    case = Case(n_candidates=19)
+    g = torch.Generator().manual_seed(3)
+    case.tensors["candidates"] = torch.randn(11, 32, generator=g)
+    ids = torch.randint(0, 11, (6, 19), generator=g)
+    assert_matches(case, ids=ids)
+    once, twice = case.run("cpp", ids=ids), case.run("cpp", ids=ids)
+    gathered = case.call("cpp", {**case.tensors, "candidates": case.tensors["candidates"][ids]})
+    assert torch.equal(once["scores"], gathered)
+    for name, value in once.items():
+        assert torch.equal(value, twice[name]), name
+
+
+@pytest.mark.parametrize("by_id", [False, True])
+def test_candidates_shared_by_all_users(by_id):
+    case = Case(n_candidates=19, trajectories=2)
+    if by_id:
+        assert_matches(case_with(case, candidates=case.items[0]), ids=torch.arange(19)[None])
+    else:
+        assert_matches(case_with(case, candidates=case.items[:1]))
+
+
+def case_with(case: Case, **tensors) -> Case:
+    case.tensors.update(tensors)
+    return case
+
+
+@pytest.mark.parametrize("n_candidates", [1, 19, 130])
+def test_order_copies_and_neighbours_change_no_bit(n_candidates):
+    """A score depends on its own user and item: permuted, duplicated, or the user alone."""
+    case = Case(n_candidates=n_candidates)
+    scores = case.call("cpp")
+    order = torch.randperm(n_candidates)
+    permuted = case.call("cpp", {**case.tensors, "candidates": case.items[:, order]})
+    assert torch.equal(permuted, scores[:, order])
+    for b in range(6):
+        t = case.tensors
+        one = slice(b, b + 1)
+        alone = ops.score(
+            t["search"][one], t["rec"][one], *(n[one] for n in case.lengths),
+            t["candidates"][one], t["user"][one], case.weights, backend="cpp",
+        )  # fmt: skip
+        assert torch.equal(alone[0], scores[b])
+
+
+def test_padding_and_strides_change_no_bit():
+    case = Case(n_candidates=19)
+    expected = case.run("cpp")
+    for name in ("search", "rec"):
+        x = case.tensors[name]
+        assert x.isnan().any()
+        assert not expected[name][x.isnan()].any()
+        case.tensors[name] = torch.where(x.isnan(), torch.inf, x)
+    case.tensors["candidates"] = case.items.transpose(0, 1).contiguous().transpose(0, 1)
+    assert not case.tensors["candidates"].is_contiguous()
+    for name, value in case.run("cpp").items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_threads_change_no_score_and_no_bit_of_a_repeat():
+    case = Case(n_users=23, n_candidates=40)
+    before = torch.get_num_threads()
+    try:
+        runs = []
+        for threads in (1, 3, 3):
+            torch.set_num_threads(threads)
+            runs.append(case.run("cpp"))
+    finally:
+        torch.set_num_threads(before)
+    for name, value in runs[1].items():
+        assert torch.equal(value, runs[2][name]), name
+        if "weight" in name or "bias" in name:  # sums over users, one part a thread
+            torch.testing.assert_close(runs[0][name], value, rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(runs[0][name], value), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_are_converted_and_rounded_once(dtype):
+    case = Case(n_candidates=19)
+    tensors = {k: v.to(dtype) for k, v in case.tensors.items()}
+    scores = case.call("cpp", tensors)
+    exact = case.call("reference", {k: v.double() for k, v in tensors.items()})
+    eager = case.call("reference", tensors)
+    assert_parity("scores", scores, eager, exact)
+
+
+def test_no_user_and_no_candidate():
+    empty = Case(n_users=0)
+    assert empty.run("cpp")["scores"].shape == (0, 5)
+    assert not empty.run("cpp")["weight 0"].any()
+    nothing = Case(n_candidates=0).run("cpp")
+    assert nothing["scores"].shape == (6, 0)
+    for name, value in nothing.items():
+        assert not value.any(), name
+
+
+def test_nothing_of_the_size_of_the_hidden_layers_is_kept():
+    case = Case(n_candidates=100)
+    leaves = {k: v.requires_grad_() for k, v in case.tensors.items()}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        case.call("cpp", leaves)
+    pointers = {t.untyped_storage().data_ptr() for t in leaves.values()}
+    pointers |= {n.untyped_storage().data_ptr() for n in case.lengths}
+    new = [t for t in kept if t.untyped_storage().data_ptr() not in pointers]
+    assert all(t.dtype == torch.int64 and t.numel() <= 600 for t in new)  # the ids
+
+
+def test_registered_ops():
+    case = Case(n_users=3, n_candidates=4, dim=8, mlp_hidden=(6, 5))
+    t = {k: v.requires_grad_(False) for k, v in case.tensors.items()}
+    mlp = [t[f"weight {i}"] for i in range(3)], [t[f"bias {i}"] for i in range(3)]
+    search, rec = t["search"].nan_to_num(), t["rec"].nan_to_num()
+    table = torch.randn(9, 8)
+    ids = torch.randint(0, 9, (3, 4))
+    arguments = (
+        search[:, None], rec[:, None], *case.lengths, table, ids, t["user"], t["target_weight"],
+        *mlp, torch.arange(3), 1000, 7,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.lcr_fast.cpu_score_fwd.default, arguments)
+    torch.library.opcheck(
+        torch.ops.lcr_fast.cpu_score_bwd.default, (torch.randn(3, 1, 4), *arguments)
+    )
+    pass_ = (search, rec, *case.lengths, table, t["user"], t["target_weight"], *mlp)
+    exclude = torch.randint(0, 9, (3, 2))
+    torch.library.opcheck(torch.ops.lcr_fast.cpu_score_topk.default, (*pass_, 4, exclude))
+    target = torch.tensor([1, 0, 5])
+    torch.library.opcheck(torch.ops.lcr_fast.cpu_score_rank.default, (*pass_, target, exclude))
+
+
+def test_compiles_as_one_graph():
+    case = catalogue_case(40)
+    ids = torch.randint(0, 41, (6, 5))
+
+    def function(search):
+        t = {**case.tensors, "search": search, "candidates": case.tensors["table"]}
+        scores = case.call("cpp", t, ids=ids)
+        top = case.catalogue(ops.score_topk, 3)
+        return scores, *top, case.catalogue(ops.score_rank, torch.arange(6))
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    search = case.tensors["search"].nan_to_num().requires_grad_()
+    results = [function(search), compiled(search)]
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    gradients = [torch.autograd.grad(r[0].square().sum(), search)[0] for r in results]
+    assert torch.equal(*gradients)
+
+
+# -- the catalogue --------------------------------------------------------------------------------
+
+
+def catalogue_case(n_items: int, head="mlp", copies=False, **options) -> Case:
+    case = Case(head, **options)
+    g = torch.Generator().manual_seed(5)
+    table = torch.randn(n_items + 1, case.items.shape[-1], generator=g)
+    if copies:  # every vector several times, far apart: exact ties
+        table = table[torch.randint(1, n_items // 4 + 2, (n_items + 1,), generator=g)]
+    case.tensors["table"] = table
+    return case
+
+
+def all_scores(case: Case, backend="cpp"):
+    """Every score as the catalogue pass computes it: top-k of the whole catalogue, by id."""
+    n = len(case.tensors["table"]) - 1
+    ids, scores = case.catalogue(ops.score_topk, n, backend=backend)
+    table = torch.full((len(ids), n + 1), torch.nan)
+    return table.scatter(1, ids, scores)
+
+
+EXCLUDED = torch.tensor([
+    [0, 3, 3, 2000], [1, 2, 4, 5], [7, -1, 0, 0], [9, 9, 9, 9], [0, 0, 0, 0], [11, 1, 12, 13],
+])  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("n_items", [1, 13, 112, 1009, 2300])
+def test_topk_is_a_full_sort(n_items, copies, backend):
+    case = catalogue_case(n_items, copies=copies)
+    scores = all_scores(case, backend)
+    assert not scores[:, 1:].isnan().any()
+    for k in (1, 7, n_items + 3):
+        ids, top = case.catalogue(ops.score_topk, k, exclude=EXCLUDED, backend=backend)
+        for b in range(6):
+            out = set(EXCLUDED[b].tolist())
+            pairs = sorted((-scores[b, i].item(), i) for i in range(1, n_items + 1) if i not in out)
+            expected = [i for _, i in pairs[:k]]
+            assert ids[b].tolist() == expected + [0] * (k - len(expected))
+            assert top[b, : len(expected)].tolist() == [-s for s, _ in pairs[:k]]
+            assert torch.isneginf(top[b, len(expected) :]).all()
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("n_items", [13, 1009, 2300])
+def test_ranks_are_counted(n_items, copies, backend):
+    """The target's score has the bits of the pass, so that copies of it tie with it."""
+    case = catalogue_case(n_items, copies=copies)
+    scores = all_scores(case, backend)
+    g = torch.Generator().manual_seed(1)
+    for _ in range(4):
+        target = torch.randint(1, n_items + 1, (6,), generator=g)
+        target[0], target[3] = 0, 9  # none; one that is excluded
+        rank = case.catalogue(ops.score_rank, target, exclude=EXCLUDED, backend=backend)
+        assert rank[0] == 0
+        for b in range(1, 6):
+            out = {0, *EXCLUDED[b].tolist(), int(target[b])}
+            wanted = scores[b, target[b]]
+            ahead = [i for i in range(1, n_items + 1) if i not in out and scores[b, i] >= wanted]
+            assert rank[b] == 1 + len(ahead)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_catalogue_has_the_scores_of_the_candidates(head):
+    case = catalogue_case(300, head, n_users=5)
+    table = case.tensors["table"]
+    tensors = {**case.tensors, "candidates": table}
+    ids = torch.arange(1, 301)[None]
+    exact = {k: v.double() for k, v in tensors.items()}
+    assert_parity(
+        head, all_scores(case)[:, 1:], case.call("reference", tensors, ids=ids),
+        case.call("reference", exact, ids=ids), factor=3,
+    )  # fmt: skip
+
+
+def test_users_do_not_depend_on_their_block(monkeypatch):
+    """More users than are folded at a time; one alone gives the same bits."""
+    sizes = {"dim": 64, "max_search_len": 60, "max_rec_len": 60, "mlp_hidden": (200, 8)}
+    case = catalogue_case(120, n_users=150, **sizes)
+    ids, scores = case.catalogue(ops.score_topk, 5)
+    t = case.tensors
+    for b in (0, 63, 64, 149):
+        one = slice(b, b + 1)
+        alone = ops.score_topk(
+            t["search"][one], t["rec"][one], *(n[one] for n in case.lengths), t["table"],
+            t["user"][one], case.weights, 5, backend="cpp",
+        )  # fmt: skip
+        assert torch.equal(alone[0][0], ids[b])
+        assert torch.equal(alone[1][0], scores[b])
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_nan_is_an_error(backend):
+    case = catalogue_case(1500)
+    table = case.tensors["table"].clone()
+    table[0] = torch.nan  # padding is never read
+    case.catalogue(ops.score_topk, 3, items=table, backend=backend)
+    table[1400] = torch.nan
+    for function, argument in ((ops.score_topk, 3), (ops.score_rank, torch.full((6,), 2))):
+        with pytest.raises(ValueError, match="user 0 of the batch has a NaN score"):
+            case.catalogue(function, argument, items=table, backend=backend)
+    case.tensors["search"][2, 0] = torch.nan  # user 2 alone has it in a valid position
+    assert case.lengths[0][2] > 0
+    with pytest.raises(ValueError, match="user 2 of the batch"):
+        case.catalogue(ops.score_topk, 3, backend=backend)
+
+
+def test_the_catalogue_needs_no_memory_of_its_size():
+    """Peak memory of a process grows by the item table, not by B x I scores."""
+    code = """
+import resource, torch
+from lcr_fast import ops
+from lcr_fast.weights import ScoringWeights
+torch.set_num_threads(1)
+B, D = 64, 8
+draw = torch.randn
+weights = ScoringWeights(draw(2, D, D), (draw(8, 3 * D), draw(1, 8)), (draw(8), draw(1)))
+states = draw(B, 2, D), draw(B, 2, D), torch.full((B,), 2), torch.full((B,), 2)
+def peak(n_items):
+    ops.score_topk(*states, draw(n_items + 1, D), None, weights, 10, backend="cpp")
+    ops.score_rank(*states, draw(n_items + 1, D), None, weights, torch.ones(B).long())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+small = peak(1000)
+print(peak(200_000) - small)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    tables, scores = 2 * 200_000 * 8 * 4, 64 * 200_000 * 4
+    assert int(done.stdout) < tables + scores / 4
+
+
+# -- instruction sets, refusals -------------------------------------------------------------------
+
+LEVEL = """
+import test_scoring as t
+from lcr_fast.ops import ranking
+assert ranking.cpu_level() == {level!r}
+for head in t.HEADS:
+    for n_candidates in (1, 5, 19, 130):
+        t.assert_matches(t.parity_case(head, n_candidates))
+t.test_parity_with_dropout(40)
+for copies in (False, True):
+    t.test_topk_is_a_full_sort(1009, copies, "cpp")
+    t.test_ranks_are_counted(1009, copies, "cpp")
+"""
+
+
+@pytest.mark.parametrize("level", ranking.CPU_LEVELS)
+def test_every_instruction_set(level):
+    done = subprocess.run(
+        [sys.executable, "-c", LEVEL.format(level=level)],
+        env=os.environ | {"LCR_FAST_CPU": level, "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "instructions that this CPU does not have" in done.stderr:
+        pytest.skip(f"this CPU has no {level}")
+    assert done.returncode == 0, done.stderr
+
+
+INTERPRETED = """
+import torch
+import test_scoring as t
+from lcr_fast import ops
+close = torch.testing.assert_close
+for head in ("mlp", "mlp without user", "dot"):
+    case = t.catalogue_case(40, head, n_users=3, n_candidates=5)
+    runs = [case.run(backend) for backend in ("triton", "cpp")]
+    for name in runs[0]:
+        close(*(run[name] for run in runs), rtol=1e-4, atol=1e-4, msg=f"{head}, {name}")
+    for function, argument in ((ops.score_topk, 45), (ops.score_rank, torch.tensor([3, 0, 9]))):
+        found, expected = (
+            case.catalogue(function, argument, exclude=t.EXCLUDED[:3], backend=backend)
+            for backend in ("triton", "cpp")
+        )
+        close(found, expected, rtol=1e-4, atol=1e-4)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_triton_serves_the_same_contract():
+    """Wiring only, under the interpreter; the kernels have tests of their own."""
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED],
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_refusals():
+    case = catalogue_case(20)
+    t = case.tensors
+    ids = torch.ones(6, 2, dtype=torch.int64)
+    table = {**t, "candidates": t["table"]}
+    for error, message, call in (
+        (ValueError, r"candidates must be \[6 or 1, C, 32\]", lambda: case.call("cpp", table)),
+        (ValueError, "with ids", lambda: case.call("cpp", ids=ids)),
+        (ValueError, "ids must be int64", lambda: case.call("cpp", table, ids=ids.int())),
+        (ValueError, "ids must be int64", lambda: case.call("cpp", table, ids=ids[:2])),
+        (RuntimeError, r"ids must be in 0\.\.20", lambda: case.call("cpp", table, ids=ids * 21)),
+        (ValueError, "cannot serve score: it computes float32", lambda: case.call(
+            "cpp", {k: v.double() for k, v in t.items()})),
+        (ValueError, "width 32", lambda: case.call("cpp", {**t, "candidates": t["rec"][..., :9]})),
+        (ValueError, "user must be", lambda: case.call("cpp", {**t, "user": t["user"][:2]})),
+        (ValueError, "k must be at least 1", lambda: case.catalogue(ops.score_topk, 0)),
+        (ValueError, "exclude must be", lambda: case.catalogue(
+            ops.score_topk, 1, exclude=EXCLUDED[:2])),
+        (ValueError, r"target must be ids in 0\.\.20, got 21", lambda: case.catalogue(
+            ops.score_rank, torch.full((6,), 21))),
+        (ValueError, r"target must be int64 \[6\]", lambda: case.catalogue(
+            ops.score_rank, torch.ones(6))),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_lengths_out_of_range_are_refused():
+    case = Case()
+    case.lengths[0] = case.lengths[0] + 9
+    with pytest.raises(RuntimeError, match=r"search_lengths must be in 0\.\.9"):
+        case.call("cpp")
+
+
+def test_auto_takes_cpp_for_float32_and_the_reference_for_float64():
+    case = scoring.ScoringCase("cpu", torch.float32, 32, (8,))
+    assert ops.choose_backend("score", "auto", scoring.scoring_backends(case)) == "cpp"
+    exact = case._replace(dtype=torch.float64)
+    assert ops.choose_backend("score", "auto", scoring.scoring_backends(exact)) == "reference"
