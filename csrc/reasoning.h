@@ -29,10 +29,7 @@ struct DropoutKey {
   uint64_t seed;
 };
 
-// Weights, packed for the kernels: float32 [reasoning_packed_size].
 constexpr int kReasoningWeights = 14;
-int64_t reasoning_packed_size(const TransformerShape& shape);
-void pack_reasoning(const TransformerShape& shape, const WeightArg* weights, float* packed);
 
 struct ReasoningArgs {
   TransformerShape shape;
@@ -56,7 +53,7 @@ struct ReasoningResults {
   void* saved[2];   // [K - 1, B, N, L, D] the inputs of the later steps, or null
 };
 
-void reasoning_forward(const ReasoningArgs& args, const float* packed,
+void reasoning_forward(const ReasoningArgs& args, const WeightArg* weights,
                        const ReasoningResults& results, int64_t n_threads,
                        const Parallel& parallel);
 
@@ -89,10 +86,7 @@ struct EncoderArgs {
   DropoutKey dropout;
 };
 
-int64_t encoder_packed_size(const TransformerShape& shape);
-void pack_encoder(const TransformerShape& shape, int64_t stream, const WeightArg* weights,
-                  float* packed);
-void encoder_forward(const EncoderArgs& args, const float* packed, void* out,
+void encoder_forward(const EncoderArgs& args, const WeightArg* weights, void* out,
                      const Parallel& parallel);
 
 // `dweights` [n_layers, 2, ...]: those of the other stream become 0.

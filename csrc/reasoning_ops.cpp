@@ -5,7 +5,6 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <initializer_list>
-#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -158,54 +157,26 @@ struct ReasoningCall {
     args.noise_seed = static_cast<uint64_t>(noise_seed);
     args.dropout = dropout_key(dropout_threshold, dropout_seed);
     args.rows = rows_of(rows, B, noise_scale != 0.0 || dropout_threshold > 0);
+    pooled = target_keys.dim() == 3;
     args.keys = optional_data(target_keys, "target_keys", dtype, {B, 2, D});
   }
 
   ScalarType dtype;
   std::vector<WeightArg> weights;
   std::vector<int64_t> lengths[2];
+  bool pooled;  // of no users, too
   ReasoningArgs args{};
 };
-
-Tensor pack(const Tensors& weights, size_t n_attentions, int64_t stream) {
-  check_cpu_level();
-  std::vector<WeightArg> args;
-  const ScalarType dtype = weights.empty() ? ScalarType::Float : weights[0].scalar_type();
-  const TransformerShape shape = weights_shape(weights, n_attentions, 1, dtype, args);
-  const bool encoder = n_attentions == 1;
-  Tensor packed = torch::stable::new_empty(
-      weights[0], {encoder ? encoder_packed_size(shape) : reasoning_packed_size(shape)},
-      ScalarType::Float);
-  float* out = packed.mutable_data_ptr<float>();
-  if (encoder)
-    pack_encoder(shape, stream, args.data(), out);
-  else
-    pack_reasoning(shape, args.data(), out);
-  return packed;
-}
-
-// `packed` if the caller has it, else made here.
-const float* packed_weights(const std::optional<Tensor>& packed, int64_t size, const Tensor& made) {
-  if (!packed.has_value()) return made.const_data_ptr<float>();
-  STD_TORCH_CHECK(packed->scalar_type() == ScalarType::Float && packed->is_contiguous() &&
-                      packed->numel() == size,
-                  "packed must come from the packing op and the same weights");
-  return packed->const_data_ptr<float>();
-}
-
-Tensor cpu_pack_reasoning(Tensors weights) { return pack(weights, 2, 0); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_latent_reasoning_fwd(
     const Tensor& search, const Tensor& rec, const Tensor& search_lengths,
     const Tensor& rec_lengths, const Tensor& rows, const Tensor& target_keys, Tensors weights,
     int64_t steps, int64_t n_heads, int64_t n_trajectories, double noise_scale, int64_t noise_seed,
-    int64_t dropout_threshold, int64_t dropout_seed, bool save_states,
-    std::optional<Tensor> packed) {
+    int64_t dropout_threshold, int64_t dropout_seed, bool save_states) {
   const ReasoningCall call(search, rec, search_lengths, rec_lengths, rows, target_keys, weights,
                            steps, n_heads, n_trajectories, noise_scale, noise_seed,
                            dropout_threshold, dropout_seed);
   const ReasoningArgs& args = call.args;
-  const Tensor made = packed.has_value() ? *packed : pack(weights, 2, 0);
   const int64_t B = args.n_users, N = n_trajectories, D = args.shape.dim;
   const int64_t n_saved = save_states ? steps - 1 : 0;
   ReasoningResults results{};
@@ -217,12 +188,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_latent_reasoning_fwd(
   Tensor out_search = create({B, N, args.length[0], D}, results.states[0]);
   Tensor out_rec = create({B, N, args.length[1], D}, results.states[1]);
   std::vector<int64_t> pooled_sizes{B, N, steps, 2, 2, D};
-  if (args.keys == nullptr) pooled_sizes = {0};
+  if (!call.pooled) pooled_sizes = {0};
   Tensor pooled = create(pooled_sizes, results.pooled);
   Tensor saved_search = create({n_saved, B, N, args.length[0], D}, results.saved[0]);
   Tensor saved_rec = create({n_saved, B, N, args.length[1], D}, results.saved[1]);
-  reasoning_forward(args, packed_weights(packed, reasoning_packed_size(args.shape), made), results,
-                    torch::stable::get_num_threads(), parallel);
+  reasoning_forward(args, call.weights.data(), results, torch::stable::get_num_threads(), parallel);
   return {out_search, out_rec, pooled, saved_search, saved_rec};
 }
 
@@ -261,8 +231,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> cpu_latent_reasoning_bwd(
   return {dsearch, drec, dkeys, dweights};
 }
 
-// -- encoder
-// ---------------------------------------------------------------------------------------
+// -- encoder --------------------------------------------------------------------------------------
 
 struct EncoderCall {
   EncoderCall(const Tensor& x, const Tensor& x_lengths, const Tensor& rows,
@@ -291,20 +260,13 @@ struct EncoderCall {
   EncoderArgs args{};
 };
 
-Tensor cpu_pack_encoder(Tensors weights, int64_t stream) {
-  STD_TORCH_CHECK(stream == 0 || stream == 1, "stream must be 0 or 1, got ", stream);
-  return pack(weights, 1, stream);
-}
-
 Tensor cpu_encode_fwd(const Tensor& x, const Tensor& lengths, const Tensor& rows, Tensors weights,
                       int64_t stream, int64_t n_heads, int64_t dropout_threshold,
-                      int64_t dropout_seed, std::optional<Tensor> packed) {
+                      int64_t dropout_seed) {
   const EncoderCall call(x, lengths, rows, weights, stream, n_heads, dropout_threshold,
                          dropout_seed);
-  const Tensor made = packed.has_value() ? *packed : pack(weights, 1, stream);
   Tensor out = torch::stable::empty_like(x);
-  encoder_forward(call.args, packed_weights(packed, encoder_packed_size(call.args.shape), made),
-                  out.mutable_data_ptr(), parallel);
+  encoder_forward(call.args, call.weights.data(), out.mutable_data_ptr(), parallel);
   return out;
 }
 
@@ -332,12 +294,11 @@ std::tuple<Tensor, Tensors> cpu_encode_bwd(const Tensor& dout, const Tensor& x,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lcr_fast, m) {
-  m.def("cpu_pack_reasoning(Tensor[] weights) -> Tensor");
   m.def(
       "cpu_latent_reasoning_fwd(Tensor search, Tensor rec, Tensor search_lengths,"
       " Tensor rec_lengths, Tensor rows, Tensor target_keys, Tensor[] weights, int steps,"
       " int n_heads, int n_trajectories, float noise_scale, int noise_seed, int dropout_threshold,"
-      " int dropout_seed, bool save_states, Tensor? packed=None)"
+      " int dropout_seed, bool save_states)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "cpu_latent_reasoning_bwd(Tensor dsearch_out, Tensor drec_out, Tensor dpooled,"
@@ -345,19 +306,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lcr_fast, m) {
       " Tensor target_keys, Tensor[] weights, int steps, int n_heads, int n_trajectories,"
       " float noise_scale, int noise_seed, int dropout_threshold, int dropout_seed,"
       " Tensor saved_search, Tensor saved_rec) -> (Tensor, Tensor, Tensor, Tensor[])");
-  m.def("cpu_pack_encoder(Tensor[] weights, int stream) -> Tensor");
   m.def(
       "cpu_encode_fwd(Tensor x, Tensor lengths, Tensor rows, Tensor[] weights, int stream,"
-      " int n_heads, int dropout_threshold, int dropout_seed, Tensor? packed=None) -> Tensor");
+      " int n_heads, int dropout_threshold, int dropout_seed) -> Tensor");
   m.def(
       "cpu_encode_bwd(Tensor dout, Tensor x, Tensor lengths, Tensor rows, Tensor[] weights,"
       " int stream, int n_heads, int dropout_threshold, int dropout_seed) -> (Tensor, Tensor[])");
 }
 STABLE_TORCH_LIBRARY_IMPL(lcr_fast, CPU, m) {
-  m.impl("cpu_pack_reasoning", TORCH_BOX(&cpu_pack_reasoning));
   m.impl("cpu_latent_reasoning_fwd", TORCH_BOX(&cpu_latent_reasoning_fwd));
   m.impl("cpu_latent_reasoning_bwd", TORCH_BOX(&cpu_latent_reasoning_bwd));
-  m.impl("cpu_pack_encoder", TORCH_BOX(&cpu_pack_encoder));
   m.impl("cpu_encode_fwd", TORCH_BOX(&cpu_encode_fwd));
   m.impl("cpu_encode_bwd", TORCH_BOX(&cpu_encode_bwd));
 }

@@ -92,11 +92,28 @@ BlockRange encoder_blocks(const TransformerShape& shape, int64_t stream) {
   return {shape.n_sets, stream, 2};
 }
 
-void pack_blocks(const BlockSpec& spec, const BlockRange& range, const float* const* weights,
-                 float* packed) {
-  const int64_t size = forward_layout(spec).size;
-  for (int64_t i = 0; i < range.n_blocks; ++i)
-    kernels().pack_forward(spec, weights, range.index(i), packed + i * size);
+// The weights of a range of blocks, packed for the kernels.
+struct PackedWeights {
+  Floats forward;
+  Floats backward;  // null in a forward pass
+};
+
+PackedWeights pack_weights(const BlockSpec& spec, const BlockRange& range, int64_t n_sets,
+                           const WeightArg* weights, bool backward, const Parallel& parallel) {
+  const FloatWeights floats(spec, n_sets, weights);
+  const int64_t size = forward_layout(spec).size, backward_size = backward_layout(spec).size;
+  PackedWeights packed;
+  packed.forward = new_floats(range.n_blocks * size);
+  if (backward) packed.backward = new_floats(range.n_blocks * backward_size);
+  parallel(range.n_blocks, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      kernels().pack_forward(spec, floats.get(), range.index(i), packed.forward.get() + i * size);
+      if (backward)
+        kernels().pack_backward(spec, floats.get(), range.index(i),
+                                packed.backward.get() + i * backward_size);
+    }
+  });
+  return packed;
 }
 
 // The weights of a backward pass and the gradients of each group of users.
@@ -106,20 +123,15 @@ void pack_blocks(const BlockSpec& spec, const BlockRange& range, const float* co
 class GradientSums {
  public:
   GradientSums(const BlockSpec& spec, const BlockRange& range, int64_t n_sets,
-               const WeightArg* weights, int64_t n_users)
-      : spec_(spec), range_(range), at_(gradient_layout(spec)), weights_(weights) {
-    const FloatWeights floats(spec, n_sets, weights);
-    const int64_t backward_size = backward_layout(spec).size;
-    forward_ = new_floats(range.n_blocks * forward_layout(spec).size);
-    backward_ = new_floats(range.n_blocks * backward_size);
-    pack_blocks(spec, range, floats.get(), forward_.get());
-    for (int64_t i = 0; i < range.n_blocks; ++i)
-      kernels().pack_backward(spec, floats.get(), range.index(i),
-                              backward_.get() + i * backward_size);
-    n_groups_ = std::clamp<int64_t>((n_users + kGroup - 1) / kGroup, 1, kMaxGroups);
-    n_users_ = n_users;
-    sums_ = new_floats(n_groups_ * size());
-  }
+               const WeightArg* weights, int64_t n_users, const Parallel& parallel)
+      : spec_(spec),
+        range_(range),
+        at_(gradient_layout(spec)),
+        weights_(weights),
+        n_groups_(std::clamp<int64_t>((n_users + kGroup - 1) / kGroup, 1, kMaxGroups)),
+        n_users_(n_users),
+        packed_(pack_weights(spec, range, n_sets, weights, true, parallel)),
+        sums_(new_floats(n_groups_ * size())) {}
 
   // Run `user(weights, b)` for every user, groups in parallel.
   template <class User>
@@ -128,7 +140,7 @@ class GradientSums {
       for (int64_t group = begin; group < end; ++group) {
         float* sums = sums_.get() + group * size();
         std::fill_n(sums, size(), 0.0f);
-        const BackwardWeights weights{forward_.get(), backward_.get(), sums};
+        const BackwardWeights weights{packed_.forward.get(), packed_.backward.get(), sums};
         const int64_t last = (group + 1) * n_users_ / n_groups_;
         for (int64_t b = group * n_users_ / n_groups_; b < last; ++b) user(weights, b);
       }
@@ -176,27 +188,20 @@ class GradientSums {
   BlockLayout at_;
   const WeightArg* weights_;
   int64_t n_groups_, n_users_;
-  Floats forward_, backward_, sums_;
+  PackedWeights packed_;
+  Floats sums_;
 };
 
 }  // namespace
 
-// -- reasoning
-// -------------------------------------------------------------------------------------
+// -- reasoning ------------------------------------------------------------------------------------
 
-int64_t reasoning_packed_size(const TransformerShape& shape) {
-  return 2 * shape.n_sets * forward_layout(block_spec(shape, 2)).size;
-}
-
-void pack_reasoning(const TransformerShape& shape, const WeightArg* weights, float* packed) {
-  const BlockSpec spec = block_spec(shape, 2);
-  pack_blocks(spec, reasoning_blocks(shape), FloatWeights(spec, shape.n_sets, weights).get(),
-              packed);
-}
-
-void reasoning_forward(const ReasoningArgs& args, const float* packed,
+void reasoning_forward(const ReasoningArgs& args, const WeightArg* weights,
                        const ReasoningResults& results, int64_t n_threads,
                        const Parallel& parallel) {
+  const PackedWeights made = pack_weights(block_spec(args.shape, 2), reasoning_blocks(args.shape),
+                                          args.shape.n_sets, weights, false, parallel);
+  const float* packed = made.forward.get();
   const int64_t n_items = args.n_users * args.n_trajectories, n_parts = 2 * args.n_steps;
   const int64_t size = kernels().forward_scratch(args);
   if (n_items > 1 || n_threads == 1) {
@@ -222,7 +227,7 @@ void reasoning_backward(const ReasoningArgs& args, const WeightArg* weights,
                         const ReasoningGradients& gradients, const Parallel& parallel) {
   const TransformerShape& shape = args.shape;
   GradientSums sums(block_spec(shape, 2), reasoning_blocks(shape), shape.n_sets, weights,
-                    args.n_users);
+                    args.n_users, parallel);
   const int64_t size = kernels().backward_scratch(args);
   sums.run(parallel, [&](const BackwardWeights& w, int64_t user) {
     kernels().backward(args, w, gradients, user, thread_scratch(size));
@@ -230,26 +235,17 @@ void reasoning_backward(const ReasoningArgs& args, const WeightArg* weights,
   sums.write(gradients.dweights, parallel);
 }
 
-// -- encoder
-// ---------------------------------------------------------------------------------------
+// -- encoder --------------------------------------------------------------------------------------
 
-int64_t encoder_packed_size(const TransformerShape& shape) {
-  return shape.n_sets * forward_layout(block_spec(shape, 1)).size;
-}
-
-void pack_encoder(const TransformerShape& shape, int64_t stream, const WeightArg* weights,
-                  float* packed) {
-  const BlockSpec spec = block_spec(shape, 1);
-  pack_blocks(spec, encoder_blocks(shape, stream), FloatWeights(spec, shape.n_sets, weights).get(),
-              packed);
-}
-
-void encoder_forward(const EncoderArgs& args, const float* packed, void* out,
+void encoder_forward(const EncoderArgs& args, const WeightArg* weights, void* out,
                      const Parallel& parallel) {
+  const PackedWeights packed =
+      pack_weights(block_spec(args.shape, 1), encoder_blocks(args.shape, args.stream),
+                   args.shape.n_sets, weights, false, parallel);
   const int64_t size = kernels().encoder_scratch(args);
   parallel(args.n_users, [&](int64_t begin, int64_t end) {
     for (int64_t user = begin; user < end; ++user)
-      kernels().encoder_forward(args, packed, out, user, thread_scratch(size));
+      kernels().encoder_forward(args, packed.forward.get(), out, user, thread_scratch(size));
   });
 }
 
@@ -257,7 +253,7 @@ void encoder_backward(const EncoderArgs& args, const WeightArg* weights, const v
                       void* const* dweights, const Parallel& parallel) {
   const TransformerShape& shape = args.shape;
   GradientSums sums(block_spec(shape, 1), encoder_blocks(shape, args.stream), shape.n_sets, weights,
-                    args.n_users);
+                    args.n_users, parallel);
   const int64_t size = kernels().encoder_backward_scratch(args);
   sums.run(parallel, [&](const BackwardWeights& w, int64_t user) {
     kernels().encoder_backward(args, w, dout, dx, user, thread_scratch(size));

@@ -124,8 +124,7 @@ class Blocks {
   BackwardWeights weights_;
 };
 
-// -- self-attention, the same in encoder and reasoning
-// ---------------------------------------------
+// -- self-attention, the same in encoder and reasoning --------------------------------------------
 
 struct SelfLayer {
   float* x;    // [m, stride] input
@@ -170,15 +169,15 @@ LCR_TARGET void self_attend_bwd(const Dims& dims, const Block& block, int64_t m,
   linear_bwd(block, kSelf + kValue, m, d.v, dims.stride, s.x, dims.stride, g, true);
 }
 
-// -- target-aware pooling
-// --------------------------------------------------------------------------
+// -- target-aware pooling -------------------------------------------------------------------------
 
-// alpha = softmax(states . key) over the m >= 1 rows; z = sum of alpha times rows.
+// alpha = softmax(states . key) over the m >= 1 rows; z = sum of alpha times rows. Up to the next
+// multiple of kLanes columns, states, key and dz hold 0.
 LCR_TARGET void pool_rows(const Dims& dims, int64_t m, const float* states, const float* key,
                           float* alpha, float* z) {
   for (int64_t i = 0; i < m; ++i) {
     Vec dot = {};
-    for (int64_t j = 0; j < dims.stride; j += kLanes)
+    for (int64_t j = 0; j < dims.dim; j += kLanes)
       dot += load(states + i * dims.stride + j) * load(key + j);
     alpha[i] = sum_lanes(dot);
   }
@@ -194,14 +193,14 @@ LCR_TARGET void pool_rows_bwd(const Dims& dims, int64_t m, const float* states, 
   float mean = 0.0f;
   for (int64_t i = 0; i < m; ++i) {
     Vec dot = {};
-    for (int64_t j = 0; j < dims.stride; j += kLanes)
+    for (int64_t j = 0; j < dims.dim; j += kLanes)
       dot += load(states + i * dims.stride + j) * load(dz + j);
     slope[i] = sum_lanes(dot);
     mean += alpha[i] * slope[i];
   }
   for (int64_t i = 0; i < m; ++i) {
     const float s = alpha[i] * (slope[i] - mean);
-    for (int64_t j = 0; j < dims.stride; j += kLanes) {
+    for (int64_t j = 0; j < dims.dim; j += kLanes) {
       float* d = dstates + i * dims.stride + j;
       store(d, load(d) + load(dz + j) * alpha[i] + load(key + j) * s);
       store(dkey + j, load(dkey + j) + load(states + i * dims.stride + j) * s);
@@ -209,8 +208,7 @@ LCR_TARGET void pool_rows_bwd(const Dims& dims, int64_t m, const float* states, 
   }
 }
 
-// -- reasoning
-// -------------------------------------------------------------------------------------
+// -- reasoning ------------------------------------------------------------------------------------
 
 // One stream of an item. In a forward pass a, c and out are h: each sublayer works in place.
 struct Stream {
@@ -373,8 +371,7 @@ LCR_TARGET void forward_part(const ReasoningArgs& args, const float* packed,
   }
 }
 
-// -- backward of reasoning
-// -------------------------------------------------------------------------
+// -- backward of reasoning ------------------------------------------------------------------------
 
 // What a user's backward pass holds beside an item's activations.
 struct UserGradients {
@@ -524,8 +521,7 @@ LCR_TARGET void backward(const ReasoningArgs& args, const BackwardWeights& weigh
   }
 }
 
-// -- encoder
-// ---------------------------------------------------------------------------------------
+// -- encoder --------------------------------------------------------------------------------------
 
 // One layer; in a forward pass a and out are h.
 struct EncoderLayer {

@@ -128,7 +128,7 @@ def _fwd_fake(
 ):  # fmt: skip
     B, n_search, D = search.shape
     n_rec, N, n_saved = rec.shape[1], n_trajectories, steps - 1 if save_states else 0
-    pooled = (B, N, steps, 2, 2, D) if target_keys.numel() else (0,)
+    pooled = (B, N, steps, 2, 2, D) if target_keys.ndim == 3 else (0,)
     return (
         search.new_empty(B, N, n_search, D),
         rec.new_empty(B, N, n_rec, D),
