@@ -1,0 +1,45 @@
+"""The torch-free C++ of encoders and reasoning under AddressSanitizer and UBSan."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory) -> Path:
+    if shutil.which("g++") is None or not (ROOT / "csrc").is_dir():
+        pytest.skip("needs g++ and the sources")
+    folder = tmp_path_factory.mktemp("sanitized")
+    (folder / "empty.cpp").write_text("int main() {}\n")
+    probe = ["g++", *SANITIZED, "empty.cpp", "-o", "empty"]
+    if subprocess.run(probe, cwd=folder, capture_output=True, check=False).returncode:
+        pytest.skip("g++ has no sanitizers here")
+    kernels = ROOT / "csrc" / "cpu"
+    sources = [
+        ROOT / "tests" / "reasoning_sanitized.cpp",
+        *sorted(kernels.glob("reasoning*.cpp")),
+        kernels / "noise.cpp",
+        kernels / "level.cpp",
+    ]
+    flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", *SANITIZED]
+    command = ["g++", *flags, *map(str, sources), "-o", "driver"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder / "driver"
+
+
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+def test_no_sanitizer_complains(driver, level):
+    done = subprocess.run(
+        [driver], env=os.environ | {"LCR_FAST_CPU": level}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    if done.returncode == 2:
+        pytest.skip(f"this CPU has no {level}")
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
