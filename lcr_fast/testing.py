@@ -308,7 +308,7 @@ def split_weights(results: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     parts = {}
     for name, t in results.items():
-        if name.removeprefix("d") not in ReasoningWeights._fields:
+        if name.removeprefix("d") not in (*ReasoningWeights._fields, *EncoderWeights._fields):
             parts[name] = t
             continue
         for x, of_stream in zip(("search", "rec"), t.unbind(1), strict=True):
