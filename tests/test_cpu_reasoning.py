@@ -20,7 +20,6 @@ from lcr_fast.ops._extension import extension_error
 from lcr_fast.ops.noise import Dropout
 from lcr_fast.reference import length_mask
 from lcr_fast.testing import (
-    Baseline,
     ReasoningCase,
     assert_reasoning_parity,
     random_reasoning,
@@ -96,13 +95,6 @@ def run_encoder(call: Encoder, backend: str) -> dict[str, Tensor]:
     return {"out": out.detach()} | dict(zip(names, gradients, strict=True))
 
 
-def assert_encoder_parity(case: EncoderCase) -> None:
-    exact = random_encoder(case)
-    call = exact.to(torch.float32)
-    baseline = Baseline(run_encoder(exact, "reference"), [run_encoder(call, "reference")])
-    assert_reasoning_parity(run_encoder(call, "cpp"), baseline)
-
-
 def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     for name, t in first.items():
         assert torch.equal(t, second[name]), name
@@ -124,9 +116,20 @@ REASONING = {
 }
 
 
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("name", ENCODERS)
-def test_encoder_parity(name):
-    assert_encoder_parity(ENCODERS[name])
+def test_encoder_parity(name, dtype):
+    call = random_encoder(ENCODERS[name]).to(dtype)
+    assert_reasoning_parity(run_encoder(call, "cpp"), reasoning_baseline(call, run_encoder))
+
+
+@pytest.mark.parametrize("name", ["D=20 H=5", "D=40 H=1"])
+def test_reasoning_parity_in_bfloat16(name):
+    call = random_reasoning(REASONING[name]).to(torch.bfloat16)
+    assert_reasoning_parity(run_reasoning(call, "cpp"), reasoning_baseline(call))
 
 
 @pytest.mark.parametrize("name", REASONING)
@@ -244,7 +247,7 @@ def test_only_the_inputs_are_saved_for_backward(call):
 def test_lengths_and_levels_are_checked(call):
     with pytest.raises(RuntimeError, match=r"lengths\[0\] is 8, expected 0 to 7"):
         run_encoder(call._replace(lengths=call.lengths + 1), "cpp")
-    with pytest.raises(ValueError, match="cannot serve encode: it computes float32"):
+    with pytest.raises(ValueError, match="cannot serve encode: it serves float32 and halves"):
         run_encoder(call.to(torch.float64), "cpp")
 
 
@@ -320,11 +323,12 @@ def test_after_a_fork():
 
 
 LEVEL = """
+import torch
 import test_cpu_reasoning as t
 from lcr_fast.ops import ranking
 assert ranking.cpu_level() == {level!r}
 for name in t.ENCODERS:
-    t.test_encoder_parity(name)
+    t.test_encoder_parity(name, torch.float32)
 for name in t.REASONING:
     t.test_reasoning_parity_of_widths_that_fill_no_vector(name)
 t.test_a_call_leaves_nothing_behind_in_the_scratch()

@@ -78,7 +78,9 @@ def _cpp_obstacle(device: str, dtype: torch.dtype) -> str | None:
         return error
     if not _HAS_CPP:
         return "the C++ extension was built without it"
-    return None if dtype == torch.float32 else f"it computes float32, not {dtype}"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it serves float32 and halves, not {dtype}"
+    return None
 
 
 def reasoning_backends(case: ReasoningCase) -> dict[str, str | None]:
