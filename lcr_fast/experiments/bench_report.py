@@ -6,6 +6,7 @@ others takes; below 1, they are faster. No number in them is made anywhere else.
 
 import itertools
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -200,7 +201,7 @@ def draw(run: Run, folder: str | Path) -> list[Path]:
     for group, entries in _groups(run).items():
         series = {axis: found for axis in "BLdKNC" if (found := _series(entries, axis))}
         if series:
-            name = "".join(c if c.isalnum() else "-" for c in group)
+            name = re.sub(r"\W+", "-", group)
             path = folder / f"{run.name}-speed-up-{name}.png"
             _draw_speed_up(run, group, series, path)
             files.append(path)
