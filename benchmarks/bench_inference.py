@@ -18,7 +18,7 @@ from lcr_fast.testing import random_batch, random_model
 D, L, C = 64, 30, 100
 STEPS = (0, 1, 2, 3, 4, 5)
 QUICK_STEPS = (0, 5)
-BATCH = {"cpu": 256, "cuda": 1024}
+BATCH = {"cpu": 64, "cuda": 1024}
 INPUT_SETS = 4
 REQUESTS = 300
 

@@ -30,7 +30,7 @@ TINY = [
     *("--dim", "8", "--steps", "1", "--mlp-hidden", "8", "--n-trajectories", "2"),
     *("--max-search-len", "4", "--max-rec-len", "5", "--no-user-embedding"),
 ]
-COMMANDS = ("prepare", "train", "evaluate", "recommend")
+COMMANDS = ("prepare", "train", "evaluate", "recommend", "study")
 SERIES = ("popularity", "recency", *VARIANTS)
 
 
@@ -377,6 +377,8 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has 
         (["--dropout", "2"], "dropout must be at most 0.99"),
         (["--epochs", "-1"], "epochs must be at least 0"),
         (["--reward", "auc"], "auc"),
+        (["--reward", "hr@1+-1*mrr"], "hr@1+-1*mrr"),
+        (["--precision", "float16"], "float16"),
         (["--action", "best"], "best"),
         (["--dim", "wide"], "wide"),
         (["--frobnicate"], "--frobnicate"),

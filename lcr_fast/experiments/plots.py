@@ -15,21 +15,21 @@ _COLOURS = {
 _SERIES_COLOURS = ("#aa3377", "#ccbb44", "#228833", "#4477aa")
 
 
-def _figure(n_columns: int = 1, width: float = 6.0):
+def new_figure(n_columns: int = 1, width: float = 6.0):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * n_columns, 4.0), layout="constrained")
     return figure, figure.subplots(1, n_columns, squeeze=False)[0]
 
 
-def _save(figure, path: Path) -> None:
+def save_figure(figure, path: Path) -> None:
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
 
 def learning_curves(results: Results, path: Path) -> None:
     """Draw validation NDCG@5 against seconds of training, phase 2 after the phase before it."""
-    figure, (axis,) = _figure(width=7.0)
+    figure, (axis,) = new_figure(width=7.0)
     end_of_tcl = results["tcl"]["seconds"] if "tcl" in results else 0.0
     for name, result in results.items():
         offset = end_of_tcl if name in ("rl", "control") else 0.0
@@ -41,12 +41,12 @@ def learning_curves(results: Results, path: Path) -> None:
     axis.set_title("Learning curves")
     axis.grid(alpha=0.3)
     axis.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def target_distances(results: Results, path: Path) -> None:
     """Draw the distance of the pooled states to the target at every step."""
-    figure, axes = _figure(2)
+    figure, axes = new_figure(2)
     for axis, stream, title in zip(
         axes, ("search", "rec"), ("search stream", "recommendation stream"), strict=True
     ):
@@ -63,7 +63,7 @@ def target_distances(results: Results, path: Path) -> None:
     axes[0].plot([], [], color="black", marker="o", label="after cross-attention, h")
     axes[0].plot([], [], color="black", marker="x", linestyle=":", label="before it, a")
     axes[0].legend(fontsize="small")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def metric_bars(results: Results, path: Path) -> None:
@@ -76,7 +76,7 @@ def metric_bars(results: Results, path: Path) -> None:
         if row["targets"] == "all" and row["metric"] == "ndcg@5"
     }
     protocols = [p for p in titles if any(key[1] == p for key in rows)]
-    figure, axes = _figure(len(protocols), width=4.5)
+    figure, axes = new_figure(len(protocols), width=4.5)
     for axis, protocol in zip(axes, protocols, strict=True):
         for place, (name, result) in enumerate(results.items()):
             row = rows[name, protocol]
@@ -88,7 +88,7 @@ def metric_bars(results: Results, path: Path) -> None:
         axis.set_title(titles[protocol])
     for axis in axes[1:]:
         axis.set_yticklabels([])
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def intervals(
@@ -99,7 +99,7 @@ def intervals(
     ``series`` holds, by title and metric, one interval a value; a panel a metric.
     """
     metrics = list(next(iter(series.values())))
-    figure, panels = _figure(len(metrics), width=4.5)
+    figure, panels = new_figure(len(metrics), width=4.5)
     names = [str(value) for value in values]
     slanted = max(map(len, names)) > 6
     for panel, metric in zip(panels, metrics, strict=True):
@@ -114,13 +114,13 @@ def intervals(
         panel.set_title(metric)
         panel.grid(alpha=0.3)
     panels[0].legend(fontsize="small")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def latencies(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw the time of a forward against K, a panel a number of users."""
     users = list(dict.fromkeys(row["users"] for row in rows))
-    figure, panels = _figure(len(users), width=4.5)
+    figure, panels = new_figure(len(users), width=4.5)
     for panel, n in zip(panels, users, strict=True):
         mine = [row for row in rows if row["users"] == n]
         panel.plot([r["steps"] for r in mine], [r["ms"] for r in mine], marker="o")
@@ -129,4 +129,4 @@ def latencies(rows: list[dict[str, Any]], path: Path) -> None:
         panel.set_ylabel("ms a forward")
         panel.set_title(f"{n} user{'s' * (n > 1)}")
         panel.grid(alpha=0.3)
-    _save(figure, path)
+    save_figure(figure, path)

@@ -56,8 +56,9 @@ def across_seeds(values: Iterable[float]) -> Interval:
     n, mean = len(values), statistics.fmean(values)
     if n < 2:
         return Interval(mean, math.nan, math.nan, n)
-    # Beyond the table, the first term of the expansion of t about the normal quantile.
-    t = _T95[n - 2] if n - 2 < len(_T95) else 1.96 + 2.37 / (n - 1)
+    df = n - 1
+    # Beyond the table, the expansion of t about the normal quantile.
+    t = _T95[df - 1] if df <= len(_T95) else 1.96 + 2.372 / df + 2.82 / df**2
     half = t * statistics.stdev(values) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, n)
 
@@ -156,7 +157,7 @@ def _numbers(result: dict[str, Any]) -> Numbers:
 
     Phase 1 counts with its best weights in both.
     """
-    numbers = {}
+    numbers: Numbers = {}
     for prefix, part in (("", result), ("last_", result["last"] or result)):
         rows = {
             (row["protocol"], row["metric"]): row["mean"]
@@ -384,7 +385,7 @@ def _steps_table(cells: _Cells, steps: Sequence[int]) -> str:
 
 
 def _paper_rows(cells: _Cells, steps: Sequence[int]) -> list[dict[str, Any]]:
-    points = [("ablation", v, {}) for v in _ABLATION]
+    points: list[tuple[str, str, Change]] = [("ablation", v, {}) for v in _ABLATION]
     points += [("steps", v, {"steps": k}) for k in steps for v in ("tcl", "rl", "control")]
     rows = []
     for table, variant, change in points:

@@ -51,9 +51,6 @@ class Inputs(NamedTuple):
     candidates: Tensor  # [B, C, D] item vectors
 
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
 def _high(x: Tensor) -> Tensor:
     """Give losses and log-probabilities float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -75,10 +72,14 @@ class Objective:
     def schedule(self) -> Schedule:
         raise NotImplementedError
 
-    def low(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Cast states and item vectors to the config's precision; float32 leaves any dtype."""
-        dtype = _DTYPES[self.config.precision]
-        return tensors if dtype == torch.float32 else tuple(t.to(dtype) for t in tensors)
+    def low(self, x: Tensor) -> Tensor:
+        """Cast states or item vectors to the config's precision; float32 leaves any dtype."""
+        return x if self.config.precision == "float32" else x.to(torch.bfloat16)
+
+    def encode(self, model: LCRSER, batch: Batch) -> Streams:
+        """Encode both histories, in the config's precision."""
+        search, rec = model.encode(batch)
+        return self.low(search), self.low(rec)
 
     def reference_state(self) -> dict[str, Tensor]:
         """Give the tensors of ``reference`` that are not the model's own."""
@@ -132,12 +133,11 @@ class Supervised(Objective):
         target = None
         if config.tcl_weight and model.config.steps:
             target = model.item_vectors(batch.candidates[:, 0])  # [B, D]
-        h0 = self.low(*model.encode(batch))
-        reasoned = model.reason(h0, batch, target)
+        reasoned = model.reason(self.encode(model, batch), batch, target)
         if config.precision == "float32":
             scores = model.score(reasoned.streams, batch)
         else:
-            (vectors,) = self.low(model.item_vectors(batch.candidates))
+            vectors = self.low(model.item_vectors(batch.candidates))
             scores = _high(model.score_vectors(reasoned.streams, batch, vectors))
             scores = scores.masked_fill(batch.candidates == 0, -torch.inf)
         loss = rank_loss(scores, batch.target, config.rank_loss)
@@ -199,8 +199,8 @@ class _Trajectories(Objective):
         """Compute what no trajectory changes: h^(0) and the candidates' vectors, dropout off."""
         model.eval()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_encoder):
-            h0 = self.low(*model.encode(batch))
-            return Inputs(h0, *self.low(model.item_vectors(batch.candidates)))
+            vectors = self.low(model.item_vectors(batch.candidates))
+            return Inputs(self.encode(model, batch), vectors)
 
     def scores(self, model: LCRSER, batch: Batch, inputs: Inputs, seed: int) -> Tensor:
         """Score the candidates on N noisy trajectories, dropout off: float32 [B, N, C]."""

@@ -1,0 +1,326 @@
+"""Tables and plots of the JSON files that `pytest benchmarks --benchmark --benchmark-json` writes.
+
+A table has one row a case: our median with its quartiles, and how many times longer each of the
+others takes; below 1, they are faster. No number in them is made anywhere else.
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tabulate import tabulate
+
+from lcr_fast.experiments.plots import new_figure, save_figure
+
+OURS = "lcr_fast"
+# Marks of the others in every plot; an unknown name takes what is left.
+_STYLES = {
+    "eager": "#4477aa", "torch.compile": "#ee6677", "CUDA graph": "#aa3377",
+    "repeated history": "#ccbb44", "N calls": "#ccbb44",
+}  # fmt: skip
+_SPARE = ("#228833", "#66ccee", "#888888")
+
+
+class Entry(NamedTuple):
+    """One benchmark: its case, and seconds of everyone who took part, ours under ``OURS``."""
+
+    group: str
+    case: str
+    axes: dict[str, Any]
+    medians: dict[str, float]
+    quartiles: tuple[float, float]  # ours
+    info: dict[str, Any]
+
+    @property
+    def ours(self) -> float:
+        return self.medians[OURS]
+
+    def of_everyone(self, key: str) -> dict[str, Any]:
+        """Look up a number that was kept for each variant; ours stands under an empty name."""
+        return {name or OURS: value for name, value in self.info.get(key, {}).items()}
+
+
+class Run(NamedTuple):
+    """One file: the machine, and all that was measured on it."""
+
+    name: str
+    about: str
+    ceilings: dict[str, float]
+    entries: list[Entry]
+
+
+def read_run(path: str | Path) -> Run:
+    """Read a benchmark file; raises ValueError, in one sentence, if it is not one."""
+    path = Path(path)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    try:
+        machine = dict(values["machine_info"])
+        ceilings = machine.pop("ceilings", {})
+        command = machine.pop("command", None)
+        about = ", ".join(f"{key} {value}" for key, value in machine.items())
+        about += f"; {values['datetime'][:10]}" + (f"; {command}" if command else "")
+        entries = [_entry(raw) for raw in values["benchmarks"]]
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path}: not a file of pytest-benchmark") from None
+    return Run(path.stem, about, ceilings, entries)
+
+
+def _entry(raw: dict[str, Any]) -> Entry:
+    info, stats = raw["extra_info"], raw["stats"]
+    others = {name: other["median"] for name, other in info.get("others", {}).items()}
+    return Entry(
+        raw["group"] or "other", str(info.get("case", raw["name"])), info.get("axes", {}),
+        {OURS: stats["median"], **others}, (stats["q1"], stats["q3"]), info,
+    )  # fmt: skip
+
+
+# -- tables ---------------------------------------------------------------------------------------
+
+
+def quantity(value: float, units: Iterable[tuple[str, float]]) -> str:
+    """Format three digits in the first unit that is not larger than the rounded value."""
+    unit, scale = "", 1.0
+    for unit, scale in units:  # noqa: B007
+        if abs(value) >= 0.9995 * scale:
+            break
+    return f"{value / scale:.3g} {unit}"
+
+
+def duration(seconds: float) -> str:
+    return quantity(seconds, (("s", 1), ("ms", 1e-3), ("µs", 1e-6), ("ns", 1e-9)))
+
+
+def size(n_bytes: float) -> str:
+    return quantity(n_bytes, (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1)))
+
+
+def ratio(value: float) -> str:
+    return f"{value:.0f}x" if value >= 10 else f"{value:.2g}x"
+
+
+def report(run: Run) -> str:
+    """Write one run as Markdown: the machine, then a table a group."""
+    parts = [run.about + "."]
+    for group, entries in _groups(run).items():
+        parts.append(f"**{group[:1].upper()}{group[1:]}**\n\n{_time_table(entries)}")
+        if any(entry.info.get("percentiles") for entry in entries):
+            parts.append(f"Percentiles:\n\n{_percentile_table(entries)}")
+        for key, title in (("peak bytes", "Peak memory"), ("saved bytes", "Saved for backward")):
+            if any(entry.info.get(key) for entry in entries):
+                parts.append(f"{title}:\n\n{_size_table(entries, key)}")
+    return "\n\n".join(parts)
+
+
+def _groups(run: Run) -> dict[str, list[Entry]]:
+    groups: dict[str, list[Entry]] = {}
+    for entry in run.entries:
+        groups.setdefault(entry.group, []).append(entry)
+    return groups
+
+
+def _markdown(rows: list[list[str]], headers: list[str]) -> str:
+    """Make a table without the columns that are empty."""
+    kept = [i for i in range(len(headers)) if any(row[i] for row in rows)]
+    cells = [[row[i] for i in kept] for row in rows]
+    names = [headers[i] for i in kept]
+    return tabulate(cells, names, tablefmt="github", disable_numparse=True)
+
+
+def _others(entries: list[Entry]) -> list[str]:
+    return [n for n in dict.fromkeys(itertools.chain(*(e.medians for e in entries))) if n != OURS]
+
+
+def _time_table(entries: list[Entry]) -> str:
+    others = _others(entries)
+    threads = {entry.info.get("threads") for entry in entries}
+    rows = []
+    for entry in entries:
+        info = entry.info
+        low, high = (duration(q) for q in entry.quartiles)
+        rate = info.get("GFLOP/s")
+        shares = [info.get(f"share of {what}") for what in ("matmul rate", "copy bandwidth")]
+        rows.append([
+            entry.case,
+            str(info.get("threads", "")) if len(threads) > 1 else "",
+            f"{duration(entry.ours)} [{low}, {high}]",
+            *(ratio(entry.medians[n] / entry.ours) if n in entry.medians else "" for n in others),
+            "" if rate is None else f"{rate:.3g}",
+            *("" if share is None else f"{share:.0%}" for share in shares),
+        ])  # fmt: skip
+    headers = [
+        "case", "threads", f"{OURS} [quartiles]", *others, "GFLOP/s", "share of matmul rate",
+        "share of copy bandwidth",
+    ]  # fmt: skip
+    return _markdown(rows, headers)
+
+
+def _size_table(entries: list[Entry], key: str) -> str:
+    others = _others(entries)
+    rows = []
+    for entry in entries:
+        sizes = entry.of_everyone(key) or {}
+        ours = sizes.get(OURS, sizes.get("ours"))
+        if ours:
+            more = (ratio(sizes[name] / ours) if name in sizes else "" for name in others)
+            rows.append([entry.case, size(ours), *more])
+    return _markdown(rows, ["case", OURS, *others])
+
+
+def _percentile_table(entries: list[Entry]) -> str:
+    others = [OURS, *_others(entries)]
+    first = None
+    rows = []
+    for entry in sorted(entries, key=lambda entry: entry.axes.get("K", 0)):
+        percentiles = entry.of_everyone("percentiles")
+        row = [entry.case]
+        for name in others:
+            values = percentiles.get(name)
+            row.append("" if values is None else " / ".join(map(duration, values.values())))
+        median = percentiles.get(OURS, {}).get("50")
+        first = first or median
+        row.append(f"{median / first - 1:+.0%}" if median and first else "")
+        rows.append(row)
+    names = [f"{name}, p50 / p99" for name in others]
+    return _markdown(rows, ["case", *names, f"{OURS} against the first row"])
+
+
+# -- plots ----------------------------------------------------------------------------------------
+
+
+def draw(run: Run, folder: str | Path) -> list[Path]:
+    """Draw what a run has numbers for into ``folder``; return the files."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for group, entries in _groups(run).items():
+        series = {axis: found for axis in "BLdKNC" if (found := _series(entries, axis))}
+        if series:
+            name = re.sub(r"\W+", "-", group)
+            path = folder / f"{run.name}-speed-up-{name}.png"
+            _draw_speed_up(run, group, series, path)
+            files.append(path)
+    if points := [e for e in run.entries if "bytes" in e.info and "FLOPs" in e.info]:
+        files.append(folder / f"{run.name}-roofline.png")
+        _draw_roofline(run, points, files[-1])
+    if requests := [entry for entry in run.entries if entry.info.get("percentiles")]:
+        files.append(folder / f"{run.name}-latency.png")
+        _draw_latency(run, sorted(requests, key=lambda e: e.axes.get("K", 0)), files[-1])
+    return files
+
+
+def _series(entries: list[Entry], axis: str) -> dict[str, list[Entry]]:
+    """Find the entries that differ in one axis only: series of two or more, by the other axes."""
+    found: dict[tuple, list[Entry]] = {}
+    for entry in entries:
+        if axis in entry.axes:
+            rest = tuple((name, v) for name, v in entry.axes.items() if name != axis)
+            found.setdefault(rest, []).append(entry)
+    found = {rest: some for rest, some in found.items() if len(some) > 1}
+    varying = {
+        name
+        for name, _ in itertools.chain(*found)
+        if len({dict(rest).get(name) for rest in found}) > 1
+    }
+    labels = {rest: ", ".join(f"{n} = {v}" for n, v in rest if n in varying) for rest in found}
+    return {
+        labels[rest]: sorted(some, key=lambda entry: entry.axes[axis])
+        for rest, some in found.items()
+    }
+
+
+def _colours(names: Iterable[str]) -> dict[str, str]:
+    spare = itertools.cycle(_SPARE)
+    return {name: _STYLES.get(name) or next(spare) for name in names}
+
+
+def _finish(figure, run: Run, path: Path) -> None:
+    import textwrap
+
+    width = int(15 * figure.get_size_inches()[0])
+    figure.supxlabel("\n".join(textwrap.wrap(run.about, width)), fontsize=7, color="#555555")
+    save_figure(figure, path)
+
+
+def _draw_speed_up(run: Run, group: str, series: dict[str, dict], path: Path) -> None:
+    figure, axes = new_figure(len(series), width=4.5)
+    for plot, (axis, lines) in zip(axes, series.items(), strict=True):
+        some = list(itertools.chain(*lines.values()))
+        colours = _colours(_others(some))
+        dashes = itertools.cycle(("-", "--", ":", "-."))
+        for (label, entries), dash in zip(lines.items(), dashes, strict=False):
+            for name, colour in colours.items():
+                known = [e for e in entries if name in e.medians]
+                x = [e.axes[axis] for e in known]
+                y = [e.medians[name] / e.ours for e in known]
+                title = ", ".join(filter(None, (name, label)))
+                plot.plot(x, y, dash, marker="o", markersize=4, color=colour, label=title)
+        plot.axhline(1.0, color="black", linewidth=0.8)
+        if axis in "BNC":
+            plot.set_xscale("log", base=2)
+        plot.set_xlabel(axis)
+        plot.grid(alpha=0.3)
+        plot.legend(fontsize="x-small")
+    axes[0].set_ylabel("times longer than lcr_fast")
+    figure.suptitle(group)
+    _finish(figure, run, path)
+
+
+def _draw_roofline(run: Run, entries: list[Entry], path: Path) -> None:
+    """Draw rates against FLOPs a byte, under the measured copy bandwidth and matmul rates."""
+    figure, (plot,) = new_figure(width=7.0)
+    points = []
+    for entry in entries:
+        flops, moved = entry.info["FLOPs"], entry.info["bytes"]
+        points.append((OURS, flops / moved, flops / entry.ours / 1e9))
+        if "eager" in entry.medians and "eager bytes" in entry.info:
+            rate = flops / entry.medians["eager"] / 1e9
+            points.append(("eager", flops / entry.info["eager bytes"], rate))
+    for name, colour in ((OURS, "#228833"), ("eager", _STYLES["eager"])):
+        mine = [(x, y) for n, x, y in points if n == name]
+        if mine:
+            plot.scatter(*zip(*mine, strict=True), s=16, color=colour, label=name)
+    bandwidth = run.ceilings.get("copy GB/s")
+    low, high = min(x for _, x, _ in points) / 4, max(x for _, x, _ in points) * 4
+    for key, rate in run.ceilings.items():
+        if key.startswith("matmul") and bandwidth:
+            ridge = rate / bandwidth
+            x = [min(low, ridge), ridge, max(high, ridge)]
+            plot.plot(x, [bandwidth * x[0], rate, rate], color="black", linewidth=1)
+            plot.annotate(key.removesuffix(" GFLOP/s"), (x[2], rate), ha="right", va="bottom")
+    plot.set_xscale("log")
+    plot.set_yscale("log")
+    plot.set_xlabel("FLOPs a byte that must be moved (by formula)")
+    plot.set_ylabel("GFLOP/s")
+    plot.set_title("Roofline")
+    plot.grid(alpha=0.3)
+    plot.legend()
+    _finish(figure, run, path)
+
+
+def _draw_latency(run: Run, entries: list[Entry], path: Path) -> None:
+    figure, (plot,) = new_figure(width=7.0)
+    names = [OURS, *_others(entries)]
+    colours = {OURS: "#228833"} | _colours(names[1:])
+    for name in names:
+        known = [e for e in entries if name in e.of_everyone("percentiles")]
+        x = [e.axes.get("K", 0) for e in known]
+        for percentile, line in (("50", "-"), ("99", ":")):
+            y = [e.of_everyone("percentiles")[name][percentile] * 1e3 for e in known]
+            plot.plot(
+                x, y, line, marker="o", markersize=4, color=colours[name],
+                label=f"{name}, p{percentile}",
+            )  # fmt: skip
+    plot.set_xlabel("reasoning steps K")
+    plot.set_ylabel("ms a request")
+    plot.set_yscale("log")
+    plot.xaxis.get_major_locator().set_params(integer=True)
+    plot.set_title("Latency of one request")
+    plot.grid(alpha=0.3)
+    plot.legend(fontsize="small")
+    _finish(figure, run, path)

@@ -1,0 +1,146 @@
+"""Reports of benchmark files: tables, ratios, percentiles, plots, and files that are none."""
+
+import json
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+
+from lcr_fast import cli
+from lcr_fast.experiments.bench_report import duration, ratio, read_run, report, size
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+
+
+def benchmark(group: str, median: float, others: dict[str, float], **info) -> dict:
+    return {
+        "group": group,
+        "name": "test_x",
+        "stats": {"median": median, "q1": 0.9 * median, "q3": 1.1 * median},
+        "extra_info": {"others": {name: {"median": t} for name, t in others.items()}, **info},
+    }
+
+
+def request(k: int, ours: float, eager: float) -> dict:
+    percentiles = {"": {"50": ours, "99": 2 * ours}, "eager": {"50": eager, "99": 3 * eager}}
+    return benchmark(
+        "one request", ours, {"eager": eager}, case=f"K = {k}", axes={"K": k, "B": 1},
+        percentiles=percentiles,
+    )  # fmt: skip
+
+
+RUN = {
+    "machine_info": {
+        "cpu": "some CPU", "cores": 2, "command": "pytest benchmarks --benchmark",
+        "ceilings": {"matmul fp32 GFLOP/s": 100.0, "copy GB/s": 10.0},
+    },
+    "datetime": "2026-01-02T03:04:05",
+    "benchmarks": [
+        benchmark(
+            "reasoning", 1e-3, {"eager": 2.5e-3, "torch.compile": 5e-4}, case="small",
+            axes={"B": 1, "dtype": "fp32"}, FLOPs=5e7, bytes=1e6, **{
+                "eager bytes": 1e7, "GFLOP/s": 50.0, "share of matmul rate": 0.5,
+                "peak bytes": {"": 2_000_000, "eager": 5_000_000}, "threads": 1,
+            },
+        ),
+        benchmark(
+            "reasoning", 8e-3, {"eager": 0.1}, case="large", axes={"B": 8, "dtype": "fp32"},
+            threads=1,
+        ),
+        request(5, 4e-3, 9e-3),
+        request(0, 2e-3, 3e-3),
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "some-run.json"
+    path.write_text(json.dumps(RUN))
+    return path
+
+
+def cells(text: str, first: str) -> list[list[str]]:
+    """Return the rows of all tables that begin with ``first``."""
+    lines = [
+        line.strip().strip("|").split("|") for line in text.splitlines() if line.startswith("|")
+    ]
+    rows = [[cell.strip() for cell in line] for line in lines]
+    return [row for row in rows if row[0] == first]
+
+
+def test_tables(file):
+    text = report(read_run(file))
+    assert text.startswith("cpu some CPU, cores 2; 2026-01-02; pytest benchmarks --benchmark.")
+    assert "**Reasoning**" in text
+    time, memory = cells(text, "small")
+    assert time == ["small", "1 ms [900 µs, 1.1 ms]", "2.5x", "0.5x", "50", "50%"]
+    assert memory == ["small", "2 MB", "2.5x"]
+    # What took no part, and what was not counted, leaves its cell empty.
+    assert cells(text, "large") == [["large", "8 ms [7.2 ms, 8.8 ms]", "12x", "", "", ""]]
+    # Columns that nothing fills are left out: all ran on one number of threads.
+    assert "threads" not in text
+    assert "share of copy bandwidth" not in text
+
+
+def test_percentiles_are_sorted_by_k_and_compared_with_the_first(file):
+    text = report(read_run(file)).split("Percentiles:")[1]
+    rows = cells(text, "K = 0") + cells(text, "K = 5")
+    assert rows == [
+        ["K = 0", "2 ms / 4 ms", "3 ms / 9 ms", "+0%"],
+        ["K = 5", "4 ms / 8 ms", "9 ms / 27 ms", "+100%"],
+    ]
+    assert text.index("K = 0") < text.index("K = 5")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [(duration(2), "2 s"), (duration(0.99999), "1 s"), (duration(1.5e-5), "15 µs"),
+     (duration(3e-9), "3 ns"), (size(12), "12 B"), (size(2.5e9), "2.5 GB"), (ratio(0.123), "0.12x"),
+     (ratio(12.4), "12x")],
+)  # fmt: skip
+def test_quantities(text, expected):
+    assert text == expected
+
+
+def test_the_command_prints_tables_and_draws_plots(file, tmp_path, capsys):
+    cli.main(["bench-report", str(file), "--plots", str(tmp_path / "plots")])
+    text = capsys.readouterr().out
+    assert report(read_run(file)) in text
+    names = {path.name for path in (tmp_path / "plots").iterdir()}
+    assert names == {
+        "some-run-speed-up-reasoning.png", "some-run-speed-up-one-request.png",
+        "some-run-roofline.png", "some-run-latency.png",
+    }  # fmt: skip
+    for name in names:
+        assert str(tmp_path / "plots" / name) in text
+        pixels = matplotlib.image.imread(tmp_path / "plots" / name)
+        assert pixels.min() < 0.5 < pixels.max()
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_committed_results(path, tmp_path, capsys):
+    cases = [entry["extra_info"]["case"] for entry in json.loads(path.read_text())["benchmarks"]]
+    cli.main(["bench-report", str(path), "--plots", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert all(case in text for case in cases)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [("{", "not valid JSON"), ("[1, 2]", "not a file of pytest-benchmark"),
+     ('{"machine_info": {}}', "not a file of pytest-benchmark"),
+     (json.dumps(RUN | {"benchmarks": [{"group": "x"}]}), "not a file of pytest-benchmark"),
+     (None, "No such file")],
+)  # fmt: skip
+def test_a_bad_file_ends_in_one_sentence(tmp_path, capsys, content, complaint):
+    path = tmp_path / "bad.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["bench-report", str(path)])
+    assert end.value.code == 2
+    text = capsys.readouterr().err
+    assert complaint in text
+    assert text.count("\n") == 1
+    assert str(path) in text
