@@ -6,6 +6,14 @@
 
 namespace lcr_fast {
 
+// The normals of one (row, trajectory, stream), [length, dim] with rows `out_row` floats apart.
+void normal_noise_rows(uint64_t seed, int64_t row, int64_t trajectory, int64_t stream,
+                       int64_t length, int64_t dim, float* out, int64_t out_row);
+
+// The mask of one (row, site), laid out likewise; `threshold` is the rate in units of 2^-16.
+void dropout_mask_rows(uint64_t seed, int64_t row, int64_t site, uint32_t threshold, int64_t length,
+                       int64_t dim, float* out, int64_t out_row);
+
 struct NoiseArgs {
   const int64_t* rows;  // [n_rows], the user row of each block of trajectories
   float* out;           // [n_rows, n_trajectories, length, dim]

@@ -5,7 +5,8 @@
 // definitions are in lcr_fast/ops/ranking.py, the oracle in lcr_fast/reference.py.
 #pragma once
 #include <cstdint>
-#include <functional>
+
+#include "parallel.h"
 
 namespace lcr_fast {
 
@@ -88,10 +89,7 @@ struct Faults {
   int64_t counts_row;
 };
 
-// CPU. The work is split by `parallel(n_tasks, task)`, which calls task(begin, end) over all of
-// 0..n_tasks-1, on any threads; the results do not depend on how it splits.
-using Task = std::function<void(int64_t begin, int64_t end)>;
-using Parallel = std::function<void(int64_t n_tasks, const Task& task)>;
+// CPU.
 Faults ranking_cpu(const RankingArgs& args, const Parallel& parallel);
 Faults catalogue_cpu(const CatalogueArgs& args, const Parallel& parallel);
 

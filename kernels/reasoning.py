@@ -711,7 +711,7 @@ def latent_reasoning_fwd(
     n_saved = steps - 1 if save_states else 0
     search_out = search.new_empty(B, N, search_size, D)
     rec_out = rec.new_empty(B, N, rec_size, D)
-    pooled = search.new_empty((B, N, steps, 2, 2, D) if target_keys.numel() else (0,))
+    pooled = search.new_empty((B, N, steps, 2, 2, D) if target_keys.ndim == 3 else (0,))
     saved_search = search.new_empty(n_saved, B, N, search_size, D)
     saved_rec = rec.new_empty(n_saved, B, N, rec_size, D)
     slot_s, slot_r = _slot(search_size), _slot(rec_size)

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 from unittest import mock
 
@@ -308,7 +308,7 @@ def split_weights(results: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     parts = {}
     for name, t in results.items():
-        if name.removeprefix("d") not in ReasoningWeights._fields:
+        if name.removeprefix("d") not in (*ReasoningWeights._fields, *EncoderWeights._fields):
             parts[name] = t
             continue
         for x, of_stream in zip(("search", "rec"), t.unbind(1), strict=True):
@@ -342,18 +342,21 @@ def _neighbour(call: Reasoning, generator: torch.Generator) -> Reasoning:
     return call._replace(inputs={name: move(t) for name, t in call.inputs.items()})
 
 
-def reasoning_baseline(call: Reasoning) -> Baseline:
+def reasoning_baseline(
+    call: Reasoning, run: Callable[[Reasoning, str], dict[str, Tensor]] = run_reasoning
+) -> Baseline:
     """Run the reference in float64, and three times in the call's dtype (:func:`every_op_rounded`).
 
     A deep computation amplifies its first rounding errors, by luck more or less; one eager run is
     a poor measure of that. So two more start from inputs that are one rounding error away.
+    ``run`` computes a call on a backend; with another one, the call may be of another op.
     """
-    dtype = call.inputs["search"].dtype
+    dtype = next(iter(call.inputs.values())).dtype
     generator = torch.Generator().manual_seed(0)
     calls = (call, _neighbour(call, generator), _neighbour(call, generator))
     with every_op_rounded() if dtype.itemsize < 4 else contextlib.nullcontext():
-        eager = [run_reasoning(near, "reference") for near in calls]
-    return Baseline(run_reasoning(call.to(torch.float64), "reference"), eager)
+        eager = [run(near, "reference") for near in calls]
+    return Baseline(run(call.to(torch.float64), "reference"), eager)
 
 
 #: What a fused backend may lose, as a multiple of the eager error. Calibrated: see

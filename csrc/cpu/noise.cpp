@@ -22,24 +22,27 @@ void box_muller(uint32_t a, uint32_t b, float* out) {
 
 }  // namespace
 
-void normal_noise_cpu(const NoiseArgs& args, int64_t begin, int64_t end) {
-  for (int64_t block = begin; block < end; ++block) {
-    const auto row = static_cast<uint32_t>(args.rows[block / args.n_trajectories]);
-    const auto trajectory = static_cast<uint32_t>(block % args.n_trajectories);
-    const uint32_t stream = 2 * trajectory + static_cast<uint32_t>(args.stream);
-    float* out = args.out + block * args.length * args.dim;
-    for (int64_t position = 0; position < args.length; ++position, out += args.dim) {
-      for (int64_t d = 0; d < args.dim; d += 4) {
-        const Words words =
-            philox({static_cast<uint32_t>(d / 4), static_cast<uint32_t>(position), stream, row},
-                   args.seed);
-        float quad[4];
-        box_muller(words[0], words[1], quad);
-        box_muller(words[2], words[3], quad + 2);
-        std::copy_n(quad, std::min<int64_t>(4, args.dim - d), out + d);
-      }
+void normal_noise_rows(uint64_t seed, int64_t row, int64_t trajectory, int64_t stream,
+                       int64_t length, int64_t dim, float* out, int64_t out_row) {
+  const auto source = static_cast<uint32_t>(2 * trajectory + stream);
+  for (int64_t position = 0; position < length; ++position, out += out_row) {
+    for (int64_t d = 0; d < dim; d += 4) {
+      const Words words = philox({static_cast<uint32_t>(d / 4), static_cast<uint32_t>(position),
+                                  source, static_cast<uint32_t>(row)},
+                                 seed);
+      float quad[4];
+      box_muller(words[0], words[1], quad);
+      box_muller(words[2], words[3], quad + 2);
+      std::copy_n(quad, std::min<int64_t>(4, dim - d), out + d);
     }
   }
+}
+
+void normal_noise_cpu(const NoiseArgs& args, int64_t begin, int64_t end) {
+  for (int64_t block = begin; block < end; ++block)
+    normal_noise_rows(args.seed, args.rows[block / args.n_trajectories],
+                      block % args.n_trajectories, args.stream, args.length, args.dim,
+                      args.out + block * args.length * args.dim, args.dim);
 }
 
 namespace {
@@ -79,31 +82,35 @@ __attribute__((target_clones("avx512f", "avx2", "default"))) void philox_lanes(
 
 }  // namespace
 
-void dropout_masks_cpu(const DropoutArgs& args, int64_t begin, int64_t end) {
+void dropout_mask_rows(uint64_t seed, int64_t row, int64_t site, uint32_t threshold, int64_t length,
+                       int64_t dim, float* out, int64_t out_row) {
   constexpr uint32_t kDropoutSites = uint32_t{1} << 31;
   constexpr int64_t kPerCall = 8 * kLanes;
-  const float kept = 65536.0f / static_cast<float>(65536 - args.threshold);
+  const float kept = 65536.0f / static_cast<float>(65536 - threshold);
   uint32_t words[4][kLanes];
   float block[kPerCall];
-  for (int64_t b = begin; b < end; ++b) {
-    const auto row = static_cast<uint32_t>(args.rows[b % args.n_rows]);
-    const auto site = kDropoutSites + static_cast<uint32_t>(args.first_site + b / args.n_rows);
-    float* out = args.out + b * args.length * args.dim;
-    for (int64_t position = 0; position < args.length; ++position, out += args.dim) {
-      for (int64_t d = 0; d < args.dim; d += kPerCall) {
-        philox_lanes(static_cast<uint32_t>(d / 8), static_cast<uint32_t>(position), site, row,
-                     args.seed, words);
-        for (int lane = 0; lane < kLanes; ++lane) {
-          for (int w = 0; w < 4; ++w) {
-            const uint32_t word = words[w][lane];
-            block[8 * lane + 2 * w] = (word & 0xFFFF) >= args.threshold ? kept : 0.0f;
-            block[8 * lane + 2 * w + 1] = (word >> 16) >= args.threshold ? kept : 0.0f;
-          }
+  for (int64_t position = 0; position < length; ++position, out += out_row) {
+    for (int64_t d = 0; d < dim; d += kPerCall) {
+      philox_lanes(static_cast<uint32_t>(d / 8), static_cast<uint32_t>(position),
+                   kDropoutSites + static_cast<uint32_t>(site), static_cast<uint32_t>(row), seed,
+                   words);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        for (int w = 0; w < 4; ++w) {
+          const uint32_t word = words[w][lane];
+          block[8 * lane + 2 * w] = (word & 0xFFFF) >= threshold ? kept : 0.0f;
+          block[8 * lane + 2 * w + 1] = (word >> 16) >= threshold ? kept : 0.0f;
         }
-        std::copy_n(block, std::min<int64_t>(kPerCall, args.dim - d), out + d);
       }
+      std::copy_n(block, std::min<int64_t>(kPerCall, dim - d), out + d);
     }
   }
+}
+
+void dropout_masks_cpu(const DropoutArgs& args, int64_t begin, int64_t end) {
+  for (int64_t b = begin; b < end; ++b)
+    dropout_mask_rows(args.seed, args.rows[b % args.n_rows], args.first_site + b / args.n_rows,
+                      args.threshold, args.length, args.dim, args.out + b * args.length * args.dim,
+                      args.dim);
 }
 
 }  // namespace lcr_fast

@@ -1,7 +1,6 @@
 // Row-wise parts of a Transformer: softmax and LayerNorm, forward and backward.
 //
-// A matrix of width n has rows `row` floats apart, row >= round_up(n, kLanes); where a function
-// says so, the columns behind n must be 0, and are 0 in what it writes.
+// A matrix of width n has rows `row` floats apart, row >= round_up(n, kLanes).
 #pragma once
 #include "simd.h"
 
@@ -35,16 +34,20 @@ constexpr float kNormEps = 1e-5f;
   }
 }
 
-// Backward of softmax_rows: turn dp = d loss / d p into d loss / d x, in place. Columns behind n:
-// those of p must be 0, those of dp finite; the results are 0.
+// Backward of softmax_rows: turn dp = d loss / d p into d loss / d x, in place. Columns behind n
+// become 0; those of dp are not used.
 [[maybe_unused]] LCR_TARGET void softmax_rows_bwd(const float* p, float* dp, int64_t row, int64_t m,
                                                   int64_t n, float scale) {
+  const int64_t tail = (n - 1) / kLanes * kLanes;
+  const IntVec live = first_lanes(n - tail);
   for (int64_t i = 0; i < m; ++i, p += row, dp += row) {
-    Vec dot = {};
-    for (int64_t j = 0; j < n; j += kLanes) dot += load(p + j) * load(dp + j);
+    const Vec end = select(live, load(dp + tail), Vec{});
+    Vec dot = load(p + tail) * end;
+    for (int64_t j = 0; j < tail; j += kLanes) dot += load(p + j) * load(dp + j);
     const float mean = sum_lanes(dot);
-    for (int64_t j = 0; j < n; j += kLanes)
+    for (int64_t j = 0; j < tail; j += kLanes)
       store(dp + j, load(p + j) * (load(dp + j) - mean) * scale);
+    store(dp + tail, load(p + tail) * (end - mean) * scale);
   }
 }
 
@@ -61,7 +64,7 @@ struct NormRows {
   int64_t row = 0;                // of all matrices
 };
 
-// Columns behind n of x and update must be 0; those of out are 0.
+// Columns behind n are not used, and are 0 in out.
 [[maybe_unused]] LCR_TARGET void add_norm_rows(const NormRows& args, int64_t m, int64_t n) {
   const int64_t tail = (n - 1) / kLanes * kLanes;
   const IntVec live = first_lanes(n - tail);
@@ -75,6 +78,7 @@ struct NormRows {
         const Vec update = load(args.update + at + j);
         v += args.mask != nullptr ? update * load(args.mask + at + j) : update;
       }
+      if (j == tail) v = select(live, v, Vec{});
       sum += v;
       store(out + j, v);
     }
@@ -97,8 +101,8 @@ struct NormRows {
 }
 
 // Backward of the normalisation: from dy [m, n] the gradient of the sum x + update * mask, into
-// dsum (may be dy), and of weight and bias, added to dweight and dbias. Columns behind n of dy and
-// of weight must be 0; those of dsum are 0.
+// dsum (may be dy), and of weight and bias, added to dweight and dbias [round_up(n, kLanes)].
+// Columns behind n of dy are not used; there, dsum, dweight and dbias stay or become 0.
 [[maybe_unused]] LCR_TARGET void norm_rows_bwd(const float* dy, const float* normal,
                                                const float* scale, const float* weight, int64_t row,
                                                int64_t m, int64_t n, float* dsum, float* dweight,
@@ -106,16 +110,26 @@ struct NormRows {
   const int64_t tail = (n - 1) / kLanes * kLanes;
   const IntVec live = first_lanes(n - tail);
   const float share = 1.0f / static_cast<float>(n);
+  // Sums over the rows of this call first, so that a long sum is one of partial sums.
+  for (int64_t j = 0; j < n; j += kLanes) {
+    Vec slope = {}, offset = {};
+    for (int64_t i = 0; i < m; ++i) {
+      const Vec g = load(dy + i * row + j);
+      slope += g * load(normal + i * row + j);
+      offset += g;
+    }
+    if (j == tail) slope = select(live, slope, Vec{}), offset = select(live, offset, Vec{});
+    store(dweight + j, load(dweight + j) + slope);
+    store(dbias + j, load(dbias + j) + offset);
+  }
   for (int64_t i = 0; i < m; ++i) {
     const int64_t at = i * row;
     Vec sum = {}, dot = {};
     for (int64_t j = 0; j < n; j += kLanes) {
-      const Vec g = load(dy + at + j), x = load(normal + at + j);
-      store(dweight + j, load(dweight + j) + g * x);
-      store(dbias + j, load(dbias + j) + g);
-      const Vec h = g * load(weight + j);
+      Vec h = load(dy + at + j) * load(weight + j);
+      if (j == tail) h = select(live, h, Vec{});
       sum += h;
-      dot += h * x;
+      dot += h * load(normal + at + j);
     }
     const float mean = sum_lanes(sum) * share, slope = sum_lanes(dot) * share;
     for (int64_t j = 0; j < n; j += kLanes) {

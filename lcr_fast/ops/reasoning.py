@@ -3,7 +3,8 @@
 Reasoning has three implementations: the reference; ``triton`` on CUDA tensors (and on CPU tensors
 under Triton's interpreter, if asked for); ``cpp`` on CPU tensors. The fused two serve the defaults
 of the model and ``share_steps``, ``step_ffn``; their own limits on sizes and dtypes are in
-:func:`reasoning_backends`. What they do not serve runs on the reference.
+:func:`reasoning_backends`. What they do not serve runs on the reference. The encoders have the
+reference and ``cpp``.
 """
 
 import os
@@ -70,30 +71,30 @@ def _triton_obstacle(case: ReasoningCase) -> str | None:
     )  # fmt: skip
 
 
-def _cpp_obstacle(case: ReasoningCase) -> str | None:
-    if case.device != "cpu":
+def _cpp_obstacle(device: str, dtype: torch.dtype) -> str | None:
+    if device != "cpu":
         return "it needs CPU tensors"
     if (error := extension_obstacle()) is not None:
         return error
     if not _HAS_CPP:
         return "the C++ extension was built without it"
-    if case.dtype != torch.float32:
-        return f"it computes float32, not {case.dtype}"
-    return _switch_obstacle(case)
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it serves float32 and halves, not {dtype}"
+    return None
 
 
 def reasoning_backends(case: ReasoningCase) -> dict[str, str | None]:
     """List the implementations of :func:`latent_reasoning`, each with None or what prevents it."""
-    fused = {"cpp": _cpp_obstacle(case)} if case.device == "cpu" else {}
-    obstacles = {**fused, "triton": _triton_obstacle(case)}
+    cpp = _cpp_obstacle(case.device, case.dtype) or _switch_obstacle(case)
+    triton = _triton_obstacle(case)
     if case.device == "cpu":  # the interpreter is for tests: never chosen by itself
-        return {"cpp": obstacles["cpp"], "reference": None, "triton": obstacles["triton"]}
-    return {"triton": obstacles["triton"], "reference": None, "cpp": _cpp_obstacle(case)}
+        return {"cpp": cpp, "reference": None, "triton": triton}
+    return {"triton": triton, "reference": None, "cpp": cpp}
 
 
 def encode_backends(device: str, dtype: torch.dtype) -> dict[str, str | None]:
     """List the implementations of :func:`encode`, each with None or what prevents it."""
-    return {"reference": None}
+    return {"cpp": _cpp_obstacle(device, dtype), "reference": None}
 
 
 def expected_backend(device: str, dtype: torch.dtype) -> str | None:
@@ -128,7 +129,7 @@ def _fwd_fake(
 ):  # fmt: skip
     B, n_search, D = search.shape
     n_rec, N, n_saved = rec.shape[1], n_trajectories, steps - 1 if save_states else 0
-    pooled = (B, N, steps, 2, 2, D) if target_keys.numel() else (0,)
+    pooled = (B, N, steps, 2, 2, D) if target_keys.ndim == 3 else (0,)
     return (
         search.new_empty(B, N, n_search, D),
         rec.new_empty(B, N, n_rec, D),
@@ -144,6 +145,14 @@ def _bwd_fake(
 ):  # fmt: skip
     inputs = (torch.empty_like(t) for t in (search, rec, target_keys))
     return (*inputs, [torch.empty_like(w) for w in weights])
+
+
+def _encode_fwd_fake(x, *_):
+    return torch.empty_like(x)
+
+
+def _encode_bwd_fake(dout, x, lengths, rows, weights, *_):
+    return torch.empty_like(x), [torch.empty_like(w) for w in weights]
 
 
 def _triton_fwd(*args):
@@ -171,6 +180,9 @@ for _prefix in ("triton", "cpu"):
     if _prefix == "triton" or _HAS_CPP:
         torch.library.register_fake(f"lcr_fast::{_prefix}_latent_reasoning_fwd", _fwd_fake)
         torch.library.register_fake(f"lcr_fast::{_prefix}_latent_reasoning_bwd", _bwd_fake)
+if _HAS_CPP:
+    torch.library.register_fake("lcr_fast::cpu_encode_fwd", _encode_fwd_fake)
+    torch.library.register_fake("lcr_fast::cpu_encode_bwd", _encode_bwd_fake)
 
 _OPS = {"triton": "triton_latent_reasoning", "cpp": "cpu_latent_reasoning"}
 
@@ -239,6 +251,44 @@ def _fused(
     return out_search, out_rec, None if target_keys is None else pooled
 
 
+class _Encode(torch.autograd.Function):
+    """Saves the inputs; the layers are recomputed."""
+
+    @staticmethod
+    def forward(ctx, scalars, x, lengths, rows, *weights):
+        ctx.scalars = scalars
+        ctx.save_for_backward(x, lengths, rows, *weights)
+        return torch.ops.lcr_fast.cpu_encode_fwd(x, lengths, rows, list(weights), *scalars)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        x, lengths, rows, *weights = ctx.saved_tensors
+        dx, dweights = torch.ops.lcr_fast.cpu_encode_bwd(
+            dout.contiguous(), x, lengths, rows, weights, *ctx.scalars
+        )
+        return None, dx, None, None, *dweights
+
+
+def _encode_cpp(
+    x: Tensor,  # [B, L, D]
+    lengths: Tensor,  # [B]
+    weights: EncoderWeights,
+    stream: int,
+    n_heads: int,
+    dropout: Dropout | None,
+) -> Tensor:
+    if dropout is None:
+        rows, threshold, seed = lengths.new_empty(0), 0, 0
+    else:
+        rows, threshold, seed = dropout.rows, dropout_threshold(dropout.rate), dropout.seed
+    scalars = (stream, n_heads, threshold, seed)
+    inputs = [t.contiguous() for t in (x, lengths, rows, *weights)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        return _Encode.apply(scalars, *inputs)
+    return torch.ops.lcr_fast.cpu_encode_fwd(*inputs[:3], inputs[3:], *scalars)
+
+
 # -- public functions -----------------------------------------------------------------------------
 
 
@@ -281,14 +331,23 @@ def encode(
     dropout: Dropout | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Encode one stream: see :func:`lcr_fast.reference.encode`. [B, L, D] -> [B, L, D]."""
+    """Encode one stream: see :func:`lcr_fast.reference.encode`. [..., L, D] -> [..., L, D].
+
+    ``lengths`` [...], or what broadcasts to it. ``dropout`` acts on every sublayer's output, on
+    states [B, L, D]; None means none.
+    Raises ValueError on other shapes or dtypes, and where ``backend`` cannot serve the call.
+    """
     dim = weights.qkv_weight.shape[-1]
     _check_stream("x", x, lengths, dim)
     _check_heads(dim, n_heads)
-    choose_backend("encode", backend, encode_backends(x.device.type, x.dtype))
-    masks = None
     if dropout is not None:
         dropout.check(x)
+    available = encode_backends(x.device.type, x.dtype)
+    if choose_backend("encode", backend, available) == "cpp":
+        flat, n_events = x.flatten(0, -3), lengths.expand(x.shape[:-2]).flatten()
+        return _encode_cpp(flat, n_events, weights, stream, n_heads, dropout).view(x.shape)
+    masks = None
+    if dropout is not None:
         n_layers = weights.qkv_weight.shape[0]
         masks = dropout.draw(ENCODER_SITES + stream * STREAM_SITES, 2 * n_layers, *x.shape[-2:])
     return reference.encode(x, lengths, weights, stream, n_heads=n_heads, masks=masks)

@@ -1,0 +1,11 @@
+#if defined(__x86_64__)
+#define LCR_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
+#define LCR_BYTES 64
+#include "reasoning_kernels.h"
+
+namespace lcr_fast {
+
+constexpr ReasoningKernels kReasoningAvx512 = kReasoningTable;
+
+}  // namespace lcr_fast
+#endif

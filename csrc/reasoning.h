@@ -1,0 +1,96 @@
+// Transformer encoders and latent cross reasoning on CPU; torch-free.
+//
+// The definitions are in lcr_fast/reference.py. Only the valid rows of a user are read or computed;
+// results behind them are 0. All arithmetic is float32, whatever the states are stored in.
+#pragma once
+#include <cstdint>
+
+#include "parallel.h"
+
+namespace lcr_fast {
+
+enum class FloatType { kFloat32, kFloat16, kBFloat16 };
+
+// One weight tensor as it is stored: [n_sets, 2, ...].
+struct WeightArg {
+  const void* data;
+  FloatType type;
+};
+
+struct TransformerShape {
+  int64_t dim;
+  int64_t n_heads;
+  int64_t ffn_dim;  // 0: no FFN
+  int64_t n_sets;   // layers of an encoder, sets of step weights of reasoning
+};
+
+struct DropoutKey {
+  uint32_t threshold;  // 0: no dropout
+  uint64_t seed;
+};
+
+constexpr int kReasoningWeights = 14;
+
+struct ReasoningArgs {
+  TransformerShape shape;
+  FloatType type;  // of every state
+  int64_t n_users;
+  int64_t n_trajectories;
+  int64_t n_steps;
+  int64_t length[2];
+  const void* states[2];      // [B, L, D] search, recommendation
+  const int64_t* lengths[2];  // [B] in 0..L
+  const int64_t* rows;        // [B], read for noise and dropout only
+  const void* keys;           // [B, 2, D], or null: nothing is pooled
+  float noise_scale;          // 0: no noise
+  uint64_t noise_seed;
+  DropoutKey dropout;
+};
+
+struct ReasoningResults {
+  void* states[2];  // [B, N, L, D]
+  void* pooled;     // [B, N, K, 2, 2, D], or null
+  void* saved[2];   // [K - 1, B, N, L, D] the inputs of the later steps, or null
+};
+
+void reasoning_forward(const ReasoningArgs& args, const WeightArg* weights,
+                       const ReasoningResults& results, int64_t n_threads,
+                       const Parallel& parallel);
+
+struct ReasoningGradients {
+  const void* dstates[2];  // [B, N, L, D]
+  const void* dpooled;     // [B, N, K, 2, 2, D], or null
+  const void* saved[2];    // [K - 1, B, N, L, D]
+  void* dinput[2];         // [B, L, D]
+  void* dkeys;             // [B, 2, D], or null
+  void* dweights[kReasoningWeights];
+};
+
+// Gradients are summed per group of users, in an order that depends on the batch alone: the same
+// bits for any number of threads.
+void reasoning_backward(const ReasoningArgs& args, const WeightArg* weights,
+                        const ReasoningGradients& gradients, const Parallel& parallel);
+
+// The encoder of one stream.
+constexpr int kEncoderWeights = 10;
+
+struct EncoderArgs {
+  TransformerShape shape;
+  FloatType type;
+  int64_t stream;
+  int64_t n_users;
+  int64_t length;
+  const void* x;           // [B, L, D]
+  const int64_t* lengths;  // [B] in 0..L
+  const int64_t* rows;     // [B], read for dropout only
+  DropoutKey dropout;
+};
+
+void encoder_forward(const EncoderArgs& args, const WeightArg* weights, void* out,
+                     const Parallel& parallel);
+
+// `dweights` [n_layers, 2, ...]: those of the other stream become 0.
+void encoder_backward(const EncoderArgs& args, const WeightArg* weights, const void* dout, void* dx,
+                      void* const* dweights, const Parallel& parallel);
+
+}  // namespace lcr_fast

@@ -1,0 +1,323 @@
+// Schemas, checks and dispatch of the CPU reasoning ops, on the LibTorch stable ABI only.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <initializer_list>
+#include <tuple>
+#include <vector>
+
+#include "cpu_level.h"
+#include "reasoning.h"
+
+namespace lcr_fast {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using Sizes = std::initializer_list<int64_t>;
+
+void parallel(int64_t n_tasks, const Task& task) {
+  torch::stable::parallel_for(0, n_tasks, 1, task);
+}
+
+FloatType float_type(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return FloatType::kFloat32;
+    case ScalarType::Half:
+      return FloatType::kFloat16;
+    case ScalarType::BFloat16:
+      return FloatType::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
+  }
+}
+
+bool has_sizes(const Tensor& t, Sizes sizes) {
+  if (t.dim() != static_cast<int64_t>(sizes.size())) return false;
+  int64_t axis = 0;
+  for (int64_t size : sizes)
+    if (t.size(axis++) != size) return false;
+  return true;
+}
+
+// The data of a contiguous tensor of these sizes and the states' dtype.
+const void* states_data(const Tensor& t, const char* name, ScalarType dtype, Sizes sizes) {
+  STD_TORCH_CHECK(has_sizes(t, sizes) && t.scalar_type() == dtype && t.is_contiguous(), name,
+                  " must be contiguous, of the states' dtype and of the size that the other "
+                  "arguments give it");
+  return t.const_data_ptr();
+}
+
+const void* optional_data(const Tensor& t, const char* name, ScalarType dtype, Sizes sizes) {
+  return t.numel() == 0 ? nullptr : states_data(t, name, dtype, sizes);
+}
+
+// Lengths as int64, each in 0..length.
+std::vector<int64_t> lengths_of(const Tensor& t, const char* name, int64_t n_users,
+                                int64_t length) {
+  const bool wide = t.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(
+      has_sizes(t, {n_users}) && t.is_contiguous() && (wide || t.scalar_type() == ScalarType::Int),
+      name, " must be contiguous int64 or int32, one a user");
+  std::vector<int64_t> lengths(n_users);
+  for (int64_t b = 0; b < n_users; ++b) {
+    lengths[b] = wide ? t.const_data_ptr<int64_t>()[b] : t.const_data_ptr<int32_t>()[b];
+    STD_TORCH_CHECK(lengths[b] >= 0 && lengths[b] <= length, name, "[", b, "] is ", lengths[b],
+                    ", expected 0 to ", length);
+  }
+  return lengths;
+}
+
+const int64_t* rows_of(const Tensor& t, int64_t n_users, bool read) {
+  if (!read) return nullptr;
+  STD_TORCH_CHECK(
+      has_sizes(t, {n_users}) && t.scalar_type() == ScalarType::Long && t.is_contiguous(),
+      "rows must be contiguous int64, one a user");
+  return t.const_data_ptr<int64_t>();
+}
+
+DropoutKey dropout_key(int64_t threshold, int64_t seed) {
+  STD_TORCH_CHECK(threshold >= 0 && threshold < 65536,
+                  "dropout_threshold must be in 0..65535, got ", threshold);
+  return {static_cast<uint32_t>(threshold), static_cast<uint64_t>(seed)};
+}
+
+// The shape that the weights give, and where they are; `n_attentions` a set.
+TransformerShape weights_shape(const Tensors& weights, size_t n_attentions, int64_t n_heads,
+                               ScalarType dtype, std::vector<WeightArg>& args) {
+  const size_t ffn = 4 * n_attentions, norm = ffn + 4;
+  STD_TORCH_CHECK(weights.size() == norm + 2, "expected ", norm + 2, " weights, got ",
+                  weights.size());
+  const Tensor& qkv = weights[0];
+  STD_TORCH_CHECK(qkv.dim() == 4 && weights[ffn].dim() == 4,
+                  "weights of linear layers must be [P, 2, out, in]");
+  const TransformerShape shape{qkv.size(3), n_heads, weights[ffn].size(2), qkv.size(0)};
+  const int64_t P = shape.n_sets, D = shape.dim, F = shape.ffn_dim;
+  STD_TORCH_CHECK(D > 0 && n_heads > 0 && D % n_heads == 0, "n_heads must divide the width ", D,
+                  ", got ", n_heads);
+  bool fit = true;
+  for (size_t i = 0; i < ffn; i += 4)
+    fit = fit && has_sizes(weights[i], {P, 2, 3 * D, D}) &&
+          has_sizes(weights[i + 1], {P, 2, 3 * D}) && has_sizes(weights[i + 2], {P, 2, D, D}) &&
+          has_sizes(weights[i + 3], {P, 2, D});
+  const auto n_norms = static_cast<int64_t>(n_attentions) + 1;
+  fit = fit && has_sizes(weights[ffn], {P, 2, F, D}) && has_sizes(weights[ffn + 1], {P, 2, F}) &&
+        has_sizes(weights[ffn + 2], {P, 2, D, F}) && has_sizes(weights[ffn + 3], {P, 2, D}) &&
+        has_sizes(weights[norm], {P, 2, n_norms, D}) &&
+        has_sizes(weights[norm + 1], {P, 2, n_norms, D});
+  STD_TORCH_CHECK(fit, "the weights must have the sizes of lcr_fast.weights for width ", D,
+                  " and FFN width ", F);
+  for (const Tensor& w : weights) {
+    STD_TORCH_CHECK(
+        w.is_contiguous() && (w.scalar_type() == ScalarType::Float || w.scalar_type() == dtype),
+        "weights must be contiguous, in float32 or the states' dtype");
+    args.push_back({w.const_data_ptr(), float_type(w, "weights")});
+  }
+  return shape;
+}
+
+void check_cpu_level() {
+  STD_TORCH_CHECK(cpu_level() != -1, "LCR_FAST_CPU must be baseline, avx2 or avx512");
+  STD_TORCH_CHECK(cpu_level() != -2, "LCR_FAST_CPU names instructions that this CPU does not have");
+}
+
+// The arguments that both passes of reasoning share, checked, with what they point to.
+struct ReasoningCall {
+  ReasoningCall(const Tensor& search, const Tensor& rec, const Tensor& search_lengths,
+                const Tensor& rec_lengths, const Tensor& rows, const Tensor& target_keys,
+                const Tensors& weight_tensors, int64_t steps, int64_t n_heads,
+                int64_t n_trajectories, double noise_scale, int64_t noise_seed,
+                int64_t dropout_threshold, int64_t dropout_seed)
+      : dtype(search.scalar_type()) {
+    check_cpu_level();
+    args.type = float_type(search, "search");
+    args.shape = weights_shape(weight_tensors, 2, n_heads, dtype, weights);
+    STD_TORCH_CHECK(search.dim() == 3 && rec.dim() == 3, "search and rec must be [B, L, D]");
+    const int64_t B = search.size(0), D = args.shape.dim;
+    args.n_users = B;
+    args.length[0] = search.size(1);
+    args.length[1] = rec.size(1);
+    args.states[0] = states_data(search, "search", dtype, {B, args.length[0], D});
+    args.states[1] = states_data(rec, "rec", dtype, {B, args.length[1], D});
+    lengths[0] = lengths_of(search_lengths, "search_lengths", B, args.length[0]);
+    lengths[1] = lengths_of(rec_lengths, "rec_lengths", B, args.length[1]);
+    for (int x = 0; x < 2; ++x) args.lengths[x] = lengths[x].data();
+    STD_TORCH_CHECK(steps >= 1 && (args.shape.n_sets == 1 || args.shape.n_sets >= steps),
+                    "steps must be at least 1, and at most the sets of weights, got ", steps);
+    args.n_steps = steps;
+    STD_TORCH_CHECK(n_trajectories >= 1, "n_trajectories must be at least 1, got ", n_trajectories);
+    STD_TORCH_CHECK(n_trajectories == 1 || dropout_threshold == 0,
+                    "dropout needs n_trajectories = 1, got ", n_trajectories);
+    args.n_trajectories = n_trajectories;
+    args.noise_scale = static_cast<float>(noise_scale);
+    args.noise_seed = static_cast<uint64_t>(noise_seed);
+    args.dropout = dropout_key(dropout_threshold, dropout_seed);
+    args.rows = rows_of(rows, B, noise_scale != 0.0 || dropout_threshold > 0);
+    pooled = target_keys.dim() == 3;
+    args.keys = optional_data(target_keys, "target_keys", dtype, {B, 2, D});
+  }
+
+  ScalarType dtype;
+  std::vector<WeightArg> weights;
+  std::vector<int64_t> lengths[2];
+  bool pooled;  // of no users, too
+  ReasoningArgs args{};
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_latent_reasoning_fwd(
+    const Tensor& search, const Tensor& rec, const Tensor& search_lengths,
+    const Tensor& rec_lengths, const Tensor& rows, const Tensor& target_keys, Tensors weights,
+    int64_t steps, int64_t n_heads, int64_t n_trajectories, double noise_scale, int64_t noise_seed,
+    int64_t dropout_threshold, int64_t dropout_seed, bool save_states) {
+  const ReasoningCall call(search, rec, search_lengths, rec_lengths, rows, target_keys, weights,
+                           steps, n_heads, n_trajectories, noise_scale, noise_seed,
+                           dropout_threshold, dropout_seed);
+  const ReasoningArgs& args = call.args;
+  const int64_t B = args.n_users, N = n_trajectories, D = args.shape.dim;
+  const int64_t n_saved = save_states ? steps - 1 : 0;
+  ReasoningResults results{};
+  const auto create = [&](std::vector<int64_t> sizes, void*& data) {
+    Tensor t = torch::stable::new_empty(search, sizes, call.dtype);
+    data = t.numel() == 0 ? nullptr : t.mutable_data_ptr();
+    return t;
+  };
+  Tensor out_search = create({B, N, args.length[0], D}, results.states[0]);
+  Tensor out_rec = create({B, N, args.length[1], D}, results.states[1]);
+  std::vector<int64_t> pooled_sizes{B, N, steps, 2, 2, D};
+  if (!call.pooled) pooled_sizes = {0};
+  Tensor pooled = create(pooled_sizes, results.pooled);
+  Tensor saved_search = create({n_saved, B, N, args.length[0], D}, results.saved[0]);
+  Tensor saved_rec = create({n_saved, B, N, args.length[1], D}, results.saved[1]);
+  reasoning_forward(args, call.weights.data(), results, torch::stable::get_num_threads(), parallel);
+  return {out_search, out_rec, pooled, saved_search, saved_rec};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensors> cpu_latent_reasoning_bwd(
+    const Tensor& dsearch_out, const Tensor& drec_out, const Tensor& dpooled, const Tensor& search,
+    const Tensor& rec, const Tensor& search_lengths, const Tensor& rec_lengths, const Tensor& rows,
+    const Tensor& target_keys, Tensors weights, int64_t steps, int64_t n_heads,
+    int64_t n_trajectories, double noise_scale, int64_t noise_seed, int64_t dropout_threshold,
+    int64_t dropout_seed, const Tensor& saved_search, const Tensor& saved_rec) {
+  const ReasoningCall call(search, rec, search_lengths, rec_lengths, rows, target_keys, weights,
+                           steps, n_heads, n_trajectories, noise_scale, noise_seed,
+                           dropout_threshold, dropout_seed);
+  const ReasoningArgs& args = call.args;
+  const int64_t B = args.n_users, N = n_trajectories, D = args.shape.dim;
+  const int64_t n_search = args.length[0], n_rec = args.length[1];
+  ReasoningGradients g{};
+  g.dstates[0] = states_data(dsearch_out, "dsearch_out", call.dtype, {B, N, n_search, D});
+  g.dstates[1] = states_data(drec_out, "drec_out", call.dtype, {B, N, n_rec, D});
+  g.dpooled = optional_data(dpooled, "dpooled", call.dtype, {B, N, steps, 2, 2, D});
+  g.saved[0] =
+      states_data(saved_search, "saved_search", call.dtype, {steps - 1, B, N, n_search, D});
+  g.saved[1] = states_data(saved_rec, "saved_rec", call.dtype, {steps - 1, B, N, n_rec, D});
+  Tensor dsearch = torch::stable::empty_like(search), drec = torch::stable::empty_like(rec);
+  Tensor dkeys = torch::stable::empty_like(target_keys);
+  g.dinput[0] = dsearch.mutable_data_ptr();
+  g.dinput[1] = drec.mutable_data_ptr();
+  g.dkeys = args.keys == nullptr ? nullptr : dkeys.mutable_data_ptr();
+  Tensors dweights;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    // Sets of weights beyond the steps, and a norm without an FFN, have no part in the result.
+    dweights.push_back(torch::stable::new_zeros(
+        weights[i], {weights[i].sizes().begin(), weights[i].sizes().end()}));
+    g.dweights[i] = dweights[i].mutable_data_ptr();
+  }
+  reasoning_backward(args, call.weights.data(), g, parallel);
+  return {dsearch, drec, dkeys, dweights};
+}
+
+// -- encoder --------------------------------------------------------------------------------------
+
+struct EncoderCall {
+  EncoderCall(const Tensor& x, const Tensor& x_lengths, const Tensor& rows,
+              const Tensors& weight_tensors, int64_t stream, int64_t n_heads,
+              int64_t dropout_threshold, int64_t dropout_seed)
+      : dtype(x.scalar_type()) {
+    check_cpu_level();
+    args.type = float_type(x, "x");
+    args.shape = weights_shape(weight_tensors, 1, n_heads, dtype, weights);
+    STD_TORCH_CHECK(args.shape.ffn_dim > 0, "the encoder's FFN must have a width");
+    STD_TORCH_CHECK(stream == 0 || stream == 1, "stream must be 0 or 1, got ", stream);
+    STD_TORCH_CHECK(x.dim() == 3, "x must be [B, L, D]");
+    args.stream = stream;
+    args.n_users = x.size(0);
+    args.length = x.size(1);
+    args.x = states_data(x, "x", dtype, {args.n_users, args.length, args.shape.dim});
+    lengths = lengths_of(x_lengths, "lengths", args.n_users, args.length);
+    args.lengths = lengths.data();
+    args.dropout = dropout_key(dropout_threshold, dropout_seed);
+    args.rows = rows_of(rows, args.n_users, dropout_threshold > 0);
+  }
+
+  ScalarType dtype;
+  std::vector<WeightArg> weights;
+  std::vector<int64_t> lengths;
+  EncoderArgs args{};
+};
+
+Tensor cpu_encode_fwd(const Tensor& x, const Tensor& lengths, const Tensor& rows, Tensors weights,
+                      int64_t stream, int64_t n_heads, int64_t dropout_threshold,
+                      int64_t dropout_seed) {
+  const EncoderCall call(x, lengths, rows, weights, stream, n_heads, dropout_threshold,
+                         dropout_seed);
+  Tensor out = torch::stable::empty_like(x);
+  encoder_forward(call.args, call.weights.data(), out.mutable_data_ptr(), parallel);
+  return out;
+}
+
+std::tuple<Tensor, Tensors> cpu_encode_bwd(const Tensor& dout, const Tensor& x,
+                                           const Tensor& lengths, const Tensor& rows,
+                                           Tensors weights, int64_t stream, int64_t n_heads,
+                                           int64_t dropout_threshold, int64_t dropout_seed) {
+  const EncoderCall call(x, lengths, rows, weights, stream, n_heads, dropout_threshold,
+                         dropout_seed);
+  const EncoderArgs& args = call.args;
+  const void* dout_data =
+      states_data(dout, "dout", call.dtype, {args.n_users, args.length, args.shape.dim});
+  Tensor dx = torch::stable::empty_like(x);
+  Tensors dweights;
+  void* data[kEncoderWeights];
+  for (size_t i = 0; i < weights.size(); ++i) {
+    dweights.push_back(torch::stable::new_zeros(
+        weights[i], {weights[i].sizes().begin(), weights[i].sizes().end()}));
+    data[i] = dweights[i].mutable_data_ptr();
+  }
+  encoder_backward(args, call.weights.data(), dout_data, dx.mutable_data_ptr(), data, parallel);
+  return {dx, dweights};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lcr_fast, m) {
+  m.def(
+      "cpu_latent_reasoning_fwd(Tensor search, Tensor rec, Tensor search_lengths,"
+      " Tensor rec_lengths, Tensor rows, Tensor target_keys, Tensor[] weights, int steps,"
+      " int n_heads, int n_trajectories, float noise_scale, int noise_seed, int dropout_threshold,"
+      " int dropout_seed, bool save_states)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "cpu_latent_reasoning_bwd(Tensor dsearch_out, Tensor drec_out, Tensor dpooled,"
+      " Tensor search, Tensor rec, Tensor search_lengths, Tensor rec_lengths, Tensor rows,"
+      " Tensor target_keys, Tensor[] weights, int steps, int n_heads, int n_trajectories,"
+      " float noise_scale, int noise_seed, int dropout_threshold, int dropout_seed,"
+      " Tensor saved_search, Tensor saved_rec) -> (Tensor, Tensor, Tensor, Tensor[])");
+  m.def(
+      "cpu_encode_fwd(Tensor x, Tensor lengths, Tensor rows, Tensor[] weights, int stream,"
+      " int n_heads, int dropout_threshold, int dropout_seed) -> Tensor");
+  m.def(
+      "cpu_encode_bwd(Tensor dout, Tensor x, Tensor lengths, Tensor rows, Tensor[] weights,"
+      " int stream, int n_heads, int dropout_threshold, int dropout_seed) -> (Tensor, Tensor[])");
+}
+STABLE_TORCH_LIBRARY_IMPL(lcr_fast, CPU, m) {
+  m.impl("cpu_latent_reasoning_fwd", TORCH_BOX(&cpu_latent_reasoning_fwd));
+  m.impl("cpu_latent_reasoning_bwd", TORCH_BOX(&cpu_latent_reasoning_bwd));
+  m.impl("cpu_encode_fwd", TORCH_BOX(&cpu_encode_fwd));
+  m.impl("cpu_encode_bwd", TORCH_BOX(&cpu_encode_bwd));
+}
+
+}  // namespace lcr_fast

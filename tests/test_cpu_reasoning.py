@@ -1,0 +1,343 @@
+"""Encoders and reasoning in C++: instruction sets, threads, processes; the encoder's parity.
+
+What every fused backend of reasoning owes is in tests/test_reasoning_fused.py.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from lcr_fast import ops
+from lcr_fast.config import LCRConfig
+from lcr_fast.ops import ranking
+from lcr_fast.ops._extension import extension_error
+from lcr_fast.ops.noise import Dropout
+from lcr_fast.reference import length_mask
+from lcr_fast.testing import (
+    ReasoningCase,
+    assert_reasoning_parity,
+    random_reasoning,
+    random_streams,
+    random_weights,
+    reasoning_baseline,
+    run_reasoning,
+)
+from lcr_fast.weights import REC, SEARCH, EncoderWeights
+
+pytestmark = pytest.mark.skipif(
+    extension_error() is not None, reason=f"lcr_fast._C is not built: {extension_error()}"
+)
+
+
+class EncoderCase(NamedTuple):
+    dim: int = 32
+    n_heads: int = 2
+    ffn_dim: int = 48
+    n_layers: int = 2
+    length: int = 7
+    n_users: int = 6
+    stream: int = SEARCH
+    dropout: float = 0.0
+
+
+class Encoder(NamedTuple):
+    """One call of :func:`lcr_fast.ops.encode`, and the upstream gradient of its result."""
+
+    case: EncoderCase
+    inputs: dict[str, Tensor]  # x, the weights
+    lengths: Tensor
+    rows: Tensor
+    upstream: Tensor
+
+    def to(self, dtype: torch.dtype) -> "Encoder":
+        return self._replace(
+            inputs={name: t.to(dtype) for name, t in self.inputs.items()},
+            upstream=self.upstream.to(dtype),
+        )
+
+
+def random_encoder(case: EncoderCase) -> Encoder:
+    """Draw a call in float64; the first users have a full and an empty history, and one event."""
+    generator = torch.Generator().manual_seed(0)
+    config = LCRConfig(
+        dim=case.dim, n_heads=case.n_heads, ffn_dim=case.ffn_dim, n_layers=case.n_layers,
+        max_search_len=case.length, max_rec_len=case.length,
+    )  # fmt: skip
+    weights, _, _ = random_weights(config, generator)
+    streams = random_streams(config, case.n_users, generator)
+    x, lengths = streams[case.stream], streams[2 + case.stream]
+    upstream = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    inputs = {"x": x} | {name: w.detach() for name, w in weights._asdict().items()}
+    rows = torch.randint(-(2**63), 2**63 - 1, (case.n_users,), generator=generator)
+    return Encoder(case, inputs, lengths, rows, upstream)
+
+
+def forward(call: Encoder, inputs: dict[str, Tensor], backend: str) -> Tensor:
+    case = call.case
+    return ops.encode(
+        inputs["x"], call.lengths, EncoderWeights(*(inputs[n] for n in EncoderWeights._fields)),
+        case.stream, n_heads=case.n_heads, backend=backend,
+        dropout=Dropout(case.dropout, 0x7EDCBA98_76543210, call.rows) if case.dropout else None,
+    )  # fmt: skip
+
+
+def run_encoder(call: Encoder, backend: str) -> dict[str, Tensor]:
+    leaves = {name: t.detach().requires_grad_() for name, t in call.inputs.items()}
+    out = forward(call, leaves, backend)
+    gradients = torch.autograd.grad(out, list(leaves.values()), call.upstream)
+    names = (f"d{name}" for name in leaves)
+    return {"out": out.detach()} | dict(zip(names, gradients, strict=True))
+
+
+def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    for name, t in first.items():
+        assert torch.equal(t, second[name]), name
+
+
+# Widths and lengths that fill no vector, one, and several.
+ENCODERS = {
+    "default": EncoderCase(),
+    "recommendations, dropout": EncoderCase(stream=REC, dropout=0.2),
+    "three layers, dropout": EncoderCase(n_layers=3, dropout=0.1),
+    "D=20 H=5": EncoderCase(dim=20, n_heads=5, ffn_dim=9, length=18, n_layers=1),
+    "D=6 H=3": EncoderCase(dim=6, n_heads=3, ffn_dim=1, length=1),
+    "D=64, 61 events": EncoderCase(dim=64, n_heads=4, ffn_dim=64, length=61, n_users=4),
+}
+REASONING = {
+    "D=20 H=5": ReasoningCase(dim=20, n_heads=5, ffn_dim=9, search_len=18, n_users=7),
+    "D=6 H=3": ReasoningCase(dim=6, n_heads=3, ffn_dim=1, n_users=5, dropout=0.2),
+    "D=40 H=1": ReasoningCase(dim=40, n_heads=1, rec_len=50, n_trajectories=2, n_users=3),
+}
+
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoder_parity(name, dtype):
+    call = random_encoder(ENCODERS[name]).to(dtype)
+    assert_reasoning_parity(run_encoder(call, "cpp"), reasoning_baseline(call, run_encoder))
+
+
+@pytest.mark.parametrize("name", ["D=20 H=5", "D=40 H=1"])
+def test_reasoning_parity_in_bfloat16(name):
+    call = random_reasoning(REASONING[name]).to(torch.bfloat16)
+    assert_reasoning_parity(run_reasoning(call, "cpp"), reasoning_baseline(call))
+
+
+@pytest.mark.parametrize("name", REASONING)
+def test_reasoning_parity_of_widths_that_fill_no_vector(name):
+    call = random_reasoning(REASONING[name]).to(torch.float32)
+    assert_reasoning_parity(run_reasoning(call, "cpp"), reasoning_baseline(call))
+
+
+# -- the encoder's contract -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def call() -> Encoder:
+    return random_encoder(ENCODERS["recommendations, dropout"]).to(torch.float32)
+
+
+def test_padding_and_its_upstream_gradient_change_no_bit(call):
+    padding = ~length_mask(call.lengths, call.case.length).unsqueeze(-1)
+    other = call._replace(
+        inputs=call.inputs | {"x": call.inputs["x"].masked_fill(padding, 3.0)},
+        upstream=call.upstream.masked_fill(padding, torch.nan),
+    )
+    results = run_encoder(call, "cpp")
+    assert_same_bits(results, run_encoder(other, "cpp"))
+    assert not results["out"].masked_fill(~padding, 0.0).any()
+    assert not results["dx"].masked_fill(~padding, 0.0).any()
+
+
+def test_a_user_alone_has_the_same_bits(call):
+    whole = run_encoder(call, "cpp")
+    for users in (slice(0, 1), slice(1, 6)):
+        part = call._replace(
+            inputs=call.inputs | {"x": call.inputs["x"][users]}, lengths=call.lengths[users],
+            rows=call.rows[users], upstream=call.upstream[users],
+        )  # fmt: skip
+        results = run_encoder(part, "cpp")
+        for name in ("out", "dx"):
+            assert torch.equal(results[name], whole[name][users]), name
+
+
+def test_strided_inputs_and_int32_lengths_give_the_same_bits(call):
+    def spread(t: Tensor) -> Tensor:
+        return torch.stack((t, torch.full_like(t, torch.nan)), -1)[..., 0]
+
+    strided = call._replace(
+        inputs={name: spread(t) for name, t in call.inputs.items()},
+        lengths=call.lengths.int().repeat_interleave(2)[::2],
+        rows=call.rows.repeat_interleave(2)[::2],
+        upstream=spread(call.upstream.mT).mT,
+    )
+    assert_same_bits(run_encoder(call, "cpp"), run_encoder(strided, "cpp"))
+
+
+def test_an_empty_batch(call):
+    empty = call._replace(
+        inputs=call.inputs | {"x": call.inputs["x"][:0]}, lengths=call.lengths[:0],
+        rows=call.rows[:0], upstream=call.upstream[:0],
+    )  # fmt: skip
+    for name, t in run_encoder(empty, "cpp").items():
+        assert t.shape == run_encoder(empty, "reference")[name].shape
+        assert not t.any()
+
+
+def test_states_may_have_more_axes():
+    call = random_encoder(ENCODERS["default"]).to(torch.float32)
+    x = call.inputs["x"]
+    both = call._replace(inputs=call.inputs | {"x": torch.stack((x, 2 * x), 1)})
+    found = forward(both._replace(lengths=call.lengths[:, None]), both.inputs, "cpp")
+    assert torch.equal(found[:, 0], forward(call, call.inputs, "cpp"))
+
+
+def test_every_element_is_written(call):
+    """Memory that torch.empty hands out holds NaN here."""
+    expected = run_encoder(call, "cpp")
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert_same_bits(expected, run_encoder(call, "cpp"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_opcheck(call):
+    inputs = call.inputs | {"x": call.inputs["x"].nan_to_num(0.0)}
+    weights = [inputs[name] for name in EncoderWeights._fields]
+    arguments = (inputs["x"], call.lengths, call.rows, weights, REC, 2, 6554, 7)
+    torch.library.opcheck(torch.ops.lcr_fast.cpu_encode_fwd.default, arguments)
+    torch.library.opcheck(torch.ops.lcr_fast.cpu_encode_bwd.default, (call.upstream, *arguments))
+
+
+def test_compiles_without_graph_breaks(call):
+    def run(*values):
+        return forward(call, dict(zip(call.inputs, values, strict=True)), "cpp")
+
+    found = []
+    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        leaves = [t.detach().requires_grad_() for t in call.inputs.values()]
+        out = function(*leaves)
+        found.append([out, *torch.autograd.grad(out, leaves, call.upstream)])
+    for eager, traced in zip(*found, strict=True):
+        assert torch.equal(eager, traced)
+
+
+def test_only_the_inputs_are_saved_for_backward(call):
+    leaves = {name: t.detach().requires_grad_() for name, t in call.inputs.items()}
+    known = {t.untyped_storage()._cdata for t in (*leaves.values(), call.lengths, call.rows)}
+
+    def pack(t: Tensor) -> Tensor:
+        assert t.untyped_storage()._cdata in known
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        forward(call, leaves, "cpp")
+
+
+def test_lengths_and_levels_are_checked(call):
+    with pytest.raises(RuntimeError, match=r"lengths\[0\] is 8, expected 0 to 7"):
+        run_encoder(call._replace(lengths=call.lengths + 1), "cpp")
+    with pytest.raises(ValueError, match="cannot serve encode: it serves float32 and halves"):
+        run_encoder(call.to(torch.float64), "cpp")
+
+
+# -- threads and processes ------------------------------------------------------------------------
+
+
+def test_two_threads_give_the_bits_of_one(call):
+    """Two streams of a single user, and several users."""
+    calls = [random_reasoning(ReasoningCase(n_users=n)).to(torch.float32) for n in (1, 9)]
+
+    def run() -> list[dict[str, Tensor]]:
+        return [run_encoder(call, "cpp"), *(run_reasoning(c, "cpp") for c in calls)]
+
+    alone = run()
+    torch.set_num_threads(2)
+    try:
+        both = run()
+    finally:
+        torch.set_num_threads(1)
+    for first, second in zip(alone, both, strict=True):
+        assert_same_bits(first, second)
+
+
+def test_a_call_leaves_nothing_behind_in_the_scratch():
+    """Threads keep their scratch: what NaN a call leaves there must not matter to the next."""
+    large = random_reasoning(ReasoningCase(dim=64, ffn_dim=64, search_len=40, rec_len=50))
+    nan = {name: torch.full_like(t, torch.nan) for name, t in large.inputs.items()}
+    large = large._replace(inputs=nan).to(torch.float32)
+    calls = [
+        *((run_reasoning, random_reasoning(case).to(torch.float32)) for case in REASONING.values()),
+        *((run_encoder, random_encoder(case).to(torch.float32)) for case in ENCODERS.values()),
+    ]
+    for run, call in calls:
+        expected = run(call, "cpp")
+        assert run_reasoning(large, "cpp")["search"].isnan().any()
+        assert_same_bits(expected, run(call, "cpp"))
+
+
+def run_code(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+FORKED = """
+import os
+import torch
+import test_cpu_reasoning as t
+
+torch.set_num_threads(2)
+call = t.random_reasoning(t.ReasoningCase()).to(torch.float32)
+encoder = t.random_encoder(t.EncoderCase()).to(torch.float32)
+results = t.run_reasoning(call, "cpp"), t.run_encoder(encoder, "cpp")
+child = os.fork()
+if child == 0:  # as a worker of a DataLoader starts
+    torch.set_num_threads(1)
+    t.assert_same_bits(results[0], t.run_reasoning(call, "cpp"))
+    t.assert_same_bits(results[1], t.run_encoder(encoder, "cpp"))
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_after_a_fork():
+    done = run_code(FORKED)
+    assert done.returncode == 0, done.stderr
+
+
+LEVEL = """
+import torch
+import test_cpu_reasoning as t
+from lcr_fast.ops import ranking
+assert ranking.cpu_level() == {level!r}
+for name in t.ENCODERS:
+    t.test_encoder_parity(name, torch.float32)
+for name in t.REASONING:
+    t.test_reasoning_parity_of_widths_that_fill_no_vector(name)
+t.test_a_call_leaves_nothing_behind_in_the_scratch()
+"""
+
+
+@pytest.mark.parametrize("level", ranking.CPU_LEVELS)
+def test_every_instruction_set(level):
+    done = run_code(LEVEL.format(level=level), LCR_FAST_CPU=level)
+    if "instructions that this CPU does not have" in done.stderr:
+        pytest.skip(f"this CPU has no {level}")
+    assert done.returncode == 0, done.stderr
