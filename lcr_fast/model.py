@@ -418,7 +418,7 @@ class LCRSER(nn.Module):
 
     def _catalogue(
         self, h: Streams, batch: Batch
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, ScoringWeights]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, ScoringWeights]:
         return (
             *h, batch.search_lengths, batch.rec_lengths, self.item_table(),
             self.user_vectors(batch.user), self.head.weights(),
