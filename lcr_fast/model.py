@@ -416,7 +416,9 @@ class LCRSER(nn.Module):
     def _item_ids(self) -> Tensor:
         return torch.arange(self.config.n_items + 1, device=self.head.target_weight.device)
 
-    def _catalogue(self, h: Streams, batch: Batch) -> tuple:
+    def _catalogue(
+        self, h: Streams, batch: Batch
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, ScoringWeights]:
         return (
             *h, batch.search_lengths, batch.rec_lengths, self.item_table(),
             self.user_vectors(batch.user), self.head.weights(),

@@ -30,7 +30,7 @@ TINY = [
     *("--dim", "8", "--steps", "1", "--mlp-hidden", "8", "--n-trajectories", "2"),
     *("--max-search-len", "4", "--max-rec-len", "5", "--no-user-embedding"),
 ]
-COMMANDS = ("prepare", "train", "evaluate", "recommend", "study")
+COMMANDS = ("prepare", "train", "evaluate", "recommend", "study", "bench-report")
 SERIES = ("popularity", "recency", *VARIANTS)
 
 

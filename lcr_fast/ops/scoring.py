@@ -10,7 +10,8 @@ limits are in :func:`scoring_backends`.
 """
 
 import os
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -138,7 +139,7 @@ def _triton_launcher(name: str):
 
 # Schemas are known before Triton is: importing this package must not import it.
 _LIBRARY = torch.library.Library("lcr_fast", "FRAGMENT")
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "score_fwd": _score_fwd_fake,
     "score_bwd": _score_bwd_fake,
     "score_topk": _score_topk_fake,
