@@ -83,7 +83,7 @@ def _interleave4(x0, x1, x2, x3):
 
 @triton.jit
 def _uniform(word):
-    """The top 23 bits, centred in their cell: in (0, 1) and exact in float32."""
+    """Take the top 23 bits, centred in their cell: in (0, 1) and exact in float32."""
     return ((word >> 9).to(tl.float32) + 0.5) * (2.0**-23)
 
 
@@ -157,7 +157,9 @@ def layer_norm(x, weight_ptr, bias_ptr, D: tl.constexpr):
 
 @triton.jit
 def layer_norm_bwd(dy, x, weight_ptr, dnorm_ptr, D: tl.constexpr):
-    """dx of :func:`layer_norm`, float32 [M, D]; stores the tile's own dw and db at dnorm_ptr [2, D].
+    """Backward of :func:`layer_norm`: dx, float32 [M, D].
+
+    Stores the tile's own dw and db at dnorm_ptr [2, D].
 
         dx = rstd (g - mean(g) - x_hat mean(g x_hat)),  g = dy w;   dw = sum dy x_hat,  db = sum dy
 
@@ -191,7 +193,7 @@ def load_block_transposed(weight_ptr, rows, columns, STRIDE: tl.constexpr, dtype
 
 @triton.jit
 def linear(x, weight_ptr, bias_ptr, rows, D: tl.constexpr, PRECISION: tl.constexpr):
-    """x W[rows]^T + b[rows] for weights [out, D]: float32 [M, rows]."""
+    """Compute x W[rows]^T + b[rows] for weights [out, D]: float32 [M, rows]."""
     weight = load_block_transposed(weight_ptr, rows, tl.arange(0, D), D, x.dtype)
     bias = tl.load(bias_ptr + rows).to(tl.float32)
     return tl.dot(x, weight, input_precision=PRECISION) + bias[None, :]
@@ -241,7 +243,7 @@ def attention(
     WIDTH: tl.constexpr = D // H
     column = tl.arange(0, D)
     y = tl.zeros([x.shape[0], D], tl.float32) + tl.load(out_bias_ptr + column).to(tl.float32)
-    for h in range(H):
+    for h in tl.range(0, H, disable_licm=True):
         head = h * WIDTH + tl.arange(0, WIDTH)
         _, _, v, p = _project_head(
             x, memory, query_slot, key_slot, head, qkv_weight_ptr, qkv_bias_ptr,
@@ -273,7 +275,7 @@ def attention_bwd(
     IS_SELF: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Backward of :func:`attention`, recomputing each head:
+    """Backward of :func:`attention`, recomputing each head.
 
         do = dy Wo_h;   dv = p^T do;   dp = do v^T;   ds = p (dp - rowsum(p dp))
         dq = ds k / sqrt(D/H);   dk = ds^T q / sqrt(D/H)
@@ -287,7 +289,7 @@ def attention_bwd(
     key_offset, key_stored = key_place
     WIDTH: tl.constexpr = D // H
     column = tl.arange(0, D)
-    for h in range(H):
+    for h in tl.range(0, H, disable_licm=True):
         head = h * WIDTH + tl.arange(0, WIDTH)
         q, k, v, p = _project_head(
             x, memory, query_slot, key_slot, head, qkv_weight_ptr, qkv_bias_ptr,
@@ -334,7 +336,7 @@ def ffn(
     in_weight_ptr, in_bias_ptr, out_weight_ptr, out_bias_ptr = weights
     column = tl.arange(0, D)
     y = tl.zeros([x.shape[0], D], tl.float32) + tl.load(out_bias_ptr + column).to(tl.float32)
-    for start in range(0, F, BLOCK_F):
+    for start in tl.range(0, F, BLOCK_F, disable_licm=True):
         unit = start + tl.arange(0, BLOCK_F)
         hidden = linear(x, in_weight_ptr, in_bias_ptr, unit, D, PRECISION)  # [M, BLOCK_F]
         hidden = tl.maximum(hidden, 0.0).to(x.dtype)
@@ -361,7 +363,7 @@ def ffn_bwd(
     in_weight_ptr, in_bias_ptr, out_weight_ptr, _ = weights
     offset, stored = place
     column = tl.arange(0, D)
-    for start in range(0, F, BLOCK_F):
+    for start in tl.range(0, F, BLOCK_F, disable_licm=True):
         unit = start + tl.arange(0, BLOCK_F)
         hidden = linear(x, in_weight_ptr, in_bias_ptr, unit, D, PRECISION)  # [M, BLOCK_F]
         hidden = tl.maximum(hidden, 0.0).to(x.dtype)
@@ -380,7 +382,7 @@ def ffn_bwd(
 
 @triton.jit
 def _pool_weights(state, key, events):
-    """alpha = softmax_j(state_j . key) over the rows that are ``events``, else 0: float32 [M]."""
+    """Compute softmax_j(state_j . key) over the rows that are ``events``, else 0: float32 [M]."""
     logits = tl.where(events, tl.sum(state * key[None, :], 1) * LOG2_E, float("-inf"))
     alpha = tl.exp2(logits - tl.maximum(tl.max(logits, 0), LOWEST_SCORE))
     return alpha / tl.maximum(tl.sum(alpha, 0), 1.0)
@@ -402,7 +404,7 @@ def pool(
     """Store each sequence's pooled state, z = sum_j alpha_j state_j; 0 without an event."""
     column = tl.arange(0, D)
     state = state.to(tl.float32)
-    for slot in range(SLOTS):
+    for slot in tl.range(0, SLOTS, disable_licm=True):
         sequence = first + slot
         exists = sequence < end
         key_offset = (sequence // n_trajectories) * (2 * D) + column
@@ -428,13 +430,15 @@ def pool_bwd(
     D: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Backward of :func:`pool`. With t_j = state_j . dz and s_j = alpha_j (t_j - sum_i alpha_i t_i):
+    """Backward of :func:`pool`.
+
+    With t_j = state_j . dz and s_j = alpha_j (t_j - sum_i alpha_i t_i),
 
     dstate_j += alpha_j dz + s_j key;   dkey = sum_j s_j state_j
     """
     column = tl.arange(0, D)
     state = state.to(tl.float32)
-    for slot in range(SLOTS):
+    for slot in tl.range(0, SLOTS, disable_licm=True):
         sequence = first + slot
         exists = sequence < end
         key_offset = (sequence // n_trajectories) * (2 * D) + column

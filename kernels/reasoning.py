@@ -17,14 +17,14 @@ accumulate in float32, softmax, LayerNorm and all sums are float32.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lcr_fast.kernels._launch import dot_precision, on_device
 from lcr_fast.kernels.blocks import (
     attention,
     attention_bwd,
@@ -41,6 +41,7 @@ from lcr_fast.kernels.blocks import (
     row_slots,
     tile_offsets,
 )
+from lcr_fast.kernels.variant import Variant
 
 # Dropout sites, as in lcr_fast/ops/noise.py: step k has three a stream.
 _REASONING_SITES = tl.constexpr(1 << 13)
@@ -195,7 +196,7 @@ def _after_cross(
     D: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """h = LN3(c + m3 FFN(c)) of c = LN2(x2), 0 at padding: [M, D]."""
+    """Compute h = LN3(c + m3 FFN(c)) of c = LN2(x2), 0 at padding: [M, D]."""
     c = _norm(x2, weights, index, 1, D)
     if F > 0:
         x3 = _before_norm3(
@@ -271,19 +272,33 @@ def _latent_reasoning_fwd_kernel(
         rec_ptr, rows_r, rec_size, n_trajectories, user_row_r, _REC, noise, D, NOISE
     )  # [M_R, D]
 
+    slots_s = key_slots(rows_s[1], rows_s[2], SEARCH_SLOT)
+    slots_r = key_slots(rows_r[1], rows_r[2], REC_SLOT)
+    stride = steps.to(tl.int64) * (4 * D)
     for k in tl.range(0, steps, disable_licm=True):
         # Addresses depend on k, so that no weight is kept on chip across the steps.
         index = 2 * k * set_stride
+        step_ptr = pooled_ptr + k * (4 * D)
         x1 = _before_norm1(
             h_s, rows_s, user_row_s, k, index, _SEARCH, weights, dropout,
             D, H, SEARCH_SLOT, DROPOUT, PRECISION,
         )  # fmt: skip
         a_s = _zero_padding(_norm(x1, weights, index, 0, D), rows_s).to(dtype)
+        if POOL:
+            pool(
+                a_s, slots_s, keys_ptr, step_ptr, stride,
+                first, n_sequences, n_trajectories, D, USERS,
+            )  # fmt: skip
         x1 = _before_norm1(
             h_r, rows_r, user_row_r, k, index + 1, _REC, weights, dropout,
             D, H, REC_SLOT, DROPOUT, PRECISION,
         )  # fmt: skip
         a_r = _zero_padding(_norm(x1, weights, index + 1, 0, D), rows_r).to(dtype)
+        if POOL:
+            pool(
+                a_r, slots_r, keys_ptr + D, step_ptr + D, stride,
+                first, n_sequences, n_trajectories, D, USERS,
+            )  # fmt: skip
         x2 = _before_norm2(
             a_s, a_r, rows_s, rows_r, gate_s, user_row_s, k, index, _SEARCH, weights, dropout,
             D, H, SEARCH_SLOT, REC_SLOT, DROPOUT, PRECISION,
@@ -292,6 +307,11 @@ def _latent_reasoning_fwd_kernel(
             x2, rows_s, user_row_s, k, index, _SEARCH, weights, dropout, dtype,
             D, F, BLOCK_F, DROPOUT, PRECISION,
         )  # fmt: skip
+        if POOL:
+            pool(
+                h_s, slots_s, keys_ptr, step_ptr + 2 * D, stride,
+                first, n_sequences, n_trajectories, D, USERS,
+            )  # fmt: skip
         x2 = _before_norm2(
             a_r, a_s, rows_r, rows_s, gate_r, user_row_r, k, index + 1, _REC, weights, dropout,
             D, H, REC_SLOT, SEARCH_SLOT, DROPOUT, PRECISION,
@@ -301,25 +321,8 @@ def _latent_reasoning_fwd_kernel(
             D, F, BLOCK_F, DROPOUT, PRECISION,
         )  # fmt: skip
         if POOL:
-            stride = steps.to(tl.int64) * (4 * D)
-            step_ptr = pooled_ptr + k * (4 * D)
-            slots_s = key_slots(rows_s[1], rows_s[2], SEARCH_SLOT)
-            slots_r = key_slots(rows_r[1], rows_r[2], REC_SLOT)
-            key_s_ptr, key_r_ptr = keys_ptr, keys_ptr + D
             pool(
-                a_s, slots_s, key_s_ptr, step_ptr, stride,
-                first, n_sequences, n_trajectories, D, USERS,
-            )  # fmt: skip
-            pool(
-                a_r, slots_r, key_r_ptr, step_ptr + D, stride,
-                first, n_sequences, n_trajectories, D, USERS,
-            )  # fmt: skip
-            pool(
-                h_s, slots_s, key_s_ptr, step_ptr + 2 * D, stride,
-                first, n_sequences, n_trajectories, D, USERS,
-            )  # fmt: skip
-            pool(
-                h_r, slots_r, key_r_ptr, step_ptr + 3 * D, stride,
+                h_r, slots_r, keys_ptr + D, step_ptr + 3 * D, stride,
                 first, n_sequences, n_trajectories, D, USERS,
             )  # fmt: skip
         if SAVE and k + 1 < steps:
@@ -673,17 +676,6 @@ def _config(D: int, slot_s: int, slot_r: int, dtype: torch.dtype) -> dict[str, A
     return {"USERS": max(1, 32 // rows), "num_warps": 4 if rows <= 32 else 8, "num_stages": 1}
 
 
-def _precision(dtype: torch.dtype) -> str:
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
-        return "ieee"
-    return "tf32"
-
-
-def _on_device(x: Tensor) -> AbstractContextManager:
-    """Make x's GPU current: Triton launches on the current device, not on the tensor's."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
 def latent_reasoning_fwd(
     search: Tensor,
     rec: Tensor,
@@ -711,13 +703,14 @@ def latent_reasoning_fwd(
     n_saved = steps - 1 if save_states else 0
     search_out = search.new_empty(B, N, search_size, D)
     rec_out = rec.new_empty(B, N, rec_size, D)
-    pooled = search.new_empty((B, N, steps, 2, 2, D) if target_keys.ndim == 3 else (0,))
+    has_pool = target_keys.ndim == 3
+    pooled = search.new_empty((B, N, steps, 2, 2, D) if has_pool else (0,))
     saved_search = search.new_empty(n_saved, B, N, search_size, D)
     saved_rec = rec.new_empty(n_saved, B, N, rec_size, D)
     slot_s, slot_r = _slot(search_size), _slot(rec_size)
     config = _config(D, slot_s, slot_r, search.dtype)
     if B * N:
-        with _on_device(search):
+        with on_device(search):
             _latent_reasoning_fwd_kernel[(triton.cdiv(B * N, config["USERS"]),)](
                 search, rec, search_lengths, rec_lengths, rows, target_keys, *weights,
                 search_out, rec_out, pooled, saved_search, saved_rec,
@@ -727,8 +720,8 @@ def latent_reasoning_fwd(
                 D=D, F=F, H=n_heads, SEARCH_SLOT=slot_s, REC_SLOT=slot_r,
                 BLOCK_F=32 if F % 32 == 0 else 16,
                 NOISE=noise_scale != 0.0, DROPOUT=dropout_threshold > 0,
-                POOL=target_keys.numel() > 0, SAVE=save_states,
-                PRECISION=_precision(search.dtype), **config,
+                POOL=has_pool, SAVE=save_states,
+                PRECISION=dot_precision(search.dtype), **config,
             )  # fmt: skip
     return search_out, rec_out, pooled, saved_search, saved_rec
 
@@ -818,13 +811,18 @@ def latent_reasoning_bwd(
     """
     B, search_size, D = search.shape
     rec_size, N, F, K = rec.shape[1], n_trajectories, weights[8].shape[-2], steps
-    has_pool = target_keys.numel() > 0 and dpooled.numel() > 0
+    has_pool = target_keys.ndim == 3
     shared = weights[0].shape[0] == 1
     dsearch, drec = torch.empty_like(search), torch.empty_like(rec)
     dtarget_keys = torch.zeros_like(target_keys)
     totals = [torch.zeros_like(w, dtype=torch.float32) for w in weights]
     if B == 0:
-        return dsearch, drec, dtarget_keys, [t.to(w.dtype) for t, w in zip(totals, weights)]
+        return (
+            dsearch,
+            drec,
+            dtarget_keys,
+            [t.to(w.dtype) for t, w in zip(totals, weights, strict=True)],
+        )
 
     slot_s, slot_r = _slot(search_size), _slot(rec_size)
     config = _config(D, slot_s, slot_r, search.dtype)
@@ -842,7 +840,7 @@ def latent_reasoning_bwd(
         dh_s = torch.empty(end - start, N, search_size, D, **float32)
         dh_r = torch.empty(end - start, N, rec_size, D, **float32)
         dnorm = torch.empty(programs, K, 2, 3, 2, D, **float32)
-        with _on_device(search):
+        with on_device(search):
             _latent_reasoning_bwd_kernel[(programs,)](
                 dsearch_out, drec_out, dpooled, search, rec, search_lengths, rec_lengths, rows,
                 target_keys, *weights, saved_search, saved_rec, scratch_s, scratch_r, dh_s, dh_r,
@@ -852,7 +850,7 @@ def latent_reasoning_bwd(
                 D=D, F=F, H=n_heads, SEARCH_SLOT=slot_s, REC_SLOT=slot_r,
                 BLOCK_F=32 if F % 32 == 0 else 16,
                 NOISE=noise_scale != 0.0, DROPOUT=dropout_threshold > 0, POOL=has_pool,
-                PRECISION=_precision(search.dtype), **config,
+                PRECISION=dot_precision(search.dtype), **config,
             )  # fmt: skip
         dsearch[start:end] = dh_s.sum(1)
         drec[start:end] = dh_r.sum(1)
@@ -863,4 +861,86 @@ def latent_reasoning_bwd(
         _add_weight_gradients(totals, (scratch_s, scratch_r), dnorm, D, F)
     if has_pool:
         dtarget_keys.copy_(dkeys.sum((1, 2, 3)))
-    return dsearch, drec, dtarget_keys, [t.to(w.dtype) for t, w in zip(totals, weights)]
+    return (
+        dsearch,
+        drec,
+        dtarget_keys,
+        [t.to(w.dtype) for t, w in zip(totals, weights, strict=True)],
+    )
+
+
+# -- what is compiled -----------------------------------------------------------------------------
+
+_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_WEIGHTS = ("self_", "cross_", "ffn_", "norm_")
+_OWN_TYPES = {
+    "search_lengths_ptr": "*i64", "rec_lengths_ptr": "*i64", "rows_ptr": "*i64",
+    "dsearch_ptr": "*fp32", "drec_ptr": "*fp32", "dkeys_ptr": "*fp32", "dnorm_ptr": "*fp32",
+    "noise_scale": "fp32", "noise_seed": "i64", "dropout_scale": "fp32", "dropout_seed": "i64",
+}  # fmt: skip
+
+
+def _variant(
+    name: str, kernel: Any, dtype: torch.dtype, weights: torch.dtype, constants: dict[str, Any]
+) -> Variant:
+    def kind(argument: str) -> str:
+        if argument in _OWN_TYPES:
+            return _OWN_TYPES[argument]
+        if argument.endswith("_ptr"):
+            return f"*{_TYPES[weights if argument.startswith(_WEIGHTS) else dtype]}"
+        return "i32"
+
+    constants = dict(constants)
+    warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
+    constants = {n: v for n, v in constants.items() if n in kernel.arg_names}
+    signature = {n: kind(n) for n in kernel.arg_names if n not in constants}
+    return Variant(name, kernel, signature, constants, warps, stages)
+
+
+class _Call(NamedTuple):
+    """What decides the compile-time constants of a call."""
+
+    dim: int
+    size: int  # events of both streams
+    dtype: torch.dtype = torch.bfloat16
+    weights: torch.dtype = torch.float32
+    precision: str = "ieee"
+
+
+_CALLS = (
+    _Call(32, 20), _Call(64, 30), _Call(64, 50), _Call(64, 50, torch.float32, precision="tf32"),
+    _Call(64, 50, torch.float32), _Call(64, 128), _Call(128, 50),
+)  # fmt: skip
+
+
+def variants() -> Iterator[Variant]:
+    """Yield what models with two heads and F = D launch, in training and in rollouts.
+
+    L is the longer history. Training pools every step and drops (``train``), or draws trajectories
+    (``rollout``); ``infer`` does neither.
+    """
+    plain = {"NOISE": False, "DROPOUT": False, "POOL": False, "SAVE": False}
+    train = {"NOISE": False, "DROPOUT": True, "POOL": True, "SAVE": True}
+    rollout = {"NOISE": True, "DROPOUT": False, "POOL": False, "SAVE": True}
+    for call in _CALLS:
+        dim, dtype = call.dim, call.dtype
+        slot = _slot(call.size)
+        shape = {
+            "D": dim, "F": dim, "H": 2, "SEARCH_SLOT": slot, "REC_SLOT": slot, "BLOCK_F": 32,
+            "PRECISION": call.precision,
+        } | _config(dim, slot, slot, dtype)  # fmt: skip
+        kind = _TYPES[dtype]
+        if dtype == torch.float32:
+            kind += f"-{call.precision}"
+        elif call.weights == dtype:
+            kind += "-weights"
+        suffix = f"{kind}-d{dim}-L{call.size}"
+        for name, kernel, switches in (
+            ("fwd-infer", _latent_reasoning_fwd_kernel, plain),
+            ("fwd-train", _latent_reasoning_fwd_kernel, train),
+            ("fwd-rollout", _latent_reasoning_fwd_kernel, rollout),
+            ("bwd-train", _latent_reasoning_bwd_kernel, train),
+            ("bwd-rollout", _latent_reasoning_bwd_kernel, rollout),
+        ):
+            constants = shape | switches
+            yield _variant(f"{name}-{suffix}", kernel, dtype, call.weights, constants)

@@ -48,6 +48,9 @@ _TENSOR_CORE = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b[^;]*")
 _INPUT_TYPE = re.compile(r"\.(bf16|f16|tf32|kind::f16|kind::tf32)\b")
 
 
+UNCOMPILED = "Triton fails"
+
+
 class Usage(NamedTuple):
     """One row of the table."""
 
@@ -92,10 +95,10 @@ def all_variants() -> Iterator[tuple[str, Variant]]:
 
 
 def fingerprint(name: str) -> str:
-    """Digest what a module compiles: its variants, and the @triton.jit functions and constants of
-    it and of the modules that have no variants of their own.
+    """Digest what a module compiles.
 
-    Comments, formatting and launchers do not count.
+    That is its variants, and the @triton.jit functions and constants of it and of the modules that
+    have no variants of their own. Comments, formatting and launchers do not count.
     """
     modules = kernel_modules()
     shared = [other for other in _module_names() if other not in modules]
@@ -165,8 +168,11 @@ def _programs_per_sm(registers: int, shared: int, num_warps: int, arch: str) -> 
 
 
 def measure(name: str, variant: Variant, arch: str) -> Usage:
-    """Compile one variant and read what it uses."""
-    compiled = compile_variant(variant, arch)
+    """Compile one variant and read what it uses; products say so where Triton cannot compile it."""
+    try:
+        compiled = compile_variant(variant, arch)
+    except RuntimeError:
+        return Usage(name, arch, variant.num_warps, variant.num_stages, 0, 0, 0, UNCOMPILED, 0)
     registers, spilled = _dump_resources(compiled.asm["cubin"])
     shared = compiled.metadata.shared
     return Usage(
@@ -190,10 +196,11 @@ def to_markdown(rows: list[Usage]) -> str:
     lines = [
         "# Resources of the Triton kernels",
         "",
-        "Compiled ahead of time, without a GPU, by `python -m lcr_fast.kernels.resources`. Spilled",
-        "bytes and registers are a thread's, shared bytes a program's; programs / SM is how many",
-        "fit one multiprocessor. A program may have 163 KiB of shared memory on sm_80 and 227 KiB",
-        "on sm_90 and sm_100.",
+        "Compiled ahead of time, without a GPU, by `python -m lcr_fast.kernels.resources`.",
+        "Registers and spilled bytes are a thread's, shared bytes a program's; programs / SM is",
+        "how many fit one multiprocessor. A program may have 163 KiB of shared memory on sm_80",
+        "and 227 KiB on sm_90 and sm_100. Products are on tensor cores (mma, wgmma, tcgen05) or",
+        "by FMA.",
         "",
         f"Triton {triton.__version__}; sources: {', '.join(prints)}.",
         "",
@@ -204,26 +211,48 @@ def to_markdown(rows: list[Usage]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def from_markdown(text: str) -> tuple[dict[str, str], list[Usage]]:
-    """Read a table back: the fingerprint of each module, and the rows."""
-    sources = re.search(r"; sources: (.*)\.$", text, re.MULTILINE)
-    prints = dict(part.split() for part in sources.group(1).split(", ")) if sources else {}
+class Table(NamedTuple):
+    """A table read back."""
+
+    triton: str  # the version that compiled it
+    fingerprints: dict[str, str]  # by module
+    rows: list[Usage]
+
+
+def from_markdown(text: str) -> Table:
+    """Read what :func:`to_markdown` wrote."""
+    head = re.search(r"^Triton (\S+); sources: (.*)\.$", text, re.MULTILINE)
+    if head is None:
+        raise ValueError("there is no line that names Triton's version and the sources")
     types = list(Usage.__annotations__.values())
     rows = []
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) == len(_COLUMNS) and cells[1].startswith("sm_"):
             rows.append(Usage(*(kind(cell) for kind, cell in zip(types, cells, strict=True))))
-    return prints, rows
+    sources = (part.split() for part in head[2].split(", "))
+    return Table(head[1], dict(sources), rows)
+
+
+def _up_to_date(table: Table) -> dict[tuple[str, str], Usage]:
+    """Rows that need no compilation, by name and architecture."""
+    if table.triton != triton.__version__:
+        return {}
+    same = {n for n in kernel_modules() if table.fingerprints.get(n) == fingerprint(n)}
+    return {(row.kernel, row.arch): row for row in table.rows if row.kernel.split(".")[0] in same}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Compile, measure, write the table."""
     parser = argparse.ArgumentParser(
-        prog="python -m lcr_fast.kernels.resources", description=__doc__
+        prog="python -m lcr_fast.kernels.resources",
+        description="Compile every variant of every Triton kernel and tabulate what it needs.",
     )
     parser.add_argument("--arch", nargs="+", choices=SHARED_BYTES, default=list(SHARED_BYTES))
-    parser.add_argument("-o", "--out", type=Path, help="file of the table; else standard output")
+    parser.add_argument(
+        "-o", "--out", type=Path,
+        help="file of the table, else standard output; its rows that are up to date are kept",
+    )  # fmt: skip
     parser.add_argument("--only", default="", help="a regular expression that names must contain")
     parser.add_argument("--jobs", type=int, default=1, help="compile so many at once")
     args = parser.parse_args(argv)
@@ -232,12 +261,17 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("interpreted kernels cannot be compiled: unset TRITON_INTERPRET")
     names = [name for name, _ in all_variants() if re.search(args.only, name)]
     jobs = [(name, arch) for arch in args.arch for name in names]
+    known = {}
+    if args.out and args.out.exists():
+        known = _up_to_date(from_markdown(args.out.read_text()))
+    missing = [job for job in jobs if job not in known]
     if args.jobs > 1:
         with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-            rows = pool.map(_measure_named, jobs, chunksize=1)
+            measured = pool.map(_measure_named, missing, chunksize=1)
     else:
-        rows = [_measure_named(job) for job in jobs]
-    table = to_markdown(rows)
+        measured = [_measure_named(job) for job in missing]
+    known |= dict(zip(missing, measured, strict=True))
+    table = to_markdown([known[job] for job in jobs])
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(table)
