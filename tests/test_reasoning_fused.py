@@ -209,7 +209,7 @@ def take(call: Reasoning, users: slice) -> Reasoning:
 
 BIT_CASES = {
     "dropout": ReasoningCase(dropout=0.2),
-    "trajectories": ReasoningCase(n_trajectories=3, n_users=5),
+    "trajectories": ReasoningCase(n_trajectories=2, n_users=4),
 }
 
 
