@@ -829,8 +829,8 @@ def latent_reasoning_bwd(
     C = _scratch_columns(D, F)
     user_bytes = N * K * (search_size + rec_size) * C * search.element_size()
     chunk = min(B, max(1, _SCRATCH_BYTES // max(user_bytes, 1)))
-    float32 = {"dtype": torch.float32, "device": search.device}
-    dkeys = torch.empty((B, N, K, 2, 2, D) if has_pool else 0, **float32)
+    float32: dict[str, Any] = {"dtype": torch.float32, "device": search.device}
+    dkeys = torch.empty((B, N, K, 2, 2, D) if has_pool else (0,), **float32)
     for start in range(0, B, chunk):
         end = min(start + chunk, B)
         n = (end - start) * N

@@ -28,7 +28,7 @@ read. No atomics: each program writes its own partial sums, which are added in a
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -143,7 +143,7 @@ def _head_tensors(mlp_weights: list[Tensor], mlp_biases: list[Tensor], absent: T
 
 def _constants(
     dim: int, dtype: torch.dtype, user: Tensor, mlp_weights: list[Tensor], threshold: int
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Compile-time constants that describe the call, not its launch."""
     h1, h2 = (w.shape[0] for w in mlp_weights[:2]) if mlp_weights else (0, 0)
     return {
@@ -858,7 +858,7 @@ def _catalogue_rank_kernel(
         count = tl.sum(ahead.to(tl.int32), 0)
         n_ahead += tl.where(is_goal, 0, tl.where(is_listed, -count, count))
     n_splits = tl.cdiv(n_tiles, tiles_per_split)
-    result = tl.where(n_nan > 0, -(1 << 40), n_ahead.to(tl.int64))
+    result = tl.where(n_nan > 0, -(1 << 40), n_ahead.to(tl.int64))  # type: ignore[attr-defined]
     tl.store(ahead_ptr + b * n_splits + split, result)
 
 
@@ -873,8 +873,10 @@ def _catalogue_config(dim: int, n_events: int, dtype: torch.dtype) -> dict[str, 
     return {"ITEMS": config.pop("CANDIDATES")} | config
 
 
-def _catalogue_constants(*call) -> dict[str, object]:
-    constants = _constants(*call, 0)
+def _catalogue_constants(
+    dim: int, dtype: torch.dtype, user: Tensor, mlp_weights: list[Tensor]
+) -> dict[str, Any]:
+    constants = _constants(dim, dtype, user, mlp_weights, 0)
     return {name: v for name, v in constants.items() if name not in ("SITE", "DROPOUT")}
 
 
@@ -1004,7 +1006,7 @@ _POINTER_TYPES = {
 _SCALAR_TYPES = {"scale": "fp32", "seed": "i64", "rows_per_split": "i32"}
 
 
-def _variant(name: str, kernel, dtype: torch.dtype, constants: dict[str, object]) -> Variant:
+def _variant(name: str, kernel, dtype: torch.dtype, constants: dict[str, Any]) -> Variant:
     def kind(argument: str) -> str:
         if argument.endswith("_ptr"):
             return _POINTER_TYPES.get(argument, f"*{_TYPES[dtype]}")
@@ -1052,8 +1054,8 @@ def variants() -> Iterator[Variant]:
                 yield _variant(name, _catalogue_topk_kernel, dtype, top)
             name = f"catalogue_rank-{kind}-d{dim}-L{n_events}"
             yield _variant(name, _catalogue_rank_kernel, dtype, scan)
-        call = {"PRECISION": precision} | _WEIGHT_CONFIG
+        call = {"PRECISION": precision, **_WEIGHT_CONFIG}
         yield _variant(f"weight_bwd-{kind}", _weight_bwd_kernel, dtype, call)
         if precision == "ieee":
-            call = {"D": 64, "H1": 200, "H2": 80} | _USER_CONFIG
+            call = {"D": 64, "H1": 200, "H2": 80, **_USER_CONFIG}
             yield _variant(f"user_bwd-no-dot-{kind}-d64", _user_bwd_kernel, dtype, call)
