@@ -213,8 +213,24 @@ BIT_CASES = {
 }
 
 
+@pytest.fixture
+def dots_in_order(monkeypatch):
+    """Let the interpreter sum a dot in order: its BLAS may round a row by its place in the tile."""
+    if GPU or not op_layer._INTERPRETED:
+        return
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+
+    def create_dot(self, a, b, d, *_):
+        total = d.data.copy()  # [M, N]
+        for k in range(a.data.shape[-1]):
+            total += a.data[..., k, None].astype(total.dtype) * b.data[..., k, None, :]
+        return interpreter.TensorHandle(total, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
 @pytest.fixture(params=BIT_CASES)
-def bit_call(request, backend) -> Reasoning:
+def bit_call(request, backend, dots_in_order) -> Reasoning:
     return draw(backend, BIT_CASES[request.param])
 
 
