@@ -400,7 +400,7 @@ def test_an_empty_stream_leaves_the_other_without_cross_attention(backend, empty
 
 
 @pytest.mark.parametrize("noise_scale", [0.0, 0.5])
-def test_trajectories_differ_only_by_their_noise(backend, noise_scale):
+def test_trajectories_differ_only_by_their_noise(backend, dots_in_order, noise_scale):
     call = draw(backend, ReasoningCase(n_trajectories=3, steps=1, noise_scale=noise_scale))
     results = run_reasoning(call, backend)
     for name, lengths in zip(("search", "rec"), call.lengths, strict=True):
@@ -618,7 +618,7 @@ def test_auto_takes_the_fused_backend_of_the_device(backend, caplog):
     assert not caplog.records
 
 
-def test_trajectories_may_be_given_as_states(backend):
+def test_trajectories_may_be_given_as_states(backend, dots_in_order):
     """[B, N, L, D] states with lengths [B, 1] are B N users."""
     call = draw(backend, ReasoningCase(pooled=False))
     given = {
