@@ -262,6 +262,50 @@ def test_the_loss_falls(prepared, make_model, tmp_path):
         assert record["loss"] == pytest.approx(record["rank_loss"] + 0.1 * record["tcl"])
 
 
+def losses(make_model, data, out, objective, n_steps, n_users, **changes) -> list[float]:
+    """Train from one seed; return the last loss of each mini-batch."""
+    config = CONFIG.replace(action="top1", learning_rate=1e-3)
+    trainer = Trainer(make_model(data, **changes), data, config, objective, out)
+    rng = np.random.default_rng(0)
+    return [
+        trainer.step(rng.integers(len(trainer.batcher), size=n_users), rng)
+        for _ in range(n_steps)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("backend", "objective", "n_steps", "n_users"),
+    [
+        *(("cpp", objective, 10, 8) for objective in OBJECTIVES),
+        ("triton", "supervised", 2, 2),  # interpreted, so small
+    ],
+)
+def test_a_fused_backend_gives_the_reference_its_curve(
+    prepared, make_model, tmp_path, backend, objective, n_steps, n_users
+):
+    if backend == "triton":
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("the model of this test lives on the CPU, which needs the interpreter")
+    # A small MLP before training has dead units: scores tie but for rounding, which picks actions.
+    shape = {"dim": 32, "ffn_dim": 32, "n_heads": 2, "score": "dot"}
+    fused, eager = (
+        losses(
+            make_model,
+            prepared,
+            tmp_path / name,
+            objective,
+            n_steps,
+            n_users,
+            backend=name,
+            **shape,
+        )
+        for name in (backend, "reference")
+    )
+    assert fused == pytest.approx(eager, rel=1e-3, abs=1e-5)
+    assert len(set(eager)) == n_steps  # the weights, and so the losses, do move
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(
     prepared, make_model, tmp_path, monkeypatch, objective
