@@ -148,14 +148,8 @@ def test_reasoning_parity_in_bfloat16(name):
 
 
 def test_bfloat16_states_with_float32_weights():
-    call = random_reasoning(PAIRS["D=33 H=1"])
-    found = run_reasoning(call.to(torch.bfloat16, weights=torch.float32), "cpp")
-    baseline = reasoning_baseline(call.to(torch.bfloat16))
-    for name in ("search", "rec", "pooled", "dsearch", "drec"):
-        expected = baseline.exact[name]
-        error = (found[name].double() - expected).square().mean().sqrt()
-        eager = max((e[name].double() - expected).square().mean().sqrt() for e in baseline.eager)
-        assert error <= 3 * eager, name
+    call = random_reasoning(PAIRS["D=33 H=1"]).to(torch.bfloat16, weights=torch.float32)
+    assert_reasoning_parity(run_reasoning(call, "cpp"), reasoning_baseline(call))
 
 
 @st.composite
