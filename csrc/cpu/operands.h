@@ -60,9 +60,9 @@ LCR_TARGET MatrixB turned_operand(int64_t n, int64_t k, const float* x, int64_t 
 LCR_TARGET MatrixB row_operand(int64_t k, int64_t n, const float* x, int64_t x_row,
                                float* scratch) {
   const int64_t row = round_up(n, kAlign);
-  alignas(64) static constexpr int16_t kInterleave[] = {
-      0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  alignas(64) static constexpr int16_t kInterleave[] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                        21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                        11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const __m512i interleave = _mm512_load_si512(kInterleave);
   for (int64_t p = 0; p < k; p += 2)
     for (int64_t j = 0; j < n; j += kLanes) {

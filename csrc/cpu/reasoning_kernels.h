@@ -570,8 +570,8 @@ LCR_TARGET void encode_layer(const EncoderArgs& args, const Dims& dims, const Bl
                         kEncoderSites + args.stream * kStreamSites + 2 * i + part,
                         args.dropout.threshold, m, dims.dim, layer.norm[part].mask, dims.stride);
   self_attend(dims, w, m, {layer.h, layer.a, layer.update, layer.self, layer.norm[0]});
-  feed_forward(dims, w, kEncoderFfn, 1, m, layer.a, layer.hidden, layer.update,
-               layer.self.operands, layer.out, layer.norm[1]);
+  feed_forward(dims, w, kEncoderFfn, 1, m, layer.a, layer.hidden, layer.update, layer.self.operands,
+               layer.out, layer.norm[1]);
 }
 
 int64_t encoder_scratch(const EncoderArgs& args) {
