@@ -221,6 +221,21 @@ def test_a_user_alone_has_the_same_bits(call):
             assert torch.equal(results[name], whole[name][users]), name
 
 
+def test_a_user_alone_has_the_same_bits_in_bfloat16():
+    whole = random_reasoning(PAIRS["D=33 H=1"]).to(torch.bfloat16)
+    expected = run_reasoning(whole, "cpp")
+    users = slice(4, 5)
+    of_users = ("search", "rec", "target_keys")
+    alone = whole._replace(
+        inputs={k: t[users] if k in of_users else t for k, t in whole.inputs.items()},
+        lengths=tuple(n[users] for n in whole.lengths), rows=whole.rows[users],
+        upstream={name: t[users] for name, t in whole.upstream.items()},
+    )  # fmt: skip
+    results = run_reasoning(alone, "cpp")
+    for name in ("pooled", *of_users[:2], *(f"d{name}" for name in of_users)):
+        assert torch.equal(results[name], expected[name][users]), name
+
+
 def test_strided_inputs_and_int32_lengths_give_the_same_bits(call):
     def spread(t: Tensor) -> Tensor:
         return torch.stack((t, torch.full_like(t, torch.nan)), -1)[..., 0]
@@ -307,7 +322,11 @@ def test_lengths_and_levels_are_checked(call):
 
 def test_two_threads_give_the_bits_of_one(call):
     """Two streams of a single user, and several users."""
-    calls = [random_reasoning(ReasoningCase(n_users=n)).to(torch.float32) for n in (1, 9)]
+    calls = [
+        random_reasoning(ReasoningCase(n_users=n)).to(dtype)
+        for n in (1, 9)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
 
     def run() -> list[dict[str, Tensor]]:
         return [run_encoder(call, "cpp"), *(run_reasoning(c, "cpp") for c in calls)]
@@ -330,6 +349,7 @@ def test_a_call_leaves_nothing_behind_in_the_scratch():
     calls = [
         *((run_reasoning, random_reasoning(case).to(torch.float32)) for case in REASONING.values()),
         *((run_encoder, random_encoder(case).to(torch.float32)) for case in ENCODERS.values()),
+        *((run_reasoning, random_reasoning(case).to(torch.bfloat16)) for case in PAIRS.values()),
     ]
     for run, call in calls:
         expected = run(call, "cpp")

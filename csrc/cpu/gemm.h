@@ -19,7 +19,7 @@
 namespace lcr_fast {
 namespace {
 
-// The same at every level, so that one packed copy of the weights serves all.
+// The same at every level: weights.h lays packed weights out for all of them.
 constexpr int64_t kPanel = 32;
 
 struct MatrixA {
