@@ -121,7 +121,7 @@ TransformerShape weights_shape(const Tensors& weights, size_t n_attentions, int6
 }
 
 void check_cpu_level() {
-  STD_TORCH_CHECK(cpu_level() != -1, "LCR_FAST_CPU must be baseline, avx2 or avx512");
+  STD_TORCH_CHECK(cpu_level() != -1, "LCR_FAST_CPU must be baseline, avx2, avx512 or avx512bf16");
   STD_TORCH_CHECK(cpu_level() != -2, "LCR_FAST_CPU names instructions that this CPU does not have");
 }
 

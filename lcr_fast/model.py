@@ -42,7 +42,7 @@ class _Packed(nn.Module):
                 _init_sublayer(name, parameter)
 
     def weights(self):
-        return self.weights_type(*(getattr(self, name) for name in self.weights_type._fields))
+        return self.weights_type(**self._parameters)  # not getattr: a module's is slow
 
 
 def _init_linear(weight: Tensor) -> None:
@@ -115,7 +115,8 @@ class _Head(nn.Module):
             _init_linear(weight)
 
     def weights(self) -> ScoringWeights:
-        return ScoringWeights(self.target_weight, tuple(self.mlp_weights), tuple(self.mlp_biases))
+        weights, biases = self.mlp_weights.parameters(), self.mlp_biases.parameters()
+        return ScoringWeights(self.target_weight, tuple(weights), tuple(biases))
 
 
 class LCRSER(nn.Module):

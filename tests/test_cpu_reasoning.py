@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from lcr_fast import ops
@@ -114,6 +116,19 @@ REASONING = {
     "D=6 H=3": ReasoningCase(dim=6, n_heads=3, ffn_dim=1, n_users=5, dropout=0.2),
     "D=40 H=1": ReasoningCase(dim=40, n_heads=1, rec_len=50, n_trajectories=2, n_users=3),
 }
+# What pairs of bfloat16 can get wrong: odd inner axes, which end in half a pair; queries in several
+# blocks; a single event; each width that fills vectors.
+PAIRS = {
+    "D=32, one event": ReasoningCase(search_len=1, rec_len=1, steps=1),
+    "D=32, no FFN": ReasoningCase(ffn_dim=0, search_len=2, rec_len=31, steps=4),
+    "D=64, 50 events": ReasoningCase(
+        dim=64, ffn_dim=64, search_len=50, rec_len=49, steps=5, share_steps=False
+    ),
+    "D=128": ReasoningCase(dim=128, n_heads=4, ffn_dim=128, search_len=17, rec_len=33, steps=3),
+    "D=33 H=1": ReasoningCase(dim=33, n_heads=1, ffn_dim=35, search_len=16, rec_len=15),
+    "D=15 H=5, dropout": ReasoningCase(dim=15, n_heads=5, ffn_dim=1, dropout=0.1),
+    "trajectories": ReasoningCase(n_trajectories=3, search_len=13, rec_len=32, steps=3),
+}
 
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -126,10 +141,46 @@ def test_encoder_parity(name, dtype):
     assert_reasoning_parity(run_encoder(call, "cpp"), reasoning_baseline(call, run_encoder))
 
 
-@pytest.mark.parametrize("name", ["D=20 H=5", "D=40 H=1"])
+@pytest.mark.parametrize("name", [*PAIRS, "D=20 H=5", "D=40 H=1"])
 def test_reasoning_parity_in_bfloat16(name):
-    call = random_reasoning(REASONING[name]).to(torch.bfloat16)
+    call = random_reasoning((REASONING | PAIRS)[name]).to(torch.bfloat16)
     assert_reasoning_parity(run_reasoning(call, "cpp"), reasoning_baseline(call))
+
+
+def test_bfloat16_states_with_float32_weights():
+    call = random_reasoning(PAIRS["D=33 H=1"]).to(torch.bfloat16, weights=torch.float32)
+    assert_reasoning_parity(run_reasoning(call, "cpp"), reasoning_baseline(call))
+
+
+@st.composite
+def reasoning_cases(draw) -> ReasoningCase:
+    n_heads = draw(st.integers(1, 4))
+    smallest = -(-8 // n_heads)  # LayerNorm over less amplifies every rounding error
+    return ReasoningCase(
+        dim=n_heads * draw(st.integers(smallest, 24)),
+        n_heads=n_heads,
+        ffn_dim=draw(st.sampled_from((0, 1, 15, 32, 50))),
+        search_len=draw(st.integers(1, 50)),
+        rec_len=draw(st.integers(1, 50)),
+        n_users=draw(st.integers(1, 6)),
+        steps=draw(st.integers(1, 5)),
+        share_steps=draw(st.booleans()),
+        pooled=draw(st.booleans()),
+        n_trajectories=draw(st.integers(0, 2)),
+    )
+
+
+@settings(
+    max_examples=25,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+@given(reasoning_cases(), st.sampled_from((torch.float32, torch.bfloat16)))
+def test_reasoning_parity_of_any_shape(case, dtype):
+    """A larger factor: where a tensor has one element, its error is luck."""
+    call = random_reasoning(case).to(dtype)
+    assert_reasoning_parity(run_reasoning(call, "cpp"), reasoning_baseline(call), factor=8.0)
 
 
 @pytest.mark.parametrize("name", REASONING)
@@ -168,6 +219,21 @@ def test_a_user_alone_has_the_same_bits(call):
         results = run_encoder(part, "cpp")
         for name in ("out", "dx"):
             assert torch.equal(results[name], whole[name][users]), name
+
+
+def test_a_user_alone_has_the_same_bits_in_bfloat16():
+    whole = random_reasoning(PAIRS["D=33 H=1"]).to(torch.bfloat16)
+    expected = run_reasoning(whole, "cpp")
+    users = slice(4, 5)
+    of_users = ("search", "rec", "target_keys")
+    alone = whole._replace(
+        inputs={k: t[users] if k in of_users else t for k, t in whole.inputs.items()},
+        lengths=tuple(n[users] for n in whole.lengths), rows=whole.rows[users],
+        upstream={name: t[users] for name, t in whole.upstream.items()},
+    )  # fmt: skip
+    results = run_reasoning(alone, "cpp")
+    for name in ("pooled", *of_users[:2], *(f"d{name}" for name in of_users)):
+        assert torch.equal(results[name], expected[name][users]), name
 
 
 def test_strided_inputs_and_int32_lengths_give_the_same_bits(call):
@@ -256,7 +322,11 @@ def test_lengths_and_levels_are_checked(call):
 
 def test_two_threads_give_the_bits_of_one(call):
     """Two streams of a single user, and several users."""
-    calls = [random_reasoning(ReasoningCase(n_users=n)).to(torch.float32) for n in (1, 9)]
+    calls = [
+        random_reasoning(ReasoningCase(n_users=n)).to(dtype)
+        for n in (1, 9)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
 
     def run() -> list[dict[str, Tensor]]:
         return [run_encoder(call, "cpp"), *(run_reasoning(c, "cpp") for c in calls)]
@@ -279,6 +349,7 @@ def test_a_call_leaves_nothing_behind_in_the_scratch():
     calls = [
         *((run_reasoning, random_reasoning(case).to(torch.float32)) for case in REASONING.values()),
         *((run_encoder, random_encoder(case).to(torch.float32)) for case in ENCODERS.values()),
+        *((run_reasoning, random_reasoning(case).to(torch.bfloat16)) for case in PAIRS.values()),
     ]
     for run, call in calls:
         expected = run(call, "cpp")
@@ -322,6 +393,11 @@ def test_after_a_fork():
     assert done.returncode == 0, done.stderr
 
 
+def skip_without(level: str, done: subprocess.CompletedProcess) -> None:
+    if "instructions that this CPU does not have" in done.stderr:
+        pytest.skip(f"this CPU has no {level}")
+
+
 LEVEL = """
 import torch
 import test_cpu_reasoning as t
@@ -331,6 +407,9 @@ for name in t.ENCODERS:
     t.test_encoder_parity(name, torch.float32)
 for name in t.REASONING:
     t.test_reasoning_parity_of_widths_that_fill_no_vector(name)
+for name in ("D=33 H=1", "trajectories"):
+    t.test_reasoning_parity_in_bfloat16(name)
+t.test_encoder_parity("D=20 H=5", torch.bfloat16)
 t.test_a_call_leaves_nothing_behind_in_the_scratch()
 """
 
@@ -338,6 +417,27 @@ t.test_a_call_leaves_nothing_behind_in_the_scratch()
 @pytest.mark.parametrize("level", ranking.CPU_LEVELS)
 def test_every_instruction_set(level):
     done = run_code(LEVEL.format(level=level), LCR_FAST_CPU=level)
-    if "instructions that this CPU does not have" in done.stderr:
-        pytest.skip(f"this CPU has no {level}")
+    skip_without(level, done)
     assert done.returncode == 0, done.stderr
+
+
+BITS = """
+import hashlib
+import torch
+import test_cpu_reasoning as t
+for dtype in (torch.float32, torch.float16):
+    for case in (t.REASONING | t.PAIRS).values():
+        results = t.run_reasoning(t.random_reasoning(case).to(dtype), "cpp")
+        flat = torch.cat([x.flatten() for x in results.values()])
+        print(hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest())
+"""
+
+
+def test_only_bfloat16_depends_on_its_instructions():
+    found = []
+    for level in ("avx512", "avx512bf16"):
+        done = run_code(BITS, LCR_FAST_CPU=level)
+        skip_without(level, done)
+        assert done.returncode == 0, done.stderr
+        found.append(done.stdout)
+    assert found[0] == found[1] != ""

@@ -34,7 +34,7 @@ def driver(tmp_path_factory) -> Path:
     return folder / "driver"
 
 
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512", "avx512bf16"])
 def test_no_sanitizer_complains(driver, level):
     done = subprocess.run(
         [driver], env=os.environ | {"LCR_FAST_CPU": level}, capture_output=True, text=True,

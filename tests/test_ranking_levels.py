@@ -73,4 +73,4 @@ def test_forced_level_matches_reference(level):
 
 def test_unknown_level_is_an_error():
     done = run("sse9", "from lcr_fast.ops import ranking; ranking.cpu_level()")
-    assert "LCR_FAST_CPU must be baseline, avx2 or avx512" in done.stderr
+    assert "LCR_FAST_CPU must be baseline, avx2, avx512 or avx512bf16" in done.stderr

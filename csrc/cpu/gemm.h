@@ -10,13 +10,16 @@
 // B must be readable up to the next multiple of kLanes columns (pack() pads with zeros; scratch
 // needs kLanes floats to spare); what it holds there does not matter. Any M, N, K >= 0 and any
 // alignment. A sum over K is in order, whatever M and N, so a row does not depend on its company.
+//
+// Where LCR_PAIRS is defined, gemm<true> takes words for floats: K counts pairs of bfloat16, two
+// numbers of a row of A and of a column of B, whose products are added in float32.
 #pragma once
 #include "simd.h"
 
 namespace lcr_fast {
 namespace {
 
-// The same at every level, so that one packed copy of the weights serves all.
+// The same at every level: weights.h lays packed weights out for all of them.
 constexpr int64_t kPanel = 32;
 
 struct MatrixA {
@@ -68,7 +71,17 @@ constexpr int64_t packed_size(int64_t k, int64_t n) { return round_up(n, kPanel)
 constexpr int64_t kMaxRows = LCR_BYTES == 64 ? 12 : 6;
 constexpr int64_t kTileVecs = 2;
 
-template <int kRows, int kVecs>
+// sum + x * row; of words, the sum of both products.
+template <bool kPairs>
+LCR_INLINE Vec multiply_add(float x, Vec row, Vec sum) {
+#ifdef LCR_PAIRS
+  if constexpr (kPairs)
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(x), (__m512bh)row);
+#endif
+  return sum + x * row;
+}
+
+template <bool kPairs, int kRows, int kVecs>
 LCR_TARGET __attribute__((noinline)) void gemm_tile(const float* a, int64_t a_row, int64_t a_col,
                                                     const float* b, int64_t b_row, int64_t k,
                                                     float* c, int64_t c_row, int64_t width,
@@ -83,7 +96,7 @@ LCR_TARGET __attribute__((noinline)) void gemm_tile(const float* a, int64_t a_ro
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       const float x = a[i * a_row];
-      for (int j = 0; j < kVecs; ++j) sum[i][j] += x * row[j];
+      for (int j = 0; j < kVecs; ++j) sum[i][j] = multiply_add<kPairs>(x, row[j], sum[i][j]);
     }
   }
   const int64_t last = width - (kVecs - 1) * kLanes;  // columns of the last vector
@@ -117,29 +130,30 @@ using TileFn = void (*)(const float*, int64_t, int64_t, const float*, int64_t, i
                         int64_t, int64_t, const Epilogue&, int64_t);
 
 // The tile of `rows` rows and one or two vectors.
+template <bool kPairs>
 constexpr TileFn kTiles[][kTileVecs] = {
     {nullptr, nullptr},
-    {gemm_tile<1, 1>, gemm_tile<1, 2>},
-    {gemm_tile<2, 1>, gemm_tile<2, 2>},
-    {gemm_tile<3, 1>, gemm_tile<3, 2>},
-    {gemm_tile<4, 1>, gemm_tile<4, 2>},
-    {gemm_tile<5, 1>, gemm_tile<5, 2>},
-    {gemm_tile<6, 1>, gemm_tile<6, 2>},
+    {gemm_tile<kPairs, 1, 1>, gemm_tile<kPairs, 1, 2>},
+    {gemm_tile<kPairs, 2, 1>, gemm_tile<kPairs, 2, 2>},
+    {gemm_tile<kPairs, 3, 1>, gemm_tile<kPairs, 3, 2>},
+    {gemm_tile<kPairs, 4, 1>, gemm_tile<kPairs, 4, 2>},
+    {gemm_tile<kPairs, 5, 1>, gemm_tile<kPairs, 5, 2>},
+    {gemm_tile<kPairs, 6, 1>, gemm_tile<kPairs, 6, 2>},
 #if LCR_BYTES == 64
-    {gemm_tile<7, 1>, gemm_tile<7, 2>},
-    {gemm_tile<8, 1>, gemm_tile<8, 2>},
-    {gemm_tile<9, 1>, gemm_tile<9, 2>},
-    {gemm_tile<10, 1>, gemm_tile<10, 2>},
-    {gemm_tile<11, 1>, gemm_tile<11, 2>},
-    {gemm_tile<12, 1>, gemm_tile<12, 2>},
+    {gemm_tile<kPairs, 7, 1>, gemm_tile<kPairs, 7, 2>},
+    {gemm_tile<kPairs, 8, 1>, gemm_tile<kPairs, 8, 2>},
+    {gemm_tile<kPairs, 9, 1>, gemm_tile<kPairs, 9, 2>},
+    {gemm_tile<kPairs, 10, 1>, gemm_tile<kPairs, 10, 2>},
+    {gemm_tile<kPairs, 11, 1>, gemm_tile<kPairs, 11, 2>},
+    {gemm_tile<kPairs, 12, 1>, gemm_tile<kPairs, 12, 2>},
 #endif
 };
 
 // Columns of B are taken one tile at a time, and for each all rows of A, in tiles of nearly equal
 // height: a tile of B stays in the first-level cache.
-[[maybe_unused]] LCR_TARGET void gemm(int64_t m, int64_t n, int64_t k, const MatrixA& a,
-                                      const MatrixB& b, float* c, int64_t c_row,
-                                      const Epilogue& epilogue = {}) {
+template <bool kPairs = false>
+LCR_TARGET void gemm(int64_t m, int64_t n, int64_t k, const MatrixA& a, const MatrixB& b, float* c,
+                     int64_t c_row, const Epilogue& epilogue = {}) {
   const int64_t n_tiles = (m + kMaxRows - 1) / kMaxRows;
   for (int64_t column = 0; column < n; column += kTileVecs * kLanes) {
     const float* tile_b = b.data + column / kPanel * b.panel + column % kPanel;
@@ -148,8 +162,9 @@ constexpr TileFn kTiles[][kTileVecs] = {
     const int64_t vecs = (width + kLanes - 1) / kLanes;
     for (int64_t tile = 0; tile < n_tiles; ++tile) {
       const int64_t begin = m * tile / n_tiles, end = m * (tile + 1) / n_tiles;
-      kTiles[end - begin][vecs - 1](a.data + begin * a.row, a.row, a.col, tile_b, b.row, k,
-                                    c + begin * c_row + column, c_row, width, epilogue, column);
+      const TileFn tile_fn = kTiles<kPairs>[end - begin][vecs - 1];
+      tile_fn(a.data + begin * a.row, a.row, a.col, tile_b, b.row, k, c + begin * c_row + column,
+              c_row, width, epilogue, column);
     }
   }
 }

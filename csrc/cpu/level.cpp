@@ -14,11 +14,12 @@ int64_t choose_level() {
   if (best == 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
     best = 2;
+  if (best == 2 && __builtin_cpu_supports("avx512bf16")) best = 3;
 #endif
   const char* wanted = std::getenv("LCR_FAST_CPU");
   if (wanted == nullptr || *wanted == '\0') return best;
-  const char* const names[] = {"baseline", "avx2", "avx512"};
-  for (int64_t level = 0; level < 3; ++level)
+  const char* const names[] = {"baseline", "avx2", "avx512", "avx512bf16"};
+  for (int64_t level = 0; level < 4; ++level)
     if (std::strcmp(wanted, names[level]) == 0) return level <= best ? level : -2;
   return -1;
 }

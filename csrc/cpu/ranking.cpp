@@ -20,7 +20,7 @@ constexpr int64_t kWholeList = std::numeric_limits<int64_t>::max();
 
 const RankingKernels& kernels() {
 #if defined(__x86_64__)
-  if (cpu_level() == 2) return kRankingAvx512;
+  if (cpu_level() >= 2) return kRankingAvx512;
   if (cpu_level() == 1) return kRankingAvx2;
 #endif
   return kRankingBaseline;

@@ -15,9 +15,11 @@
 namespace lcr_fast {
 namespace {
 
-const ReasoningKernels& kernels() {
+// The kernels of a call whose states have this type.
+const ReasoningKernels& kernels_of(FloatType type) {
 #if defined(__x86_64__)
-  if (cpu_level() == 2) return kReasoningAvx512;
+  if (cpu_level() == 3 && type == FloatType::kBFloat16) return kReasoningAvx512Bf16;
+  if (cpu_level() >= 2) return kReasoningAvx512;
   if (cpu_level() == 1) return kReasoningAvx2;
 #endif
   return kReasoningBaseline;
@@ -99,7 +101,8 @@ struct PackedWeights {
 };
 
 PackedWeights pack_weights(const BlockSpec& spec, const BlockRange& range, int64_t n_sets,
-                           const WeightArg* weights, bool backward, const Parallel& parallel) {
+                           const WeightArg* weights, const ReasoningKernels& kernels, bool backward,
+                           const Parallel& parallel) {
   const FloatWeights floats(spec, n_sets, weights);
   const int64_t size = forward_layout(spec).size, backward_size = backward_layout(spec).size;
   PackedWeights packed;
@@ -107,10 +110,10 @@ PackedWeights pack_weights(const BlockSpec& spec, const BlockRange& range, int64
   if (backward) packed.backward = new_floats(range.n_blocks * backward_size);
   parallel(range.n_blocks, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      kernels().pack_forward(spec, floats.get(), range.index(i), packed.forward.get() + i * size);
+      kernels.pack_forward(spec, floats.get(), range.index(i), packed.forward.get() + i * size);
       if (backward)
-        kernels().pack_backward(spec, floats.get(), range.index(i),
-                                packed.backward.get() + i * backward_size);
+        kernels.pack_backward(spec, floats.get(), range.index(i),
+                              packed.backward.get() + i * backward_size);
     }
   });
   return packed;
@@ -123,14 +126,15 @@ PackedWeights pack_weights(const BlockSpec& spec, const BlockRange& range, int64
 class GradientSums {
  public:
   GradientSums(const BlockSpec& spec, const BlockRange& range, int64_t n_sets,
-               const WeightArg* weights, int64_t n_users, const Parallel& parallel)
+               const WeightArg* weights, int64_t n_users, const ReasoningKernels& kernels,
+               const Parallel& parallel)
       : spec_(spec),
         range_(range),
         at_(gradient_layout(spec)),
         weights_(weights),
         n_groups_(std::clamp<int64_t>((n_users + kGroup - 1) / kGroup, 1, kMaxGroups)),
         n_users_(n_users),
-        packed_(pack_weights(spec, range, n_sets, weights, true, parallel)),
+        packed_(pack_weights(spec, range, n_sets, weights, kernels, true, parallel)),
         sums_(new_floats(n_groups_ * size())) {}
 
   // Run `user(weights, b)` for every user, groups in parallel.
@@ -199,18 +203,19 @@ class GradientSums {
 void reasoning_forward(const ReasoningArgs& args, const WeightArg* weights,
                        const ReasoningResults& results, int64_t n_threads,
                        const Parallel& parallel) {
+  const ReasoningKernels& kernels = kernels_of(args.type);
   const PackedWeights made = pack_weights(block_spec(args.shape, 2), reasoning_blocks(args.shape),
-                                          args.shape.n_sets, weights, false, parallel);
+                                          args.shape.n_sets, weights, kernels, false, parallel);
   const float* packed = made.forward.get();
   const int64_t n_items = args.n_users * args.n_trajectories, n_parts = 2 * args.n_steps;
-  const int64_t size = kernels().forward_scratch(args);
+  const int64_t size = kernels.forward_scratch(args);
   if (n_items > 1 || n_threads == 1) {
     parallel(n_items, [&](int64_t begin, int64_t end) {
       float* scratch = thread_scratch(size);
       for (int64_t item = begin; item < end; ++item)
         for (int64_t part = 0; part < n_parts; ++part)
           for (int x = 0; x < 2; ++x)
-            kernels().forward_part(args, packed, results, item, part, x, scratch);
+            kernels.forward_part(args, packed, results, item, part, x, scratch);
     });
     return;
   }
@@ -219,18 +224,19 @@ void reasoning_forward(const ReasoningArgs& args, const WeightArg* weights,
   for (int64_t part = 0; n_items > 0 && part < n_parts; ++part)
     parallel(2, [&](int64_t begin, int64_t end) {
       for (int64_t x = begin; x < end; ++x)
-        kernels().forward_part(args, packed, results, 0, part, static_cast<int>(x), scratch);
+        kernels.forward_part(args, packed, results, 0, part, static_cast<int>(x), scratch);
     });
 }
 
 void reasoning_backward(const ReasoningArgs& args, const WeightArg* weights,
                         const ReasoningGradients& gradients, const Parallel& parallel) {
   const TransformerShape& shape = args.shape;
+  const ReasoningKernels& kernels = kernels_of(args.type);
   GradientSums sums(block_spec(shape, 2), reasoning_blocks(shape), shape.n_sets, weights,
-                    args.n_users, parallel);
-  const int64_t size = kernels().backward_scratch(args);
+                    args.n_users, kernels, parallel);
+  const int64_t size = kernels.backward_scratch(args);
   sums.run(parallel, [&](const BackwardWeights& w, int64_t user) {
-    kernels().backward(args, w, gradients, user, thread_scratch(size));
+    kernels.backward(args, w, gradients, user, thread_scratch(size));
   });
   sums.write(gradients.dweights, parallel);
 }
@@ -239,24 +245,26 @@ void reasoning_backward(const ReasoningArgs& args, const WeightArg* weights,
 
 void encoder_forward(const EncoderArgs& args, const WeightArg* weights, void* out,
                      const Parallel& parallel) {
+  const ReasoningKernels& kernels = kernels_of(args.type);
   const PackedWeights packed =
       pack_weights(block_spec(args.shape, 1), encoder_blocks(args.shape, args.stream),
-                   args.shape.n_sets, weights, false, parallel);
-  const int64_t size = kernels().encoder_scratch(args);
+                   args.shape.n_sets, weights, kernels, false, parallel);
+  const int64_t size = kernels.encoder_scratch(args);
   parallel(args.n_users, [&](int64_t begin, int64_t end) {
     for (int64_t user = begin; user < end; ++user)
-      kernels().encoder_forward(args, packed.forward.get(), out, user, thread_scratch(size));
+      kernels.encoder_forward(args, packed.forward.get(), out, user, thread_scratch(size));
   });
 }
 
 void encoder_backward(const EncoderArgs& args, const WeightArg* weights, const void* dout, void* dx,
                       void* const* dweights, const Parallel& parallel) {
   const TransformerShape& shape = args.shape;
+  const ReasoningKernels& kernels = kernels_of(args.type);
   GradientSums sums(block_spec(shape, 1), encoder_blocks(shape, args.stream), shape.n_sets, weights,
-                    args.n_users, parallel);
-  const int64_t size = kernels().encoder_backward_scratch(args);
+                    args.n_users, kernels, parallel);
+  const int64_t size = kernels.encoder_backward_scratch(args);
   sums.run(parallel, [&](const BackwardWeights& w, int64_t user) {
-    kernels().encoder_backward(args, w, dout, dx, user, thread_scratch(size));
+    kernels.encoder_backward(args, w, dout, dx, user, thread_scratch(size));
   });
   sums.write(dweights, parallel);
 }

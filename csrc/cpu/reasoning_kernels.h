@@ -42,6 +42,7 @@ struct ReasoningKernels {
 extern const ReasoningKernels kReasoningBaseline;
 extern const ReasoningKernels kReasoningAvx2;
 extern const ReasoningKernels kReasoningAvx512;
+extern const ReasoningKernels kReasoningAvx512Bf16;
 
 // Where the dropout layers of each part start: see lcr_fast/ops/noise.py.
 constexpr int64_t kStreamSites = 1 << 12;
@@ -136,11 +137,12 @@ struct SelfLayer {
 
 LCR_TARGET void self_attend(const Dims& dims, const Block& block, int64_t m, const SelfLayer& s) {
   const Attention& a = s.attention;
-  linear(block, kSelf + kQuery, m, s.x, dims.stride, a.q, dims.stride);
-  linear(block, kSelf + kKey, m, s.x, dims.stride, a.k, dims.stride);
-  linear(block, kSelf + kValue, m, s.x, dims.stride, a.v, dims.stride);
+  const MatrixA x = operand(m, dims.dim, s.x, dims.stride, a.operands);
+  linear(block, kSelf + kQuery, m, x, a.q, dims.stride);
+  linear(block, kSelf + kKey, m, x, a.k, dims.stride);
+  linear(block, kSelf + kValue, m, x, a.v, dims.stride);
   attend(dims, m, m, a);
-  linear(block, kSelf + kOut, m, a.heads, dims.stride, s.update, dims.stride);
+  project_heads(dims, block, kSelf + kOut, m, a, s.update);
   add_norm(dims, block, 0, m, s.x, s.update, s.out, s.norm);
 }
 
@@ -216,7 +218,7 @@ struct Stream {
 
   int64_t m;  // valid rows
   float *h, *a, *c, *out;
-  float *update, *hidden;
+  float *update, *hidden, *operands;
   float *key, *alpha, *pooled;  // of target-aware pooling
   Attention self, cross;        // cross: the other stream writes k and v
   NormTape norm[3];
@@ -233,11 +235,13 @@ LCR_TARGET Stream::Stream(Arena& arena, const Dims& dims, const ReasoningArgs& a
   out = keep && dims.ffn > 0 ? states() : c;
   update = states();
   hidden = arena.take(length * dims.ffn_stride);
+  const int64_t other = args.length[1 - x];
+  operands = take_operands(arena, dims, length, length > other ? length : other);
   key = arena.take(dims.stride);
   alpha = arena.take(key_row(length));
   pooled = arena.take(dims.stride);
-  self = Attention(arena, dims, length, length, keep);
-  cross = Attention(arena, dims, length, args.length[1 - x], keep);
+  self = Attention(arena, dims, length, length, keep, operands);
+  cross = Attention(arena, dims, length, other, keep, operands);
   for (NormTape& tape : norm)
     tape = norm_tape(arena, dims, length, keep, args.dropout.threshold > 0);
 }
@@ -286,8 +290,9 @@ class Reasoning {
     self_attend(dims_, block(k, x), s.m, {s.h, s.a, s.update, s.self, s.norm[0]});
     if (other.m == 0) return;
     const Block reader = block(k, 1 - x);
-    linear(reader, kCross + kKey, s.m, s.a, dims_.stride, other.cross.k, dims_.stride);
-    linear(reader, kCross + kValue, s.m, s.a, dims_.stride, other.cross.v, dims_.stride);
+    const MatrixA a = operand(s.m, dims_.dim, s.a, dims_.stride, s.operands);
+    linear(reader, kCross + kKey, s.m, a, other.cross.k, dims_.stride);
+    linear(reader, kCross + kValue, s.m, a, other.cross.v, dims_.stride);
   }
 
   // c = LN2(a + g MCA(a, other a)); out = LN3(c + FFN(c)).
@@ -296,13 +301,15 @@ class Reasoning {
     if (s.m == 0) return;
     const Block w = block(k, x);
     if (other.m > 0) {
-      linear(w, kCross + kQuery, s.m, s.a, dims_.stride, s.cross.q, dims_.stride);
+      const MatrixA a = operand(s.m, dims_.dim, s.a, dims_.stride, s.operands);
+      linear(w, kCross + kQuery, s.m, a, s.cross.q, dims_.stride);
       attend(dims_, s.m, other.m, s.cross);
-      linear(w, kCross + kOut, s.m, s.cross.heads, dims_.stride, s.update, dims_.stride);
+      project_heads(dims_, w, kCross + kOut, s.m, s.cross, s.update);
     }
     add_norm(dims_, w, 1, s.m, s.a, other.m > 0 ? s.update : nullptr, s.c, s.norm[1]);
     if (dims_.ffn > 0)
-      feed_forward(dims_, w, kStepFfn, 2, s.m, s.c, s.hidden, s.update, s.out, s.norm[2]);
+      feed_forward(dims_, w, kStepFfn, 2, s.m, s.c, s.hidden, s.update, s.operands, s.out,
+                   s.norm[2]);
   }
 
   // Offset of pooled[item, k, which, x].
@@ -523,16 +530,27 @@ LCR_TARGET void backward(const ReasoningArgs& args, const BackwardWeights& weigh
 
 // -- encoder --------------------------------------------------------------------------------------
 
+// The states of a forward pass, and scratch that every layer uses again.
+struct EncoderBuffers {
+  EncoderBuffers(Arena& arena, const Dims& dims, const EncoderArgs& args)
+      : h(arena.take(args.length * dims.stride)),
+        update(arena.take(args.length * dims.stride)),
+        hidden(arena.take(args.length * dims.ffn_stride)),
+        operands(take_operands(arena, dims, args.length, args.length)) {}
+
+  float *h, *update, *hidden, *operands;
+};
+
 // One layer; in a forward pass a and out are h.
 struct EncoderLayer {
-  EncoderLayer(Arena& arena, const Dims& dims, const EncoderArgs& args, float* h, float* update,
-               float* hidden, bool keep)
+  EncoderLayer(Arena& arena, const Dims& dims, const EncoderArgs& args,
+               const EncoderBuffers& shared, float* h, bool keep)
       : h(h),
         a(keep ? arena.take(args.length * dims.stride) : h),
         out(keep && dims.ffn > 0 ? arena.take(args.length * dims.stride) : a),
-        update(update),
-        hidden(keep ? arena.take(args.length * dims.ffn_stride) : hidden),
-        self(arena, dims, args.length, args.length, keep) {
+        update(shared.update),
+        hidden(keep ? arena.take(args.length * dims.ffn_stride) : shared.hidden),
+        self(arena, dims, args.length, args.length, keep, shared.operands) {
     for (NormTape& tape : norm)
       tape = norm_tape(arena, dims, args.length, keep, args.dropout.threshold > 0);
   }
@@ -552,25 +570,15 @@ LCR_TARGET void encode_layer(const EncoderArgs& args, const Dims& dims, const Bl
                         kEncoderSites + args.stream * kStreamSites + 2 * i + part,
                         args.dropout.threshold, m, dims.dim, layer.norm[part].mask, dims.stride);
   self_attend(dims, w, m, {layer.h, layer.a, layer.update, layer.self, layer.norm[0]});
-  feed_forward(dims, w, kEncoderFfn, 1, m, layer.a, layer.hidden, layer.update, layer.out,
-               layer.norm[1]);
+  feed_forward(dims, w, kEncoderFfn, 1, m, layer.a, layer.hidden, layer.update, layer.self.operands,
+               layer.out, layer.norm[1]);
 }
-
-// The states, scratch and first layer of a forward pass; every layer uses them again.
-struct EncoderBuffers {
-  EncoderBuffers(Arena& arena, const Dims& dims, const EncoderArgs& args)
-      : h(arena.take(args.length * dims.stride)),
-        update(arena.take(args.length * dims.stride)),
-        hidden(arena.take(args.length * dims.ffn_stride)) {}
-
-  float *h, *update, *hidden;
-};
 
 int64_t encoder_scratch(const EncoderArgs& args) {
   const Dims dims(args.shape);
   Arena arena(nullptr);
   EncoderBuffers b(arena, dims, args);
-  EncoderLayer(arena, dims, args, b.h, b.update, b.hidden, false);
+  EncoderLayer(arena, dims, args, b, b.h, false);
   return arena.size();
 }
 
@@ -580,7 +588,7 @@ LCR_TARGET void encoder_forward(const EncoderArgs& args, const float* packed, vo
   const Blocks blocks(args.shape, 1, {packed, nullptr, nullptr});
   Arena arena(scratch);
   EncoderBuffers b(arena, dims, args);
-  const EncoderLayer layer(arena, dims, args, b.h, b.update, b.hidden, false);
+  const EncoderLayer layer(arena, dims, args, b, b.h, false);
   const int64_t m = args.lengths[user], offset = user * args.length * dims.dim;
   read_rows(args.x, args.type, offset, m, dims, b.h);
   for (int64_t i = 0; m > 0 && i < args.shape.n_sets; ++i)
@@ -606,7 +614,7 @@ int64_t encoder_backward_scratch(const EncoderArgs& args) {
   Arena arena(nullptr);
   EncoderTape tape(arena, dims, args);
   for (int64_t i = 0; i < args.shape.n_sets; ++i)
-    EncoderLayer(arena, dims, args, tape.buffers.h, tape.buffers.update, tape.buffers.hidden, true);
+    EncoderLayer(arena, dims, args, tape.buffers, tape.buffers.h, true);
   return arena.size();
 }
 
@@ -617,7 +625,7 @@ LCR_TARGET void encode_layers_bwd(const EncoderArgs& args, const Dims& dims, con
   if (i == args.shape.n_sets) return;
   const int64_t m = args.lengths[user];
   const Block w = blocks.block(i);
-  const EncoderLayer layer(arena, dims, args, h, tape.buffers.update, tape.buffers.hidden, true);
+  const EncoderLayer layer(arena, dims, args, tape.buffers, h, true);
   encode_layer(args, dims, w, i, user, layer);
   encode_layers_bwd(args, dims, blocks, tape, arena, i + 1, layer.out, user);
   feed_forward_bwd(dims, w, kEncoderFfn, 1, m, layer.a, layer.hidden, tape.g, tape.du,

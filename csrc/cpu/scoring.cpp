@@ -30,7 +30,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 const ScoringKernels& kernels() {
 #if defined(__x86_64__)
-  if (cpu_level() == 2) return kScoringAvx512;
+  if (cpu_level() >= 2) return kScoringAvx512;
   if (cpu_level() == 1) return kScoringAvx2;
 #endif
   return kScoringBaseline;

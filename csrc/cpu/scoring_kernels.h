@@ -57,11 +57,7 @@ extern const ScoringKernels kScoringAvx512;
 
 #ifdef LCR_TARGET
 
-#if LCR_BYTES > 16
-#include <immintrin.h>
-#endif
-
-#define LCR_INLINE LCR_TARGET __attribute__((always_inline)) static inline
+#include "simd.h"
 
 namespace lcr_fast {
 namespace {
@@ -71,13 +67,6 @@ typedef int32_t VI __attribute__((vector_size(LCR_BYTES)));
 constexpr int64_t kWidth = LCR_BYTES / 4;
 // Sums held in registers: AVX-512 has 32 vectors, the others 16.
 constexpr int kMaxRows = LCR_BYTES == 64 ? 12 : 6;
-
-LCR_INLINE V load(const float* p) {
-  V v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-LCR_INLINE void store(float* p, V v) { __builtin_memcpy(p, &v, sizeof v); }
 
 // The first lanes of a vector, 1 to kWidth - 1 of them.
 #if LCR_BYTES == 64
@@ -323,15 +312,19 @@ LCR_TARGET void row_sums(const float* x, int64_t ld, int64_t rows, int64_t n, do
   }
 }
 
-LCR_TARGET void transpose(const float* in, int64_t ld_in, int64_t m, int64_t n, float* out,
-                          int64_t ld_out) {
-  // Blocks of 16 x 16, whose lines fit the first cache on both sides.
-  for (int64_t i0 = 0; i0 < m; i0 += 16) {
-    const int64_t i1 = i0 + 16 < m ? i0 + 16 : m;
-    for (int64_t j0 = 0; j0 < n; j0 += 16) {
-      const int64_t j1 = j0 + 16 < n ? j0 + 16 : n;
-      for (int64_t j = j0; j < j1; ++j)
-        for (int64_t i = i0; i < i1; ++i) out[j * ld_out + i] = in[i * ld_in + j];
+// Unlike transpose(), writes nothing behind column m of out.
+LCR_TARGET void transpose_within(const float* in, int64_t ld_in, int64_t m, int64_t n, float* out,
+                                 int64_t ld_out) {
+  for (int64_t i = 0; i < m; i += kLanes) {
+    const int64_t rows = m - i < kLanes ? m - i : kLanes;
+    for (int64_t j = 0; j < n; j += kLanes) {
+      const int64_t columns = n - j < kLanes ? n - j : kLanes;
+      Vec block[kLanes];
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < kLanes; ++r)
+        block[r] = r < rows ? load_first(in + (i + r) * ld_in + j, columns) : Vec{};
+      transpose_block(block);
+      for (int64_t c = 0; c < columns; ++c) store_first(out + (j + c) * ld_out + i, block[c], rows);
     }
   }
 }
@@ -392,8 +385,9 @@ LCR_TARGET void dropout(float* x, int64_t ld, int64_t rows, int64_t n, int64_t f
   }
 }
 
-constexpr ScoringKernels kThisLevel = {gemm,      softmax,  softmax_bwd, column_dots, row_sums,
-                                       transpose, add_bias, relu,        relu_bwd,    dropout};
+constexpr ScoringKernels kThisLevel = {gemm,     softmax,          softmax_bwd, column_dots,
+                                       row_sums, transpose_within, add_bias,    relu,
+                                       relu_bwd, dropout};
 
 }  // namespace
 }  // namespace lcr_fast

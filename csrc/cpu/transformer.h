@@ -4,7 +4,7 @@
 // hidden activations `ffn_stride`; both are multiples of 16. What stands in the columns between
 // width and stride does not matter. "add" in a name means that the result is added.
 #pragma once
-#include "gemm.h"
+#include "operands.h"
 #include "rows.h"
 #include "weights.h"
 
@@ -52,14 +52,14 @@ struct Block {
 };
 
 // out [m, n_out] = x W^T + b for linear `i`.
-LCR_TARGET void linear(const Block& block, int i, int64_t m, const float* x, int64_t x_row,
-                       float* out, int64_t out_row, bool relu = false) {
+LCR_TARGET void linear(const Block& block, int i, int64_t m, const MatrixA& x, float* out,
+                       int64_t out_row, bool relu = false) {
   const LinearSpec& spec = block.spec->linears[i];
   Epilogue epilogue;
   epilogue.bias = block.forward + block.at->bias[i];
   epilogue.relu = relu;
-  gemm(m, spec.out, spec.in, {x, x_row}, packed(block.forward + block.at->weight[i], spec.in), out,
-       out_row, epilogue);
+  const MatrixB weight = packed(block.forward + block.at->weight[i], inner_size(spec.in));
+  product(m, spec.out, spec.in, x, weight, out, out_row, epilogue);
 }
 
 // From dout the gradients of W and b, added to the block's, and that of x: set, or added to dx.
@@ -89,7 +89,8 @@ LCR_TARGET void linear(const Block& block, int i, int64_t m, const float* x, int
 // kQueryBlock rows, so that it stays in the cache; backward keeps all of it.
 struct Attention {
   Attention() = default;
-  Attention(Arena& arena, const Dims& dims, int64_t n_queries, int64_t n_keys, bool keep);
+  Attention(Arena& arena, const Dims& dims, int64_t n_queries, int64_t n_keys, bool keep,
+            float* operands);
 
   float* q;           // [n_queries, stride]
   float* k;           // [n_keys, stride]
@@ -98,14 +99,24 @@ struct Attention {
   float* prob;        // [n_heads, n_queries, n_keys] rows key_row(n_keys) apart, or shared
   int64_t prob_head;  // floats between heads, 0: shared
   float* turned;      // [head_dim, n_keys] scratch, rows key_row(n_keys) apart
+  float* values;      // scratch of row_operand(), or empty
+  float* operands;    // see take_operands()
 };
 
 constexpr int64_t kQueryBlock = 48;
 
 constexpr int64_t key_row(int64_t n_keys) { return round_up(n_keys, kAlign); }
 
+// Scratch of operand() for the rows of one stream, which every product uses anew.
+inline float* take_operands(Arena& arena, const Dims& dims, int64_t length, int64_t n_keys) {
+  const int64_t linears = length * operand_row(dims.ffn > dims.dim ? dims.ffn : dims.dim);
+  const int64_t heads = (length < kQueryBlock ? length : kQueryBlock) * operand_row(n_keys);
+  return arena.take(linears > heads ? linears : heads);
+}
+
 inline Attention::Attention(Arena& arena, const Dims& dims, int64_t n_queries, int64_t n_keys,
-                            bool keep) {
+                            bool keep, float* operands)
+    : operands(operands) {
   q = arena.take(n_queries * dims.stride);
   k = arena.take(n_keys * dims.stride);
   v = arena.take(n_keys * dims.stride);
@@ -114,6 +125,7 @@ inline Attention::Attention(Arena& arena, const Dims& dims, int64_t n_queries, i
   prob_head = keep ? rows * key_row(n_keys) : 0;
   prob = arena.take(keep ? dims.n_heads * prob_head : rows * key_row(n_keys));
   turned = arena.take(dims.head_dim * key_row(n_keys));
+  values = arena.take(operand_row(n_keys) * round_up(dims.head_dim, kAlign));
 }
 
 LCR_TARGET float head_scale(const Dims& dims) {
@@ -125,17 +137,25 @@ LCR_TARGET void attend(const Dims& dims, int64_t n_queries, int64_t n_keys, cons
   const int64_t row = key_row(n_keys), stride = dims.stride, width = dims.head_dim;
   for (int64_t head = 0; head < dims.n_heads; ++head) {
     const int64_t column = head * width;
-    transpose(a.k + column, stride, n_keys, width, a.turned, row);
+    const MatrixB keys = turned_operand(n_keys, width, a.k + column, stride, a.turned, row);
+    const MatrixB values = row_operand(n_keys, width, a.v + column, stride, a.values);
     for (int64_t first = 0; first < n_queries; first += kQueryBlock) {
       const int64_t rows = n_queries - first < kQueryBlock ? n_queries - first : kQueryBlock;
       float* prob = a.prob + head * a.prob_head + (a.prob_head > 0 ? first * row : 0);
-      gemm(rows, n_keys, width, {a.q + first * stride + column, stride}, row_major(a.turned, row),
-           prob, row);
+      const int64_t at = first * stride + column;
+      product(rows, n_keys, width, operand(rows, width, a.q + at, stride, a.operands), keys, prob,
+              row);
       softmax_rows(prob, row, rows, n_keys, head_scale(dims));
-      gemm(rows, width, n_keys, {prob, row}, row_major(a.v + column, stride),
-           a.heads + first * stride + column, stride);
+      product(rows, width, n_keys, operand(rows, n_keys, prob, row, a.operands), values,
+              a.heads + at, stride);
     }
   }
+}
+
+// update [m, stride] = heads W^T + b for linear `i`.
+LCR_TARGET void project_heads(const Dims& dims, const Block& block, int i, int64_t m,
+                              const Attention& a, float* update) {
+  linear(block, i, m, operand(m, dims.dim, a.heads, dims.stride, a.operands), update, dims.stride);
 }
 
 // Backward of attend: from dheads the gradients of q, k and v, set. `dprob` is scratch
@@ -196,12 +216,15 @@ LCR_TARGET void add_norm(const Dims& dims, const Block& block, int i, int64_t m,
   }
 }
 
-// out = LN_norm(x + FFN(x)), the FFN's linears from number `first` on. `update` is scratch.
+// out = LN_norm(x + FFN(x)), the FFN's linears from number `first` on. `update` and `operands` are
+// scratch.
 LCR_TARGET void feed_forward(const Dims& dims, const Block& block, int first, int norm, int64_t m,
-                             const float* x, float* hidden, float* update, float* out,
-                             const NormTape& tape) {
-  linear(block, first, m, x, dims.stride, hidden, dims.ffn_stride, true);
-  linear(block, first + 1, m, hidden, dims.ffn_stride, update, dims.stride);
+                             const float* x, float* hidden, float* update, float* operands,
+                             float* out, const NormTape& tape) {
+  linear(block, first, m, operand(m, dims.dim, x, dims.stride, operands), hidden, dims.ffn_stride,
+         true);
+  linear(block, first + 1, m, operand(m, dims.ffn, hidden, dims.ffn_stride, operands), update,
+         dims.stride);
   add_norm(dims, block, norm, m, x, update, out, tape);
 }
 
@@ -224,7 +247,7 @@ LCR_TARGET void feed_forward(const Dims& dims, const Block& block, int first, in
   for (int i = 0; i < spec.n_linears; ++i) {
     const LinearSpec& l = spec.linears[i];
     const int64_t row = index * l.rows + l.first_row;
-    pack(weights[l.weight] + row * l.in, 1, l.in, l.in, l.out, out + at.weight[i]);
+    pack_operand(weights[l.weight] + row * l.in, l.in, l.out, out + at.weight[i]);
     std::memcpy(out + at.bias[i], weights[l.bias] + row, sizeof(float) * l.out);
   }
   for (int i = 0; i < spec.n_norms; ++i) {

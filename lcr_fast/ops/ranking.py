@@ -9,7 +9,7 @@ equal it; place and metrics follow from the two counts.
 | CUDA, extension built for CUDA, ``target`` | CUDA C++ |
 | anything else, ``relevance`` on CUDA included | the reference |
 
-``LCR_FAST_CPU=baseline|avx2|avx512``, read at the first call, forces an instruction set.
+``LCR_FAST_CPU=baseline|avx2|avx512|avx512bf16``, read at the first call, forces an instruction set.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from lcr_fast.ops._extension import extension_error, has_kernel
 from lcr_fast.reference import RANKING_KINDS, TIES, parse_metric
 
 DEFAULT_METRICS = ("hr@1", "hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr")
-CPU_LEVELS = ("baseline", "avx2", "avx512")
+CPU_LEVELS = ("baseline", "avx2", "avx512", "avx512bf16")
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _GRADES = (torch.bool, torch.int32, torch.int64, torch.float32, torch.float64)
@@ -57,7 +57,7 @@ if extension_error() is None:
 
 
 def cpu_level() -> str:
-    """Return the instruction set that the C++ path uses: baseline, avx2 or avx512."""
+    """Return the instruction set that the C++ path uses, one of ``CPU_LEVELS``."""
     if extension_error() is not None:
         raise RuntimeError(f"lcr_fast._C is not available ({extension_error()})")
     return CPU_LEVELS[torch.ops.lcr_fast.cpu_level()]
