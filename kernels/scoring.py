@@ -260,7 +260,12 @@ def _head_bwd_kernel(
     bn = b * n_trajectories + bn_local % n_trajectories
     c = tile.to(tl.int32) * CANDIDATES + tl.arange(0, CANDIDATES)
     inside = c < n_candidates
-    r = bn_local * n_candidates + c  # [P] int64
+    # Offsets of a tile are 32-bit, on top of a scalar: pointers of 64 bits take twice the registers.
+    row_0 = bn_local * n_candidates + tile * CANDIDATES
+    r = tl.arange(0, CANDIDATES)
+    softmax_ptr += row_0
+    inputs_ptr += row_0 * (3 * D)
+    dinputs_ptr += row_0 * (3 * D)
     axis = tl.arange(0, D)
     DTYPE: tl.constexpr = search_ptr.dtype.element_ty
 
@@ -307,7 +312,7 @@ def _head_bwd_kernel(
         my_sums_ptr = sums_ptr + pid * (H1 + 2 * H2)
         tl.store(my_sums_ptr + H1 + outputs, tl.sum(dt2, 0), mask=outputs < H2)
         tl.store(my_sums_ptr + H1 + H2 + outputs, tl.sum(dy[:, None] * x2, 0), mask=outputs < H2)
-        _store_tile(dt2_ptr, r, outputs, H2, dt2, inside, H2)
+        _store_tile(dt2_ptr + row_0 * H2, r, outputs, H2, dt2, inside, H2)
         dt2 = dt2.to(DTYPE)
 
         dz_r = tl.zeros([CANDIDATES, D], tl.float32)
@@ -326,8 +331,8 @@ def _head_bwd_kernel(
                 keep = dropout_tile(seed, row, SITE, c, first, H1_BLOCK) >= threshold
                 x1 = tl.where(keep, x1 * scale, 0.0)
                 dt1 = tl.where(keep, dt1 * scale, 0.0)
-            _store_tile(hidden_ptr, r, units, H1, x1, inside, H1)
-            _store_tile(dt1_ptr, r, units, H1, dt1, inside, H1)
+            _store_tile(hidden_ptr + row_0 * H1, r, units, H1, x1, inside, H1)
+            _store_tile(dt1_ptr + row_0 * H1, r, units, H1, dt1, inside, H1)
             tl.store(my_sums_ptr + units, tl.sum(dt1, 0), mask=units < H1)
             dt1 = dt1.to(DTYPE)
             dz_r = tl.dot(dt1, w_r, dz_r, input_precision=PRECISION)
@@ -357,25 +362,29 @@ def _softmax_rows(softmax_ptr, r, n_rows, inside):
 @triton.jit
 def _dkeys(
     e, states_ptr, length, weight_ptr, candidates_ptr, dkeys_ptr, dz_ptr, softmax_ptr,
-    c, i, r, size, n_trajectories, n_candidates, n_rows,
+    c, size, n_trajectories, n_candidates, n_rows,
     D: tl.constexpr, EVENTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store k and dk of one stream, dk summed over the trajectories; return W^T dk, [P, D]."""
+    """Store k and dk of one stream, dk summed over the trajectories; return W^T dk, [P, D].
+
+    Pointers are to the tile's first row, of the first trajectory.
+    """
     DTYPE: tl.constexpr = e.dtype
     axis = tl.arange(0, D)
     inside = c < n_candidates
+    i = tl.arange(0, e.shape[0])
     weight = tl.load(weight_ptr + axis[:, None] * D + axis[None, :]).to(DTYPE)
     keys = tl.dot(e, tl.trans(weight), input_precision=PRECISION).to(DTYPE)
     _store_tile(candidates_ptr, i, axis, 3 * D, keys, inside, D)
     dkeys = tl.zeros([e.shape[0], D], tl.float32)
     for n in range(0, n_trajectories):
-        rows = r + n * n_candidates
-        top, inverse, mean = _softmax_rows(softmax_ptr, rows, n_rows, inside)
-        dz_ptrs = dz_ptr + rows[:, None] * (3 * D) + axis[None, :]
+        row_0 = n.to(tl.int64) * n_candidates
+        top, inverse, mean = _softmax_rows(softmax_ptr + row_0, i, n_rows, inside)
+        dz_ptrs = dz_ptr + row_0 * (3 * D) + (i[:, None] * (3 * D) + axis[None, :])
         dz = tl.load(dz_ptrs, mask=inside[:, None], other=0.0)
         for first in range(0, length, EVENTS):
             events = first + tl.arange(0, EVENTS)
-            h = load_events(states_ptr + n * size * D, events, length, D)  # [EVENTS, D]
+            h = load_events(states_ptr + n.to(tl.int64) * size * D, events, length, D)  # [EVENTS, D]
             logits = tl.dot(keys, tl.trans(h), input_precision=PRECISION)  # [P, EVENTS]
             p = tl.exp(logits - top[:, None]) * inverse[:, None]
             p = tl.where((events < length)[None, :], p, 0.0)
@@ -403,8 +412,13 @@ def _candidate_bwd_kernel(
     b = first_user + b_local
     c = tile.to(tl.int32) * CANDIDATES + tl.arange(0, CANDIDATES)
     inside = c < n_candidates
-    i = b_local * n_candidates + c  # [P] int64, rows of the candidates
-    r = b_local * n_trajectories * n_candidates + c  # [P] int64, rows of the first trajectory
+    first = tile * CANDIDATES
+    i = tl.arange(0, CANDIDATES)
+    row_0 = b_local * n_trajectories * n_candidates + first  # of the first trajectory
+    softmax_ptr += row_0
+    dinputs_ptr += row_0 * (3 * D)
+    candidates_ptr += (b_local * n_candidates + first) * (3 * D)
+    dkeys_ptr += (b_local * n_candidates + first) * (2 * D)
     axis = tl.arange(0, D)
     DTYPE: tl.constexpr = search_ptr.dtype.element_ty
 
@@ -413,20 +427,20 @@ def _candidate_bwd_kernel(
     de = _dkeys(
         e, search_ptr + b * n_trajectories * search_size * D,
         tl.load(search_lengths_ptr + b).to(tl.int32), target_weight_ptr, candidates_ptr,
-        dkeys_ptr, dinputs_ptr + D, softmax_ptr, c, i, r, search_size, n_trajectories,
+        dkeys_ptr, dinputs_ptr + D, softmax_ptr, c, search_size, n_trajectories,
         n_candidates, n_rows, D, EVENTS, PRECISION,
     )  # fmt: skip
     de += _dkeys(
         e, rec_ptr + b * n_trajectories * rec_size * D,
         tl.load(rec_lengths_ptr + b).to(tl.int32), target_weight_ptr + D * D, candidates_ptr + D,
-        dkeys_ptr + D, dinputs_ptr, softmax_ptr + 3 * n_rows, c, i, r, rec_size, n_trajectories,
+        dkeys_ptr + D, dinputs_ptr, softmax_ptr + 3 * n_rows, c, rec_size, n_trajectories,
         n_candidates, n_rows, D, EVENTS, PRECISION,
     )  # fmt: skip
     for n in range(0, n_trajectories):
-        rows = r + n * n_candidates
-        de_ptrs = dinputs_ptr + 2 * D + rows[:, None] * (3 * D) + axis[None, :]
+        de_ptr = dinputs_ptr + n.to(tl.int64) * n_candidates * (3 * D) + 2 * D
+        de_ptrs = de_ptr + (i[:, None] * (3 * D) + axis[None, :])
         de += tl.load(de_ptrs, mask=inside[:, None], other=0.0).to(tl.float32)
-    _store_tile(ditems_ptr, b * n_candidates + c, axis, D, de, inside, D)
+    _store_tile(ditems_ptr + (b * n_candidates + first) * D, i, axis, D, de, inside, D)
 
 
 @triton.jit(do_not_specialize=["first_user"])
@@ -447,20 +461,20 @@ def _state_bwd_kernel(
     events = first_event + tl.arange(0, EVENTS)
     valid = events < length
     axis = tl.arange(0, D)
+    i = tl.arange(0, CANDIDATES)
+    tile_offsets = i[:, None] * (3 * D) + axis[None, :]
 
     h = load_events(states_ptr + bn * size * D, events, length, D)  # [EVENTS, D]
     dh = tl.zeros([EVENTS, D], tl.float32)
     for first in range(0, tl.where(first_event < length, n_candidates, 0), CANDIDATES):
-        c = first + tl.arange(0, CANDIDATES)
-        inside = c < n_candidates
-        i = b_local * n_candidates + c
-        r = bn_local * n_candidates + c
-        columns = axis[None, :]
-        keys = tl.load(
-            candidates_ptr + i[:, None] * (3 * D) + columns, mask=inside[:, None], other=0.0
+        inside = first + i < n_candidates
+        keys_ptr = candidates_ptr + (b_local * n_candidates + first) * (3 * D)
+        row_0 = bn_local * n_candidates + first
+        keys = tl.load(keys_ptr + tile_offsets, mask=inside[:, None], other=0.0)  # [P, D]
+        dz = tl.load(
+            dz_ptr + row_0 * (3 * D) + tile_offsets, mask=inside[:, None], other=0.0
         )  # [P, D]
-        dz = tl.load(dz_ptr + r[:, None] * (3 * D) + columns, mask=inside[:, None], other=0.0)
-        top, inverse, mean = _softmax_rows(softmax_ptr, r, n_rows, inside)
+        top, inverse, mean = _softmax_rows(softmax_ptr + row_0, i, n_rows, inside)
         logits = tl.dot(h, tl.trans(keys), input_precision=PRECISION)  # [EVENTS, P]
         p = tl.where(valid[:, None], tl.exp(logits - top[None, :]) * inverse[None, :], 0.0)
         dp = tl.dot(h, tl.trans(dz), input_precision=PRECISION)
@@ -772,7 +786,9 @@ def _catalogue_topk_kernel(
 
     n_tiles = tl.cdiv(n_rows - 1, ITEMS)
     first_tile = split.to(tl.int32) * tiles_per_split
-    for tile in range(first_tile, tl.minimum(first_tile + tiles_per_split, n_tiles)):
+    end = tl.minimum(first_tile + tiles_per_split, n_tiles)
+    # No hoisting: weights that waited for the next tile would take registers all the while.
+    for tile in tl.range(first_tile, end, disable_licm=True):
         ids = 1 + tile * ITEMS + tl.arange(0, ITEMS)
         valid = ids < n_rows
         scores = _score_items(
@@ -835,7 +851,8 @@ def _catalogue_rank_kernel(
     n_listed = tl.cdiv(n_excluded, ITEMS)
     n_tiles = n_listed + tl.cdiv(n_rows - 1, ITEMS)
     first_tile = split.to(tl.int32) * tiles_per_split
-    for tile in range(first_tile - 1, tl.minimum(first_tile + tiles_per_split, n_tiles)):
+    end = tl.minimum(first_tile + tiles_per_split, n_tiles)
+    for tile in tl.range(first_tile - 1, end, disable_licm=True):  # as in the kernel above
         is_goal, is_listed = tile < first_tile, tile < n_listed
         place = tile * ITEMS + tl.arange(0, ITEMS)
         listed = tl.load(
