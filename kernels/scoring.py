@@ -158,19 +158,58 @@ def _constants(
     }
 
 
-def _block(size: int, smallest: int, largest: int) -> int:
-    return min(max(triton.next_power_of_2(size), smallest), largest)
+class _Tiles(NamedTuple):
+    """What one program holds at a time, at most."""
+
+    candidates: int
+    events: int
+    hidden: int  # units of the first hidden layer
+    warps: int
 
 
-def _fwd_config(dim: int, n_candidates: int, n_events: int, dtype: torch.dtype) -> dict[str, int]:
-    half = dtype != torch.float32
-    return {
-        "CANDIDATES": _block(n_candidates, 16, 64 if half and dim < 128 else 32),
-        "EVENTS": _block(n_events, 16, 64 if half and dim < 128 else 32),
-        "H1_BLOCK": 32,
-        "num_warps": 4,
+# By kernel and by how products are made, for widths 32, 64, 128. Chosen by compiling ahead of time
+# for sm_80 and sm_90 with Triton 3.7.1 (``python -m lcr_fast.kernels.resources``): the largest
+# tiles found that spill no register with 10 % dropout or none. Not timed on a GPU. FMA operands lie
+# in registers over the whole inner axis, so small tiles on many warps are what fits.
+_TILES = {
+    ("score_fwd", "half"): ((64, 32, 32, 4), (64, 32, 32, 4), (32, 32, 16, 4)),
+    ("score_fwd", "tf32"): ((32, 32, 32, 4), (32, 32, 32, 4), (32, 32, 16, 4)),
+    ("score_fwd", "fma"): ((16, 32, 16, 8), (16, 32, 16, 8), (16, 16, 16, 8)),
+    ("catalogue", "half"): ((64, 32, 32, 4), (64, 32, 32, 4), (32, 32, 16, 4)),
+    ("catalogue", "tf32"): ((32, 32, 32, 4), (32, 32, 32, 4), (32, 32, 16, 8)),
+    ("catalogue", "fma"): ((16, 32, 16, 8), (16, 32, 16, 8), (16, 16, 16, 8)),
+    ("head_bwd", "half"): ((32, 32, 16, 4), (32, 32, 32, 4), (32, 32, 16, 8)),
+    ("head_bwd", "tf32"): ((32, 32, 16, 4), (32, 32, 32, 4), (16, 32, 16, 8)),
+    ("head_bwd", "fma"): ((16, 32, 16, 8), (16, 32, 16, 8), (16, 16, 16, 8)),
+    ("attention_bwd", "half"): ((32, 32, 0, 4), (32, 32, 0, 4), (16, 32, 0, 4)),
+    ("attention_bwd", "tf32"): ((32, 32, 0, 4), (32, 32, 0, 4), (16, 32, 0, 8)),
+    ("attention_bwd", "fma"): ((16, 32, 0, 8), (16, 32, 0, 8), (16, 16, 0, 8)),
+}
+
+
+def _config(
+    kernel: str, dim: int, n_candidates: int, n_events: int, dtype: torch.dtype, precision: str
+) -> dict[str, int]:
+    """Choose tiles and launch options of a kernel, by the first half of a key of the table."""
+    if dtype != torch.float32:
+        products = "half"
+    else:
+        products = "tf32" if precision == "tf32" else "fma"
+    tiles = _Tiles(*_TILES[kernel, products][DIMS.index(dim)])
+    config = {
+        "ITEMS" if kernel == "catalogue" else "CANDIDATES": _block(n_candidates, tiles.candidates),
+        "EVENTS": _block(n_events, tiles.events),
+        "H1_BLOCK": tiles.hidden,
+        "num_warps": tiles.warps,
         "num_stages": 2,
     }
+    if kernel == "attention_bwd":  # it does not read the head
+        del config["H1_BLOCK"]
+    return config
+
+
+def _block(size: int, largest: int) -> int:
+    return min(max(triton.next_power_of_2(size), 16), largest)
 
 
 # Programs that fill a large GPU a few times over (an H200 has 132 multiprocessors). A launch with
@@ -204,7 +243,11 @@ def score_fwd(
     if not scores.numel():
         return scores
     search, rec, ids = search.contiguous(), rec.contiguous(), ids.contiguous()
-    config = _fwd_config(dim, n_candidates, max(search.shape[2], rec.shape[2]), search.dtype)
+    constants = _constants(dim, search.dtype, user, mlp_weights, dropout_threshold)
+    config = _config(
+        "score_fwd", dim, n_candidates, max(search.shape[2], rec.shape[2]), search.dtype,
+        constants["PRECISION"],
+    )  # fmt: skip
     n_tiles = triton.cdiv(n_candidates, config["CANDIDATES"])
     n_run = n_trajectories if n_users * n_tiles >= _PROGRAMS else 1
     grid = (n_users * n_tiles * triton.cdiv(n_trajectories, n_run),)
@@ -216,7 +259,7 @@ def score_fwd(
             scores, search.shape[2], rec.shape[2], n_candidates if ids.shape[0] > 1 else 0,
             n_trajectories, n_candidates, n_run,
             dropout_threshold, 65536 / (65536 - dropout_threshold), dropout_seed,
-            **_constants(dim, search.dtype, user, mlp_weights, dropout_threshold), **config,
+            **constants, **config,
         )  # fmt: skip
     return scores
 
@@ -552,30 +595,6 @@ SCRATCH_BYTES = 256 << 20
 # A weight gradient is the sum over so many runs of rows at most, each at least so long.
 _SPLITS, _SPLIT_ROWS = 64, 1024
 
-
-def _head_bwd_config(
-    dim: int, n_candidates: int, n_events: int, dtype: torch.dtype
-) -> dict[str, int]:
-    return {
-        "CANDIDATES": _block(n_candidates, 16, 32),
-        "EVENTS": _block(n_events, 16, 32),
-        "H1_BLOCK": 32,
-        "num_warps": 4,
-        "num_stages": 2,
-    }
-
-
-def _attention_bwd_config(
-    dim: int, n_candidates: int, n_events: int, dtype: torch.dtype
-) -> dict[str, int]:
-    return {
-        "CANDIDATES": _block(n_candidates, 16, 32),
-        "EVENTS": _block(n_events, 16, 32),
-        "num_warps": 4,
-        "num_stages": 2,
-    }
-
-
 _USER_CONFIG = {"H1_BLOCK": 32, "num_warps": 4, "num_stages": 1}
 _WEIGHT_CONFIG = {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_R": 32, "num_warps": 4, "num_stages": 3}
 
@@ -632,11 +651,9 @@ def score_bwd(
     head = _head_tensors(mlp_weights, mlp_biases, target_weight)
     constants = _constants(dim, dtype, user, mlp_weights, dropout_threshold)
     h1, h2, precision = constants["H1"], constants["H2"], constants["PRECISION"]
-    n_events = max(n_search, n_rec)
-    head_config = _head_bwd_config(dim, n_candidates, n_events, dtype)
-    config = _attention_bwd_config(dim, n_candidates, n_events, dtype) | {
-        "D": dim, "PRECISION": precision,
-    }  # fmt: skip
+    sizes = (dim, n_candidates, max(n_search, n_rec), dtype, precision)
+    head_config = _config("head_bwd", *sizes)
+    config = {"D": dim, "PRECISION": precision, **_config("attention_bwd", *sizes)}
     n_sums = n_trajectories * triton.cdiv(n_candidates, head_config["CANDIDATES"])  # a user
 
     dsearch, drec = torch.zeros_like(search), torch.zeros_like(rec)
@@ -885,9 +902,11 @@ MAX_K = 512
 _SPLIT_TILES = 8
 
 
-def _catalogue_config(dim: int, n_events: int, dtype: torch.dtype) -> dict[str, int]:
-    config = _fwd_config(dim, 1 << 20, n_events, dtype)
-    return {"ITEMS": config.pop("CANDIDATES")} | config
+def _catalogue_config(
+    dim: int, n_events: int, dtype: torch.dtype, precision: str
+) -> dict[str, int]:
+    n_items = 1 << 20  # a catalogue is large
+    return _config("catalogue", dim, n_items, n_events, dtype, precision)
 
 
 def _catalogue_constants(
@@ -928,7 +947,8 @@ def catalogue_topk(
     n_rows = items.shape[0]
     head = _head_tensors(mlp_weights, mlp_biases, target_weight)
     constants = _catalogue_constants(dim, search.dtype, user, mlp_weights)
-    config = _catalogue_config(dim, max(search.shape[1], rec.shape[1]), search.dtype)
+    n_events = max(search.shape[1], rec.shape[1])
+    config = _catalogue_config(dim, n_events, search.dtype, constants["PRECISION"])
     per_split, n_splits = _split_tiles(triton.cdiv(n_rows - 1, config["ITEMS"]), max(n_users, 1))
     tensors = [
         t.contiguous()
@@ -946,7 +966,7 @@ def catalogue_topk(
             _catalogue_topk_kernel[(n_users * n_splits,)](
                 *tensors, *head, exclude, ceiling, keys,
                 search.shape[1], rec.shape[1], n_rows, exclude.shape[1], n_users, size, per_split,
-                K_TILE=triton.next_power_of_2(size), X_BLOCK=_block(exclude.shape[1], 16, 256),
+                K_TILE=triton.next_power_of_2(size), X_BLOCK=_block(exclude.shape[1], 256),
                 **constants, **config,
             )  # fmt: skip
         found.append(keys.flatten(1).sort(1, descending=True).values[:, :size])
@@ -991,7 +1011,8 @@ def catalogue_rank(
     if n_users and n_rows > 1:
         head = _head_tensors(mlp_weights, mlp_biases, target_weight)
         constants = _catalogue_constants(dim, search.dtype, user, mlp_weights)
-        config = _catalogue_config(dim, max(search.shape[1], rec.shape[1]), search.dtype)
+        n_events = max(search.shape[1], rec.shape[1])
+        config = _catalogue_config(dim, n_events, search.dtype, constants["PRECISION"])
         exclude = exclude.sort(1).values
         repeated = torch.zeros_like(exclude, dtype=torch.bool)
         repeated[:, 1:] = exclude[:, 1:] == exclude[:, :-1]
@@ -1051,20 +1072,20 @@ def variants() -> Iterator[Variant]:
             user = torch.empty(1, dim, device="meta")
             layers = [torch.empty(n, device="meta") for n in (200, 80)]
             for n_candidates, threshold in ((5, 6554), (100, 0)):
-                sizes = (dim, n_candidates, n_events, dtype)
+                sizes = (dim, n_candidates, n_events, dtype, precision)
                 call = _constants(dim, dtype, user, layers, threshold) | {"PRECISION": precision}
                 suffix = f"{kind}-d{dim}-L{n_events}-C{n_candidates}"
-                forward = call | _fwd_config(*sizes)
+                forward = call | _config("score_fwd", *sizes)
                 yield _variant(f"score_fwd-{suffix}", _score_fwd_kernel, dtype, forward)
                 if n_candidates == 100:
                     dot = forward | {"H1": 0, "HAS_USER": False}
                     yield _variant(f"score_fwd-dot-{suffix}", _score_fwd_kernel, dtype, dot)
-                backward = call | _head_bwd_config(*sizes)
+                backward = call | _config("head_bwd", *sizes)
                 yield _variant(f"head_bwd-{suffix}", _head_bwd_kernel, dtype, backward)
-                backward = call | _attention_bwd_config(*sizes)
+                backward = call | _config("attention_bwd", *sizes)
                 yield _variant(f"candidate_bwd-{suffix}", _candidate_bwd_kernel, dtype, backward)
                 yield _variant(f"state_bwd-{suffix}", _state_bwd_kernel, dtype, backward)
-            scan = call | _catalogue_config(dim, n_events, dtype)
+            scan = call | _catalogue_config(dim, n_events, dtype, precision)
             for k in (10, 100):
                 top = scan | {"K_TILE": triton.next_power_of_2(k), "X_BLOCK": 128}
                 name = f"catalogue_topk-{kind}-d{dim}-L{n_events}-k{k}"
