@@ -173,12 +173,12 @@ class _Tiles(NamedTuple):
 # in registers over the whole inner axis, so small tiles on many warps are what fits.
 _TILES = {
     ("score_fwd", "half"): ((64, 32, 32, 4), (64, 32, 32, 4), (32, 32, 16, 4)),
-    ("score_fwd", "tf32"): ((32, 32, 32, 4), (32, 32, 32, 4), (32, 32, 16, 4)),
+    ("score_fwd", "tf32"): ((32, 32, 16, 4), (32, 32, 32, 4), (32, 32, 16, 4)),
     ("score_fwd", "fma"): ((16, 32, 16, 8), (16, 32, 16, 8), (16, 16, 16, 8)),
     ("catalogue", "half"): ((64, 32, 32, 4), (64, 32, 32, 4), (32, 32, 16, 4)),
     ("catalogue", "tf32"): ((32, 32, 32, 4), (32, 32, 32, 4), (32, 32, 16, 8)),
     ("catalogue", "fma"): ((16, 32, 16, 8), (16, 32, 16, 8), (16, 16, 16, 8)),
-    ("head_bwd", "half"): ((32, 32, 16, 4), (32, 32, 32, 4), (32, 32, 16, 8)),
+    ("head_bwd", "half"): ((32, 16, 16, 4), (32, 32, 32, 4), (32, 32, 16, 8)),
     ("head_bwd", "tf32"): ((32, 32, 16, 4), (32, 32, 32, 4), (16, 32, 16, 8)),
     ("head_bwd", "fma"): ((16, 32, 16, 8), (16, 32, 16, 8), (16, 16, 16, 8)),
     ("attention_bwd", "half"): ((32, 32, 0, 4), (32, 32, 0, 4), (16, 32, 0, 4)),
@@ -421,13 +421,13 @@ def _dkeys(
     _store_tile(candidates_ptr, i, axis, 3 * D, keys, inside, D)
     dkeys = tl.zeros([e.shape[0], D], tl.float32)
     for n in range(0, n_trajectories):
-        row_0 = n.to(tl.int64) * n_candidates
+        row_0 = tl.cast(n, tl.int64) * n_candidates
         top, inverse, mean = _softmax_rows(softmax_ptr + row_0, i, n_rows, inside)
         dz_ptrs = dz_ptr + row_0 * (3 * D) + (i[:, None] * (3 * D) + axis[None, :])
         dz = tl.load(dz_ptrs, mask=inside[:, None], other=0.0)
         for first in range(0, length, EVENTS):
             events = first + tl.arange(0, EVENTS)
-            h = load_events(states_ptr + n.to(tl.int64) * size * D, events, length, D)  # [EVENTS, D]
+            h = load_events(states_ptr + tl.cast(n, tl.int64) * size * D, events, length, D)  # [EVENTS, D]
             logits = tl.dot(keys, tl.trans(h), input_precision=PRECISION)  # [P, EVENTS]
             p = tl.exp(logits - top[:, None]) * inverse[:, None]
             p = tl.where((events < length)[None, :], p, 0.0)
@@ -480,7 +480,7 @@ def _candidate_bwd_kernel(
         n_candidates, n_rows, D, EVENTS, PRECISION,
     )  # fmt: skip
     for n in range(0, n_trajectories):
-        de_ptr = dinputs_ptr + n.to(tl.int64) * n_candidates * (3 * D) + 2 * D
+        de_ptr = dinputs_ptr + tl.cast(n, tl.int64) * n_candidates * (3 * D) + 2 * D
         de_ptrs = de_ptr + (i[:, None] * (3 * D) + axis[None, :])
         de += tl.load(de_ptrs, mask=inside[:, None], other=0.0).to(tl.float32)
     _store_tile(ditems_ptr + (b * n_candidates + first) * D, i, axis, D, de, inside, D)
