@@ -448,63 +448,97 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-def kernel_case(head="mlp", n_items=0, copies=False, **options) -> Case:
+def kernel_case(head="mlp", **options) -> Case:
     """Small, yet with two blocks of events and of hidden units, each ragged.
 
     The first five users are the corners, among them both streams full, each empty, and both empty.
     """
     sizes = {"max_search_len": 5, "max_rec_len": 37, "mlp_hidden": (40, 24)}
-    options = sizes | options
-    if n_items:
-        return catalogue_case(n_items, head, copies, **options).to(DEVICE)
-    return Case(head, **options).to(DEVICE)
+    return Case(head, **(sizes | options)).to(DEVICE)
+
+
+def exact_case(n_items=0, copies=False, **options) -> Case:
+    """Integers and one event at most: no sum is rounded, in whatever order it is taken.
+
+    The interpreter's products are numpy's, whose bits depend on the place of a row in the matrix.
+    """
+    sizes = {"max_search_len": 1, "max_rec_len": 1, "mlp_hidden": (20, 12)} | options
+    case = catalogue_case(n_items, copies=copies, **sizes) if n_items else Case(**sizes)
+    case.tensors = {k: (4 * v).round() for k, v in case.tensors.items()}
+    w = case.weights
+    case.weights = ScoringWeights(
+        *((4 * x.detach()).round() if torch.is_tensor(x) else
+          tuple((4 * y.detach()).round() for y in x) for x in w)
+    )  # fmt: skip
+    case.upstream = (4 * case.upstream).round()
+    return case.to(DEVICE)
+
+
+def assert_kernels_match(case: Case, dtype=torch.float32, **options):
+    """Hold every result to :func:`assert_parity`, the states' gradients with a larger factor.
+
+    Softmax's gradient subtracts dz . z here, in the reference the sum of p dz . h: where they
+    cancel, as with one event, only the latter leaves nothing. Up to 9 times its error was seen.
+    """
+    fused = case.run("triton", dtype, **options)
+    with every_op_rounded() if dtype.itemsize < 4 else contextlib.nullcontext():
+        eager = case.run("reference", dtype, **options)
+    exact = case.run("reference", torch.float64, **options)
+    assert fused.keys() >= exact.keys()
+    for name, value in fused.items():
+        if name not in exact:  # what the head does not read
+            assert not value.any()
+            continue
+        factor = 10 if name in ("search", "rec") else 3
+        assert_parity(name, value, eager[name], exact[name], factor=factor)
 
 
 @needs_triton
-@pytest.mark.parametrize("n_candidates", [1, 5, 37])
-@pytest.mark.parametrize("head", ["mlp", "mlp without user", "dot"])
+@pytest.mark.parametrize(("head", "n_candidates"), [
+    ("mlp", 1), ("mlp", 5), ("mlp", 37), ("mlp without user", 5), ("dot", 5), ("dot", 37),
+])  # fmt: skip
 def test_triton_parity_of_scores_and_gradients(head, n_candidates):
-    changes = {} if head == "dot" else {"mlp_hidden": (40, 24)}
-    assert_matches(kernel_case(head, n_candidates=n_candidates, **changes), "triton")
+    n_users = 12 if n_candidates < 20 else 6
+    assert_kernels_match(kernel_case(head, n_candidates=n_candidates, n_users=n_users))
 
 
 @needs_triton
 @pytest.mark.parametrize("changes", [
     {"trajectories": 1},
-    {"trajectories": 3, "n_candidates": 19},
-    {"dim": 64, "n_users": 5},
+    {"trajectories": 3, "n_candidates": 19, "n_users": 5},
+    {"dim": 64, "n_users": 7},
     {"dim": 128, "n_users": 5, "mlp_hidden": (20, 4)},
     {"max_search_len": 0, "n_candidates": 17},
 ], ids=str)  # fmt: skip
 def test_triton_parity_in_other_shapes(changes):
-    assert_matches(kernel_case(**changes), "triton")
+    assert_kernels_match(kernel_case(**changes))
 
 
 @needs_triton
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("changes", [{}, {"n_candidates": 37}, {"trajectories": 3}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"trajectories": 3}], ids=str)
 def test_triton_parity_of_halves(changes, dtype):
-    assert_matches(kernel_case(**changes), "triton", dtype)
+    assert_kernels_match(kernel_case(**changes), dtype)
 
 
 @needs_triton
-@pytest.mark.parametrize("n_candidates", [3, 37])
+@pytest.mark.parametrize("n_candidates", [5, 19])
 def test_triton_parity_with_dropout(n_candidates):
     rows = torch.tensor([5, 2**40 + 1, 0, 7, 7, 3], device=DEVICE)
     dropout = Dropout(0.3, 2**60 + 5, rows)
-    assert_matches(kernel_case(n_candidates=n_candidates), "triton", dropout=dropout)
+    assert_kernels_match(kernel_case(n_candidates=n_candidates), dropout=dropout)
 
 
 @needs_triton
 @pytest.mark.parametrize("shared", [False, True])
 def test_triton_gathers_ids(shared):
     """Duplicates and row 0 included, in the bits of the gathered vectors, the same each time."""
-    case = kernel_case(trajectories=2, n_candidates=19)
+    case = kernel_case(n_candidates=19, max_rec_len=9)
     g = torch.Generator().manual_seed(3)
     table = torch.randn(11, 32, generator=g).to(DEVICE)
     ids = torch.randint(0, 11, (1 if shared else 6, 19), generator=g).to(DEVICE)
     case.tensors["candidates"] = table
-    assert_matches(case, "triton", ids=ids)
+    assert_kernels_match(case, ids=ids)
     once, twice = case.run("triton", ids=ids), case.run("triton", ids=ids)
     gathered = case.call("triton", {**case.tensors, "candidates": table[ids]})
     assert torch.equal(once["scores"], gathered)
@@ -516,7 +550,7 @@ def test_triton_gathers_ids(shared):
 @pytest.mark.parametrize("n_candidates", [5, 37])
 def test_triton_permutes_with_the_candidates(n_candidates):
     """Scores and the candidates' gradients move along, bit by bit, over tiles and copies too."""
-    case = kernel_case(n_candidates=n_candidates)
+    case = exact_case(n_candidates=n_candidates)
     candidates, upstream = case.tensors["candidates"].clone(), case.upstream
     candidates[:, -1] = candidates[:, 0]
     order = torch.randperm(n_candidates, generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -534,7 +568,7 @@ def test_triton_chunks_and_runs_change_no_bit(monkeypatch):
     """One user of scratch at a time, and one program for all trajectories of a tile."""
     from lcr_fast.kernels import scoring as kernels
 
-    case = kernel_case(trajectories=3)
+    case = kernel_case(trajectories=3, max_rec_len=9, n_users=5)
     expected = case.run("triton")
     monkeypatch.setattr(kernels, "SCRATCH_BYTES", 1)
     monkeypatch.setattr(kernels, "_PROGRAMS", 1)
@@ -575,22 +609,20 @@ def test_triton_serves_no_user_and_no_candidate():
 
 
 @needs_triton
-@pytest.mark.parametrize(("n_items", "copies"), [(1, False), (150, False), (150, True)])
+@pytest.mark.parametrize(("n_items", "copies"), [(1, False), (150, True)])
 def test_triton_topk_is_a_full_sort(n_items, copies, monkeypatch):
     """Of equal scores the lower id first, whichever tile, split or pass each is found in."""
     from lcr_fast.kernels import scoring as kernels
 
-    case = kernel_case(n_items=n_items, copies=copies)
+    case = exact_case(n_items=n_items, copies=copies)
     scores = all_scores(case, "triton")
     tensors = {**case.tensors, "candidates": case.tensors["table"]}
     ids = torch.arange(1, n_items + 1, device=DEVICE)[None]
-    torch.testing.assert_close(
-        scores[:, 1:].to(DEVICE), case.call("reference", tensors, ids=ids), rtol=1e-4, atol=1e-5
-    )
+    assert torch.equal(scores[:, 1:].to(DEVICE), case.call("reference", tensors, ids=ids))
     if copies:
         assert len(scores[0, 1:].unique()) < n_items / 2
     monkeypatch.setattr(kernels, "MAX_K", 4)
-    for k in (1, 7):
+    for k in (1, 6):
         found, top = case.catalogue(
             ops.score_topk, k, exclude=EXCLUDED.to(DEVICE), backend="triton"
         )
@@ -606,8 +638,9 @@ def test_triton_topk_is_a_full_sort(n_items, copies, monkeypatch):
 @needs_triton
 @pytest.mark.parametrize("copies", [False, True])
 def test_triton_ranks_are_counted(copies):
-    case = kernel_case(n_items=150, copies=copies)
-    scores = all_scores(case, "triton")
+    case = exact_case(n_items=150, copies=copies)
+    tensors = {**case.tensors, "candidates": case.tensors["table"]}
+    scores = case.call("reference", tensors, ids=torch.arange(151, device=DEVICE)[None])
     target = torch.tensor([0, 150, 17, 9, 1, 16])  # 9 is excluded
     rank = case.catalogue(
         ops.score_rank, target.to(DEVICE), exclude=EXCLUDED.to(DEVICE), backend="triton"
@@ -621,7 +654,7 @@ def test_triton_ranks_are_counted(copies):
 
 @needs_triton
 def test_triton_names_a_nan():
-    case = kernel_case(n_items=20)
+    case = exact_case(n_items=20)
     case.tensors["search"][2, 0] = torch.nan
     for function, argument in (
         (ops.score_topk, 3), (ops.score_rank, torch.full((6,), 2, device=DEVICE)),
