@@ -427,7 +427,9 @@ def _dkeys(
         dz = tl.load(dz_ptrs, mask=inside[:, None], other=0.0)
         for first in range(0, length, EVENTS):
             events = first + tl.arange(0, EVENTS)
-            h = load_events(states_ptr + tl.cast(n, tl.int64) * size * D, events, length, D)  # [EVENTS, D]
+            h = load_events(
+                states_ptr + tl.cast(n, tl.int64) * size * D, events, length, D
+            )  # [EVENTS, D]
             logits = tl.dot(keys, tl.trans(h), input_precision=PRECISION)  # [P, EVENTS]
             p = tl.exp(logits - top[:, None]) * inverse[:, None]
             p = tl.where((events < length)[None, :], p, 0.0)
