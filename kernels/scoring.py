@@ -191,10 +191,8 @@ def _config(
     kernel: str, dim: int, n_candidates: int, n_events: int, dtype: torch.dtype, precision: str
 ) -> dict[str, int]:
     """Choose tiles and launch options of a kernel, by the first half of a key of the table."""
-    if dtype != torch.float32:
-        products = "half"
-    else:
-        products = "tf32" if precision == "tf32" else "fma"
+    single = "tf32" if precision == "tf32" else "fma"
+    products = single if dtype == torch.float32 else "half"
     tiles = _Tiles(*_TILES[kernel, products][DIMS.index(dim)])
     config = {
         "ITEMS" if kernel == "catalogue" else "CANDIDATES": _block(n_candidates, tiles.candidates),
@@ -303,7 +301,7 @@ def _head_bwd_kernel(
     bn = b * n_trajectories + bn_local % n_trajectories
     c = tile.to(tl.int32) * CANDIDATES + tl.arange(0, CANDIDATES)
     inside = c < n_candidates
-    # Offsets of a tile are 32-bit, on top of a scalar: pointers of 64 bits take twice the registers.
+    # Offsets of a tile are 32-bit, on a scalar base: 64-bit ones take twice the registers.
     row_0 = bn_local * n_candidates + tile * CANDIDATES
     r = tl.arange(0, CANDIDATES)
     softmax_ptr += row_0
