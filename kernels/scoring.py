@@ -158,19 +158,56 @@ def _constants(
     }
 
 
-def _block(size: int, smallest: int, largest: int) -> int:
-    return min(max(triton.next_power_of_2(size), smallest), largest)
+class _Tiles(NamedTuple):
+    """What one program holds at a time, at most."""
+
+    candidates: int
+    events: int
+    hidden: int  # units of the first hidden layer
+    warps: int
 
 
-def _fwd_config(dim: int, n_candidates: int, n_events: int, dtype: torch.dtype) -> dict[str, int]:
-    half = dtype != torch.float32
-    return {
-        "CANDIDATES": _block(n_candidates, 16, 64 if half and dim < 128 else 32),
-        "EVENTS": _block(n_events, 16, 64 if half and dim < 128 else 32),
-        "H1_BLOCK": 32,
-        "num_warps": 4,
+# By kernel and by how products are made, for widths 32, 64, 128. Chosen by compiling ahead of time
+# for sm_80 and sm_90 with Triton 3.7.1 (``python -m lcr_fast.kernels.resources``): large tiles that
+# spill no register at the shapes of :func:`variants`. Not timed on a GPU. FMA operands lie in
+# registers over the whole inner axis, so small tiles on many warps are what fits.
+_TILES = {
+    ("score_fwd", "half"): ((64, 32, 32, 4), (64, 32, 32, 4), (32, 32, 16, 4)),
+    ("score_fwd", "tf32"): ((32, 32, 16, 4), (32, 32, 32, 4), (16, 32, 16, 4)),
+    ("score_fwd", "fma"): ((16, 32, 16, 8), (16, 32, 16, 8), (16, 16, 16, 8)),
+    ("catalogue", "half"): ((64, 32, 32, 4), (64, 32, 32, 4), (32, 32, 16, 4)),
+    ("catalogue", "tf32"): ((32, 32, 32, 4), (32, 32, 32, 4), (16, 16, 16, 4)),
+    ("catalogue", "fma"): ((16, 32, 16, 8), (16, 32, 16, 8), (16, 16, 16, 8)),
+    ("head_bwd", "half"): ((32, 16, 16, 4), (32, 32, 32, 4), (32, 32, 16, 8)),
+    ("head_bwd", "tf32"): ((32, 32, 16, 4), (32, 32, 32, 4), (16, 32, 16, 8)),
+    ("head_bwd", "fma"): ((16, 32, 16, 8), (16, 32, 16, 8), (16, 16, 16, 8)),
+    ("attention_bwd", "half"): ((32, 32, 0, 4), (32, 32, 0, 4), (16, 32, 0, 4)),
+    ("attention_bwd", "tf32"): ((32, 32, 0, 4), (32, 32, 0, 4), (16, 32, 0, 8)),
+    ("attention_bwd", "fma"): ((16, 32, 0, 8), (16, 32, 0, 8), (16, 16, 0, 8)),
+}
+
+
+def _config(
+    kernel: str, dim: int, n_candidates: int, n_events: int, dtype: torch.dtype, precision: str
+) -> dict[str, int]:
+    """Choose tiles and launch options of a kernel, by the first half of a key of the table."""
+    single = "tf32" if precision == "tf32" else "fma"
+    products = single if dtype == torch.float32 else "half"
+    tiles = _Tiles(*_TILES[kernel, products][DIMS.index(dim)])
+    config = {
+        "ITEMS" if kernel == "catalogue" else "CANDIDATES": _block(n_candidates, tiles.candidates),
+        "EVENTS": _block(n_events, tiles.events),
+        "H1_BLOCK": tiles.hidden,
+        "num_warps": tiles.warps,
         "num_stages": 2,
     }
+    if kernel == "attention_bwd":  # it does not read the head
+        del config["H1_BLOCK"]
+    return config
+
+
+def _block(size: int, largest: int) -> int:
+    return min(max(triton.next_power_of_2(size), 16), largest)
 
 
 # Programs that fill a large GPU a few times over (an H200 has 132 multiprocessors). A launch with
@@ -204,7 +241,11 @@ def score_fwd(
     if not scores.numel():
         return scores
     search, rec, ids = search.contiguous(), rec.contiguous(), ids.contiguous()
-    config = _fwd_config(dim, n_candidates, max(search.shape[2], rec.shape[2]), search.dtype)
+    constants = _constants(dim, search.dtype, user, mlp_weights, dropout_threshold)
+    config = _config(
+        "score_fwd", dim, n_candidates, max(search.shape[2], rec.shape[2]), search.dtype,
+        constants["PRECISION"],
+    )  # fmt: skip
     n_tiles = triton.cdiv(n_candidates, config["CANDIDATES"])
     n_run = n_trajectories if n_users * n_tiles >= _PROGRAMS else 1
     grid = (n_users * n_tiles * triton.cdiv(n_trajectories, n_run),)
@@ -216,7 +257,7 @@ def score_fwd(
             scores, search.shape[2], rec.shape[2], n_candidates if ids.shape[0] > 1 else 0,
             n_trajectories, n_candidates, n_run,
             dropout_threshold, 65536 / (65536 - dropout_threshold), dropout_seed,
-            **_constants(dim, search.dtype, user, mlp_weights, dropout_threshold), **config,
+            **constants, **config,
         )  # fmt: skip
     return scores
 
@@ -260,7 +301,12 @@ def _head_bwd_kernel(
     bn = b * n_trajectories + bn_local % n_trajectories
     c = tile.to(tl.int32) * CANDIDATES + tl.arange(0, CANDIDATES)
     inside = c < n_candidates
-    r = bn_local * n_candidates + c  # [P] int64
+    # Offsets of a tile are 32-bit, on a scalar base: 64-bit ones take twice the registers.
+    row_0 = bn_local * n_candidates + tile * CANDIDATES
+    r = tl.arange(0, CANDIDATES)
+    softmax_ptr += row_0
+    inputs_ptr += row_0 * (3 * D)
+    dinputs_ptr += row_0 * (3 * D)
     axis = tl.arange(0, D)
     DTYPE: tl.constexpr = search_ptr.dtype.element_ty
 
@@ -307,7 +353,7 @@ def _head_bwd_kernel(
         my_sums_ptr = sums_ptr + pid * (H1 + 2 * H2)
         tl.store(my_sums_ptr + H1 + outputs, tl.sum(dt2, 0), mask=outputs < H2)
         tl.store(my_sums_ptr + H1 + H2 + outputs, tl.sum(dy[:, None] * x2, 0), mask=outputs < H2)
-        _store_tile(dt2_ptr, r, outputs, H2, dt2, inside, H2)
+        _store_tile(dt2_ptr + row_0 * H2, r, outputs, H2, dt2, inside, H2)
         dt2 = dt2.to(DTYPE)
 
         dz_r = tl.zeros([CANDIDATES, D], tl.float32)
@@ -326,8 +372,8 @@ def _head_bwd_kernel(
                 keep = dropout_tile(seed, row, SITE, c, first, H1_BLOCK) >= threshold
                 x1 = tl.where(keep, x1 * scale, 0.0)
                 dt1 = tl.where(keep, dt1 * scale, 0.0)
-            _store_tile(hidden_ptr, r, units, H1, x1, inside, H1)
-            _store_tile(dt1_ptr, r, units, H1, dt1, inside, H1)
+            _store_tile(hidden_ptr + row_0 * H1, r, units, H1, x1, inside, H1)
+            _store_tile(dt1_ptr + row_0 * H1, r, units, H1, dt1, inside, H1)
             tl.store(my_sums_ptr + units, tl.sum(dt1, 0), mask=units < H1)
             dt1 = dt1.to(DTYPE)
             dz_r = tl.dot(dt1, w_r, dz_r, input_precision=PRECISION)
@@ -357,25 +403,31 @@ def _softmax_rows(softmax_ptr, r, n_rows, inside):
 @triton.jit
 def _dkeys(
     e, states_ptr, length, weight_ptr, candidates_ptr, dkeys_ptr, dz_ptr, softmax_ptr,
-    c, i, r, size, n_trajectories, n_candidates, n_rows,
+    c, size, n_trajectories, n_candidates, n_rows,
     D: tl.constexpr, EVENTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store k and dk of one stream, dk summed over the trajectories; return W^T dk, [P, D]."""
+    """Store k and dk of one stream, dk summed over the trajectories; return W^T dk, [P, D].
+
+    Pointers are to the tile's first row, of the first trajectory.
+    """
     DTYPE: tl.constexpr = e.dtype
     axis = tl.arange(0, D)
     inside = c < n_candidates
+    i = tl.arange(0, e.shape[0])
     weight = tl.load(weight_ptr + axis[:, None] * D + axis[None, :]).to(DTYPE)
     keys = tl.dot(e, tl.trans(weight), input_precision=PRECISION).to(DTYPE)
     _store_tile(candidates_ptr, i, axis, 3 * D, keys, inside, D)
     dkeys = tl.zeros([e.shape[0], D], tl.float32)
     for n in range(0, n_trajectories):
-        rows = r + n * n_candidates
-        top, inverse, mean = _softmax_rows(softmax_ptr, rows, n_rows, inside)
-        dz_ptrs = dz_ptr + rows[:, None] * (3 * D) + axis[None, :]
+        row_0 = tl.cast(n, tl.int64) * n_candidates
+        top, inverse, mean = _softmax_rows(softmax_ptr + row_0, i, n_rows, inside)
+        dz_ptrs = dz_ptr + row_0 * (3 * D) + (i[:, None] * (3 * D) + axis[None, :])
         dz = tl.load(dz_ptrs, mask=inside[:, None], other=0.0)
         for first in range(0, length, EVENTS):
             events = first + tl.arange(0, EVENTS)
-            h = load_events(states_ptr + n * size * D, events, length, D)  # [EVENTS, D]
+            h = load_events(
+                states_ptr + tl.cast(n, tl.int64) * size * D, events, length, D
+            )  # [EVENTS, D]
             logits = tl.dot(keys, tl.trans(h), input_precision=PRECISION)  # [P, EVENTS]
             p = tl.exp(logits - top[:, None]) * inverse[:, None]
             p = tl.where((events < length)[None, :], p, 0.0)
@@ -403,8 +455,13 @@ def _candidate_bwd_kernel(
     b = first_user + b_local
     c = tile.to(tl.int32) * CANDIDATES + tl.arange(0, CANDIDATES)
     inside = c < n_candidates
-    i = b_local * n_candidates + c  # [P] int64, rows of the candidates
-    r = b_local * n_trajectories * n_candidates + c  # [P] int64, rows of the first trajectory
+    first = tile * CANDIDATES
+    i = tl.arange(0, CANDIDATES)
+    row_0 = b_local * n_trajectories * n_candidates + first  # of the first trajectory
+    softmax_ptr += row_0
+    dinputs_ptr += row_0 * (3 * D)
+    candidates_ptr += (b_local * n_candidates + first) * (3 * D)
+    dkeys_ptr += (b_local * n_candidates + first) * (2 * D)
     axis = tl.arange(0, D)
     DTYPE: tl.constexpr = search_ptr.dtype.element_ty
 
@@ -413,20 +470,20 @@ def _candidate_bwd_kernel(
     de = _dkeys(
         e, search_ptr + b * n_trajectories * search_size * D,
         tl.load(search_lengths_ptr + b).to(tl.int32), target_weight_ptr, candidates_ptr,
-        dkeys_ptr, dinputs_ptr + D, softmax_ptr, c, i, r, search_size, n_trajectories,
+        dkeys_ptr, dinputs_ptr + D, softmax_ptr, c, search_size, n_trajectories,
         n_candidates, n_rows, D, EVENTS, PRECISION,
     )  # fmt: skip
     de += _dkeys(
         e, rec_ptr + b * n_trajectories * rec_size * D,
         tl.load(rec_lengths_ptr + b).to(tl.int32), target_weight_ptr + D * D, candidates_ptr + D,
-        dkeys_ptr + D, dinputs_ptr, softmax_ptr + 3 * n_rows, c, i, r, rec_size, n_trajectories,
+        dkeys_ptr + D, dinputs_ptr, softmax_ptr + 3 * n_rows, c, rec_size, n_trajectories,
         n_candidates, n_rows, D, EVENTS, PRECISION,
     )  # fmt: skip
     for n in range(0, n_trajectories):
-        rows = r + n * n_candidates
-        de_ptrs = dinputs_ptr + 2 * D + rows[:, None] * (3 * D) + axis[None, :]
+        de_ptr = dinputs_ptr + tl.cast(n, tl.int64) * n_candidates * (3 * D) + 2 * D
+        de_ptrs = de_ptr + (i[:, None] * (3 * D) + axis[None, :])
         de += tl.load(de_ptrs, mask=inside[:, None], other=0.0).to(tl.float32)
-    _store_tile(ditems_ptr, b * n_candidates + c, axis, D, de, inside, D)
+    _store_tile(ditems_ptr + (b * n_candidates + first) * D, i, axis, D, de, inside, D)
 
 
 @triton.jit(do_not_specialize=["first_user"])
@@ -447,20 +504,20 @@ def _state_bwd_kernel(
     events = first_event + tl.arange(0, EVENTS)
     valid = events < length
     axis = tl.arange(0, D)
+    i = tl.arange(0, CANDIDATES)
+    tile_offsets = i[:, None] * (3 * D) + axis[None, :]
 
     h = load_events(states_ptr + bn * size * D, events, length, D)  # [EVENTS, D]
     dh = tl.zeros([EVENTS, D], tl.float32)
     for first in range(0, tl.where(first_event < length, n_candidates, 0), CANDIDATES):
-        c = first + tl.arange(0, CANDIDATES)
-        inside = c < n_candidates
-        i = b_local * n_candidates + c
-        r = bn_local * n_candidates + c
-        columns = axis[None, :]
-        keys = tl.load(
-            candidates_ptr + i[:, None] * (3 * D) + columns, mask=inside[:, None], other=0.0
+        inside = first + i < n_candidates
+        keys_ptr = candidates_ptr + (b_local * n_candidates + first) * (3 * D)
+        row_0 = bn_local * n_candidates + first
+        keys = tl.load(keys_ptr + tile_offsets, mask=inside[:, None], other=0.0)  # [P, D]
+        dz = tl.load(
+            dz_ptr + row_0 * (3 * D) + tile_offsets, mask=inside[:, None], other=0.0
         )  # [P, D]
-        dz = tl.load(dz_ptr + r[:, None] * (3 * D) + columns, mask=inside[:, None], other=0.0)
-        top, inverse, mean = _softmax_rows(softmax_ptr, r, n_rows, inside)
+        top, inverse, mean = _softmax_rows(softmax_ptr + row_0, i, n_rows, inside)
         logits = tl.dot(h, tl.trans(keys), input_precision=PRECISION)  # [EVENTS, P]
         p = tl.where(valid[:, None], tl.exp(logits - top[None, :]) * inverse[None, :], 0.0)
         dp = tl.dot(h, tl.trans(dz), input_precision=PRECISION)
@@ -538,30 +595,6 @@ SCRATCH_BYTES = 256 << 20
 # A weight gradient is the sum over so many runs of rows at most, each at least so long.
 _SPLITS, _SPLIT_ROWS = 64, 1024
 
-
-def _head_bwd_config(
-    dim: int, n_candidates: int, n_events: int, dtype: torch.dtype
-) -> dict[str, int]:
-    return {
-        "CANDIDATES": _block(n_candidates, 16, 32),
-        "EVENTS": _block(n_events, 16, 32),
-        "H1_BLOCK": 32,
-        "num_warps": 4,
-        "num_stages": 2,
-    }
-
-
-def _attention_bwd_config(
-    dim: int, n_candidates: int, n_events: int, dtype: torch.dtype
-) -> dict[str, int]:
-    return {
-        "CANDIDATES": _block(n_candidates, 16, 32),
-        "EVENTS": _block(n_events, 16, 32),
-        "num_warps": 4,
-        "num_stages": 2,
-    }
-
-
 _USER_CONFIG = {"H1_BLOCK": 32, "num_warps": 4, "num_stages": 1}
 _WEIGHT_CONFIG = {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_R": 32, "num_warps": 4, "num_stages": 3}
 
@@ -618,11 +651,9 @@ def score_bwd(
     head = _head_tensors(mlp_weights, mlp_biases, target_weight)
     constants = _constants(dim, dtype, user, mlp_weights, dropout_threshold)
     h1, h2, precision = constants["H1"], constants["H2"], constants["PRECISION"]
-    n_events = max(n_search, n_rec)
-    head_config = _head_bwd_config(dim, n_candidates, n_events, dtype)
-    config = _attention_bwd_config(dim, n_candidates, n_events, dtype) | {
-        "D": dim, "PRECISION": precision,
-    }  # fmt: skip
+    sizes = (dim, n_candidates, max(n_search, n_rec), dtype, precision)
+    head_config = _config("head_bwd", *sizes)
+    config = {"D": dim, "PRECISION": precision, **_config("attention_bwd", *sizes)}
     n_sums = n_trajectories * triton.cdiv(n_candidates, head_config["CANDIDATES"])  # a user
 
     dsearch, drec = torch.zeros_like(search), torch.zeros_like(rec)
@@ -772,7 +803,9 @@ def _catalogue_topk_kernel(
 
     n_tiles = tl.cdiv(n_rows - 1, ITEMS)
     first_tile = split.to(tl.int32) * tiles_per_split
-    for tile in range(first_tile, tl.minimum(first_tile + tiles_per_split, n_tiles)):
+    end = tl.minimum(first_tile + tiles_per_split, n_tiles)
+    # No hoisting: weights that waited for the next tile would take registers all the while.
+    for tile in tl.range(first_tile, end, disable_licm=True):
         ids = 1 + tile * ITEMS + tl.arange(0, ITEMS)
         valid = ids < n_rows
         scores = _score_items(
@@ -835,7 +868,8 @@ def _catalogue_rank_kernel(
     n_listed = tl.cdiv(n_excluded, ITEMS)
     n_tiles = n_listed + tl.cdiv(n_rows - 1, ITEMS)
     first_tile = split.to(tl.int32) * tiles_per_split
-    for tile in range(first_tile - 1, tl.minimum(first_tile + tiles_per_split, n_tiles)):
+    end = tl.minimum(first_tile + tiles_per_split, n_tiles)
+    for tile in tl.range(first_tile - 1, end, disable_licm=True):  # as in the kernel above
         is_goal, is_listed = tile < first_tile, tile < n_listed
         place = tile * ITEMS + tl.arange(0, ITEMS)
         listed = tl.load(
@@ -868,9 +902,11 @@ MAX_K = 512
 _SPLIT_TILES = 8
 
 
-def _catalogue_config(dim: int, n_events: int, dtype: torch.dtype) -> dict[str, int]:
-    config = _fwd_config(dim, 1 << 20, n_events, dtype)
-    return {"ITEMS": config.pop("CANDIDATES")} | config
+def _catalogue_config(
+    dim: int, n_events: int, dtype: torch.dtype, precision: str
+) -> dict[str, int]:
+    n_items = 1 << 20  # a catalogue is large
+    return _config("catalogue", dim, n_items, n_events, dtype, precision)
 
 
 def _catalogue_constants(
@@ -911,7 +947,8 @@ def catalogue_topk(
     n_rows = items.shape[0]
     head = _head_tensors(mlp_weights, mlp_biases, target_weight)
     constants = _catalogue_constants(dim, search.dtype, user, mlp_weights)
-    config = _catalogue_config(dim, max(search.shape[1], rec.shape[1]), search.dtype)
+    n_events = max(search.shape[1], rec.shape[1])
+    config = _catalogue_config(dim, n_events, search.dtype, constants["PRECISION"])
     per_split, n_splits = _split_tiles(triton.cdiv(n_rows - 1, config["ITEMS"]), max(n_users, 1))
     tensors = [
         t.contiguous()
@@ -929,7 +966,7 @@ def catalogue_topk(
             _catalogue_topk_kernel[(n_users * n_splits,)](
                 *tensors, *head, exclude, ceiling, keys,
                 search.shape[1], rec.shape[1], n_rows, exclude.shape[1], n_users, size, per_split,
-                K_TILE=triton.next_power_of_2(size), X_BLOCK=_block(exclude.shape[1], 16, 256),
+                K_TILE=triton.next_power_of_2(size), X_BLOCK=_block(exclude.shape[1], 256),
                 **constants, **config,
             )  # fmt: skip
         found.append(keys.flatten(1).sort(1, descending=True).values[:, :size])
@@ -974,7 +1011,8 @@ def catalogue_rank(
     if n_users and n_rows > 1:
         head = _head_tensors(mlp_weights, mlp_biases, target_weight)
         constants = _catalogue_constants(dim, search.dtype, user, mlp_weights)
-        config = _catalogue_config(dim, max(search.shape[1], rec.shape[1]), search.dtype)
+        n_events = max(search.shape[1], rec.shape[1])
+        config = _catalogue_config(dim, n_events, search.dtype, constants["PRECISION"])
         exclude = exclude.sort(1).values
         repeated = torch.zeros_like(exclude, dtype=torch.bool)
         repeated[:, 1:] = exclude[:, 1:] == exclude[:, :-1]
@@ -1034,20 +1072,20 @@ def variants() -> Iterator[Variant]:
             user = torch.empty(1, dim, device="meta")
             layers = [torch.empty(n, device="meta") for n in (200, 80)]
             for n_candidates, threshold in ((5, 6554), (100, 0)):
-                sizes = (dim, n_candidates, n_events, dtype)
+                sizes = (dim, n_candidates, n_events, dtype, precision)
                 call = _constants(dim, dtype, user, layers, threshold) | {"PRECISION": precision}
                 suffix = f"{kind}-d{dim}-L{n_events}-C{n_candidates}"
-                forward = call | _fwd_config(*sizes)
+                forward = call | _config("score_fwd", *sizes)
                 yield _variant(f"score_fwd-{suffix}", _score_fwd_kernel, dtype, forward)
                 if n_candidates == 100:
                     dot = forward | {"H1": 0, "HAS_USER": False}
                     yield _variant(f"score_fwd-dot-{suffix}", _score_fwd_kernel, dtype, dot)
-                backward = call | _head_bwd_config(*sizes)
+                backward = call | _config("head_bwd", *sizes)
                 yield _variant(f"head_bwd-{suffix}", _head_bwd_kernel, dtype, backward)
-                backward = call | _attention_bwd_config(*sizes)
+                backward = call | _config("attention_bwd", *sizes)
                 yield _variant(f"candidate_bwd-{suffix}", _candidate_bwd_kernel, dtype, backward)
                 yield _variant(f"state_bwd-{suffix}", _state_bwd_kernel, dtype, backward)
-            scan = call | _catalogue_config(dim, n_events, dtype)
+            scan = call | _catalogue_config(dim, n_events, dtype, precision)
             for k in (10, 100):
                 top = scan | {"K_TILE": triton.next_power_of_2(k), "X_BLOCK": 128}
                 name = f"catalogue_topk-{kind}-d{dim}-L{n_events}-k{k}"

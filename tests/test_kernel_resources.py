@@ -39,8 +39,7 @@ MOST_SPILLED = (
     (r"^reasoning\.fwd.*L(20|30)$", 32),
     (r"^reasoning\.fwd", 600),
     (r"^reasoning\.bwd", 1600),
-    (r"^scoring\.catalogue", 240),
-    (r"^scoring", 32),
+    (r"^scoring", 0),
 )
 
 

@@ -1,5 +1,6 @@
 """Scoring of candidates and of the catalogue: fused against the reference, and its facts."""
 
+import contextlib
 import importlib.util
 import os
 import subprocess
@@ -14,7 +15,7 @@ from lcr_fast.config import LCRConfig
 from lcr_fast.ops import ranking, scoring
 from lcr_fast.ops._extension import extension_error
 from lcr_fast.ops.noise import Dropout
-from lcr_fast.testing import assert_parity, random_streams, random_weights
+from lcr_fast.testing import assert_parity, every_op_rounded, random_streams, random_weights
 from lcr_fast.weights import ScoringWeights
 
 needs_cpp = pytest.mark.skipif(
@@ -56,6 +57,18 @@ class Case:
         shape = (n_users, trajectories, n_candidates) if trajectories else (n_users, n_candidates)
         self.upstream = torch.randn(shape, generator=g)
 
+    def to(self, device):
+        """Move everything, in place."""
+        self.tensors = {k: v.to(device) for k, v in self.tensors.items()}
+        self.lengths = [n.to(device) for n in self.lengths]
+        self.upstream = self.upstream.to(device)
+        w = self.weights
+        self.weights = ScoringWeights(
+            w.target_weight.to(device), tuple(x.to(device) for x in w.mlp_weights),
+            tuple(x.to(device) for x in w.mlp_biases),
+        )  # fmt: skip
+        return self
+
     def call(self, backend, tensors=None, **options):
         t = tensors or self.tensors
         n = len(self.weights.mlp_weights)
@@ -87,8 +100,10 @@ class Case:
         )  # fmt: skip
 
 
-def assert_matches(case: Case, **options):
-    fused, eager = case.run("cpp", **options), case.run("reference", **options)
+def assert_matches(case: Case, backend="cpp", dtype=torch.float32, **options):
+    fused = case.run(backend, dtype, **options)
+    with every_op_rounded() if dtype.itemsize < 4 else contextlib.nullcontext():
+        eager = case.run("reference", dtype, **options)
     exact = case.run("reference", torch.float64, **options)
     assert fused.keys() >= exact.keys()
     for name in fused:
@@ -306,7 +321,7 @@ def all_scores(case: Case, backend="cpp"):
     n = len(case.tensors["table"]) - 1
     ids, scores = case.catalogue(ops.score_topk, n, backend=backend)
     table = torch.full((len(ids), n + 1), torch.nan)
-    return table.scatter(1, ids, scores)
+    return table.scatter(1, ids.cpu(), scores.cpu())
 
 
 EXCLUDED = torch.tensor([
@@ -423,6 +438,231 @@ print(peak(200_000) - small)
     assert int(done.stdout) < tables + scores / 4
 
 
+# -- the Triton kernels, on a GPU where there is one, else in the interpreter ---------------------
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+HALVES = [torch.float16, torch.bfloat16] if GPU else [torch.float16]  # interpreted, it truncates
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+
+
+def kernel_case(head="mlp", **options) -> Case:
+    """Small, yet with two blocks of events and of hidden units, each ragged.
+
+    The first five users are the corners, among them both streams full, each empty, and both empty.
+    """
+    sizes = {"max_search_len": 5, "max_rec_len": 37, "mlp_hidden": (40, 24)}
+    return Case(head, **(sizes | options)).to(DEVICE)
+
+
+def exact_case(n_items=0, copies=False, **options) -> Case:
+    """Integers and one event at most: no sum is rounded, in whatever order it is taken.
+
+    The interpreter's products are numpy's, whose bits depend on the place of a row in the matrix.
+    """
+    sizes = {"max_search_len": 1, "max_rec_len": 1, "mlp_hidden": (20, 12)} | options
+    case = catalogue_case(n_items, copies=copies, **sizes) if n_items else Case(**sizes)
+    case.tensors = {k: (4 * v).round() for k, v in case.tensors.items()}
+    w = case.weights
+    case.weights = ScoringWeights(
+        *((4 * x.detach()).round() if torch.is_tensor(x) else
+          tuple((4 * y.detach()).round() for y in x) for x in w)
+    )  # fmt: skip
+    case.upstream = (4 * case.upstream).round()
+    return case.to(DEVICE)
+
+
+def assert_kernels_match(case: Case, dtype=torch.float32, **options):
+    """Hold every result to :func:`assert_parity`, the states' gradients with a larger factor.
+
+    Softmax's gradient subtracts dz . z here, in the reference the sum of p dz . h: where they
+    cancel, as with one event, only the latter leaves nothing. Up to 9 times its error was seen.
+    """
+    fused = case.run("triton", dtype, **options)
+    with every_op_rounded() if dtype.itemsize < 4 else contextlib.nullcontext():
+        eager = case.run("reference", dtype, **options)
+    exact = case.run("reference", torch.float64, **options)
+    assert fused.keys() >= exact.keys()
+    for name, value in fused.items():
+        if name not in exact:  # what the head does not read
+            assert not value.any()
+            continue
+        factor = 10 if name in ("search", "rec") else 3
+        assert_parity(name, value, eager[name], exact[name], factor=factor)
+
+
+@needs_triton
+@pytest.mark.parametrize(("head", "n_candidates"), [
+    ("mlp", 1), ("mlp", 5), ("mlp", 37), ("mlp without user", 5), ("dot", 5), ("dot", 37),
+])  # fmt: skip
+def test_triton_parity_of_scores_and_gradients(head, n_candidates):
+    n_users = 12 if n_candidates < 20 else 6
+    assert_kernels_match(kernel_case(head, n_candidates=n_candidates, n_users=n_users))
+
+
+@needs_triton
+@pytest.mark.parametrize("changes", [
+    {"trajectories": 1},
+    {"trajectories": 3, "n_candidates": 19, "n_users": 5},
+    {"dim": 64, "n_users": 7},
+    {"dim": 128, "n_users": 5, "mlp_hidden": (20, 4)},
+    {"max_search_len": 0, "n_candidates": 17},
+], ids=str)  # fmt: skip
+def test_triton_parity_in_other_shapes(changes):
+    assert_kernels_match(kernel_case(**changes))
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("changes", [{}, {"trajectories": 3}], ids=str)
+def test_triton_parity_of_halves(changes, dtype):
+    assert_kernels_match(kernel_case(**changes), dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("n_candidates", [5, 19])
+def test_triton_parity_with_dropout(n_candidates):
+    rows = torch.tensor([5, 2**40 + 1, 0, 7, 7, 3], device=DEVICE)
+    dropout = Dropout(0.3, 2**60 + 5, rows)
+    assert_kernels_match(kernel_case(n_candidates=n_candidates), dropout=dropout)
+
+
+@needs_triton
+@pytest.mark.parametrize("shared", [False, True])
+def test_triton_gathers_ids(shared):
+    """Duplicates and row 0 included, in the bits of the gathered vectors, the same each time."""
+    case = kernel_case(n_candidates=19, max_rec_len=9)
+    g = torch.Generator().manual_seed(3)
+    table = torch.randn(11, 32, generator=g).to(DEVICE)
+    ids = torch.randint(0, 11, (1 if shared else 6, 19), generator=g).to(DEVICE)
+    case.tensors["candidates"] = table
+    assert_kernels_match(case, ids=ids)
+    once, twice = case.run("triton", ids=ids), case.run("triton", ids=ids)
+    gathered = case.call("triton", {**case.tensors, "candidates": table[ids]})
+    assert torch.equal(once["scores"], gathered)
+    for name, value in once.items():
+        assert torch.equal(value, twice[name]), name
+
+
+@needs_triton
+@pytest.mark.parametrize("n_candidates", [5, 37])
+def test_triton_permutes_with_the_candidates(n_candidates):
+    """Scores and the candidates' gradients move along, bit by bit, over tiles and copies too."""
+    case = exact_case(n_candidates=n_candidates)
+    candidates, upstream = case.tensors["candidates"].clone(), case.upstream
+    candidates[:, -1] = candidates[:, 0]
+    order = torch.randperm(n_candidates, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    case.tensors["candidates"] = candidates
+    before = case.run("triton")
+    assert torch.equal(before["scores"][:, -1], before["scores"][:, 0])
+    case.tensors["candidates"], case.upstream = candidates[:, order], upstream[:, order]
+    after = case.run("triton")
+    for name in ("scores", "candidates"):
+        assert torch.equal(after[name], before[name][:, order]), name
+
+
+@needs_triton
+def test_triton_chunks_and_runs_change_no_bit(monkeypatch):
+    """One user of scratch at a time, and one program for all trajectories of a tile."""
+    from lcr_fast.kernels import scoring as kernels
+
+    case = kernel_case(trajectories=3, max_rec_len=9, n_users=5)
+    expected = case.run("triton")
+    monkeypatch.setattr(kernels, "SCRATCH_BYTES", 1)
+    monkeypatch.setattr(kernels, "_PROGRAMS", 1)
+    for name, value in case.run("triton").items():
+        if "weight" in name or "bias" in name:  # sums over users, in other groups
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(value, expected[name]), name
+
+
+@needs_triton
+def test_triton_reads_no_padding_and_keeps_only_its_inputs():
+    case = kernel_case()
+    expected = case.run("triton")
+    for name in ("search", "rec"):
+        x = case.tensors[name]
+        assert x.isnan().any()
+        assert not expected[name][x.isnan()].any()
+        case.tensors[name] = torch.where(x.isnan(), torch.inf, x)
+    x = case.tensors["candidates"]
+    case.tensors["candidates"] = x.transpose(0, 1).contiguous().transpose(0, 1)
+    for name, value in case.run("triton").items():
+        assert torch.equal(value, expected[name]), name
+    leaves = {k: v.contiguous().requires_grad_() for k, v in case.tensors.items()}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        case.call("triton", leaves)
+    pointers = {t.untyped_storage().data_ptr() for t in (*leaves.values(), *case.lengths)}
+    new = [t for t in kept if t.untyped_storage().data_ptr() not in pointers]
+    assert all(t.dtype == torch.int64 and t.numel() <= 30 for t in new)  # the ids
+
+
+@needs_triton
+def test_triton_serves_no_user_and_no_candidate():
+    assert kernel_case(n_users=0).run("triton")["scores"].shape == (0, 5)
+    for name, value in kernel_case(n_candidates=0).run("triton").items():
+        assert not value.any(), name
+
+
+@needs_triton
+@pytest.mark.parametrize(("n_items", "copies"), [(1, False), (150, True)])
+def test_triton_topk_is_a_full_sort(n_items, copies, monkeypatch):
+    """Of equal scores the lower id first, whichever tile, split or pass each is found in."""
+    from lcr_fast.kernels import scoring as kernels
+
+    case = exact_case(n_items=n_items, copies=copies)
+    scores = all_scores(case, "triton")
+    tensors = {**case.tensors, "candidates": case.tensors["table"]}
+    ids = torch.arange(1, n_items + 1, device=DEVICE)[None]
+    assert torch.equal(scores[:, 1:].to(DEVICE), case.call("reference", tensors, ids=ids))
+    if copies:
+        assert len(scores[0, 1:].unique()) < n_items / 2
+    monkeypatch.setattr(kernels, "MAX_K", 4)
+    for k in (1, 6):
+        found, top = case.catalogue(
+            ops.score_topk, k, exclude=EXCLUDED.to(DEVICE), backend="triton"
+        )
+        for b in range(6):
+            out = set(EXCLUDED[b].tolist())
+            pairs = sorted((-scores[b, i].item(), i) for i in range(1, n_items + 1) if i not in out)
+            expected = [i for _, i in pairs[:k]]
+            assert found[b].tolist() == expected + [0] * (k - len(expected))
+            assert top[b, : len(expected)].tolist() == [-s for s, _ in pairs[:k]]
+            assert torch.isneginf(top[b, len(expected) :]).all()
+
+
+@needs_triton
+@pytest.mark.parametrize("copies", [False, True])
+def test_triton_ranks_are_counted(copies):
+    case = exact_case(n_items=150, copies=copies)
+    tensors = {**case.tensors, "candidates": case.tensors["table"]}
+    scores = case.call("reference", tensors, ids=torch.arange(151, device=DEVICE)[None])
+    target = torch.tensor([0, 150, 17, 9, 1, 16])  # 9 is excluded
+    rank = case.catalogue(
+        ops.score_rank, target.to(DEVICE), exclude=EXCLUDED.to(DEVICE), backend="triton"
+    )
+    assert rank[0] == 0
+    for b in range(1, 6):
+        out = {0, *EXCLUDED[b].tolist(), int(target[b])}
+        ahead = [i for i in range(1, 151) if i not in out and scores[b, i] >= scores[b, target[b]]]
+        assert rank[b] == 1 + len(ahead)
+
+
+@needs_triton
+def test_triton_names_a_nan():
+    case = exact_case(n_items=20)
+    case.tensors["search"][2, 0] = torch.nan
+    for function, argument in (
+        (ops.score_topk, 3), (ops.score_rank, torch.full((6,), 2, device=DEVICE)),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="user 2 of the batch has a NaN score"):
+            case.catalogue(function, argument, backend="triton")
+
+
 # -- instruction sets, refusals -------------------------------------------------------------------
 
 LEVEL = """
@@ -450,38 +690,6 @@ def test_every_instruction_set(level):
     )
     if "instructions that this CPU does not have" in done.stderr:
         pytest.skip(f"this CPU has no {level}")
-    assert done.returncode == 0, done.stderr
-
-
-INTERPRETED = """
-import torch
-import test_scoring as t
-from lcr_fast import ops
-close = torch.testing.assert_close
-for head in ("mlp", "mlp without user", "dot"):
-    case = t.catalogue_case(40, head, n_users=3, n_candidates=5)
-    runs = [case.run(backend) for backend in ("triton", "cpp")]
-    for name in runs[0]:
-        close(*(run[name] for run in runs), rtol=1e-4, atol=1e-4, msg=f"{head}, {name}")
-    for function, argument in ((ops.score_topk, 45), (ops.score_rank, torch.tensor([3, 0, 9]))):
-        found, expected = (
-            case.catalogue(function, argument, exclude=t.EXCLUDED[:3], backend=backend)
-            for backend in ("triton", "cpp")
-        )
-        close(found, expected, rtol=1e-4, atol=1e-4)
-"""
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_triton_serves_the_same_contract():
-    """Wiring only, under the interpreter; the kernels have tests of their own."""
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     assert done.returncode == 0, done.stderr
 
 
