@@ -182,7 +182,7 @@ _COPY_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
 def ceilings(device: str) -> dict[str, float]:
     """Measure what the machine can do at best: torch's matmul rates and copy bandwidth."""
     found = {}
-    dtypes = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if device == "cuda" else {})
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     n = _MATMUL[device]
     for name, dtype in dtypes.items():
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))

@@ -71,6 +71,15 @@ def obstacle(dim: int, dtype: torch.dtype, hidden: tuple[int, ...]) -> str | Non
             f"the head must have two hidden layers of at most {MAX_HIDDEN[0]} and {MAX_HIDDEN[1]} "
             f"units, or none, not {list(hidden)}"
         )
+    if dim == 128 and dtype == torch.float32 and hidden and torch.cuda.is_available():
+        # Two whole [D, D] matrices at once over the catalogue: compiled for sm_90, Triton 3.7.1.
+        needed = 198 << 10
+        shared = torch.cuda.get_device_properties().shared_memory_per_block_optin
+        if shared < needed:
+            return (
+                f"float32 at width 128 needs {needed >> 10} KiB of shared memory, and this GPU has "
+                f"{shared >> 10} KiB"
+            )
     return None
 
 

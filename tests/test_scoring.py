@@ -5,6 +5,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -732,3 +733,15 @@ def test_auto_takes_cpp_for_float32_and_the_reference_for_float64():
     assert ops.choose_backend("score", "auto", scoring.scoring_backends(case)) == "cpp"
     exact = case._replace(dtype=torch.float64)
     assert ops.choose_backend("score", "auto", scoring.scoring_backends(exact)) == "reference"
+
+
+@pytest.mark.parametrize(("kibibytes", "dtype", "fits"), [
+    (163, torch.float32, False), (227, torch.float32, True), (163, torch.bfloat16, True),
+])  # fmt: skip
+def test_wide_float32_needs_much_shared_memory(monkeypatch, kibibytes, dtype, fits):
+    kernels = pytest.importorskip("lcr_fast.kernels.scoring")
+    gpu = types.SimpleNamespace(shared_memory_per_block_optin=kibibytes << 10)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: gpu)
+    reason = kernels.obstacle(dim=128, dtype=dtype, hidden=(200, 80))
+    assert reason is None if fits else "this GPU has 163 KiB" in reason
