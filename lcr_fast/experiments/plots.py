@@ -113,7 +113,8 @@ def intervals(
         panel.set_xlabel(axis)
         panel.set_title(metric)
         panel.grid(alpha=0.3)
-    panels[0].legend(fontsize="small")
+    lines = panels[0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside upper center", ncols=len(series), fontsize="small")
     save_figure(figure, path)
 
 
