@@ -9,7 +9,9 @@ import pytest
 from lcr_fast import cli
 from lcr_fast.experiments.bench_report import duration, ratio, read_run, report, size
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 
 
 def benchmark(group: str, median: float, others: dict[str, float], **info) -> dict:
@@ -124,6 +126,14 @@ def test_committed_results(path, tmp_path, capsys):
     cli.main(["bench-report", str(path), "--plots", str(tmp_path)])
     text = capsys.readouterr().out
     assert all(case in text for case in cases)
+    assert report(read_run(path)) in PAGE, "print it again: docs/reproducing.md says how"
+
+
+def test_rows_of_the_readme_are_measured():
+    speed = (ROOT / "README.md").read_text().split("\n## Speed\n")[1].split("\n## ")[0]
+    rows = [line for line in speed.splitlines() if line.startswith("|")]
+    assert len(rows) > 20
+    assert not set(rows) - set(PAGE.splitlines())
 
 
 @pytest.mark.parametrize(
