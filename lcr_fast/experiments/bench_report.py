@@ -22,6 +22,7 @@ _STYLES = {
     "repeated history": "#ccbb44", "N calls": "#ccbb44",
 }  # fmt: skip
 _SPARE = ("#228833", "#66ccee", "#888888")
+_MOST_SERIES = 4  # in one panel
 
 
 class Entry(NamedTuple):
@@ -215,13 +216,21 @@ def draw(run: Run, folder: str | Path) -> list[Path]:
 
 
 def _series(entries: list[Entry], axis: str) -> dict[str, list[Entry]]:
-    """Find the entries that differ in one axis only: series of two or more, by the other axes."""
+    """Find the entries that differ in one axis only: series of two or more, by the other axes.
+
+    Of many series the longest are kept: the others are corners of another axis' series.
+    """
     found: dict[tuple, list[Entry]] = {}
     for entry in entries:
         if axis in entry.axes:
             rest = tuple((name, v) for name, v in entry.axes.items() if name != axis)
             found.setdefault(rest, []).append(entry)
-    found = {rest: some for rest, some in found.items() if len(some) > 1}
+    found = {
+        rest: some for rest, some in found.items() if len({e.axes[axis] for e in some}) > 1
+    }  # fmt: skip
+    if len(found) > _MOST_SERIES:
+        longest = max(map(len, found.values()))
+        found = {rest: some for rest, some in found.items() if len(some) == longest}
     varying = {
         name
         for name, _ in itertools.chain(*found)
@@ -256,6 +265,8 @@ def _draw_speed_up(run: Run, group: str, series: dict[str, dict], path: Path) ->
         for (label, entries), dash in zip(lines.items(), dashes, strict=False):
             for name, colour in colours.items():
                 known = [e for e in entries if name in e.medians]
+                if not known:
+                    continue
                 x = [e.axes[axis] for e in known]
                 y = [e.medians[name] / e.ours for e in known]
                 title = ", ".join(filter(None, (name, label)))
