@@ -46,9 +46,10 @@ def row_slots(M: tl.constexpr, SLOT: tl.constexpr):
 
 
 @triton.jit
-def key_slots(position, length, SLOT: tl.constexpr):
+def key_slots(length, SLOT: tl.constexpr):
     """Slot of each row as a key, [M]; -1 where there is no event, so that no query matches."""
-    return tl.where(position < length, row_slots(position.shape[0], SLOT), -1)
+    row = tl.arange(0, length.shape[0])
+    return tl.where(row % SLOT < length, row // SLOT, -1)
 
 
 @triton.jit
@@ -188,7 +189,7 @@ def load_block(weight_ptr, rows, columns, STRIDE: tl.constexpr, dtype: tl.conste
 @triton.jit
 def load_block_transposed(weight_ptr, rows, columns, STRIDE: tl.constexpr, dtype: tl.constexpr):
     """W[rows, columns]^T, [columns, rows]."""
-    return tl.load(weight_ptr + rows[None, :] * STRIDE + columns[:, None]).to(dtype)
+    return load_block(weight_ptr, rows, columns, STRIDE, dtype).trans()
 
 
 @triton.jit
@@ -204,8 +205,9 @@ def linear(x, weight_ptr, bias_ptr, rows, D: tl.constexpr, PRECISION: tl.constex
 
 @triton.jit
 def _project_head(
-    x, memory, query_slot, key_slot, head, qkv_weight_ptr, qkv_bias_ptr,
-    D: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    x, memory, memory_length, h, head, qkv_weight_ptr, qkv_bias_ptr,
+    D: tl.constexpr, WIDTH: tl.constexpr, SLOT: tl.constexpr, MEMORY_SLOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One head's queries [M_q, D/H] times log2(e) / sqrt(D/H), keys, values and probabilities.
 
@@ -215,6 +217,10 @@ def _project_head(
     q = (q * (LOG2_E * WIDTH**-0.5)).to(x.dtype)
     k = linear(memory, qkv_weight_ptr, qkv_bias_ptr, D + head, D, PRECISION).to(x.dtype)
     scores = tl.dot(q, k.trans(), input_precision=PRECISION)  # [M_q, M_k]
+    query_slot = row_slots(x.shape[0], SLOT)
+    # No length exceeds the slot. The bound names h so that the mask is made again for each head:
+    # a mask for all of them, and for all steps, would be kept in registers.
+    key_slot = key_slots(tl.minimum(memory_length, MEMORY_SLOT + h), MEMORY_SLOT)
     scores = tl.where(query_slot[:, None] == key_slot[None, :], scores, float("-inf"))
     top = tl.maximum(tl.max(scores, 1), LOWEST_SCORE)
     p = tl.exp2(scores - top[:, None])
@@ -227,11 +233,14 @@ def _project_head(
 def attention(
     x,  # [M_q, D]
     memory,  # [M_k, D]
-    query_slot,  # [M_q]
-    key_slot,  # [M_k]
+    memory_length,  # [M_k] of each row's sequence
+    y,  # float32 [M_q, D], added to
+    has_keys,  # bool [M_q]: to the others nothing is added
     weights,  # pointers to one stream's qkv weight and bias, out weight and bias
     D: tl.constexpr,
     H: tl.constexpr,
+    SLOT: tl.constexpr,
+    MEMORY_SLOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Multi-head attention, head by head: y = sum_h softmax(Q_h K_h^T / sqrt(D/H)) V_h Wo_h^T + bo.
@@ -242,17 +251,17 @@ def attention(
     qkv_weight_ptr, qkv_bias_ptr, out_weight_ptr, out_bias_ptr = weights
     WIDTH: tl.constexpr = D // H
     column = tl.arange(0, D)
-    y = tl.zeros([x.shape[0], D], tl.float32) + tl.load(out_bias_ptr + column).to(tl.float32)
     for h in tl.range(0, H, disable_licm=True):
         head = h * WIDTH + tl.arange(0, WIDTH)
         _, _, v, p = _project_head(
-            x, memory, query_slot, key_slot, head, qkv_weight_ptr, qkv_bias_ptr,
-            D, WIDTH, PRECISION,
+            x, memory, memory_length, h, head, qkv_weight_ptr, qkv_bias_ptr,
+            D, WIDTH, SLOT, MEMORY_SLOT, PRECISION,
         )  # fmt: skip
         o = tl.dot(p.to(x.dtype), v, input_precision=PRECISION).to(x.dtype)  # [M_q, D/H]
         out_weight = load_block_transposed(out_weight_ptr, column, head, D, x.dtype)  # [D/H, D]
         y = tl.dot(o, out_weight, y, input_precision=PRECISION)
-    return y
+    out_bias = tl.load(out_bias_ptr + column).to(tl.float32)
+    return y + tl.where(has_keys[:, None], out_bias[None, :], 0.0)
 
 
 @triton.jit
@@ -260,8 +269,7 @@ def attention_bwd(
     dy,  # [M_q, D] gradient of the sublayer's output, in the states' dtype
     x,  # [M_q, D]
     memory,  # [M_k, D]
-    query_slot,  # [M_q]
-    key_slot,  # [M_k]
+    memory_length,  # [M_k] of each row's sequence
     dx,  # float32 [M_q, D], added to
     dmemory,  # float32 [M_k, D], added to; not used if the memory is x itself
     heads_ptr,  # o, pairs of rows with dy: at this tile's rows, [M_q, D] each
@@ -272,6 +280,8 @@ def attention_bwd(
     weights,
     D: tl.constexpr,
     H: tl.constexpr,
+    SLOT: tl.constexpr,
+    MEMORY_SLOT: tl.constexpr,
     IS_SELF: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -292,8 +302,8 @@ def attention_bwd(
     for h in tl.range(0, H, disable_licm=True):
         head = h * WIDTH + tl.arange(0, WIDTH)
         q, k, v, p = _project_head(
-            x, memory, query_slot, key_slot, head, qkv_weight_ptr, qkv_bias_ptr,
-            D, WIDTH, PRECISION,
+            x, memory, memory_length, h, head, qkv_weight_ptr, qkv_bias_ptr,
+            D, WIDTH, SLOT, MEMORY_SLOT, PRECISION,
         )  # fmt: skip
         to_head = query_offset + head[None, :]
         o = tl.dot(p.to(x.dtype), v, input_precision=PRECISION)
@@ -326,6 +336,7 @@ def attention_bwd(
 @triton.jit
 def ffn(
     x,  # [M, D]
+    y,  # float32 [M, D], added to
     weights,  # pointers to one stream's in weight and bias, out weight and bias
     D: tl.constexpr,
     F: tl.constexpr,
@@ -335,14 +346,13 @@ def ffn(
     """relu(x W1^T + b1) W2^T + b2 in blocks of BLOCK_F hidden units: float32 [M, D]."""
     in_weight_ptr, in_bias_ptr, out_weight_ptr, out_bias_ptr = weights
     column = tl.arange(0, D)
-    y = tl.zeros([x.shape[0], D], tl.float32) + tl.load(out_bias_ptr + column).to(tl.float32)
     for start in tl.range(0, F, BLOCK_F, disable_licm=True):
         unit = start + tl.arange(0, BLOCK_F)
         hidden = linear(x, in_weight_ptr, in_bias_ptr, unit, D, PRECISION)  # [M, BLOCK_F]
         hidden = tl.maximum(hidden, 0.0).to(x.dtype)
         out_weight = load_block_transposed(out_weight_ptr, column, unit, F, x.dtype)
         y = tl.dot(hidden, out_weight, y, input_precision=PRECISION)
-    return y
+    return y + tl.load(out_bias_ptr + column).to(tl.float32)[None, :]
 
 
 @triton.jit

@@ -131,6 +131,28 @@ def _store_state(out_ptr, state, rows, size, D: tl.constexpr):
 
 
 @triton.jit
+def _residual(x, DROPOUT: tl.constexpr):
+    """What a sublayer's sum starts from: x itself, or 0 if dropout comes between them."""
+    if DROPOUT:
+        y = tl.zeros(x.shape, tl.float32)
+    else:
+        y = x.to(tl.float32)
+    return y
+
+
+@triton.jit
+def _add_update(
+    y, x, user_row, position, k, stream: tl.constexpr, place: tl.constexpr, dropout,
+    D: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """x + m update, of a sublayer's sum that started from :func:`_residual`: float32 [M, D]."""
+    if DROPOUT:
+        y = _apply_dropout(y, user_row, position, k, stream, place, dropout, D, DROPOUT)
+        y += x.to(tl.float32)
+    return y
+
+
+@triton.jit
 def _before_norm1(
     h, rows, user_row, k, index, stream: tl.constexpr, weights, dropout,
     D: tl.constexpr, H: tl.constexpr, SLOT: tl.constexpr, DROPOUT: tl.constexpr,
@@ -138,12 +160,11 @@ def _before_norm1(
 ):  # fmt: skip
     """x1 = h + m1 MSA(h): float32 [M, D]."""
     _, position, length, _ = rows
-    update = attention(
-        h, h, row_slots(h.shape[0], SLOT), key_slots(position, length, SLOT),
-        _self_weights(weights, index, D), D, H, PRECISION,
+    y = attention(
+        h, h, length, _residual(h, DROPOUT), position < length,
+        _self_weights(weights, index, D), D, H, SLOT, SLOT, PRECISION,
     )  # fmt: skip
-    update = _apply_dropout(update, user_row, position, k, stream, 0, dropout, D, DROPOUT)
-    return h.to(tl.float32) + update
+    return _add_update(y, h, user_row, position, k, stream, 0, dropout, D, DROPOUT)
 
 
 @triton.jit
@@ -154,15 +175,12 @@ def _before_norm2(
 ):  # fmt: skip
     """x2 = a + g m2 MCA(a, memory): float32 [M, D]; ``gate`` is bool [M]."""
     _, position, _, _ = rows
-    _, memory_position, memory_length, _ = memory_rows
-    update = attention(
-        a, memory, row_slots(a.shape[0], SLOT),
-        key_slots(memory_position, memory_length, MEMORY_SLOT),
-        _cross_weights(weights, index, D), D, H, PRECISION,
+    _, _, memory_length, _ = memory_rows
+    y = attention(
+        a, memory, memory_length, _residual(a, DROPOUT), gate,
+        _cross_weights(weights, index, D), D, H, SLOT, MEMORY_SLOT, PRECISION,
     )  # fmt: skip
-    update = tl.where(gate[:, None], update, 0.0)
-    update = _apply_dropout(update, user_row, position, k, stream, 1, dropout, D, DROPOUT)
-    return a.to(tl.float32) + update
+    return _add_update(y, a, user_row, position, k, stream, 1, dropout, D, DROPOUT)
 
 
 @triton.jit
@@ -173,9 +191,10 @@ def _before_norm3(
 ):  # fmt: skip
     """x3 = c + m3 FFN(c): float32 [M, D]."""
     _, position, _, _ = rows
-    update = ffn(c, _ffn_weights(weights, index, D, F), D, F, BLOCK_F, PRECISION)
-    update = _apply_dropout(update, user_row, position, k, stream, 2, dropout, D, DROPOUT)
-    return c.to(tl.float32) + update
+    y = ffn(
+        c, _residual(c, DROPOUT), _ffn_weights(weights, index, D, F), D, F, BLOCK_F, PRECISION
+    )
+    return _add_update(y, c, user_row, position, k, stream, 2, dropout, D, DROPOUT)
 
 
 @triton.jit
@@ -272,8 +291,8 @@ def _latent_reasoning_fwd_kernel(
         rec_ptr, rows_r, rec_size, n_trajectories, user_row_r, _REC, noise, D, NOISE
     )  # [M_R, D]
 
-    slots_s = key_slots(rows_s[1], rows_s[2], SEARCH_SLOT)
-    slots_r = key_slots(rows_r[1], rows_r[2], REC_SLOT)
+    slots_s = key_slots(rows_s[2], SEARCH_SLOT)
+    slots_r = key_slots(rows_r[2], REC_SLOT)
     stride = steps.to(tl.int64) * (4 * D)
     for k in tl.range(0, steps, disable_licm=True):
         # Addresses depend on k, so that no weight is kept on chip across the steps.
@@ -413,7 +432,7 @@ def _cross_bwd(
     X2: tl.constexpr = 15 * D + 2 * F
     _, position, length, _ = rows
     _, memory_position, memory_length, _ = memory_rows
-    event_slot = key_slots(position, length, SLOT)
+    event_slot = key_slots(length, SLOT)
 
     x2 = _unpark(scratch_ptr + X2, place, D).to(tl.float32)
     c = _norm(x2, weights, index, 1, D).to(scratch_ptr.dtype.element_ty)
@@ -471,7 +490,7 @@ def _self_bwd(
     DY: tl.constexpr = 5 * D + F
     X1: tl.constexpr = 14 * D + 2 * F
     _, position, length, _ = rows
-    event_slot = key_slots(position, length, SLOT)
+    event_slot = key_slots(length, SLOT)
     if POOL:
         a = _unpark(scratch_ptr + 2 * D, place, D)
         da = pool_bwd(
@@ -886,6 +905,8 @@ def _variant(
     def kind(argument: str) -> str:
         if argument in _OWN_TYPES:
             return _OWN_TYPES[argument]
+        if argument.endswith("_weight_ptr") and not argument.startswith("norm"):
+            return f"*{_TYPES[dtype]}"
         if argument.endswith("_ptr"):
             return f"*{_TYPES[weights if argument.startswith(_WEIGHTS) else dtype]}"
         return "i32"
