@@ -23,6 +23,18 @@ DROPOUT_COUNTER = tl.constexpr(1 << 31)  # in the third counter word; noise stay
 
 
 @triton.jit
+def load_of_user(ptr, first, end, n_trajectories, M: tl.constexpr, SLOT: tl.constexpr):
+    """Element of each row's user in a tensor [B], 0 beyond the last sequence: [M]."""
+    if M == SLOT:  # one sequence: a number for all rows, not a register for each
+        value = tl.load(ptr + first // n_trajectories, mask=first < end, other=0)
+        values = tl.zeros([M], value.dtype) + value
+    else:
+        sequence = first + tl.arange(0, M) // SLOT
+        values = tl.load(ptr + sequence // n_trajectories, mask=sequence < end, other=0)
+    return values
+
+
+@triton.jit
 def locate_rows(first, end, lengths_ptr, n_trajectories, size, M: tl.constexpr, SLOT: tl.constexpr):
     """Say what stands in each row of a tile: (sequence, position, length, stored), [M] each.
 
@@ -33,10 +45,9 @@ def locate_rows(first, end, lengths_ptr, n_trajectories, size, M: tl.constexpr, 
     row = tl.arange(0, M)
     position = row % SLOT
     sequence = first + row // SLOT
-    exists = sequence < end
-    length = tl.load(lengths_ptr + sequence // n_trajectories, mask=exists, other=0)
+    length = load_of_user(lengths_ptr, first, end, n_trajectories, M, SLOT)
     length = tl.minimum(length, size).to(tl.int32)
-    return sequence, position, length, exists & (position < size)
+    return sequence, position, length, (sequence < end) & (position < size)
 
 
 @triton.jit
