@@ -146,33 +146,57 @@ def _add_update(
 
 
 @triton.jit
+def _set_aside(out_ptr, state, rows, size, D: tl.constexpr, PARK: tl.constexpr):
+    """Keep a state in its place in the output while the other stream is at work."""
+    if PARK:
+        tl.debug_barrier()  # other threads may still read what stands there
+        _store_state(out_ptr, state, rows, size, D)
+        tl.debug_barrier()
+
+
+@triton.jit
+def _take_up(out_ptr, state, rows, size, D: tl.constexpr, PARK: tl.constexpr):
+    """Take a state back that was set aside, [M, D]."""
+    if PARK:
+        tl.debug_barrier()  # a load like an earlier one would be merged with it, and kept till here
+        sequence, position, _, stored = rows
+        offsets = tile_offsets(sequence, position, size, D)
+        state = tl.load(out_ptr + offsets, mask=stored[:, None], other=0.0)
+    return state
+
+
+@triton.jit
 def _before_norm1(
-    h, rows, user_row, k, index, stream: tl.constexpr, weights, dropout,
+    h, parked, rows, user_row, k, index, stream: tl.constexpr, weights, dropout,
     D: tl.constexpr, H: tl.constexpr, SLOT: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PARK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x1 = h + m1 MSA(h): float32 [M, D]."""
+    """x1 = h + m1 MSA(h): float32 [M, D]; with PARK, ``parked`` says where h stands too."""
     _, position, length, _ = rows
     y = attention(
         h, h, length, _residual(h, DROPOUT), position < length,
         _self_weights(weights, index, D), D, H, SLOT, SLOT, PRECISION,
     )  # fmt: skip
+    if DROPOUT:
+        h = _take_up(parked[0], h, rows, parked[1], D, PARK)
     return _add_update(y, h, user_row, position, k, stream, 0, dropout, D, DROPOUT)
 
 
 @triton.jit
 def _before_norm2(
-    a, memory, rows, memory_rows, gate, user_row, k, index, stream: tl.constexpr, weights, dropout,
+    a, parked, memory, rows, memory_rows, gate, user_row, k, index, stream: tl.constexpr, weights, dropout,
     D: tl.constexpr, H: tl.constexpr, SLOT: tl.constexpr, MEMORY_SLOT: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, PARK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x2 = a + g m2 MCA(a, memory): float32 [M, D]; ``gate`` is bool [M]."""
+    """x2 = a + g m2 MCA(a, memory): float32 [M, D]; ``gate`` is bool [M], ``parked`` as above."""
     _, position, _, _ = rows
     _, _, memory_length, _ = memory_rows
     y = attention(
         a, memory, memory_length, _residual(a, DROPOUT), gate,
         _cross_weights(weights, index, D), D, H, SLOT, MEMORY_SLOT, PRECISION,
     )  # fmt: skip
+    if DROPOUT:
+        a = _take_up(parked[0], a, rows, parked[1], D, PARK)
     return _add_update(y, a, user_row, position, k, stream, 1, dropout, D, DROPOUT)
 
 
@@ -247,6 +271,7 @@ def _latent_reasoning_fwd_kernel(
     SEARCH_SLOT: tl.constexpr, REC_SLOT: tl.constexpr, USERS: tl.constexpr,
     BLOCK_F: tl.constexpr,
     NOISE: tl.constexpr, DROPOUT: tl.constexpr, POOL: tl.constexpr, SAVE: tl.constexpr,
+    PARK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = search_ptr.dtype.element_ty
@@ -287,13 +312,17 @@ def _latent_reasoning_fwd_kernel(
     slots_s = key_slots(rows_s[2], SEARCH_SLOT)
     slots_r = key_slots(rows_r[2], REC_SLOT)
     stride = steps.to(tl.int64) * (4 * D)
+    _set_aside(search_out_ptr, h_s, rows_s, search_size, D, PARK)
+    _set_aside(rec_out_ptr, h_r, rows_r, rec_size, D, PARK)
+    parked_s, parked_r = (search_out_ptr, search_size), (rec_out_ptr, rec_size)
     for k in tl.range(0, steps, disable_licm=True):
         # Addresses depend on k, so that no weight is kept on chip across the steps.
         index = 2 * k * set_stride
         step_ptr = pooled_ptr + k * (4 * D)
+        h_s = _take_up(search_out_ptr, h_s, rows_s, search_size, D, PARK)
         x1 = _before_norm1(
-            h_s, rows_s, user_row_s, k, index, _SEARCH, weights, dropout,
-            D, H, SEARCH_SLOT, DROPOUT, PRECISION,
+            h_s, parked_s, rows_s, user_row_s, k, index, _SEARCH, weights, dropout,
+            D, H, SEARCH_SLOT, DROPOUT, PARK, PRECISION,
         )  # fmt: skip
         a_s = _zero_padding(_norm(x1, weights, index, 0, D), rows_s).to(dtype)
         if POOL:
@@ -301,9 +330,11 @@ def _latent_reasoning_fwd_kernel(
                 a_s, slots_s, keys_ptr, step_ptr, stride,
                 first, n_sequences, n_trajectories, D, USERS,
             )  # fmt: skip
+        _set_aside(search_out_ptr, a_s, rows_s, search_size, D, PARK)
+        h_r = _take_up(rec_out_ptr, h_r, rows_r, rec_size, D, PARK)
         x1 = _before_norm1(
-            h_r, rows_r, user_row_r, k, index + 1, _REC, weights, dropout,
-            D, H, REC_SLOT, DROPOUT, PRECISION,
+            h_r, parked_r, rows_r, user_row_r, k, index + 1, _REC, weights, dropout,
+            D, H, REC_SLOT, DROPOUT, PARK, PRECISION,
         )  # fmt: skip
         a_r = _zero_padding(_norm(x1, weights, index + 1, 0, D), rows_r).to(dtype)
         if POOL:
@@ -311,9 +342,11 @@ def _latent_reasoning_fwd_kernel(
                 a_r, slots_r, keys_ptr + D, step_ptr + D, stride,
                 first, n_sequences, n_trajectories, D, USERS,
             )  # fmt: skip
+        _set_aside(rec_out_ptr, a_r, rows_r, rec_size, D, PARK)
+        a_s = _take_up(search_out_ptr, a_s, rows_s, search_size, D, PARK)
         x2 = _before_norm2(
-            a_s, a_r, rows_s, rows_r, gate_s, user_row_s, k, index, _SEARCH, weights, dropout,
-            D, H, SEARCH_SLOT, REC_SLOT, DROPOUT, PRECISION,
+            a_s, parked_s, a_r, rows_s, rows_r, gate_s, user_row_s, k, index, _SEARCH, weights,
+            dropout, D, H, SEARCH_SLOT, REC_SLOT, DROPOUT, PARK, PRECISION,
         )  # fmt: skip
         h_s = _after_cross(
             x2, rows_s, user_row_s, k, index, _SEARCH, weights, dropout, dtype,
@@ -324,9 +357,12 @@ def _latent_reasoning_fwd_kernel(
                 h_s, slots_s, keys_ptr, step_ptr + 2 * D, stride,
                 first, n_sequences, n_trajectories, D, USERS,
             )  # fmt: skip
+        a_r = _take_up(rec_out_ptr, a_r, rows_r, rec_size, D, PARK)
+        a_s = _take_up(search_out_ptr, a_s, rows_s, search_size, D, PARK)
+        _set_aside(search_out_ptr, h_s, rows_s, search_size, D, PARK)
         x2 = _before_norm2(
-            a_r, a_s, rows_r, rows_s, gate_r, user_row_r, k, index + 1, _REC, weights, dropout,
-            D, H, REC_SLOT, SEARCH_SLOT, DROPOUT, PRECISION,
+            a_r, parked_r, a_s, rows_r, rows_s, gate_r, user_row_r, k, index + 1, _REC, weights,
+            dropout, D, H, REC_SLOT, SEARCH_SLOT, DROPOUT, PARK, PRECISION,
         )  # fmt: skip
         h_r = _after_cross(
             x2, rows_r, user_row_r, k, index + 1, _REC, weights, dropout, dtype,
@@ -337,14 +373,17 @@ def _latent_reasoning_fwd_kernel(
                 h_r, slots_r, keys_ptr + D, step_ptr + 3 * D, stride,
                 first, n_sequences, n_trajectories, D, USERS,
             )  # fmt: skip
+        _set_aside(rec_out_ptr, h_r, rows_r, rec_size, D, PARK)
         if SAVE and k + 1 < steps:
+            h_s = _take_up(search_out_ptr, h_s, rows_s, search_size, D, PARK)
             saved_s = n_sequences.to(tl.int64) * search_size * D * k
             saved_r = n_sequences.to(tl.int64) * rec_size * D * k
             _store_state(saved_search_ptr + saved_s, h_s, rows_s, search_size, D)
             _store_state(saved_rec_ptr + saved_r, h_r, rows_r, rec_size, D)
 
-    _store_state(search_out_ptr, h_s, rows_s, search_size, D)
-    _store_state(rec_out_ptr, h_r, rows_r, rec_size, D)
+    if not PARK:
+        _store_state(search_out_ptr, h_s, rows_s, search_size, D)
+        _store_state(rec_out_ptr, h_r, rows_r, rec_size, D)
 
 
 # -- backward -------------------------------------------------------------------------------------
@@ -445,8 +484,9 @@ def _recompute_self_kernel(
     )  # fmt: skip
     _park(scratch_ptr, place, h, D)
     x1 = _before_norm1(
-        h, rows, user_row, k, index, stream, weights, dropout, D, H, SLOT, DROPOUT, PRECISION
-    )
+        h, (scratch_ptr, size), rows, user_row, k, index, stream, weights, dropout,
+        D, H, SLOT, DROPOUT, False, PRECISION,
+    )  # fmt: skip
     _park(scratch_ptr + 14 * D + 2 * F, place, x1, D)
     a = _zero_padding(_norm(x1, weights, index, 0, D), rows)
     _park(scratch_ptr + 2 * D, place, a, D)
@@ -493,8 +533,8 @@ def _recompute_cross_kernel(
     a = _unpark(scratch_ptr + 2 * D, place, D)
     memory = _unpark(memory_scratch_ptr + 2 * D, _place(memory_rows, memory_size, D, F), D)
     x2 = _before_norm2(
-        a, memory, rows, memory_rows, gate, user_row, k, index, stream, weights, dropout,
-        D, H, SLOT, MEMORY_SLOT, DROPOUT, PRECISION,
+        a, (scratch_ptr, size), memory, rows, memory_rows, gate, user_row, k, index, stream,
+        weights, dropout, D, H, SLOT, MEMORY_SLOT, DROPOUT, False, PRECISION,
     )  # fmt: skip
     _park(scratch_ptr + 15 * D + 2 * F, place, x2, D)
 
@@ -1032,7 +1072,7 @@ def variants() -> Iterator[Variant]:
         slot = _slot(call.size)
         shape = {
             "D": dim, "F": dim, "H": 2, "SEARCH_SLOT": slot, "REC_SLOT": slot, "SLOT": slot,
-            "MEMORY_SLOT": slot, "BLOCK_F": 32,
+            "MEMORY_SLOT": slot, "BLOCK_F": 32, "PARK": True,
             "PRECISION": call.precision,
         } | _config(dim, slot, slot, dtype)  # fmt: skip
         kind = _TYPES[dtype]
