@@ -38,6 +38,9 @@ def load_of_user(ptr, first, end, n_trajectories, M: tl.constexpr, SLOT: tl.cons
 def locate_rows(first, end, lengths_ptr, n_trajectories, size, M: tl.constexpr, SLOT: tl.constexpr):
     """Say what stands in each row of a tile: (sequence, position, length, stored), [M] each.
 
+    Two more say where the rows are in tensors [sequences, size, ...]: the first sequence, int64,
+    and each row's place after its start, int32 [M].
+
     Sequence b N + n (int64) is trajectory n of user b; the slots hold ``first``, ``first`` + 1 and
     so on up to ``end``, where the length is 0. A row is stored if tensors [sequences, size, D] have
     it.
@@ -47,7 +50,8 @@ def locate_rows(first, end, lengths_ptr, n_trajectories, size, M: tl.constexpr, 
     sequence = first + row // SLOT
     length = load_of_user(lengths_ptr, first, end, n_trajectories, M, SLOT)
     length = tl.minimum(length, size).to(tl.int32)
-    return sequence, position, length, (sequence < end) & (position < size)
+    stored = (sequence < end) & (position < size)
+    return sequence, position, length, stored, first, row // SLOT * size + position
 
 
 @triton.jit
@@ -64,9 +68,13 @@ def key_slots(length, SLOT: tl.constexpr):
 
 
 @triton.jit
-def tile_offsets(sequence, position, size, D: tl.constexpr):
-    """Offsets of a tile in a contiguous tensor [sequences, size, D], int64 [M, D]."""
-    return (sequence * size + position)[:, None] * D + tl.arange(0, D)[None, :]
+def tile_pointers(ptr, rows, size, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Pointers to D columns of a tile's rows in a contiguous tensor [sequences, size, WIDTH].
+
+    Only the start of the tile needs 64 bits, and that is one number.
+    """
+    start = ptr + rows[4] * size * WIDTH
+    return start + rows[5][:, None] * WIDTH + tl.arange(0, D)[None, :]
 
 
 # -- noise and dropout: the definition is in lcr_fast/noise.py ------------------------------------
@@ -286,7 +294,7 @@ def attention_bwd(
     heads_ptr,  # o, pairs of rows with dy: at this tile's rows, [M_q, D] each
     dq_ptr,
     dkv_ptr,  # [M_k, 2D]: dk, dv
-    query_place,  # offsets of the rows from these pointers, [M_q, 1], and which rows exist
+    query_place,  # start of the tile, offsets of its rows from there [M_q, 1], which rows exist
     key_place,  # the same of the memory's rows, [M_k, 1]
     weights,
     D: tl.constexpr,
@@ -306,8 +314,11 @@ def attention_bwd(
     Returns dx and dmemory; for self-attention all of it in dx.
     """
     qkv_weight_ptr, qkv_bias_ptr, out_weight_ptr, _ = weights
-    query_offset, query_stored = query_place
-    key_offset, key_stored = key_place
+    query_start, query_offset, query_stored = query_place
+    key_start, key_offset, key_stored = key_place
+    heads_ptr += query_start
+    dq_ptr += query_start
+    dkv_ptr += key_start
     WIDTH: tl.constexpr = D // H
     column = tl.arange(0, D)
     for h in tl.range(0, H, disable_licm=True):
@@ -373,7 +384,7 @@ def ffn_bwd(
     dx,  # float32 [M, D], added to
     hidden_ptr,  # pairs of rows with dy: [M, F]
     dhidden_ptr,  # pairs of rows with x: [M, F]
-    place,  # offsets of the rows from these pointers, [M, 1], and which rows exist
+    place,  # start of the tile, offsets of its rows from there [M, 1], which rows exist
     weights,
     D: tl.constexpr,
     F: tl.constexpr,
@@ -382,7 +393,9 @@ def ffn_bwd(
 ):
     """Backward of :func:`ffn`: dhidden = dy W2 [hidden > 0], dx += dhidden W1."""
     in_weight_ptr, in_bias_ptr, out_weight_ptr, _ = weights
-    offset, stored = place
+    start_of_tile, offset, stored = place
+    hidden_ptr += start_of_tile
+    dhidden_ptr += start_of_tile
     column = tl.arange(0, D)
     for start in tl.range(0, F, BLOCK_F, disable_licm=True):
         unit = start + tl.arange(0, BLOCK_F)

@@ -39,7 +39,7 @@ from lcr_fast.kernels.blocks import (
     normal_noise,
     pool,
     pool_bwd,
-    tile_offsets,
+    tile_pointers,
 )
 from lcr_fast.kernels.variant import Variant
 
@@ -104,10 +104,11 @@ def _load_initial(
     D: tl.constexpr, NOISE: tl.constexpr,
 ):  # fmt: skip
     """h^(0) + noise_scale eps on valid positions, 0 elsewhere, in the tensor's dtype: [M, D]."""
-    sequence, position, length, _ = rows
+    sequence, position, length, _, _, _ = rows
     valid = (position < length)[:, None]
     user = sequence // n_trajectories
-    h = tl.load(x_ptr + tile_offsets(user, position, size, D), mask=valid, other=0.0)
+    offsets = (user * size + position)[:, None] * D + tl.arange(0, D)[None, :]
+    h = tl.load(x_ptr + offsets, mask=valid, other=0.0)
     if NOISE:
         scale, seed = noise
         trajectory_stream = 2 * (sequence % n_trajectories) + stream
@@ -118,9 +119,8 @@ def _load_initial(
 
 @triton.jit
 def _store_state(out_ptr, state, rows, size, D: tl.constexpr):
-    sequence, position, _, stored = rows
-    offsets = tile_offsets(sequence, position, size, D)
-    tl.store(out_ptr + offsets, state.to(out_ptr.dtype.element_ty), mask=stored[:, None])
+    pointers = tile_pointers(out_ptr, rows, size, D, D)
+    tl.store(pointers, state.to(out_ptr.dtype.element_ty), mask=rows[3][:, None])
 
 
 @triton.jit
@@ -159,9 +159,8 @@ def _take_up(out_ptr, state, rows, size, D: tl.constexpr, PARK: tl.constexpr):
     """Take a state back that was set aside, [M, D]."""
     if PARK:
         tl.debug_barrier()  # a load like an earlier one would be merged with it, and kept till here
-        sequence, position, _, stored = rows
-        offsets = tile_offsets(sequence, position, size, D)
-        state = tl.load(out_ptr + offsets, mask=stored[:, None], other=0.0)
+        pointers = tile_pointers(out_ptr, rows, size, D, D)
+        state = tl.load(pointers, mask=rows[3][:, None], other=0.0)
     return state
 
 
@@ -172,7 +171,7 @@ def _before_norm1(
     PARK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x1 = h + m1 MSA(h): float32 [M, D]; with PARK, ``parked`` says where h stands too."""
-    _, position, length, _ = rows
+    _, position, length, _, _, _ = rows
     y = attention(
         h, h, length, _residual(h, DROPOUT), position < length,
         _self_weights(weights, index, D), D, H, SLOT, SLOT, PRECISION,
@@ -189,8 +188,8 @@ def _before_norm2(
     DROPOUT: tl.constexpr, PARK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x2 = a + g m2 MCA(a, memory): float32 [M, D]; ``gate`` is bool [M], ``parked`` as above."""
-    _, position, _, _ = rows
-    _, _, memory_length, _ = memory_rows
+    _, position, _, _, _, _ = rows
+    _, _, memory_length, _, _, _ = memory_rows
     y = attention(
         a, memory, memory_length, _residual(a, DROPOUT), gate,
         _cross_weights(weights, index, D), D, H, SLOT, MEMORY_SLOT, PRECISION,
@@ -207,7 +206,7 @@ def _before_norm3(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x3 = c + m3 FFN(c): float32 [M, D]."""
-    _, position, _, _ = rows
+    _, position, _, _, _, _ = rows
     y = ffn(
         c, _residual(c, DROPOUT), _ffn_weights(weights, index, D, F), D, F, BLOCK_F, PRECISION
     )
@@ -222,7 +221,7 @@ def _norm(x, weights, index, which: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def _zero_padding(x, rows):
-    _, position, length, _ = rows
+    _, position, length, _, _, _ = rows
     return tl.where((position < length)[:, None], x, 0.0)
 
 
@@ -404,22 +403,25 @@ def _scratch_columns(D: int, F: int) -> int:
 
 @triton.jit
 def _place(rows, size, D: tl.constexpr, F: tl.constexpr):
-    """Offsets of a tile's rows in a step's scratch, int64 [M, 1], and which of them exist."""
-    sequence, position, _, stored = rows
-    return ((sequence * size + position) * (16 * D + 2 * F))[:, None], stored[:, None]
+    """Where a tile's rows are in a step's scratch, and which of them exist.
+
+    That is the start of the tile, int64, and the rows' offsets from there, int32 [M, 1].
+    """
+    WIDTH: tl.constexpr = 16 * D + 2 * F
+    return rows[4] * size * WIDTH, (rows[5] * WIDTH)[:, None], rows[3][:, None]
 
 
 @triton.jit
 def _park(ptr, place, x, D: tl.constexpr):
     """Store a tile in D columns of scratch."""
-    offset, stored = place
-    tl.store(ptr + offset + tl.arange(0, D)[None, :], x.to(ptr.dtype.element_ty), mask=stored)
+    start, offset, stored = place
+    tl.store(ptr + start + offset + tl.arange(0, D)[None, :], x.to(ptr.dtype.element_ty), mask=stored)
 
 
 @triton.jit
 def _unpark(ptr, place, D: tl.constexpr):
-    offset, stored = place
-    return tl.load(ptr + offset + tl.arange(0, D)[None, :], mask=stored, other=0.0)
+    start, offset, stored = place
+    return tl.load(ptr + start + offset + tl.arange(0, D)[None, :], mask=stored, other=0.0)
 
 
 @triton.jit
@@ -431,10 +433,9 @@ def _load_step_input(
     if k == 0:
         h = _load_initial(x_ptr, rows, size, n_trajectories, user_row, stream, noise, D, NOISE)
     else:
-        sequence, position, _, stored = rows
         step = saved_sequences.to(tl.int64) * size * D * (k - 1)
-        offset = tile_offsets(sequence, position, size, D)
-        h = tl.load(saved_ptr + step + offset, mask=stored[:, None], other=0.0)
+        pointers = tile_pointers(saved_ptr + step, rows, size, D, D)
+        h = tl.load(pointers, mask=rows[3][:, None], other=0.0)
     return h
 
 
@@ -577,7 +578,7 @@ def _ffn_bwd_kernel(
     first = program * USERS
     index = 2 * k * set_stride + stream
     rows = locate_rows(first, n_sequences, lengths_ptr, n_trajectories, size, USERS * SLOT, SLOT)
-    sequence, position, length, _ = rows
+    sequence, position, length, _, _, _ = rows
     place = _place(rows, size, D, F)
     user_row = sequence
     if DROPOUT:
@@ -588,7 +589,6 @@ def _ffn_bwd_kernel(
 
     # Padding carries no gradient, whatever the upstream tensor holds there.
     upstream = tl.where(k == steps - 1, position < length, False)[:, None]
-    offsets = tile_offsets(sequence, position, size, D)
     x2 = _unpark(scratch_ptr + X2, place, D).to(tl.float32)
     c = _norm(x2, weights, index, 1, D).to(dtype)
     x3 = c.to(tl.float32)
@@ -598,9 +598,9 @@ def _ffn_bwd_kernel(
             c, rows, user_row, k, index, stream, weights, dropout, D, F, BLOCK_F, DROPOUT, PRECISION
         )  # fmt: skip
     if k == steps - 1:
-        dh = tl.load(dout_ptr + offsets, mask=upstream, other=0.0).to(tl.float32)
+        dh = tl.load(tile_pointers(dout_ptr, rows, size, D, D), mask=upstream, other=0.0).to(tl.float32)
     else:
-        dh = tl.load(dh_ptr + offsets, mask=place[1], other=0.0)
+        dh = tl.load(tile_pointers(dh_ptr, rows, size, D, D), mask=place[2], other=0.0)
     if POOL:
         h = x3
         if F > 0:
@@ -623,7 +623,7 @@ def _ffn_bwd_kernel(
     norm_weight_ptr, _ = _norm_weights(weights, index, 1, D)
     x2 = _unpark(scratch_ptr + X2, place, D).to(tl.float32)
     dx2 = layer_norm_bwd(dh, x2, norm_weight_ptr, dnorm + 2 * D, D)
-    tl.store(dx2_ptr + offsets, dx2, mask=place[1])
+    tl.store(tile_pointers(dx2_ptr, rows, size, D, D), dx2, mask=place[2])
     dy = _apply_dropout(dx2, user_row, position, k, stream, 1, dropout, D, DROPOUT)
     gate = load_of_user(memory_lengths_ptr, first, n_sequences, n_trajectories, USERS * SLOT, SLOT) > 0
     _park(scratch_ptr + DY + 7 * D, place, tl.where(gate[:, None], dy, 0.0), D)
@@ -660,21 +660,20 @@ def _cross_bwd_kernel(
     )  # fmt: skip
     place = _place(rows, size, D, F)
     memory_place = _place(memory_rows, memory_size, D, F)
-    offsets = tile_offsets(rows[0], rows[1], size, D)
     da, dmemory = attention_bwd(
         _unpark(scratch_ptr + DY + 7 * D, place, D),
         _unpark(scratch_ptr + 2 * D, place, D),
         _unpark(memory_scratch_ptr + 2 * D, memory_place, D),
         memory_rows[2],
-        tl.load(dx2_ptr + offsets, mask=place[1], other=0.0),
+        tl.load(tile_pointers(dx2_ptr, rows, size, D, D), mask=place[2], other=0.0),
         tl.zeros([USERS * MEMORY_SLOT, D], tl.float32),
         scratch_ptr + 3 * D, scratch_ptr + DY + 4 * D, memory_scratch_ptr + DY + 5 * D,
         place, memory_place, _cross_weights(weights, 2 * k * set_stride + stream, D),
         D, H, SLOT, MEMORY_SLOT, False, PRECISION,
     )  # fmt: skip
-    tl.store(da_ptr + offsets, da, mask=place[1])
-    memory_offsets = tile_offsets(memory_rows[0], memory_rows[1], memory_size, D)
-    tl.store(dmemory_ptr + memory_offsets, dmemory, mask=memory_place[1])
+    tl.store(tile_pointers(da_ptr, rows, size, D, D), da, mask=place[2])
+    pointers = tile_pointers(dmemory_ptr, memory_rows, memory_size, D, D)
+    tl.store(pointers, dmemory, mask=memory_place[2])
 
 
 @triton.jit(do_not_specialize=_STREAM_SIZES)
@@ -711,7 +710,7 @@ def _self_bwd_kernel(
     first = program * USERS
     index = 2 * k * set_stride + stream
     rows = locate_rows(first, n_sequences, lengths_ptr, n_trajectories, size, USERS * SLOT, SLOT)
-    sequence, position, length, _ = rows
+    sequence, position, length, _, _, _ = rows
     place = _place(rows, size, D, F)
     user_row = sequence
     if DROPOUT:
@@ -720,9 +719,8 @@ def _self_bwd_kernel(
     pooled_stride = steps.to(tl.int64) * (4 * D)
     at_a = (4 * k + stream) * D  # in [K, 2, 2, D]
 
-    offsets = tile_offsets(sequence, position, size, D)
-    da = tl.load(da_ptr + offsets, mask=place[1], other=0.0)
-    da += tl.load(dmemory_ptr + offsets, mask=place[1], other=0.0)
+    da = tl.load(tile_pointers(da_ptr, rows, size, D, D), mask=place[2], other=0.0)
+    da += tl.load(tile_pointers(dmemory_ptr, rows, size, D, D), mask=place[2], other=0.0)
     if POOL:
         da = pool_bwd(
             da, _unpark(scratch_ptr + 2 * D, place, D), key_slots(length, SLOT),
@@ -739,7 +737,7 @@ def _self_bwd_kernel(
         dy, h, h, length, dx1, dx1, scratch_ptr + D, scratch_ptr + DY, scratch_ptr + DY + D,
         place, place, _self_weights(weights, index, D), D, H, SLOT, SLOT, True, PRECISION,
     )  # fmt: skip
-    tl.store(dh_ptr + offsets, dh, mask=place[1])
+    tl.store(tile_pointers(dh_ptr, rows, size, D, D), dh, mask=place[2])
 
 
 # -- configuration --------------------------------------------------------------------------------
@@ -771,9 +769,54 @@ def _slot(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def _config(D: int, slot_s: int, slot_r: int, dtype: torch.dtype) -> dict[str, Any]:
-    rows = max(slot_s, slot_r)
-    return {"USERS": max(1, 32 // rows), "num_warps": 4 if rows <= 32 else 8, "num_stages": 1}
+class _Config(NamedTuple):
+    """How one kernel is compiled."""
+
+    num_warps: int
+    park: bool = False  # forward: set the idle stream's state aside
+
+
+# Rows of a tile up to the next key: what serves a width, kind of product (half, tf32, ieee) and
+# compute capability that _CONFIGS does not name. A warp takes 16 rows of a chain of dots, so that
+# more than rows / 16 of them repeat each other's work.
+_DEFAULTS = {
+    "fwd": {32: _Config(4), 64: _Config(4, park=True), 128: _Config(8, park=True)},
+    "bwd": {32: _Config(4), 64: _Config(4), 128: _Config(8)},
+}
+# Exceptions, by (pass, D, rows, kind, major compute capability). Chosen, like the defaults, for the
+# fewest spilled bytes by ahead-of-time compilation with Triton 3.7.1 (docs/kernel-resources.md);
+# none was timed on a GPU.
+_CONFIGS = {
+    ("fwd", 64, 64, "tf32", 8): _Config(8, park=True),
+    ("fwd", 64, 64, "tf32", 9): _Config(8, park=True),
+    ("fwd", 128, 64, "half", 8): _Config(8, park=True),
+    ("fwd", 128, 64, "half", 9): _Config(8, park=True),
+    ("bwd", 128, 64, "half", 8): _Config(8),
+    ("bwd", 128, 64, "half", 9): _Config(8),
+}
+
+
+def _config(
+    which: str, D: int, rows: int, dtype: torch.dtype, precision: str, major: int
+) -> _Config:
+    """Look a pass up; ``rows`` are those of the longer stream's tile."""
+    kind = precision if dtype == torch.float32 else "half"
+    default = next(c for most, c in _DEFAULTS[which].items() if rows <= most)
+    return _CONFIGS.get((which, D, rows, kind, major), default)
+
+
+def _users(slot_s: int, slot_r: int) -> int:
+    """Sequences of a tile: short ones share it."""
+    return max(1, 32 // max(slot_s, slot_r))
+
+
+def _block_f(F: int) -> int:
+    return 32 if F % 32 == 0 else 16
+
+
+def _major(device: torch.device) -> int:
+    """Major compute capability; the interpreter has none and gets the least that is served."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
 
 
 def _matrices_to(dtype: torch.dtype, weights: Sequence[Tensor]) -> list[Tensor]:
@@ -814,20 +857,22 @@ def latent_reasoning_fwd(
     saved_rec = rec.new_empty(n_saved, B, N, rec_size, D)
     weights = _matrices_to(search.dtype, weights)
     slot_s, slot_r = _slot(search_size), _slot(rec_size)
-    config = _config(D, slot_s, slot_r, search.dtype)
+    users, precision = _users(slot_s, slot_r), dot_precision(search.dtype)
+    rows_of_tile = users * max(slot_s, slot_r)
+    config = _config("fwd", D, rows_of_tile, search.dtype, precision, _major(search.device))
     if B * N:
         with on_device(search):
-            _latent_reasoning_fwd_kernel[(triton.cdiv(B * N, config["USERS"]),)](
+            _latent_reasoning_fwd_kernel[(triton.cdiv(B * N, users),)](
                 search, rec, search_lengths, rec_lengths, rows, target_keys, *weights,
                 search_out, rec_out, pooled, saved_search, saved_rec,
                 B * N, N, search_size, rec_size, steps, int(weights[0].shape[0] > 1),
                 noise_scale, noise_seed,
                 dropout_threshold, 65536.0 / (65536 - dropout_threshold), dropout_seed,
-                D=D, F=F, H=n_heads, SEARCH_SLOT=slot_s, REC_SLOT=slot_r,
-                BLOCK_F=32 if F % 32 == 0 else 16,
+                D=D, F=F, H=n_heads, SEARCH_SLOT=slot_s, REC_SLOT=slot_r, USERS=users,
+                BLOCK_F=_block_f(F),
                 NOISE=noise_scale != 0.0, DROPOUT=dropout_threshold > 0,
-                POOL=has_pool, SAVE=save_states,
-                PRECISION=dot_precision(search.dtype), **config,
+                POOL=has_pool, SAVE=save_states, PARK=config.park, PRECISION=precision,
+                num_warps=config.num_warps, num_stages=1,
             )  # fmt: skip
     return search_out, rec_out, pooled, saved_search, saved_rec
 
@@ -932,43 +977,46 @@ def latent_reasoning_bwd(
 
     cast = _matrices_to(search.dtype, weights)
     slot_s, slot_r = _slot(search_size), _slot(rec_size)
-    config = _config(D, slot_s, slot_r, search.dtype)
+    slots, sizes = (slot_s, slot_r), (search_size, rec_size)
+    tile, precision = _users(*slots), dot_precision(search.dtype)
+    config = _config(
+        "bwd", D, tile * max(slots), search.dtype, precision, _major(search.device)
+    )
+    constants: dict[str, Any] = {
+        "D": D, "F": F, "USERS": tile, "PRECISION": precision,
+        "num_warps": config.num_warps, "num_stages": 1,
+    }  # fmt: skip
+    is_dropping = dropout_threshold > 0
+    dropout = (dropout_threshold, 65536.0 / (65536 - dropout_threshold), dropout_seed)
     C = _scratch_columns(D, F)
     user_bytes = N * K * (search_size + rec_size) * C * search.element_size()
     chunk = min(B, max(1, _SCRATCH_BYTES // max(user_bytes, 1)))
     float32: dict[str, Any] = {"dtype": torch.float32, "device": search.device}
     dkeys = torch.empty((B, N, K, 2, 2, D) if has_pool else (0,), **float32)
-    precision = dot_precision(search.dtype)
-    slots = (slot_s, slot_r)
-    block_f = 32 if F % 32 == 0 else 16
-    scale = 65536.0 / (65536 - dropout_threshold)
-    dropout = (dropout_threshold, scale, dropout_seed)
     for start in range(0, B, chunk):
         users = slice(start, min(start + chunk, B))
         lengths = (search_lengths[users], rec_lengths[users])
         n = len(lengths[0]) * N
-        programs = triton.cdiv(n, config["USERS"])
-        sizes = (search_size, rec_size)
+        programs = triton.cdiv(n, tile)
         scratch = tuple(search.new_empty(K, n * size, C) for size in sizes)
         dh, da, dmemory = (
             tuple(torch.empty(n // N, N, size, D, **float32) for size in sizes) for _ in range(3)
         )
         dnorm = torch.empty(programs, K, 2, 3, 2, D, **float32)
-        shape = {"D": D, "F": F, "PRECISION": precision, **config}
         with on_device(search):
             for x, (state, saved) in enumerate(((search, saved_search), (rec, saved_rec))):
                 _recompute_self_kernel[(programs, K)](
                     state[users], lengths[x], rows[users], *cast, saved[:, users], scratch[x],
                     n, N, sizes[x], int(not shared), x, B * N, noise_scale, noise_seed, *dropout,
                     H=n_heads, SLOT=slots[x], NOISE=noise_scale != 0.0,
-                    DROPOUT=dropout_threshold > 0, **shape,
+                    DROPOUT=is_dropping, **constants,
                 )  # fmt: skip
             for x in (0, 1):
                 _recompute_cross_kernel[(programs, K)](
                     lengths[x], lengths[1 - x], rows[users], *cast, scratch[x], scratch[1 - x],
                     n, N, sizes[x], sizes[1 - x], int(not shared), x, *dropout,
                     H=n_heads, SLOT=slots[x], MEMORY_SLOT=slots[1 - x],
-                    DROPOUT=dropout_threshold > 0, **shape,
+                    DROPOUT=is_dropping, **constants,
                 )  # fmt: skip
             for k in reversed(range(K)):
                 for x, dout in enumerate((dsearch_out, drec_out)):
@@ -976,23 +1024,23 @@ def latent_reasoning_bwd(
                         dout[users], dpooled[users], dh[x], da[x], lengths[x], lengths[1 - x],
                         rows[users], target_keys[users], *cast, scratch[x][k], dkeys[users],
                         dnorm, n, N, sizes[x], k, K, int(not shared), x, *dropout,
-                        SLOT=slots[x], BLOCK_F=block_f, DROPOUT=dropout_threshold > 0,
-                        POOL=has_pool, **shape,
+                        SLOT=slots[x], BLOCK_F=_block_f(F), DROPOUT=is_dropping,
+                        POOL=has_pool, **constants,
                     )  # fmt: skip
                 for x in (0, 1):
                     _cross_bwd_kernel[(programs,)](
                         da[x], da[x], dmemory[1 - x], lengths[x], lengths[1 - x], *cast,
                         scratch[x][k], scratch[1 - x][k],
                         n, N, sizes[x], sizes[1 - x], k, int(not shared), x,
-                        H=n_heads, SLOT=slots[x], MEMORY_SLOT=slots[1 - x], **shape,
+                        H=n_heads, SLOT=slots[x], MEMORY_SLOT=slots[1 - x], **constants,
                     )  # fmt: skip
                 for x in (0, 1):
                     _self_bwd_kernel[(programs,)](
                         da[x], dmemory[x], dpooled[users], dh[x], lengths[x], rows[users],
                         target_keys[users], *cast, scratch[x][k], dkeys[users], dnorm,
                         n, N, sizes[x], k, K, int(not shared), x, *dropout,
-                        H=n_heads, SLOT=slots[x], DROPOUT=dropout_threshold > 0, POOL=has_pool,
-                        **shape,
+                        H=n_heads, SLOT=slots[x], DROPOUT=is_dropping, POOL=has_pool,
+                        **constants,
                     )  # fmt: skip
         dsearch[users] = dh[0].sum(1)
         drec[users] = dh[1].sum(1)
@@ -1058,28 +1106,29 @@ _CALLS = (
 )  # fmt: skip
 
 
-def variants() -> Iterator[Variant]:
+def variants(arch: str) -> Iterator[Variant]:
     """Yield what models with two heads and F = D launch, in training and in rollouts.
 
     L is the longer history. Training pools every step and drops (``train``), or draws trajectories
-    (``rollout``); ``infer`` does neither.
+    (``rollout``); ``infer`` does neither. Backward is one kernel a stream, and that of the
+    cross-attention is the same in both.
     """
+    major = int(arch.removeprefix("sm_")) // 10
     plain = {"NOISE": False, "DROPOUT": False, "POOL": False, "SAVE": False}
     train = {"NOISE": False, "DROPOUT": True, "POOL": True, "SAVE": True}
     rollout = {"NOISE": True, "DROPOUT": False, "POOL": False, "SAVE": True}
     for call in _CALLS:
         dim, dtype = call.dim, call.dtype
         slot = _slot(call.size)
+        users = _users(slot, slot)
         shape = {
             "D": dim, "F": dim, "H": 2, "SEARCH_SLOT": slot, "REC_SLOT": slot, "SLOT": slot,
-            "MEMORY_SLOT": slot, "BLOCK_F": 32, "PARK": True,
-            "PRECISION": call.precision,
-        } | _config(dim, slot, slot, dtype)  # fmt: skip
+            "MEMORY_SLOT": slot, "USERS": users, "BLOCK_F": _block_f(dim),
+            "PRECISION": call.precision, "num_stages": 1,
+        }  # fmt: skip
         kind = _TYPES[dtype]
         if dtype == torch.float32:
             kind += f"-{call.precision}"
-        elif call.weights == dtype:
-            kind += "-weights"
         suffix = f"{kind}-d{dim}-L{call.size}"
         for name, kernel, switches in (
             ("fwd-infer", _latent_reasoning_fwd_kernel, plain),
@@ -1095,5 +1144,7 @@ def variants() -> Iterator[Variant]:
             ("self_bwd-train", _self_bwd_kernel, train),
             ("self_bwd-rollout", _self_bwd_kernel, rollout),
         ):
-            constants = shape | switches
+            which = "fwd" if name.startswith("fwd") else "bwd"
+            config = _config(which, dim, users * slot, dtype, call.precision, major)
+            constants = shape | switches | {"PARK": config.park, "num_warps": config.num_warps}
             yield _variant(f"{name}-{suffix}", kernel, dtype, call.weights, constants)
