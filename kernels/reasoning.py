@@ -99,6 +99,23 @@ def _apply_dropout(
 
 
 @triton.jit
+def _locate_stream(
+    first, end, lengths_ptr, memory_lengths_ptr, rows_ptr, n_trajectories, size,
+    M: tl.constexpr, SLOT: tl.constexpr, DRAWS: tl.constexpr,
+):  # fmt: skip
+    """Rows of a stream's tile, which of them have the other stream to read, and their users' rows.
+
+    The last are what noise and dropout are drawn for, if ``DRAWS``.
+    """
+    rows = locate_rows(first, end, lengths_ptr, n_trajectories, size, M, SLOT)
+    gate = load_of_user(memory_lengths_ptr, first, end, n_trajectories, M, SLOT) > 0
+    user_row = rows[0]
+    if DRAWS:
+        user_row = load_of_user(rows_ptr, first, end, n_trajectories, M, SLOT)
+    return rows, gate, user_row
+
+
+@triton.jit
 def _load_initial(
     x_ptr, rows, size, n_trajectories, user_row, stream: tl.constexpr, noise,
     D: tl.constexpr, NOISE: tl.constexpr,
@@ -286,20 +303,14 @@ def _latent_reasoning_fwd_kernel(
     dropout = (dropout_threshold, dropout_seed, dropout_scale)
 
     first = tl.program_id(0).to(tl.int64) * USERS
-    rows_s = locate_rows(
-        first, n_sequences, search_lengths_ptr, n_trajectories, search_size, M_S, SEARCH_SLOT
-    )
-    rows_r = locate_rows(
-        first, n_sequences, rec_lengths_ptr, n_trajectories, rec_size, M_R, REC_SLOT
-    )
-    # A stream reads the other one only where that has an event.
-    gate_s = load_of_user(rec_lengths_ptr, first, n_sequences, n_trajectories, M_S, SEARCH_SLOT) > 0
-    gate_r = load_of_user(search_lengths_ptr, first, n_sequences, n_trajectories, M_R, REC_SLOT) > 0
-    user_row_s = rows_s[0]
-    user_row_r = rows_r[0]
-    if NOISE or DROPOUT:
-        user_row_s = load_of_user(rows_ptr, first, n_sequences, n_trajectories, M_S, SEARCH_SLOT)
-        user_row_r = load_of_user(rows_ptr, first, n_sequences, n_trajectories, M_R, REC_SLOT)
+    rows_s, gate_s, user_row_s = _locate_stream(
+        first, n_sequences, search_lengths_ptr, rec_lengths_ptr, rows_ptr, n_trajectories,
+        search_size, M_S, SEARCH_SLOT, NOISE or DROPOUT,
+    )  # fmt: skip
+    rows_r, gate_r, user_row_r = _locate_stream(
+        first, n_sequences, rec_lengths_ptr, search_lengths_ptr, rows_ptr, n_trajectories,
+        rec_size, M_R, REC_SLOT, NOISE or DROPOUT,
+    )  # fmt: skip
 
     h_s = _load_initial(
         search_ptr, rows_s, search_size, n_trajectories, user_row_s, _SEARCH, noise, D, NOISE
@@ -318,6 +329,14 @@ def _latent_reasoning_fwd_kernel(
         # Addresses depend on k, so that no weight is kept on chip across the steps.
         index = 2 * k * set_stride
         step_ptr = pooled_ptr + k * (4 * D)
+        rows_s, gate_s, user_row_s = _locate_stream(
+            first, n_sequences, search_lengths_ptr, rec_lengths_ptr, rows_ptr, n_trajectories,
+            search_size, M_S, SEARCH_SLOT, NOISE or DROPOUT,
+        )  # fmt: skip
+        rows_r, gate_r, user_row_r = _locate_stream(
+            first, n_sequences, rec_lengths_ptr, search_lengths_ptr, rows_ptr, n_trajectories,
+            rec_size, M_R, REC_SLOT, NOISE or DROPOUT,
+        )  # fmt: skip
         h_s = _take_up(search_out_ptr, h_s, rows_s, search_size, D, PARK)
         x1 = _before_norm1(
             h_s, parked_s, rows_s, user_row_s, k, index, _SEARCH, weights, dropout,
@@ -356,6 +375,14 @@ def _latent_reasoning_fwd_kernel(
                 h_s, slots_s, keys_ptr, step_ptr + 2 * D, stride,
                 first, n_sequences, n_trajectories, D, USERS,
             )  # fmt: skip
+        rows_s, gate_s, user_row_s = _locate_stream(
+            first, n_sequences, search_lengths_ptr, rec_lengths_ptr, rows_ptr, n_trajectories,
+            search_size, M_S, SEARCH_SLOT, NOISE or DROPOUT,
+        )  # fmt: skip
+        rows_r, gate_r, user_row_r = _locate_stream(
+            first, n_sequences, rec_lengths_ptr, search_lengths_ptr, rows_ptr, n_trajectories,
+            rec_size, M_R, REC_SLOT, NOISE or DROPOUT,
+        )  # fmt: skip
         a_r = _take_up(rec_out_ptr, a_r, rows_r, rec_size, D, PARK)
         a_s = _take_up(search_out_ptr, a_s, rows_s, search_size, D, PARK)
         _set_aside(search_out_ptr, h_s, rows_s, search_size, D, PARK)
