@@ -142,12 +142,8 @@ def _store_state(out_ptr, state, rows, size, D: tl.constexpr):
 
 @triton.jit
 def _residual(x, DROPOUT: tl.constexpr):
-    """What a sublayer's sum starts from: x itself, or 0 if dropout comes between them."""
-    if DROPOUT:
-        y = tl.zeros(x.shape, tl.float32)
-    else:
-        y = x.to(tl.float32)
-    return y
+    """Start a sublayer's sum from x itself, or from 0 if dropout comes between them."""
+    return tl.zeros(x.shape, tl.float32) if DROPOUT else x.to(tl.float32)
 
 
 @triton.jit
@@ -155,7 +151,7 @@ def _add_update(
     y, x, user_row, position, k, stream: tl.constexpr, place: tl.constexpr, dropout,
     D: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """x + m update, of a sublayer's sum that started from :func:`_residual`: float32 [M, D]."""
+    """Compute x + m update from a sum that started at :func:`_residual`: float32 [M, D]."""
     if DROPOUT:
         y = _apply_dropout(y, user_row, position, k, stream, place, dropout, D, DROPOUT)
         y += x.to(tl.float32)
@@ -200,7 +196,8 @@ def _before_norm1(
 
 @triton.jit
 def _before_norm2(
-    a, parked, memory, rows, memory_rows, gate, user_row, k, index, stream: tl.constexpr, weights, dropout,
+    a, parked, memory, rows, memory_rows, gate, user_row, k, index, stream: tl.constexpr, weights,
+    dropout,
     D: tl.constexpr, H: tl.constexpr, SLOT: tl.constexpr, MEMORY_SLOT: tl.constexpr,
     DROPOUT: tl.constexpr, PARK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -224,9 +221,7 @@ def _before_norm3(
 ):  # fmt: skip
     """x3 = c + m3 FFN(c): float32 [M, D]."""
     _, position, _, _, _, _ = rows
-    y = ffn(
-        c, _residual(c, DROPOUT), _ffn_weights(weights, index, D, F), D, F, BLOCK_F, PRECISION
-    )
+    y = ffn(c, _residual(c, DROPOUT), _ffn_weights(weights, index, D, F), D, F, BLOCK_F, PRECISION)
     return _add_update(y, c, user_row, position, k, stream, 2, dropout, D, DROPOUT)
 
 
@@ -319,14 +314,13 @@ def _latent_reasoning_fwd_kernel(
         rec_ptr, rows_r, rec_size, n_trajectories, user_row_r, _REC, noise, D, NOISE
     )  # [M_R, D]
 
-    slots_s = key_slots(rows_s[2], SEARCH_SLOT)
-    slots_r = key_slots(rows_r[2], REC_SLOT)
     stride = steps.to(tl.int64) * (4 * D)
     _set_aside(search_out_ptr, h_s, rows_s, search_size, D, PARK)
     _set_aside(rec_out_ptr, h_r, rows_r, rec_size, D, PARK)
     parked_s, parked_r = (search_out_ptr, search_size), (rec_out_ptr, rec_size)
     for k in tl.range(0, steps, disable_licm=True):
-        # Addresses depend on k, so that no weight is kept on chip across the steps.
+        # Addresses depend on k, so that no weight is kept on chip across the steps; rows are
+        # located anew, so that nothing made of them is.
         index = 2 * k * set_stride
         step_ptr = pooled_ptr + k * (4 * D)
         rows_s, gate_s, user_row_s = _locate_stream(
@@ -345,7 +339,7 @@ def _latent_reasoning_fwd_kernel(
         a_s = _zero_padding(_norm(x1, weights, index, 0, D), rows_s).to(dtype)
         if POOL:
             pool(
-                a_s, slots_s, keys_ptr, step_ptr, stride,
+                a_s, key_slots(rows_s[2], SEARCH_SLOT), keys_ptr, step_ptr, stride,
                 first, n_sequences, n_trajectories, D, USERS,
             )  # fmt: skip
         _set_aside(search_out_ptr, a_s, rows_s, search_size, D, PARK)
@@ -357,7 +351,7 @@ def _latent_reasoning_fwd_kernel(
         a_r = _zero_padding(_norm(x1, weights, index + 1, 0, D), rows_r).to(dtype)
         if POOL:
             pool(
-                a_r, slots_r, keys_ptr + D, step_ptr + D, stride,
+                a_r, key_slots(rows_r[2], REC_SLOT), keys_ptr + D, step_ptr + D, stride,
                 first, n_sequences, n_trajectories, D, USERS,
             )  # fmt: skip
         _set_aside(rec_out_ptr, a_r, rows_r, rec_size, D, PARK)
@@ -372,7 +366,7 @@ def _latent_reasoning_fwd_kernel(
         )  # fmt: skip
         if POOL:
             pool(
-                h_s, slots_s, keys_ptr, step_ptr + 2 * D, stride,
+                h_s, key_slots(rows_s[2], SEARCH_SLOT), keys_ptr, step_ptr + 2 * D, stride,
                 first, n_sequences, n_trajectories, D, USERS,
             )  # fmt: skip
         rows_s, gate_s, user_row_s = _locate_stream(
@@ -396,7 +390,7 @@ def _latent_reasoning_fwd_kernel(
         )  # fmt: skip
         if POOL:
             pool(
-                h_r, slots_r, keys_ptr + D, step_ptr + 3 * D, stride,
+                h_r, key_slots(rows_r[2], REC_SLOT), keys_ptr + D, step_ptr + 3 * D, stride,
                 first, n_sequences, n_trajectories, D, USERS,
             )  # fmt: skip
         _set_aside(rec_out_ptr, h_r, rows_r, rec_size, D, PARK)
@@ -442,7 +436,9 @@ def _place(rows, size, D: tl.constexpr, F: tl.constexpr):
 def _park(ptr, place, x, D: tl.constexpr):
     """Store a tile in D columns of scratch."""
     start, offset, stored = place
-    tl.store(ptr + start + offset + tl.arange(0, D)[None, :], x.to(ptr.dtype.element_ty), mask=stored)
+    tl.store(
+        ptr + start + offset + tl.arange(0, D)[None, :], x.to(ptr.dtype.element_ty), mask=stored
+    )
 
 
 @triton.jit
@@ -554,7 +550,9 @@ def _recompute_cross_kernel(
     step = k.to(tl.int64) * n_sequences * (16 * D + 2 * F)
     scratch_ptr += step * size
     memory_scratch_ptr += step * memory_size
-    gate = load_of_user(memory_lengths_ptr, first, n_sequences, n_trajectories, USERS * SLOT, SLOT) > 0
+    gate = (
+        load_of_user(memory_lengths_ptr, first, n_sequences, n_trajectories, USERS * SLOT, SLOT) > 0
+    )
     user_row = rows[0]
     if DROPOUT:
         user_row = load_of_user(rows_ptr, first, n_sequences, n_trajectories, USERS * SLOT, SLOT)
@@ -614,8 +612,6 @@ def _ffn_bwd_kernel(
     pooled_stride = steps.to(tl.int64) * (4 * D)
     at_h = (4 * k + 2 + stream) * D  # in [K, 2, 2, D]
 
-    # Padding carries no gradient, whatever the upstream tensor holds there.
-    upstream = tl.where(k == steps - 1, position < length, False)[:, None]
     x2 = _unpark(scratch_ptr + X2, place, D).to(tl.float32)
     c = _norm(x2, weights, index, 1, D).to(dtype)
     x3 = c.to(tl.float32)
@@ -624,8 +620,10 @@ def _ffn_bwd_kernel(
         x3 = _before_norm3(
             c, rows, user_row, k, index, stream, weights, dropout, D, F, BLOCK_F, DROPOUT, PRECISION
         )  # fmt: skip
-    if k == steps - 1:
-        dh = tl.load(tile_pointers(dout_ptr, rows, size, D, D), mask=upstream, other=0.0).to(tl.float32)
+    if k == steps - 1:  # padding carries no gradient, whatever the upstream tensor holds there
+        valid = (position < length)[:, None]
+        dh = tl.load(tile_pointers(dout_ptr, rows, size, D, D), mask=valid, other=0.0)
+        dh = dh.to(tl.float32)
     else:
         dh = tl.load(tile_pointers(dh_ptr, rows, size, D, D), mask=place[2], other=0.0)
     if POOL:
@@ -652,7 +650,9 @@ def _ffn_bwd_kernel(
     dx2 = layer_norm_bwd(dh, x2, norm_weight_ptr, dnorm + 2 * D, D)
     tl.store(tile_pointers(dx2_ptr, rows, size, D, D), dx2, mask=place[2])
     dy = _apply_dropout(dx2, user_row, position, k, stream, 1, dropout, D, DROPOUT)
-    gate = load_of_user(memory_lengths_ptr, first, n_sequences, n_trajectories, USERS * SLOT, SLOT) > 0
+    gate = (
+        load_of_user(memory_lengths_ptr, first, n_sequences, n_trajectories, USERS * SLOT, SLOT) > 0
+    )
     _park(scratch_ptr + DY + 7 * D, place, tl.where(gate[:, None], dy, 0.0), D)
 
 
@@ -803,7 +803,7 @@ class _Config(NamedTuple):
     park: bool = False  # forward: set the idle stream's state aside
 
 
-# Rows of a tile up to the next key: what serves a width, kind of product (half, tf32, ieee) and
+# By pass, then rows of a tile, at most: what serves a width, kind of product (half, tf32, ieee) and
 # compute capability that _CONFIGS does not name. A warp takes 16 rows of a chain of dots, so that
 # more than rows / 16 of them repeat each other's work.
 _DEFAULTS = {
@@ -814,10 +814,12 @@ _DEFAULTS = {
 # fewest spilled bytes by ahead-of-time compilation with Triton 3.7.1 (docs/kernel-resources.md);
 # none was timed on a GPU.
 _CONFIGS = {
+    ("fwd", 64, 32, "half", 9): _Config(4, park=True),
     ("fwd", 64, 64, "tf32", 8): _Config(8, park=True),
     ("fwd", 64, 64, "tf32", 9): _Config(8, park=True),
     ("fwd", 128, 64, "half", 8): _Config(8, park=True),
     ("fwd", 128, 64, "half", 9): _Config(8, park=True),
+    ("bwd", 64, 64, "tf32", 8): _Config(8),
     ("bwd", 128, 64, "half", 8): _Config(8),
     ("bwd", 128, 64, "half", 9): _Config(8),
 }
@@ -829,6 +831,8 @@ def _config(
     """Look a pass up; ``rows`` are those of the longer stream's tile."""
     kind = precision if dtype == torch.float32 else "half"
     default = next(c for most, c in _DEFAULTS[which].items() if rows <= most)
+    if kind == "ieee":  # no tensor cores: products spread over all warps
+        default = default._replace(num_warps=8)
     return _CONFIGS.get((which, D, rows, kind, major), default)
 
 
@@ -1006,9 +1010,7 @@ def latent_reasoning_bwd(
     slot_s, slot_r = _slot(search_size), _slot(rec_size)
     slots, sizes = (slot_s, slot_r), (search_size, rec_size)
     tile, precision = _users(*slots), dot_precision(search.dtype)
-    config = _config(
-        "bwd", D, tile * max(slots), search.dtype, precision, _major(search.device)
-    )
+    config = _config("bwd", D, tile * max(slots), search.dtype, precision, _major(search.device))
     constants: dict[str, Any] = {
         "D": D, "F": F, "USERS": tile, "PRECISION": precision,
         "num_warps": config.num_warps, "num_stages": 1,
@@ -1090,10 +1092,10 @@ def latent_reasoning_bwd(
 
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _WEIGHTS = ("self_", "cross_", "ffn_", "norm_")
+_LENGTHS = ("search_lengths_ptr", "rec_lengths_ptr", "lengths_ptr", "memory_lengths_ptr")
+_FLOAT32 = ("dh_ptr", "da_ptr", "dx2_ptr", "dmemory_ptr", "dkeys_ptr", "dnorm_ptr")
 _OWN_TYPES = {
-    "search_lengths_ptr": "*i64", "rec_lengths_ptr": "*i64", "rows_ptr": "*i64",
-    "dsearch_ptr": "*fp32", "drec_ptr": "*fp32", "lengths_ptr": "*i64", "memory_lengths_ptr": "*i64",
-    "dh_ptr": "*fp32", "da_ptr": "*fp32", "dx2_ptr": "*fp32", "dmemory_ptr": "*fp32", "dkeys_ptr": "*fp32", "dnorm_ptr": "*fp32",
+    "rows_ptr": "*i64", **dict.fromkeys(_LENGTHS, "*i64"), **dict.fromkeys(_FLOAT32, "*fp32"),
     "noise_scale": "fp32", "noise_seed": "i64", "dropout_scale": "fp32", "dropout_seed": "i64",
 }  # fmt: skip
 

@@ -98,7 +98,8 @@ def fingerprint(name: str) -> str:
     """Digest what a module compiles.
 
     That is its variants, and the @triton.jit functions and constants of it and of the modules that
-    it imports and that have no variants of their own. Comments, formatting and launchers do not count.
+    it imports and that have no variants of their own. Comments, formatting and launchers do not
+    count.
     """
     modules = kernel_modules()
     own = inspect.getsource(modules[name])
