@@ -1,6 +1,6 @@
-"""Latent cross reasoning: K steps of both streams in one program, forward and backward.
+"""Latent cross reasoning: K steps of both streams in one program, and their backward.
 
-One program takes a tile of whole users (slots of one power-of-two size, see blocks.py) through all
+In forward one program takes a tile of whole users (slots of one power-of-two size, see blocks.py) through all
 K steps. For each stream x with the other stream x', g = 1 if x' has an event, else 0, and dropout
 masks m:
 
@@ -10,7 +10,11 @@ masks m:
 
 h^(0) is read once, h^(K) written once; noise is added where h^(0) is read and dropout masks are
 drawn where they act (lcr_fast/noise.py). Nothing else touches device memory but the weights, the
-pooled vectors of TCL if asked for, and in training the input of every step after the first.
+pooled vectors of TCL if asked for, in training the input of every step after the first, and, in
+configurations that park, the state of the stream that is not at work, in its place in the output.
+
+Backward recomputes each step from its input and then differentiates it, in a kernel a sublayer and
+stream (docs/fused-kernel.md). No atomics: a program owns what it writes.
 
 States between sublayers have the tensors' dtype, which is also that of the dots' operands; dots
 accumulate in float32, softmax, LayerNorm and all sums are float32.
