@@ -1,8 +1,8 @@
 """Latent cross reasoning: K steps of both streams in one program, and their backward.
 
 In forward one program takes a tile of whole users (slots of one power-of-two size, see blocks.py)
-through all K steps. For each stream x with the other stream x', g = 1 if x' has an event, else 0, and dropout
-masks m:
+through all K steps. For each stream x with the other stream x', g = 1 if x' has an event, else 0,
+and dropout masks m:
 
     x1 = h_x + m1 MSA_x(h_x)                    a_x = LN1(x1)
     x2 = a_x + g m2 MCA_x(Q = a_x, K = V = a_x')   c_x = LN2(x2)
