@@ -23,8 +23,23 @@ DROPOUT_COUNTER = tl.constexpr(1 << 31)  # in the third counter word; noise stay
 
 
 @triton.jit
+def load_of_user(ptr, first, end, n_trajectories, M: tl.constexpr, SLOT: tl.constexpr):
+    """Element of each row's user in a tensor [B], 0 beyond the last sequence: [M]."""
+    if M == SLOT:  # one sequence: a number for all rows, not a register for each
+        value = tl.load(ptr + first // n_trajectories, mask=first < end, other=0)
+        values = tl.zeros([M], value.dtype) + value
+    else:
+        sequence = first + tl.arange(0, M) // SLOT
+        values = tl.load(ptr + sequence // n_trajectories, mask=sequence < end, other=0)
+    return values
+
+
+@triton.jit
 def locate_rows(first, end, lengths_ptr, n_trajectories, size, M: tl.constexpr, SLOT: tl.constexpr):
     """Say what stands in each row of a tile: (sequence, position, length, stored), [M] each.
+
+    Two more say where the rows are in tensors [sequences, size, ...]: the first sequence, int64,
+    and each row's place after its start, int32 [M].
 
     Sequence b N + n (int64) is trajectory n of user b; the slots hold ``first``, ``first`` + 1 and
     so on up to ``end``, where the length is 0. A row is stored if tensors [sequences, size, D] have
@@ -33,10 +48,10 @@ def locate_rows(first, end, lengths_ptr, n_trajectories, size, M: tl.constexpr, 
     row = tl.arange(0, M)
     position = row % SLOT
     sequence = first + row // SLOT
-    exists = sequence < end
-    length = tl.load(lengths_ptr + sequence // n_trajectories, mask=exists, other=0)
+    length = load_of_user(lengths_ptr, first, end, n_trajectories, M, SLOT)
     length = tl.minimum(length, size).to(tl.int32)
-    return sequence, position, length, exists & (position < size)
+    stored = (sequence < end) & (position < size)
+    return sequence, position, length, stored, first, row // SLOT * size + position
 
 
 @triton.jit
@@ -46,15 +61,20 @@ def row_slots(M: tl.constexpr, SLOT: tl.constexpr):
 
 
 @triton.jit
-def key_slots(position, length, SLOT: tl.constexpr):
+def key_slots(length, SLOT: tl.constexpr):
     """Slot of each row as a key, [M]; -1 where there is no event, so that no query matches."""
-    return tl.where(position < length, row_slots(position.shape[0], SLOT), -1)
+    row = tl.arange(0, length.shape[0])
+    return tl.where(row % SLOT < length, row // SLOT, -1)
 
 
 @triton.jit
-def tile_offsets(sequence, position, size, D: tl.constexpr):
-    """Offsets of a tile in a contiguous tensor [sequences, size, D], int64 [M, D]."""
-    return (sequence * size + position)[:, None] * D + tl.arange(0, D)[None, :]
+def tile_pointers(ptr, rows, size, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Pointers to D columns of a tile's rows in a contiguous tensor [sequences, size, WIDTH].
+
+    Only the start of the tile needs 64 bits, and that is one number.
+    """
+    start = ptr + rows[4] * size * WIDTH
+    return start + rows[5][:, None] * WIDTH + tl.arange(0, D)[None, :]
 
 
 # -- noise and dropout: the definition is in lcr_fast/noise.py ------------------------------------
@@ -188,7 +208,7 @@ def load_block(weight_ptr, rows, columns, STRIDE: tl.constexpr, dtype: tl.conste
 @triton.jit
 def load_block_transposed(weight_ptr, rows, columns, STRIDE: tl.constexpr, dtype: tl.constexpr):
     """W[rows, columns]^T, [columns, rows]."""
-    return tl.load(weight_ptr + rows[None, :] * STRIDE + columns[:, None]).to(dtype)
+    return load_block(weight_ptr, rows, columns, STRIDE, dtype).trans()
 
 
 @triton.jit
@@ -204,8 +224,9 @@ def linear(x, weight_ptr, bias_ptr, rows, D: tl.constexpr, PRECISION: tl.constex
 
 @triton.jit
 def _project_head(
-    x, memory, query_slot, key_slot, head, qkv_weight_ptr, qkv_bias_ptr,
-    D: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    x, memory, memory_length, h, head, qkv_weight_ptr, qkv_bias_ptr,
+    D: tl.constexpr, WIDTH: tl.constexpr, SLOT: tl.constexpr, MEMORY_SLOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One head's queries [M_q, D/H] times log2(e) / sqrt(D/H), keys, values and probabilities.
 
@@ -215,6 +236,10 @@ def _project_head(
     q = (q * (LOG2_E * WIDTH**-0.5)).to(x.dtype)
     k = linear(memory, qkv_weight_ptr, qkv_bias_ptr, D + head, D, PRECISION).to(x.dtype)
     scores = tl.dot(q, k.trans(), input_precision=PRECISION)  # [M_q, M_k]
+    query_slot = row_slots(x.shape[0], SLOT)
+    # No length exceeds the slot. The bound names h so that the mask is made again for each head:
+    # a mask for all of them, and for all steps, would be kept in registers.
+    key_slot = key_slots(tl.minimum(memory_length, MEMORY_SLOT + h), MEMORY_SLOT)
     scores = tl.where(query_slot[:, None] == key_slot[None, :], scores, float("-inf"))
     top = tl.maximum(tl.max(scores, 1), LOWEST_SCORE)
     p = tl.exp2(scores - top[:, None])
@@ -227,11 +252,14 @@ def _project_head(
 def attention(
     x,  # [M_q, D]
     memory,  # [M_k, D]
-    query_slot,  # [M_q]
-    key_slot,  # [M_k]
+    memory_length,  # [M_k] of each row's sequence
+    y,  # float32 [M_q, D], added to
+    has_keys,  # bool [M_q]: to the others nothing is added
     weights,  # pointers to one stream's qkv weight and bias, out weight and bias
     D: tl.constexpr,
     H: tl.constexpr,
+    SLOT: tl.constexpr,
+    MEMORY_SLOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Multi-head attention, head by head: y = sum_h softmax(Q_h K_h^T / sqrt(D/H)) V_h Wo_h^T + bo.
@@ -242,17 +270,17 @@ def attention(
     qkv_weight_ptr, qkv_bias_ptr, out_weight_ptr, out_bias_ptr = weights
     WIDTH: tl.constexpr = D // H
     column = tl.arange(0, D)
-    y = tl.zeros([x.shape[0], D], tl.float32) + tl.load(out_bias_ptr + column).to(tl.float32)
     for h in tl.range(0, H, disable_licm=True):
         head = h * WIDTH + tl.arange(0, WIDTH)
         _, _, v, p = _project_head(
-            x, memory, query_slot, key_slot, head, qkv_weight_ptr, qkv_bias_ptr,
-            D, WIDTH, PRECISION,
+            x, memory, memory_length, h, head, qkv_weight_ptr, qkv_bias_ptr,
+            D, WIDTH, SLOT, MEMORY_SLOT, PRECISION,
         )  # fmt: skip
         o = tl.dot(p.to(x.dtype), v, input_precision=PRECISION).to(x.dtype)  # [M_q, D/H]
         out_weight = load_block_transposed(out_weight_ptr, column, head, D, x.dtype)  # [D/H, D]
         y = tl.dot(o, out_weight, y, input_precision=PRECISION)
-    return y
+    out_bias = tl.load(out_bias_ptr + column).to(tl.float32)
+    return y + tl.where(has_keys[:, None], out_bias[None, :], 0.0)
 
 
 @triton.jit
@@ -260,18 +288,19 @@ def attention_bwd(
     dy,  # [M_q, D] gradient of the sublayer's output, in the states' dtype
     x,  # [M_q, D]
     memory,  # [M_k, D]
-    query_slot,  # [M_q]
-    key_slot,  # [M_k]
+    memory_length,  # [M_k] of each row's sequence
     dx,  # float32 [M_q, D], added to
     dmemory,  # float32 [M_k, D], added to; not used if the memory is x itself
     heads_ptr,  # o, pairs of rows with dy: at this tile's rows, [M_q, D] each
     dq_ptr,
     dkv_ptr,  # [M_k, 2D]: dk, dv
-    query_place,  # offsets of the rows from these pointers, [M_q, 1], and which rows exist
+    query_place,  # start of the tile, offsets of its rows from there [M_q, 1], which rows exist
     key_place,  # the same of the memory's rows, [M_k, 1]
     weights,
     D: tl.constexpr,
     H: tl.constexpr,
+    SLOT: tl.constexpr,
+    MEMORY_SLOT: tl.constexpr,
     IS_SELF: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -285,15 +314,18 @@ def attention_bwd(
     Returns dx and dmemory; for self-attention all of it in dx.
     """
     qkv_weight_ptr, qkv_bias_ptr, out_weight_ptr, _ = weights
-    query_offset, query_stored = query_place
-    key_offset, key_stored = key_place
+    query_start, query_offset, query_stored = query_place
+    key_start, key_offset, key_stored = key_place
+    heads_ptr += query_start
+    dq_ptr += query_start
+    dkv_ptr += key_start
     WIDTH: tl.constexpr = D // H
     column = tl.arange(0, D)
     for h in tl.range(0, H, disable_licm=True):
         head = h * WIDTH + tl.arange(0, WIDTH)
         q, k, v, p = _project_head(
-            x, memory, query_slot, key_slot, head, qkv_weight_ptr, qkv_bias_ptr,
-            D, WIDTH, PRECISION,
+            x, memory, memory_length, h, head, qkv_weight_ptr, qkv_bias_ptr,
+            D, WIDTH, SLOT, MEMORY_SLOT, PRECISION,
         )  # fmt: skip
         to_head = query_offset + head[None, :]
         o = tl.dot(p.to(x.dtype), v, input_precision=PRECISION)
@@ -326,6 +358,7 @@ def attention_bwd(
 @triton.jit
 def ffn(
     x,  # [M, D]
+    y,  # float32 [M, D], added to
     weights,  # pointers to one stream's in weight and bias, out weight and bias
     D: tl.constexpr,
     F: tl.constexpr,
@@ -335,14 +368,13 @@ def ffn(
     """relu(x W1^T + b1) W2^T + b2 in blocks of BLOCK_F hidden units: float32 [M, D]."""
     in_weight_ptr, in_bias_ptr, out_weight_ptr, out_bias_ptr = weights
     column = tl.arange(0, D)
-    y = tl.zeros([x.shape[0], D], tl.float32) + tl.load(out_bias_ptr + column).to(tl.float32)
     for start in tl.range(0, F, BLOCK_F, disable_licm=True):
         unit = start + tl.arange(0, BLOCK_F)
         hidden = linear(x, in_weight_ptr, in_bias_ptr, unit, D, PRECISION)  # [M, BLOCK_F]
         hidden = tl.maximum(hidden, 0.0).to(x.dtype)
         out_weight = load_block_transposed(out_weight_ptr, column, unit, F, x.dtype)
         y = tl.dot(hidden, out_weight, y, input_precision=PRECISION)
-    return y
+    return y + tl.load(out_bias_ptr + column).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -352,7 +384,7 @@ def ffn_bwd(
     dx,  # float32 [M, D], added to
     hidden_ptr,  # pairs of rows with dy: [M, F]
     dhidden_ptr,  # pairs of rows with x: [M, F]
-    place,  # offsets of the rows from these pointers, [M, 1], and which rows exist
+    place,  # start of the tile, offsets of its rows from there [M, 1], which rows exist
     weights,
     D: tl.constexpr,
     F: tl.constexpr,
@@ -361,7 +393,9 @@ def ffn_bwd(
 ):
     """Backward of :func:`ffn`: dhidden = dy W2 [hidden > 0], dx += dhidden W1."""
     in_weight_ptr, in_bias_ptr, out_weight_ptr, _ = weights
-    offset, stored = place
+    start_of_tile, offset, stored = place
+    hidden_ptr += start_of_tile
+    dhidden_ptr += start_of_tile
     column = tl.arange(0, D)
     for start in tl.range(0, F, BLOCK_F, disable_licm=True):
         unit = start + tl.arange(0, BLOCK_F)

@@ -1,8 +1,8 @@
-"""Latent cross reasoning: K steps of both streams in one program, forward and backward.
+"""Latent cross reasoning: K steps of both streams in one program, and their backward.
 
-One program takes a tile of whole users (slots of one power-of-two size, see blocks.py) through all
-K steps. For each stream x with the other stream x', g = 1 if x' has an event, else 0, and dropout
-masks m:
+In forward one program takes a tile of whole users (slots of one power-of-two size, see blocks.py)
+through all K steps. For each stream x with the other stream x', g = 1 if x' has an event, else 0,
+and dropout masks m:
 
     x1 = h_x + m1 MSA_x(h_x)                    a_x = LN1(x1)
     x2 = a_x + g m2 MCA_x(Q = a_x, K = V = a_x')   c_x = LN2(x2)
@@ -10,7 +10,11 @@ masks m:
 
 h^(0) is read once, h^(K) written once; noise is added where h^(0) is read and dropout masks are
 drawn where they act (lcr_fast/noise.py). Nothing else touches device memory but the weights, the
-pooled vectors of TCL if asked for, and in training the input of every step after the first.
+pooled vectors of TCL if asked for, in training the input of every step after the first, and, in
+configurations that park, the state of the stream that is not at work, in its place in the output.
+
+Backward recomputes each step from its input and then differentiates it, in a kernel a sublayer and
+stream (docs/fused-kernel.md). No atomics: a program owns what it writes.
 
 States between sublayers have the tensors' dtype, which is also that of the dots' operands; dots
 accumulate in float32, softmax, LayerNorm and all sums are float32.
@@ -34,12 +38,12 @@ from lcr_fast.kernels.blocks import (
     key_slots,
     layer_norm,
     layer_norm_bwd,
+    load_of_user,
     locate_rows,
     normal_noise,
     pool,
     pool_bwd,
-    row_slots,
-    tile_offsets,
+    tile_pointers,
 )
 from lcr_fast.kernels.variant import Variant
 
@@ -99,10 +103,20 @@ def _apply_dropout(
 
 
 @triton.jit
-def _load_of_user(ptr, rows, end, n_trajectories):
-    """Element of each row's user in a tensor [B]; 0 beyond the last sequence: [M]."""
-    sequence, _, _, _ = rows
-    return tl.load(ptr + sequence // n_trajectories, mask=sequence < end, other=0)
+def _locate_stream(
+    first, end, lengths_ptr, memory_lengths_ptr, rows_ptr, n_trajectories, size,
+    M: tl.constexpr, SLOT: tl.constexpr, DRAWS: tl.constexpr,
+):  # fmt: skip
+    """Rows of a stream's tile, which of them have the other stream to read, and their users' rows.
+
+    The last are what noise and dropout are drawn for, if ``DRAWS``.
+    """
+    rows = locate_rows(first, end, lengths_ptr, n_trajectories, size, M, SLOT)
+    gate = load_of_user(memory_lengths_ptr, first, end, n_trajectories, M, SLOT) > 0
+    user_row = rows[0]
+    if DRAWS:
+        user_row = load_of_user(rows_ptr, first, end, n_trajectories, M, SLOT)
+    return rows, gate, user_row
 
 
 @triton.jit
@@ -111,10 +125,11 @@ def _load_initial(
     D: tl.constexpr, NOISE: tl.constexpr,
 ):  # fmt: skip
     """h^(0) + noise_scale eps on valid positions, 0 elsewhere, in the tensor's dtype: [M, D]."""
-    sequence, position, length, _ = rows
+    sequence, position, length, _, _, _ = rows
     valid = (position < length)[:, None]
     user = sequence // n_trajectories
-    h = tl.load(x_ptr + tile_offsets(user, position, size, D), mask=valid, other=0.0)
+    offsets = (user * size + position)[:, None] * D + tl.arange(0, D)[None, :]
+    h = tl.load(x_ptr + offsets, mask=valid, other=0.0)
     if NOISE:
         scale, seed = noise
         trajectory_stream = 2 * (sequence % n_trajectories) + stream
@@ -125,44 +140,81 @@ def _load_initial(
 
 @triton.jit
 def _store_state(out_ptr, state, rows, size, D: tl.constexpr):
-    sequence, position, _, stored = rows
-    offsets = tile_offsets(sequence, position, size, D)
-    tl.store(out_ptr + offsets, state.to(out_ptr.dtype.element_ty), mask=stored[:, None])
+    pointers = tile_pointers(out_ptr, rows, size, D, D)
+    tl.store(pointers, state.to(out_ptr.dtype.element_ty), mask=rows[3][:, None])
+
+
+@triton.jit
+def _residual(x, DROPOUT: tl.constexpr):
+    """Start a sublayer's sum from x itself, or from 0 if dropout comes between them."""
+    return tl.zeros(x.shape, tl.float32) if DROPOUT else x.to(tl.float32)
+
+
+@triton.jit
+def _add_update(
+    y, x, user_row, position, k, stream: tl.constexpr, place: tl.constexpr, dropout,
+    D: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """Compute x + m update from a sum that started at :func:`_residual`: float32 [M, D]."""
+    if DROPOUT:
+        y = _apply_dropout(y, user_row, position, k, stream, place, dropout, D, DROPOUT)
+        y += x.to(tl.float32)
+    return y
+
+
+@triton.jit
+def _set_aside(out_ptr, state, rows, size, D: tl.constexpr, PARK: tl.constexpr):
+    """Keep a state in its place in the output while the other stream is at work."""
+    if PARK:
+        tl.debug_barrier()  # other threads may still read what stands there
+        _store_state(out_ptr, state, rows, size, D)
+        tl.debug_barrier()
+
+
+@triton.jit
+def _take_up(out_ptr, state, rows, size, D: tl.constexpr, PARK: tl.constexpr):
+    """Take a state back that was set aside, [M, D]."""
+    if PARK:
+        tl.debug_barrier()  # a load like an earlier one would be merged with it, and kept till here
+        pointers = tile_pointers(out_ptr, rows, size, D, D)
+        state = tl.load(pointers, mask=rows[3][:, None], other=0.0)
+    return state
 
 
 @triton.jit
 def _before_norm1(
-    h, rows, user_row, k, index, stream: tl.constexpr, weights, dropout,
+    h, parked, rows, user_row, k, index, stream: tl.constexpr, weights, dropout,
     D: tl.constexpr, H: tl.constexpr, SLOT: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PARK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x1 = h + m1 MSA(h): float32 [M, D]."""
-    _, position, length, _ = rows
-    update = attention(
-        h, h, row_slots(h.shape[0], SLOT), key_slots(position, length, SLOT),
-        _self_weights(weights, index, D), D, H, PRECISION,
+    """x1 = h + m1 MSA(h): float32 [M, D]; with PARK, ``parked`` says where h stands too."""
+    _, position, length, _, _, _ = rows
+    y = attention(
+        h, h, length, _residual(h, DROPOUT), position < length,
+        _self_weights(weights, index, D), D, H, SLOT, SLOT, PRECISION,
     )  # fmt: skip
-    update = _apply_dropout(update, user_row, position, k, stream, 0, dropout, D, DROPOUT)
-    return h.to(tl.float32) + update
+    if DROPOUT:
+        h = _take_up(parked[0], h, rows, parked[1], D, PARK)
+    return _add_update(y, h, user_row, position, k, stream, 0, dropout, D, DROPOUT)
 
 
 @triton.jit
 def _before_norm2(
-    a, memory, rows, memory_rows, gate, user_row, k, index, stream: tl.constexpr, weights, dropout,
+    a, parked, memory, rows, memory_rows, gate, user_row, k, index, stream: tl.constexpr, weights,
+    dropout,
     D: tl.constexpr, H: tl.constexpr, SLOT: tl.constexpr, MEMORY_SLOT: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, PARK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x2 = a + g m2 MCA(a, memory): float32 [M, D]; ``gate`` is bool [M]."""
-    _, position, _, _ = rows
-    _, memory_position, memory_length, _ = memory_rows
-    update = attention(
-        a, memory, row_slots(a.shape[0], SLOT),
-        key_slots(memory_position, memory_length, MEMORY_SLOT),
-        _cross_weights(weights, index, D), D, H, PRECISION,
+    """x2 = a + g m2 MCA(a, memory): float32 [M, D]; ``gate`` is bool [M], ``parked`` as above."""
+    _, position, _, _, _, _ = rows
+    _, _, memory_length, _, _, _ = memory_rows
+    y = attention(
+        a, memory, memory_length, _residual(a, DROPOUT), gate,
+        _cross_weights(weights, index, D), D, H, SLOT, MEMORY_SLOT, PRECISION,
     )  # fmt: skip
-    update = tl.where(gate[:, None], update, 0.0)
-    update = _apply_dropout(update, user_row, position, k, stream, 1, dropout, D, DROPOUT)
-    return a.to(tl.float32) + update
+    if DROPOUT:
+        a = _take_up(parked[0], a, rows, parked[1], D, PARK)
+    return _add_update(y, a, user_row, position, k, stream, 1, dropout, D, DROPOUT)
 
 
 @triton.jit
@@ -172,10 +224,9 @@ def _before_norm3(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x3 = c + m3 FFN(c): float32 [M, D]."""
-    _, position, _, _ = rows
-    update = ffn(c, _ffn_weights(weights, index, D, F), D, F, BLOCK_F, PRECISION)
-    update = _apply_dropout(update, user_row, position, k, stream, 2, dropout, D, DROPOUT)
-    return c.to(tl.float32) + update
+    _, position, _, _, _, _ = rows
+    y = ffn(c, _residual(c, DROPOUT), _ffn_weights(weights, index, D, F), D, F, BLOCK_F, PRECISION)
+    return _add_update(y, c, user_row, position, k, stream, 2, dropout, D, DROPOUT)
 
 
 @triton.jit
@@ -186,7 +237,7 @@ def _norm(x, weights, index, which: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def _zero_padding(x, rows):
-    _, position, length, _ = rows
+    _, position, length, _, _, _ = rows
     return tl.where((position < length)[:, None], x, 0.0)
 
 
@@ -235,6 +286,7 @@ def _latent_reasoning_fwd_kernel(
     SEARCH_SLOT: tl.constexpr, REC_SLOT: tl.constexpr, USERS: tl.constexpr,
     BLOCK_F: tl.constexpr,
     NOISE: tl.constexpr, DROPOUT: tl.constexpr, POOL: tl.constexpr, SAVE: tl.constexpr,
+    PARK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = search_ptr.dtype.element_ty
@@ -250,20 +302,14 @@ def _latent_reasoning_fwd_kernel(
     dropout = (dropout_threshold, dropout_seed, dropout_scale)
 
     first = tl.program_id(0).to(tl.int64) * USERS
-    rows_s = locate_rows(
-        first, n_sequences, search_lengths_ptr, n_trajectories, search_size, M_S, SEARCH_SLOT
-    )
-    rows_r = locate_rows(
-        first, n_sequences, rec_lengths_ptr, n_trajectories, rec_size, M_R, REC_SLOT
-    )
-    # A stream reads the other one only where that has an event.
-    gate_s = _load_of_user(rec_lengths_ptr, rows_s, n_sequences, n_trajectories) > 0
-    gate_r = _load_of_user(search_lengths_ptr, rows_r, n_sequences, n_trajectories) > 0
-    user_row_s = rows_s[0]
-    user_row_r = rows_r[0]
-    if NOISE or DROPOUT:
-        user_row_s = _load_of_user(rows_ptr, rows_s, n_sequences, n_trajectories)
-        user_row_r = _load_of_user(rows_ptr, rows_r, n_sequences, n_trajectories)
+    rows_s, gate_s, user_row_s = _locate_stream(
+        first, n_sequences, search_lengths_ptr, rec_lengths_ptr, rows_ptr, n_trajectories,
+        search_size, M_S, SEARCH_SLOT, NOISE or DROPOUT,
+    )  # fmt: skip
+    rows_r, gate_r, user_row_r = _locate_stream(
+        first, n_sequences, rec_lengths_ptr, search_lengths_ptr, rows_ptr, n_trajectories,
+        rec_size, M_R, REC_SLOT, NOISE or DROPOUT,
+    )  # fmt: skip
 
     h_s = _load_initial(
         search_ptr, rows_s, search_size, n_trajectories, user_row_s, _SEARCH, noise, D, NOISE
@@ -272,36 +318,51 @@ def _latent_reasoning_fwd_kernel(
         rec_ptr, rows_r, rec_size, n_trajectories, user_row_r, _REC, noise, D, NOISE
     )  # [M_R, D]
 
-    slots_s = key_slots(rows_s[1], rows_s[2], SEARCH_SLOT)
-    slots_r = key_slots(rows_r[1], rows_r[2], REC_SLOT)
     stride = steps.to(tl.int64) * (4 * D)
+    _set_aside(search_out_ptr, h_s, rows_s, search_size, D, PARK)
+    _set_aside(rec_out_ptr, h_r, rows_r, rec_size, D, PARK)
+    parked_s, parked_r = (search_out_ptr, search_size), (rec_out_ptr, rec_size)
     for k in tl.range(0, steps, disable_licm=True):
-        # Addresses depend on k, so that no weight is kept on chip across the steps.
+        # Addresses depend on k, so that no weight is kept on chip across the steps; rows are
+        # located anew, so that nothing made of them is.
         index = 2 * k * set_stride
         step_ptr = pooled_ptr + k * (4 * D)
+        rows_s, gate_s, user_row_s = _locate_stream(
+            first, n_sequences, search_lengths_ptr, rec_lengths_ptr, rows_ptr, n_trajectories,
+            search_size, M_S, SEARCH_SLOT, NOISE or DROPOUT,
+        )  # fmt: skip
+        rows_r, gate_r, user_row_r = _locate_stream(
+            first, n_sequences, rec_lengths_ptr, search_lengths_ptr, rows_ptr, n_trajectories,
+            rec_size, M_R, REC_SLOT, NOISE or DROPOUT,
+        )  # fmt: skip
+        h_s = _take_up(search_out_ptr, h_s, rows_s, search_size, D, PARK)
         x1 = _before_norm1(
-            h_s, rows_s, user_row_s, k, index, _SEARCH, weights, dropout,
-            D, H, SEARCH_SLOT, DROPOUT, PRECISION,
+            h_s, parked_s, rows_s, user_row_s, k, index, _SEARCH, weights, dropout,
+            D, H, SEARCH_SLOT, DROPOUT, PARK, PRECISION,
         )  # fmt: skip
         a_s = _zero_padding(_norm(x1, weights, index, 0, D), rows_s).to(dtype)
         if POOL:
             pool(
-                a_s, slots_s, keys_ptr, step_ptr, stride,
+                a_s, key_slots(rows_s[2], SEARCH_SLOT), keys_ptr, step_ptr, stride,
                 first, n_sequences, n_trajectories, D, USERS,
             )  # fmt: skip
+        _set_aside(search_out_ptr, a_s, rows_s, search_size, D, PARK)
+        h_r = _take_up(rec_out_ptr, h_r, rows_r, rec_size, D, PARK)
         x1 = _before_norm1(
-            h_r, rows_r, user_row_r, k, index + 1, _REC, weights, dropout,
-            D, H, REC_SLOT, DROPOUT, PRECISION,
+            h_r, parked_r, rows_r, user_row_r, k, index + 1, _REC, weights, dropout,
+            D, H, REC_SLOT, DROPOUT, PARK, PRECISION,
         )  # fmt: skip
         a_r = _zero_padding(_norm(x1, weights, index + 1, 0, D), rows_r).to(dtype)
         if POOL:
             pool(
-                a_r, slots_r, keys_ptr + D, step_ptr + D, stride,
+                a_r, key_slots(rows_r[2], REC_SLOT), keys_ptr + D, step_ptr + D, stride,
                 first, n_sequences, n_trajectories, D, USERS,
             )  # fmt: skip
+        _set_aside(rec_out_ptr, a_r, rows_r, rec_size, D, PARK)
+        a_s = _take_up(search_out_ptr, a_s, rows_s, search_size, D, PARK)
         x2 = _before_norm2(
-            a_s, a_r, rows_s, rows_r, gate_s, user_row_s, k, index, _SEARCH, weights, dropout,
-            D, H, SEARCH_SLOT, REC_SLOT, DROPOUT, PRECISION,
+            a_s, parked_s, a_r, rows_s, rows_r, gate_s, user_row_s, k, index, _SEARCH, weights,
+            dropout, D, H, SEARCH_SLOT, REC_SLOT, DROPOUT, PARK, PRECISION,
         )  # fmt: skip
         h_s = _after_cross(
             x2, rows_s, user_row_s, k, index, _SEARCH, weights, dropout, dtype,
@@ -309,12 +370,23 @@ def _latent_reasoning_fwd_kernel(
         )  # fmt: skip
         if POOL:
             pool(
-                h_s, slots_s, keys_ptr, step_ptr + 2 * D, stride,
+                h_s, key_slots(rows_s[2], SEARCH_SLOT), keys_ptr, step_ptr + 2 * D, stride,
                 first, n_sequences, n_trajectories, D, USERS,
             )  # fmt: skip
+        rows_s, gate_s, user_row_s = _locate_stream(
+            first, n_sequences, search_lengths_ptr, rec_lengths_ptr, rows_ptr, n_trajectories,
+            search_size, M_S, SEARCH_SLOT, NOISE or DROPOUT,
+        )  # fmt: skip
+        rows_r, gate_r, user_row_r = _locate_stream(
+            first, n_sequences, rec_lengths_ptr, search_lengths_ptr, rows_ptr, n_trajectories,
+            rec_size, M_R, REC_SLOT, NOISE or DROPOUT,
+        )  # fmt: skip
+        a_r = _take_up(rec_out_ptr, a_r, rows_r, rec_size, D, PARK)
+        a_s = _take_up(search_out_ptr, a_s, rows_s, search_size, D, PARK)
+        _set_aside(search_out_ptr, h_s, rows_s, search_size, D, PARK)
         x2 = _before_norm2(
-            a_r, a_s, rows_r, rows_s, gate_r, user_row_r, k, index + 1, _REC, weights, dropout,
-            D, H, REC_SLOT, SEARCH_SLOT, DROPOUT, PRECISION,
+            a_r, parked_r, a_s, rows_r, rows_s, gate_r, user_row_r, k, index + 1, _REC, weights,
+            dropout, D, H, REC_SLOT, SEARCH_SLOT, DROPOUT, PARK, PRECISION,
         )  # fmt: skip
         h_r = _after_cross(
             x2, rows_r, user_row_r, k, index + 1, _REC, weights, dropout, dtype,
@@ -322,17 +394,20 @@ def _latent_reasoning_fwd_kernel(
         )  # fmt: skip
         if POOL:
             pool(
-                h_r, slots_r, keys_ptr + D, step_ptr + 3 * D, stride,
+                h_r, key_slots(rows_r[2], REC_SLOT), keys_ptr + D, step_ptr + 3 * D, stride,
                 first, n_sequences, n_trajectories, D, USERS,
             )  # fmt: skip
+        _set_aside(rec_out_ptr, h_r, rows_r, rec_size, D, PARK)
         if SAVE and k + 1 < steps:
+            h_s = _take_up(search_out_ptr, h_s, rows_s, search_size, D, PARK)
             saved_s = n_sequences.to(tl.int64) * search_size * D * k
             saved_r = n_sequences.to(tl.int64) * rec_size * D * k
             _store_state(saved_search_ptr + saved_s, h_s, rows_s, search_size, D)
             _store_state(saved_rec_ptr + saved_r, h_r, rows_r, rec_size, D)
 
-    _store_state(search_out_ptr, h_s, rows_s, search_size, D)
-    _store_state(rec_out_ptr, h_r, rows_r, rec_size, D)
+    if not PARK:
+        _store_state(search_out_ptr, h_s, rows_s, search_size, D)
+        _store_state(rec_out_ptr, h_r, rows_r, rec_size, D)
 
 
 # -- backward -------------------------------------------------------------------------------------
@@ -352,176 +427,68 @@ def _scratch_columns(D: int, F: int) -> int:
 
 
 @triton.jit
-def _place(rows, first_sequence, size, D: tl.constexpr, F: tl.constexpr):
-    """Offsets of a tile's rows in a step's scratch, int64 [M, 1], and which of them exist."""
-    sequence, position, _, stored = rows
-    row = (sequence - first_sequence) * size + position
-    return (row * (16 * D + 2 * F))[:, None], stored[:, None]
+def _place(rows, size, D: tl.constexpr, F: tl.constexpr):
+    """Where a tile's rows are in a step's scratch, and which of them exist.
+
+    That is the start of the tile, int64, and the rows' offsets from there, int32 [M, 1].
+    """
+    WIDTH: tl.constexpr = 16 * D + 2 * F
+    return rows[4] * size * WIDTH, (rows[5] * WIDTH)[:, None], rows[3][:, None]
 
 
 @triton.jit
 def _park(ptr, place, x, D: tl.constexpr):
     """Store a tile in D columns of scratch."""
-    offset, stored = place
-    tl.store(ptr + offset + tl.arange(0, D)[None, :], x.to(ptr.dtype.element_ty), mask=stored)
+    start, offset, stored = place
+    tl.store(
+        ptr + start + offset + tl.arange(0, D)[None, :], x.to(ptr.dtype.element_ty), mask=stored
+    )
 
 
 @triton.jit
 def _unpark(ptr, place, D: tl.constexpr):
-    offset, stored = place
-    return tl.load(ptr + offset + tl.arange(0, D)[None, :], mask=stored, other=0.0)
+    start, offset, stored = place
+    return tl.load(ptr + start + offset + tl.arange(0, D)[None, :], mask=stored, other=0.0)
 
 
 @triton.jit
 def _load_step_input(
-    x_ptr, saved_ptr, rows, size, n_sequences, n_trajectories, user_row, k, stream: tl.constexpr,
-    noise, D: tl.constexpr, NOISE: tl.constexpr,
+    x_ptr, saved_ptr, rows, size, saved_sequences, n_trajectories, user_row, k,
+    stream: tl.constexpr, noise, D: tl.constexpr, NOISE: tl.constexpr,
 ):  # fmt: skip
     """h^(k): the saved one, or for k = 0 the noisy input as the forward pass read it."""
     if k == 0:
         h = _load_initial(x_ptr, rows, size, n_trajectories, user_row, stream, noise, D, NOISE)
     else:
-        sequence, position, _, stored = rows
-        step = n_sequences.to(tl.int64) * size * D * (k - 1)
-        offset = tile_offsets(sequence, position, size, D)
-        h = tl.load(saved_ptr + step + offset, mask=stored[:, None], other=0.0)
+        step = saved_sequences.to(tl.int64) * size * D * (k - 1)
+        pointers = tile_pointers(saved_ptr + step, rows, size, D, D)
+        h = tl.load(pointers, mask=rows[3][:, None], other=0.0)
     return h
 
 
-@triton.jit
-def _load_gradient(ptr, rows, size, D: tl.constexpr):
-    """Upstream gradient of a state, 0 at padding: float32 [M, D]."""
-    sequence, position, length, _ = rows
-    offset = tile_offsets(sequence, position, size, D)
-    return tl.load(ptr + offset, mask=(position < length)[:, None], other=0.0).to(tl.float32)
+_STREAM_SIZES = [
+    "n_sequences", "n_trajectories", "size", "memory_size", "k", "steps", "set_stride", "stream",
+    "saved_sequences", "noise_seed", "dropout_threshold", "dropout_seed",
+]  # fmt: skip
 
 
-@triton.jit
-def _cross_bwd(
-    dh, scratch_ptr, memory_scratch_ptr, place, memory_place, rows, memory_rows, gate,
-    da, dmemory, user_row, k, index, stream: tl.constexpr, weights, dropout,
-    dnorm_ptr, keys_ptr, dpooled_ptr, dkeys_ptr, pooled_stride, first, end, n_trajectories,
-    D: tl.constexpr, F: tl.constexpr, H: tl.constexpr,
-    SLOT: tl.constexpr, MEMORY_SLOT: tl.constexpr, BLOCK_F: tl.constexpr,
-    DROPOUT: tl.constexpr, POOL: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """From the gradient of h = LN3(c + m3 FFN(c)), c = LN2(x2), x2 = a + g m2 MCA(a, memory).
-
-    Reads x2, a and the memory from scratch. Returns da and dmemory, added to.
-    """
-    DY: tl.constexpr = 5 * D + F
-    X2: tl.constexpr = 15 * D + 2 * F
-    _, position, length, _ = rows
-    _, memory_position, memory_length, _ = memory_rows
-    event_slot = key_slots(position, length, SLOT)
-
-    x2 = _unpark(scratch_ptr + X2, place, D).to(tl.float32)
-    c = _norm(x2, weights, index, 1, D).to(scratch_ptr.dtype.element_ty)
-    if F > 0:
-        _park(scratch_ptr + 4 * D, place, c, D)
-        x3 = _before_norm3(
-            c, rows, user_row, k, index, stream, weights, dropout, D, F, BLOCK_F, DROPOUT, PRECISION
-        )  # fmt: skip
-        if POOL:
-            h = _zero_padding(_norm(x3, weights, index, 2, D), rows).to(c.dtype)
-            dh = pool_bwd(
-                dh, h, event_slot, keys_ptr, dpooled_ptr + 2 * D, dkeys_ptr + 2 * D, pooled_stride,
-                first, end, n_trajectories, D, gate.shape[0] // SLOT,
-            )  # fmt: skip
-        norm_weight_ptr, _ = _norm_weights(weights, index, 2, D)
-        dc = layer_norm_bwd(dh, x3, norm_weight_ptr, dnorm_ptr + 4 * D, D)
-        dy = _apply_dropout(dc, user_row, position, k, stream, 2, dropout, D, DROPOUT).to(c.dtype)
-        _park(scratch_ptr + DY + 8 * D, place, dy, D)
-        dc = ffn_bwd(
-            dy, c, dc, scratch_ptr + 5 * D, scratch_ptr + DY + 9 * D, place,
-            _ffn_weights(weights, index, D, F), D, F, BLOCK_F, PRECISION,
-        )  # fmt: skip
-    else:
-        dc = dh
-        if POOL:
-            h = _zero_padding(c, rows).to(c.dtype)
-            dc = pool_bwd(
-                dc, h, event_slot, keys_ptr, dpooled_ptr + 2 * D, dkeys_ptr + 2 * D, pooled_stride,
-                first, end, n_trajectories, D, gate.shape[0] // SLOT,
-            )  # fmt: skip
-
-    norm_weight_ptr, _ = _norm_weights(weights, index, 1, D)
-    dx2 = layer_norm_bwd(dc, x2, norm_weight_ptr, dnorm_ptr + 2 * D, D)
-    dy = _apply_dropout(dx2, user_row, position, k, stream, 1, dropout, D, DROPOUT)
-    dy = tl.where(gate[:, None], dy, 0.0).to(c.dtype)
-    _park(scratch_ptr + DY + 7 * D, place, dy, D)
-    a = _unpark(scratch_ptr + 2 * D, place, D)
-    memory = _unpark(memory_scratch_ptr + 2 * D, memory_place, D)
-    return attention_bwd(
-        dy, a, memory, row_slots(gate.shape[0], SLOT),
-        key_slots(memory_position, memory_length, MEMORY_SLOT), da + dx2, dmemory,
-        scratch_ptr + 3 * D, scratch_ptr + DY + 4 * D, memory_scratch_ptr + DY + 5 * D,
-        place, memory_place, _cross_weights(weights, index, D), D, H, False, PRECISION,
-    )  # fmt: skip
-
-
-@triton.jit
-def _self_bwd(
-    da, scratch_ptr, place, rows, user_row, k, index, stream: tl.constexpr, weights, dropout,
-    dnorm_ptr, keys_ptr, dpooled_ptr, dkeys_ptr, pooled_stride, first, end, n_trajectories,
-    D: tl.constexpr, F: tl.constexpr, H: tl.constexpr, SLOT: tl.constexpr,
-    DROPOUT: tl.constexpr, POOL: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """From the gradient of a = LN1(x1), x1 = h + m1 MSA(h), that of h: float32 [M, D]."""
-    DY: tl.constexpr = 5 * D + F
-    X1: tl.constexpr = 14 * D + 2 * F
-    _, position, length, _ = rows
-    event_slot = key_slots(position, length, SLOT)
-    if POOL:
-        a = _unpark(scratch_ptr + 2 * D, place, D)
-        da = pool_bwd(
-            da, a, event_slot, keys_ptr, dpooled_ptr, dkeys_ptr, pooled_stride,
-            first, end, n_trajectories, D, event_slot.shape[0] // SLOT,
-        )  # fmt: skip
-    x1 = _unpark(scratch_ptr + X1, place, D).to(tl.float32)
-    norm_weight_ptr, _ = _norm_weights(weights, index, 0, D)
-    dx1 = layer_norm_bwd(da, x1, norm_weight_ptr, dnorm_ptr, D)
-    dy = _apply_dropout(dx1, user_row, position, k, stream, 0, dropout, D, DROPOUT)
-    dy = dy.to(scratch_ptr.dtype.element_ty)
-    _park(scratch_ptr + DY + 3 * D, place, dy, D)
-    h = _unpark(scratch_ptr, place, D)
-    dh, _ = attention_bwd(
-        dy, h, h, row_slots(event_slot.shape[0], SLOT), event_slot, dx1, dx1,
-        scratch_ptr + D, scratch_ptr + DY, scratch_ptr + DY + D,
-        place, place, _self_weights(weights, index, D), D, H, True, PRECISION,
-    )  # fmt: skip
-    return dh
-
-
-@triton.jit(do_not_specialize=[*_RUNTIME_SIZES, "first_sequence", "end_sequence"])
-def _latent_reasoning_bwd_kernel(
-    dsearch_out_ptr, drec_out_ptr,  # [B, N, L_s, D], [B, N, L_r, D]
-    dpooled_ptr,  # [B, N, K, 2, 2, D]
-    search_ptr, rec_ptr,  # [B, L_s, D], [B, L_r, D]
-    search_lengths_ptr, rec_lengths_ptr, rows_ptr,  # [B]
-    keys_ptr,  # [B, 2, D]
+@triton.jit(do_not_specialize=_STREAM_SIZES)
+def _recompute_self_kernel(
+    x_ptr,  # [B, L, D]
+    lengths_ptr, rows_ptr,  # [B]
     self_qkv_weight_ptr, self_qkv_bias_ptr, self_out_weight_ptr, self_out_bias_ptr,
     cross_qkv_weight_ptr, cross_qkv_bias_ptr, cross_out_weight_ptr, cross_out_bias_ptr,
     ffn_in_weight_ptr, ffn_in_bias_ptr, ffn_out_weight_ptr, ffn_out_bias_ptr,
     norm_weight_ptr, norm_bias_ptr,
-    saved_search_ptr, saved_rec_ptr,  # [K-1, B, N, L_s, D], [K-1, B, N, L_r, D]
-    scratch_search_ptr, scratch_rec_ptr,  # [K, sequences, L, 16 D + 2 F]
-    dsearch_ptr, drec_ptr,  # float32 [sequences, L, D]
-    dkeys_ptr,  # float32 [B, N, K, 2, 2, D]
-    dnorm_ptr,  # float32 [programs, K, 2, 3, 2, D] weight and bias of each norm
-    first_sequence, end_sequence,  # those of this launch, and of the tensors [sequences, ...]
-    n_sequences, n_trajectories, search_size, rec_size, steps, set_stride,
+    saved_ptr,  # [K-1, saved_sequences, L, D], at the first sequence of this launch
+    scratch_ptr,  # [K, sequences, L, 16 D + 2 F]
+    n_sequences, n_trajectories, size, set_stride, stream, saved_sequences,
     noise_scale, noise_seed: tl.int64,
     dropout_threshold, dropout_scale, dropout_seed: tl.int64,
-    D: tl.constexpr, F: tl.constexpr, H: tl.constexpr,
-    SEARCH_SLOT: tl.constexpr, REC_SLOT: tl.constexpr, USERS: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    NOISE: tl.constexpr, DROPOUT: tl.constexpr, POOL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    D: tl.constexpr, F: tl.constexpr, H: tl.constexpr, SLOT: tl.constexpr, USERS: tl.constexpr,
+    NOISE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    dtype: tl.constexpr = search_ptr.dtype.element_ty
-    M_S: tl.constexpr = USERS * SEARCH_SLOT
-    M_R: tl.constexpr = USERS * REC_SLOT
+    """Leave h, x1 and a of one stream in scratch; one program a tile and step."""
     weights = (
         self_qkv_weight_ptr, self_qkv_bias_ptr, self_out_weight_ptr, self_out_bias_ptr,
         cross_qkv_weight_ptr, cross_qkv_bias_ptr, cross_out_weight_ptr, cross_out_bias_ptr,
@@ -530,116 +497,278 @@ def _latent_reasoning_bwd_kernel(
     )  # fmt: skip
     noise = (noise_scale, noise_seed)
     dropout = (dropout_threshold, dropout_seed, dropout_scale)
-
-    program = tl.program_id(0).to(tl.int64)
-    first = first_sequence + program * USERS
-    rows_s = locate_rows(
-        first, end_sequence, search_lengths_ptr, n_trajectories, search_size, M_S, SEARCH_SLOT
-    )
-    rows_r = locate_rows(
-        first, end_sequence, rec_lengths_ptr, n_trajectories, rec_size, M_R, REC_SLOT
-    )
-    gate_s = _load_of_user(rec_lengths_ptr, rows_s, end_sequence, n_trajectories) > 0
-    gate_r = _load_of_user(search_lengths_ptr, rows_r, end_sequence, n_trajectories) > 0
-    user_row_s = rows_s[0]
-    user_row_r = rows_r[0]
+    first = tl.program_id(0).to(tl.int64) * USERS
+    k = tl.program_id(1)
+    index = 2 * k * set_stride + stream
+    rows = locate_rows(first, n_sequences, lengths_ptr, n_trajectories, size, USERS * SLOT, SLOT)
+    place = _place(rows, size, D, F)
+    scratch_ptr += k.to(tl.int64) * n_sequences * size * (16 * D + 2 * F)
+    user_row = rows[0]
     if NOISE or DROPOUT:
-        user_row_s = _load_of_user(rows_ptr, rows_s, end_sequence, n_trajectories)
-        user_row_r = _load_of_user(rows_ptr, rows_r, end_sequence, n_trajectories)
+        user_row = load_of_user(rows_ptr, first, n_sequences, n_trajectories, USERS * SLOT, SLOT)
+    h = _load_step_input(
+        x_ptr, saved_ptr, rows, size, saved_sequences, n_trajectories, user_row, k, stream,
+        noise, D, NOISE,
+    )  # fmt: skip
+    _park(scratch_ptr, place, h, D)
+    x1 = _before_norm1(
+        h, (scratch_ptr, size), rows, user_row, k, index, stream, weights, dropout,
+        D, H, SLOT, DROPOUT, False, PRECISION,
+    )  # fmt: skip
+    _park(scratch_ptr + 14 * D + 2 * F, place, x1, D)
+    a = _zero_padding(_norm(x1, weights, index, 0, D), rows)
+    _park(scratch_ptr + 2 * D, place, a, D)
 
-    place_s = _place(rows_s, first_sequence, search_size, D, F)
-    place_r = _place(rows_r, first_sequence, rec_size, D, F)
-    chunk = (end_sequence - first_sequence).to(tl.int64)
-    scratch_s_step = chunk * search_size * (16 * D + 2 * F)
-    scratch_r_step = chunk * rec_size * (16 * D + 2 * F)
-    # dh travels between the steps in the output tensors.
-    carry_s = tile_offsets(rows_s[0] - first_sequence, rows_s[1], search_size, D)
-    carry_r = tile_offsets(rows_r[0] - first_sequence, rows_r[1], rec_size, D)
-    stored_s, stored_r = rows_s[3][:, None], rows_r[3][:, None]
-    dh = _load_gradient(dsearch_out_ptr, rows_s, search_size, D)
-    tl.store(dsearch_ptr + carry_s, dh, mask=stored_s)
-    dh = _load_gradient(drec_out_ptr, rows_r, rec_size, D)
-    tl.store(drec_ptr + carry_r, dh, mask=stored_r)
 
-    # One stage: the loop's loads must not move over its barriers.
-    for j in tl.range(0, steps, num_stages=1, disable_licm=True):
-        k = steps - 1 - j
-        index = 2 * k * set_stride
-        scratch_s = scratch_search_ptr + k * scratch_s_step
-        scratch_r = scratch_rec_ptr + k * scratch_r_step
-        dnorm_s = dnorm_ptr + (program * steps + k) * (12 * D)
-        dnorm_r = dnorm_s + 6 * D
-        pooled_stride = steps.to(tl.int64) * (4 * D)
-        dpooled = dpooled_ptr + k * (4 * D)
-        dkeys = dkeys_ptr + k * (4 * D)
+@triton.jit(do_not_specialize=_STREAM_SIZES)
+def _recompute_cross_kernel(
+    lengths_ptr, memory_lengths_ptr, rows_ptr,  # [B]
+    self_qkv_weight_ptr, self_qkv_bias_ptr, self_out_weight_ptr, self_out_bias_ptr,
+    cross_qkv_weight_ptr, cross_qkv_bias_ptr, cross_out_weight_ptr, cross_out_bias_ptr,
+    ffn_in_weight_ptr, ffn_in_bias_ptr, ffn_out_weight_ptr, ffn_out_bias_ptr,
+    norm_weight_ptr, norm_bias_ptr,
+    scratch_ptr, memory_scratch_ptr,  # [K, sequences, L or L', 16 D + 2 F]
+    n_sequences, n_trajectories, size, memory_size, set_stride, stream,
+    dropout_threshold, dropout_scale, dropout_seed: tl.int64,
+    D: tl.constexpr, F: tl.constexpr, H: tl.constexpr,
+    SLOT: tl.constexpr, MEMORY_SLOT: tl.constexpr, USERS: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Leave x2 of one stream in scratch, where a is; one program a tile and step."""
+    weights = (
+        self_qkv_weight_ptr, self_qkv_bias_ptr, self_out_weight_ptr, self_out_bias_ptr,
+        cross_qkv_weight_ptr, cross_qkv_bias_ptr, cross_out_weight_ptr, cross_out_bias_ptr,
+        ffn_in_weight_ptr, ffn_in_bias_ptr, ffn_out_weight_ptr, ffn_out_bias_ptr,
+        norm_weight_ptr, norm_bias_ptr,
+    )  # fmt: skip
+    dropout = (dropout_threshold, dropout_seed, dropout_scale)
+    first = tl.program_id(0).to(tl.int64) * USERS
+    k = tl.program_id(1)
+    index = 2 * k * set_stride + stream
+    rows = locate_rows(first, n_sequences, lengths_ptr, n_trajectories, size, USERS * SLOT, SLOT)
+    memory_rows = locate_rows(
+        first, n_sequences, memory_lengths_ptr, n_trajectories, memory_size,
+        USERS * MEMORY_SLOT, MEMORY_SLOT,
+    )  # fmt: skip
+    place = _place(rows, size, D, F)
+    step = k.to(tl.int64) * n_sequences * (16 * D + 2 * F)
+    scratch_ptr += step * size
+    memory_scratch_ptr += step * memory_size
+    gate = (
+        load_of_user(memory_lengths_ptr, first, n_sequences, n_trajectories, USERS * SLOT, SLOT) > 0
+    )
+    user_row = rows[0]
+    if DROPOUT:
+        user_row = load_of_user(rows_ptr, first, n_sequences, n_trajectories, USERS * SLOT, SLOT)
+    a = _unpark(scratch_ptr + 2 * D, place, D)
+    memory = _unpark(memory_scratch_ptr + 2 * D, _place(memory_rows, memory_size, D, F), D)
+    x2 = _before_norm2(
+        a, (scratch_ptr, size), memory, rows, memory_rows, gate, user_row, k, index, stream,
+        weights, dropout, D, H, SLOT, MEMORY_SLOT, DROPOUT, False, PRECISION,
+    )  # fmt: skip
+    _park(scratch_ptr + 15 * D + 2 * F, place, x2, D)
 
-        h = _load_step_input(
-            search_ptr, saved_search_ptr, rows_s, search_size, n_sequences, n_trajectories,
-            user_row_s, k, _SEARCH, noise, D, NOISE,
-        )  # fmt: skip
-        x1 = _before_norm1(
-            h, rows_s, user_row_s, k, index, _SEARCH, weights, dropout,
-            D, H, SEARCH_SLOT, DROPOUT, PRECISION,
-        )  # fmt: skip
-        a_s = _zero_padding(_norm(x1, weights, index, 0, D), rows_s).to(dtype)
-        _park(scratch_s, place_s, h, D)
-        _park(scratch_s + 2 * D, place_s, a_s, D)
-        _park(scratch_s + 14 * D + 2 * F, place_s, x1, D)
-        h = _load_step_input(
-            rec_ptr, saved_rec_ptr, rows_r, rec_size, n_sequences, n_trajectories,
-            user_row_r, k, _REC, noise, D, NOISE,
-        )  # fmt: skip
-        x1 = _before_norm1(
-            h, rows_r, user_row_r, k, index + 1, _REC, weights, dropout,
-            D, H, REC_SLOT, DROPOUT, PRECISION,
-        )  # fmt: skip
-        a_r = _zero_padding(_norm(x1, weights, index + 1, 0, D), rows_r).to(dtype)
-        _park(scratch_r, place_r, h, D)
-        _park(scratch_r + 2 * D, place_r, a_r, D)
-        _park(scratch_r + 14 * D + 2 * F, place_r, x1, D)
-        x2 = _before_norm2(
-            a_s, a_r, rows_s, rows_r, gate_s, user_row_s, k, index, _SEARCH, weights, dropout,
-            D, H, SEARCH_SLOT, REC_SLOT, DROPOUT, PRECISION,
-        )  # fmt: skip
-        _park(scratch_s + 15 * D + 2 * F, place_s, x2, D)
-        x2 = _before_norm2(
-            a_r, a_s, rows_r, rows_s, gate_r, user_row_r, k, index + 1, _REC, weights, dropout,
-            D, H, REC_SLOT, SEARCH_SLOT, DROPOUT, PRECISION,
-        )  # fmt: skip
-        _park(scratch_r + 15 * D + 2 * F, place_r, x2, D)
-        tl.debug_barrier()  # other threads read what these parked
 
-        da_s = tl.zeros([M_S, D], tl.float32)
-        da_r = tl.zeros([M_R, D], tl.float32)
-        dh = tl.load(dsearch_ptr + carry_s, mask=stored_s, other=0.0)
-        da_s, da_r = _cross_bwd(
-            dh, scratch_s, scratch_r, place_s, place_r, rows_s, rows_r, gate_s,
-            da_s, da_r, user_row_s, k, index, _SEARCH, weights, dropout,
-            dnorm_s, keys_ptr, dpooled, dkeys, pooled_stride, first, end_sequence, n_trajectories,
-            D, F, H, SEARCH_SLOT, REC_SLOT, BLOCK_F, DROPOUT, POOL, PRECISION,
+@triton.jit(do_not_specialize=_STREAM_SIZES)
+def _ffn_bwd_kernel(
+    dout_ptr,  # [B, N, L, D] upstream gradient of h^(K)
+    dpooled_ptr,  # [B, N, K, 2, 2, D]
+    dh_ptr,  # float32 [B, N, L, D] gradient of h^(k+1), if that is not h^(K)
+    dx2_ptr,  # float32 [B, N, L, D]
+    lengths_ptr, memory_lengths_ptr, rows_ptr,  # [B]
+    keys_ptr,  # [B, 2, D]
+    self_qkv_weight_ptr, self_qkv_bias_ptr, self_out_weight_ptr, self_out_bias_ptr,
+    cross_qkv_weight_ptr, cross_qkv_bias_ptr, cross_out_weight_ptr, cross_out_bias_ptr,
+    ffn_in_weight_ptr, ffn_in_bias_ptr, ffn_out_weight_ptr, ffn_out_bias_ptr,
+    norm_weight_ptr, norm_bias_ptr,
+    scratch_ptr,  # [sequences, L, 16 D + 2 F] of this step
+    dkeys_ptr,  # float32 [B, N, K, 2, 2, D]
+    dnorm_ptr,  # float32 [programs, K, 2, 3, 2, D] weight and bias of each norm
+    n_sequences, n_trajectories, size, k, steps, set_stride, stream,
+    dropout_threshold, dropout_scale, dropout_seed: tl.int64,
+    D: tl.constexpr, F: tl.constexpr, SLOT: tl.constexpr, USERS: tl.constexpr,
+    BLOCK_F: tl.constexpr, DROPOUT: tl.constexpr, POOL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Of one stream and step, backward of h = LN3(c + m3 FFN(c)), c = LN2(x2), pooling included.
+
+    Leaves dx2, and in scratch the gradient of the cross-attention's output.
+    """
+    dtype: tl.constexpr = scratch_ptr.dtype.element_ty
+    DY: tl.constexpr = 5 * D + F
+    X2: tl.constexpr = 15 * D + 2 * F
+    weights = (
+        self_qkv_weight_ptr, self_qkv_bias_ptr, self_out_weight_ptr, self_out_bias_ptr,
+        cross_qkv_weight_ptr, cross_qkv_bias_ptr, cross_out_weight_ptr, cross_out_bias_ptr,
+        ffn_in_weight_ptr, ffn_in_bias_ptr, ffn_out_weight_ptr, ffn_out_bias_ptr,
+        norm_weight_ptr, norm_bias_ptr,
+    )  # fmt: skip
+    dropout = (dropout_threshold, dropout_seed, dropout_scale)
+    program = tl.program_id(0).to(tl.int64)
+    first = program * USERS
+    index = 2 * k * set_stride + stream
+    rows = locate_rows(first, n_sequences, lengths_ptr, n_trajectories, size, USERS * SLOT, SLOT)
+    sequence, position, length, _, _, _ = rows
+    place = _place(rows, size, D, F)
+    user_row = sequence
+    if DROPOUT:
+        user_row = load_of_user(rows_ptr, first, n_sequences, n_trajectories, USERS * SLOT, SLOT)
+    dnorm = dnorm_ptr + ((program * steps + k) * 2 + stream) * (6 * D)
+    pooled_stride = steps.to(tl.int64) * (4 * D)
+    at_h = (4 * k + 2 + stream) * D  # in [K, 2, 2, D]
+
+    x2 = _unpark(scratch_ptr + X2, place, D).to(tl.float32)
+    c = _norm(x2, weights, index, 1, D).to(dtype)
+    x3 = c.to(tl.float32)
+    if F > 0:
+        _park(scratch_ptr + 4 * D, place, c, D)
+        x3 = _before_norm3(
+            c, rows, user_row, k, index, stream, weights, dropout, D, F, BLOCK_F, DROPOUT, PRECISION
         )  # fmt: skip
-        dh = tl.load(drec_ptr + carry_r, mask=stored_r, other=0.0)
-        da_r, da_s = _cross_bwd(
-            dh, scratch_r, scratch_s, place_r, place_s, rows_r, rows_s, gate_r,
-            da_r, da_s, user_row_r, k, index + 1, _REC, weights, dropout,
-            dnorm_r, keys_ptr + D, dpooled + D, dkeys + D, pooled_stride,
-            first, end_sequence, n_trajectories,
-            D, F, H, REC_SLOT, SEARCH_SLOT, BLOCK_F, DROPOUT, POOL, PRECISION,
+    if k == steps - 1:  # padding carries no gradient, whatever the upstream tensor holds there
+        valid = (position < length)[:, None]
+        dh = tl.load(tile_pointers(dout_ptr, rows, size, D, D), mask=valid, other=0.0)
+        dh = dh.to(tl.float32)
+    else:
+        dh = tl.load(tile_pointers(dh_ptr, rows, size, D, D), mask=place[2], other=0.0)
+    if POOL:
+        h = x3
+        if F > 0:
+            h = _norm(x3, weights, index, 2, D)
+        dh = pool_bwd(
+            dh, _zero_padding(h, rows).to(dtype), key_slots(length, SLOT), keys_ptr + stream * D,
+            dpooled_ptr + at_h, dkeys_ptr + at_h, pooled_stride,
+            first, n_sequences, n_trajectories, D, USERS,
         )  # fmt: skip
-        dh = _self_bwd(
-            da_s, scratch_s, place_s, rows_s, user_row_s, k, index, _SEARCH, weights, dropout,
-            dnorm_s, keys_ptr, dpooled, dkeys, pooled_stride, first, end_sequence, n_trajectories,
-            D, F, H, SEARCH_SLOT, DROPOUT, POOL, PRECISION,
+    if F > 0:
+        norm_weight_ptr, _ = _norm_weights(weights, index, 2, D)
+        dc = layer_norm_bwd(dh, x3, norm_weight_ptr, dnorm + 4 * D, D)
+        dy = _apply_dropout(dc, user_row, position, k, stream, 2, dropout, D, DROPOUT).to(dtype)
+        _park(scratch_ptr + DY + 8 * D, place, dy, D)
+        dh = ffn_bwd(
+            dy, c, dc, scratch_ptr + 5 * D, scratch_ptr + DY + 9 * D, place,
+            _ffn_weights(weights, index, D, F), D, F, BLOCK_F, PRECISION,
         )  # fmt: skip
-        tl.store(dsearch_ptr + carry_s, dh, mask=stored_s)
-        dh = _self_bwd(
-            da_r, scratch_r, place_r, rows_r, user_row_r, k, index + 1, _REC, weights, dropout,
-            dnorm_r, keys_ptr + D, dpooled + D, dkeys + D, pooled_stride,
-            first, end_sequence, n_trajectories,
-            D, F, H, REC_SLOT, DROPOUT, POOL, PRECISION,
+
+    norm_weight_ptr, _ = _norm_weights(weights, index, 1, D)
+    x2 = _unpark(scratch_ptr + X2, place, D).to(tl.float32)
+    dx2 = layer_norm_bwd(dh, x2, norm_weight_ptr, dnorm + 2 * D, D)
+    tl.store(tile_pointers(dx2_ptr, rows, size, D, D), dx2, mask=place[2])
+    dy = _apply_dropout(dx2, user_row, position, k, stream, 1, dropout, D, DROPOUT)
+    gate = (
+        load_of_user(memory_lengths_ptr, first, n_sequences, n_trajectories, USERS * SLOT, SLOT) > 0
+    )
+    _park(scratch_ptr + DY + 7 * D, place, tl.where(gate[:, None], dy, 0.0), D)
+
+
+@triton.jit(do_not_specialize=_STREAM_SIZES)
+def _cross_bwd_kernel(
+    dx2_ptr,  # float32 [B, N, L, D]
+    da_ptr,  # float32 [B, N, L, D]
+    dmemory_ptr,  # float32 [B, N, L', D]
+    lengths_ptr, memory_lengths_ptr,  # [B]
+    self_qkv_weight_ptr, self_qkv_bias_ptr, self_out_weight_ptr, self_out_bias_ptr,
+    cross_qkv_weight_ptr, cross_qkv_bias_ptr, cross_out_weight_ptr, cross_out_bias_ptr,
+    ffn_in_weight_ptr, ffn_in_bias_ptr, ffn_out_weight_ptr, ffn_out_bias_ptr,
+    norm_weight_ptr, norm_bias_ptr,
+    scratch_ptr, memory_scratch_ptr,  # [sequences, L, 16 D + 2 F], [sequences, L', 16 D + 2 F]
+    n_sequences, n_trajectories, size, memory_size, k, set_stride, stream,
+    D: tl.constexpr, F: tl.constexpr, H: tl.constexpr,
+    SLOT: tl.constexpr, MEMORY_SLOT: tl.constexpr, USERS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Of one stream and step, backward of x2 = a + g m2 MCA(a, memory): da and dmemory."""
+    DY: tl.constexpr = 5 * D + F
+    weights = (
+        self_qkv_weight_ptr, self_qkv_bias_ptr, self_out_weight_ptr, self_out_bias_ptr,
+        cross_qkv_weight_ptr, cross_qkv_bias_ptr, cross_out_weight_ptr, cross_out_bias_ptr,
+        ffn_in_weight_ptr, ffn_in_bias_ptr, ffn_out_weight_ptr, ffn_out_bias_ptr,
+        norm_weight_ptr, norm_bias_ptr,
+    )  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * USERS
+    rows = locate_rows(first, n_sequences, lengths_ptr, n_trajectories, size, USERS * SLOT, SLOT)
+    memory_rows = locate_rows(
+        first, n_sequences, memory_lengths_ptr, n_trajectories, memory_size,
+        USERS * MEMORY_SLOT, MEMORY_SLOT,
+    )  # fmt: skip
+    place = _place(rows, size, D, F)
+    memory_place = _place(memory_rows, memory_size, D, F)
+    da, dmemory = attention_bwd(
+        _unpark(scratch_ptr + DY + 7 * D, place, D),
+        _unpark(scratch_ptr + 2 * D, place, D),
+        _unpark(memory_scratch_ptr + 2 * D, memory_place, D),
+        memory_rows[2],
+        tl.load(tile_pointers(dx2_ptr, rows, size, D, D), mask=place[2], other=0.0),
+        tl.zeros([USERS * MEMORY_SLOT, D], tl.float32),
+        scratch_ptr + 3 * D, scratch_ptr + DY + 4 * D, memory_scratch_ptr + DY + 5 * D,
+        place, memory_place, _cross_weights(weights, 2 * k * set_stride + stream, D),
+        D, H, SLOT, MEMORY_SLOT, False, PRECISION,
+    )  # fmt: skip
+    tl.store(tile_pointers(da_ptr, rows, size, D, D), da, mask=place[2])
+    pointers = tile_pointers(dmemory_ptr, memory_rows, memory_size, D, D)
+    tl.store(pointers, dmemory, mask=memory_place[2])
+
+
+@triton.jit(do_not_specialize=_STREAM_SIZES)
+def _self_bwd_kernel(
+    da_ptr, dmemory_ptr,  # float32 [B, N, L, D], from both cross-attentions
+    dpooled_ptr,  # [B, N, K, 2, 2, D]
+    dh_ptr,  # float32 [B, N, L, D] gradient of h^(k)
+    lengths_ptr, rows_ptr,  # [B]
+    keys_ptr,  # [B, 2, D]
+    self_qkv_weight_ptr, self_qkv_bias_ptr, self_out_weight_ptr, self_out_bias_ptr,
+    cross_qkv_weight_ptr, cross_qkv_bias_ptr, cross_out_weight_ptr, cross_out_bias_ptr,
+    ffn_in_weight_ptr, ffn_in_bias_ptr, ffn_out_weight_ptr, ffn_out_bias_ptr,
+    norm_weight_ptr, norm_bias_ptr,
+    scratch_ptr,  # [sequences, L, 16 D + 2 F] of this step
+    dkeys_ptr,  # float32 [B, N, K, 2, 2, D]
+    dnorm_ptr,  # float32 [programs, K, 2, 3, 2, D]
+    n_sequences, n_trajectories, size, k, steps, set_stride, stream,
+    dropout_threshold, dropout_scale, dropout_seed: tl.int64,
+    D: tl.constexpr, F: tl.constexpr, H: tl.constexpr, SLOT: tl.constexpr, USERS: tl.constexpr,
+    DROPOUT: tl.constexpr, POOL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Of one stream and step, backward of a = LN1(x1), x1 = h + m1 MSA(h), pooling included."""
+    dtype: tl.constexpr = scratch_ptr.dtype.element_ty
+    DY: tl.constexpr = 5 * D + F
+    X1: tl.constexpr = 14 * D + 2 * F
+    weights = (
+        self_qkv_weight_ptr, self_qkv_bias_ptr, self_out_weight_ptr, self_out_bias_ptr,
+        cross_qkv_weight_ptr, cross_qkv_bias_ptr, cross_out_weight_ptr, cross_out_bias_ptr,
+        ffn_in_weight_ptr, ffn_in_bias_ptr, ffn_out_weight_ptr, ffn_out_bias_ptr,
+        norm_weight_ptr, norm_bias_ptr,
+    )  # fmt: skip
+    dropout = (dropout_threshold, dropout_seed, dropout_scale)
+    program = tl.program_id(0).to(tl.int64)
+    first = program * USERS
+    index = 2 * k * set_stride + stream
+    rows = locate_rows(first, n_sequences, lengths_ptr, n_trajectories, size, USERS * SLOT, SLOT)
+    sequence, position, length, _, _, _ = rows
+    place = _place(rows, size, D, F)
+    user_row = sequence
+    if DROPOUT:
+        user_row = load_of_user(rows_ptr, first, n_sequences, n_trajectories, USERS * SLOT, SLOT)
+    dnorm = dnorm_ptr + ((program * steps + k) * 2 + stream) * (6 * D)
+    pooled_stride = steps.to(tl.int64) * (4 * D)
+    at_a = (4 * k + stream) * D  # in [K, 2, 2, D]
+
+    da = tl.load(tile_pointers(da_ptr, rows, size, D, D), mask=place[2], other=0.0)
+    da += tl.load(tile_pointers(dmemory_ptr, rows, size, D, D), mask=place[2], other=0.0)
+    if POOL:
+        da = pool_bwd(
+            da, _unpark(scratch_ptr + 2 * D, place, D), key_slots(length, SLOT),
+            keys_ptr + stream * D, dpooled_ptr + at_a, dkeys_ptr + at_a, pooled_stride,
+            first, n_sequences, n_trajectories, D, USERS,
         )  # fmt: skip
-        tl.store(drec_ptr + carry_r, dh, mask=stored_r)
-        tl.debug_barrier()
+    x1 = _unpark(scratch_ptr + X1, place, D).to(tl.float32)
+    norm_weight_ptr, _ = _norm_weights(weights, index, 0, D)
+    dx1 = layer_norm_bwd(da, x1, norm_weight_ptr, dnorm, D)
+    dy = _apply_dropout(dx1, user_row, position, k, stream, 0, dropout, D, DROPOUT).to(dtype)
+    _park(scratch_ptr + DY + 3 * D, place, dy, D)
+    h = _unpark(scratch_ptr, place, D)
+    dh, _ = attention_bwd(
+        dy, h, h, length, dx1, dx1, scratch_ptr + D, scratch_ptr + DY, scratch_ptr + DY + D,
+        place, place, _self_weights(weights, index, D), D, H, SLOT, SLOT, True, PRECISION,
+    )  # fmt: skip
+    tl.store(tile_pointers(dh_ptr, rows, size, D, D), dh, mask=place[2])
 
 
 # -- configuration --------------------------------------------------------------------------------
@@ -671,9 +800,63 @@ def _slot(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def _config(D: int, slot_s: int, slot_r: int, dtype: torch.dtype) -> dict[str, Any]:
-    rows = max(slot_s, slot_r)
-    return {"USERS": max(1, 32 // rows), "num_warps": 4 if rows <= 32 else 8, "num_stages": 1}
+class _Config(NamedTuple):
+    """How one kernel is compiled."""
+
+    num_warps: int
+    park: bool = False  # forward: set the idle stream's state aside
+
+
+# By pass, then rows of a tile, at most: what serves a width, kind of product (half, tf32, ieee) and
+# compute capability that _CONFIGS does not name. A warp takes 16 rows of a chain of dots, so that
+# more than rows / 16 of them repeat each other's work.
+_DEFAULTS = {
+    "fwd": {32: _Config(4), 64: _Config(4, park=True), 128: _Config(8, park=True)},
+    "bwd": {32: _Config(4), 64: _Config(4), 128: _Config(8)},
+}
+# Exceptions, by (pass, D, rows, kind, major compute capability). Chosen, like the defaults, for the
+# fewest spilled bytes by ahead-of-time compilation with Triton 3.7.1 (docs/kernel-resources.md);
+# none was timed on a GPU.
+_CONFIGS = {
+    ("fwd", 64, 32, "half", 9): _Config(4, park=True),
+    ("fwd", 64, 64, "tf32", 8): _Config(8, park=True),
+    ("fwd", 64, 64, "tf32", 9): _Config(8, park=True),
+    ("fwd", 128, 64, "half", 8): _Config(8, park=True),
+    ("fwd", 128, 64, "half", 9): _Config(8, park=True),
+    ("bwd", 64, 64, "tf32", 8): _Config(8),
+    ("bwd", 128, 64, "half", 8): _Config(8),
+    ("bwd", 128, 64, "half", 9): _Config(8),
+}
+
+
+def _config(
+    which: str, D: int, rows: int, dtype: torch.dtype, precision: str, major: int
+) -> _Config:
+    """Look a pass up; ``rows`` are those of the longer stream's tile."""
+    kind = precision if dtype == torch.float32 else "half"
+    default = next(c for most, c in _DEFAULTS[which].items() if rows <= most)
+    if kind == "ieee":  # no tensor cores: products spread over all warps
+        default = default._replace(num_warps=8)
+    return _CONFIGS.get((which, D, rows, kind, major), default)
+
+
+def _users(slot_s: int, slot_r: int) -> int:
+    """Sequences of a tile: short ones share it."""
+    return max(1, 32 // max(slot_s, slot_r))
+
+
+def _block_f(F: int) -> int:
+    return 32 if F % 32 == 0 else 16
+
+
+def _major(device: torch.device) -> int:
+    """Major compute capability; the interpreter has none and gets the least that is served."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
+
+
+def _matrices_to(dtype: torch.dtype, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Cast matrices, as the dots want them, once: not in every program, in twice the registers."""
+    return [w.to(dtype) if i < 12 and i % 2 == 0 else w for i, w in enumerate(weights)]
 
 
 def latent_reasoning_fwd(
@@ -707,21 +890,24 @@ def latent_reasoning_fwd(
     pooled = search.new_empty((B, N, steps, 2, 2, D) if has_pool else (0,))
     saved_search = search.new_empty(n_saved, B, N, search_size, D)
     saved_rec = rec.new_empty(n_saved, B, N, rec_size, D)
+    weights = _matrices_to(search.dtype, weights)
     slot_s, slot_r = _slot(search_size), _slot(rec_size)
-    config = _config(D, slot_s, slot_r, search.dtype)
+    users, precision = _users(slot_s, slot_r), dot_precision(search.dtype)
+    rows_of_tile = users * max(slot_s, slot_r)
+    config = _config("fwd", D, rows_of_tile, search.dtype, precision, _major(search.device))
     if B * N:
         with on_device(search):
-            _latent_reasoning_fwd_kernel[(triton.cdiv(B * N, config["USERS"]),)](
+            _latent_reasoning_fwd_kernel[(triton.cdiv(B * N, users),)](
                 search, rec, search_lengths, rec_lengths, rows, target_keys, *weights,
                 search_out, rec_out, pooled, saved_search, saved_rec,
                 B * N, N, search_size, rec_size, steps, int(weights[0].shape[0] > 1),
                 noise_scale, noise_seed,
                 dropout_threshold, 65536.0 / (65536 - dropout_threshold), dropout_seed,
-                D=D, F=F, H=n_heads, SEARCH_SLOT=slot_s, REC_SLOT=slot_r,
-                BLOCK_F=32 if F % 32 == 0 else 16,
+                D=D, F=F, H=n_heads, SEARCH_SLOT=slot_s, REC_SLOT=slot_r, USERS=users,
+                BLOCK_F=_block_f(F),
                 NOISE=noise_scale != 0.0, DROPOUT=dropout_threshold > 0,
-                POOL=has_pool, SAVE=save_states,
-                PRECISION=dot_precision(search.dtype), **config,
+                POOL=has_pool, SAVE=save_states, PARK=config.park, PRECISION=precision,
+                num_warps=config.num_warps, num_stages=1,
             )  # fmt: skip
     return search_out, rec_out, pooled, saved_search, saved_rec
 
@@ -824,41 +1010,78 @@ def latent_reasoning_bwd(
             [t.to(w.dtype) for t, w in zip(totals, weights, strict=True)],
         )
 
+    cast = _matrices_to(search.dtype, weights)
     slot_s, slot_r = _slot(search_size), _slot(rec_size)
-    config = _config(D, slot_s, slot_r, search.dtype)
+    slots, sizes = (slot_s, slot_r), (search_size, rec_size)
+    tile, precision = _users(*slots), dot_precision(search.dtype)
+    config = _config("bwd", D, tile * max(slots), search.dtype, precision, _major(search.device))
+    constants: dict[str, Any] = {
+        "D": D, "F": F, "USERS": tile, "PRECISION": precision,
+        "num_warps": config.num_warps, "num_stages": 1,
+    }  # fmt: skip
+    is_dropping = dropout_threshold > 0
+    dropout = (dropout_threshold, 65536.0 / (65536 - dropout_threshold), dropout_seed)
     C = _scratch_columns(D, F)
     user_bytes = N * K * (search_size + rec_size) * C * search.element_size()
     chunk = min(B, max(1, _SCRATCH_BYTES // max(user_bytes, 1)))
     float32: dict[str, Any] = {"dtype": torch.float32, "device": search.device}
     dkeys = torch.empty((B, N, K, 2, 2, D) if has_pool else (0,), **float32)
     for start in range(0, B, chunk):
-        end = min(start + chunk, B)
-        n = (end - start) * N
-        programs = triton.cdiv(n, config["USERS"])
-        scratch_s = search.new_empty(K, n * search_size, C)
-        scratch_r = rec.new_empty(K, n * rec_size, C)
-        dh_s = torch.empty(end - start, N, search_size, D, **float32)
-        dh_r = torch.empty(end - start, N, rec_size, D, **float32)
+        users = slice(start, min(start + chunk, B))
+        lengths = (search_lengths[users], rec_lengths[users])
+        n = len(lengths[0]) * N
+        programs = triton.cdiv(n, tile)
+        scratch = tuple(search.new_empty(K, n * size, C) for size in sizes)
+        dh, da, dmemory = (
+            tuple(torch.empty(n // N, N, size, D, **float32) for size in sizes) for _ in range(3)
+        )
         dnorm = torch.empty(programs, K, 2, 3, 2, D, **float32)
         with on_device(search):
-            _latent_reasoning_bwd_kernel[(programs,)](
-                dsearch_out, drec_out, dpooled, search, rec, search_lengths, rec_lengths, rows,
-                target_keys, *weights, saved_search, saved_rec, scratch_s, scratch_r, dh_s, dh_r,
-                dkeys, dnorm, start * N, end * N,
-                B * N, N, search_size, rec_size, K, int(not shared), noise_scale, noise_seed,
-                dropout_threshold, 65536.0 / (65536 - dropout_threshold), dropout_seed,
-                D=D, F=F, H=n_heads, SEARCH_SLOT=slot_s, REC_SLOT=slot_r,
-                BLOCK_F=32 if F % 32 == 0 else 16,
-                NOISE=noise_scale != 0.0, DROPOUT=dropout_threshold > 0, POOL=has_pool,
-                PRECISION=dot_precision(search.dtype), **config,
-            )  # fmt: skip
-        dsearch[start:end] = dh_s.sum(1)
-        drec[start:end] = dh_r.sum(1)
+            for x, (state, saved) in enumerate(((search, saved_search), (rec, saved_rec))):
+                _recompute_self_kernel[(programs, K)](
+                    state[users], lengths[x], rows[users], *cast, saved[:, users], scratch[x],
+                    n, N, sizes[x], int(not shared), x, B * N, noise_scale, noise_seed, *dropout,
+                    H=n_heads, SLOT=slots[x], NOISE=noise_scale != 0.0,
+                    DROPOUT=is_dropping, **constants,
+                )  # fmt: skip
+            for x in (0, 1):
+                _recompute_cross_kernel[(programs, K)](
+                    lengths[x], lengths[1 - x], rows[users], *cast, scratch[x], scratch[1 - x],
+                    n, N, sizes[x], sizes[1 - x], int(not shared), x, *dropout,
+                    H=n_heads, SLOT=slots[x], MEMORY_SLOT=slots[1 - x],
+                    DROPOUT=is_dropping, **constants,
+                )  # fmt: skip
+            for k in reversed(range(K)):
+                for x, dout in enumerate((dsearch_out, drec_out)):
+                    _ffn_bwd_kernel[(programs,)](
+                        dout[users], dpooled[users], dh[x], da[x], lengths[x], lengths[1 - x],
+                        rows[users], target_keys[users], *cast, scratch[x][k], dkeys[users],
+                        dnorm, n, N, sizes[x], k, K, int(not shared), x, *dropout,
+                        SLOT=slots[x], BLOCK_F=_block_f(F), DROPOUT=is_dropping,
+                        POOL=has_pool, **constants,
+                    )  # fmt: skip
+                for x in (0, 1):
+                    _cross_bwd_kernel[(programs,)](
+                        da[x], da[x], dmemory[1 - x], lengths[x], lengths[1 - x], *cast,
+                        scratch[x][k], scratch[1 - x][k],
+                        n, N, sizes[x], sizes[1 - x], k, int(not shared), x,
+                        H=n_heads, SLOT=slots[x], MEMORY_SLOT=slots[1 - x], **constants,
+                    )  # fmt: skip
+                for x in (0, 1):
+                    _self_bwd_kernel[(programs,)](
+                        da[x], dmemory[x], dpooled[users], dh[x], lengths[x], rows[users],
+                        target_keys[users], *cast, scratch[x][k], dkeys[users], dnorm,
+                        n, N, sizes[x], k, K, int(not shared), x, *dropout,
+                        H=n_heads, SLOT=slots[x], DROPOUT=is_dropping, POOL=has_pool,
+                        **constants,
+                    )  # fmt: skip
+        dsearch[users] = dh[0].sum(1)
+        drec[users] = dh[1].sum(1)
         dnorm = dnorm.transpose(0, 1)  # [K, programs, 2, 3, 2, D]
         if shared:
-            scratch_s, scratch_r = scratch_s.view(1, -1, C), scratch_r.view(1, -1, C)
+            scratch = tuple(t.view(1, -1, C) for t in scratch)
             dnorm = dnorm.reshape(1, -1, 2, 3, 2, D)
-        _add_weight_gradients(totals, (scratch_s, scratch_r), dnorm, D, F)
+        _add_weight_gradients(totals, scratch, dnorm, D, F)
     if has_pool:
         dtarget_keys.copy_(dkeys.sum((1, 2, 3)))
     return (
@@ -873,9 +1096,10 @@ def latent_reasoning_bwd(
 
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _WEIGHTS = ("self_", "cross_", "ffn_", "norm_")
+_LENGTHS = ("search_lengths_ptr", "rec_lengths_ptr", "lengths_ptr", "memory_lengths_ptr")
+_FLOAT32 = ("dh_ptr", "da_ptr", "dx2_ptr", "dmemory_ptr", "dkeys_ptr", "dnorm_ptr")
 _OWN_TYPES = {
-    "search_lengths_ptr": "*i64", "rec_lengths_ptr": "*i64", "rows_ptr": "*i64",
-    "dsearch_ptr": "*fp32", "drec_ptr": "*fp32", "dkeys_ptr": "*fp32", "dnorm_ptr": "*fp32",
+    "rows_ptr": "*i64", **dict.fromkeys(_LENGTHS, "*i64"), **dict.fromkeys(_FLOAT32, "*fp32"),
     "noise_scale": "fp32", "noise_seed": "i64", "dropout_scale": "fp32", "dropout_seed": "i64",
 }  # fmt: skip
 
@@ -886,6 +1110,8 @@ def _variant(
     def kind(argument: str) -> str:
         if argument in _OWN_TYPES:
             return _OWN_TYPES[argument]
+        if argument.endswith("_weight_ptr") and not argument.startswith("norm"):
+            return f"*{_TYPES[dtype]}"
         if argument.endswith("_ptr"):
             return f"*{_TYPES[weights if argument.startswith(_WEIGHTS) else dtype]}"
         return "i32"
@@ -913,34 +1139,45 @@ _CALLS = (
 )  # fmt: skip
 
 
-def variants() -> Iterator[Variant]:
+def variants(arch: str) -> Iterator[Variant]:
     """Yield what models with two heads and F = D launch, in training and in rollouts.
 
     L is the longer history. Training pools every step and drops (``train``), or draws trajectories
-    (``rollout``); ``infer`` does neither.
+    (``rollout``); ``infer`` does neither. Backward is one kernel a stream, and that of the
+    cross-attention is the same in both.
     """
+    major = int(arch.removeprefix("sm_")) // 10
     plain = {"NOISE": False, "DROPOUT": False, "POOL": False, "SAVE": False}
     train = {"NOISE": False, "DROPOUT": True, "POOL": True, "SAVE": True}
     rollout = {"NOISE": True, "DROPOUT": False, "POOL": False, "SAVE": True}
     for call in _CALLS:
         dim, dtype = call.dim, call.dtype
         slot = _slot(call.size)
+        users = _users(slot, slot)
         shape = {
-            "D": dim, "F": dim, "H": 2, "SEARCH_SLOT": slot, "REC_SLOT": slot, "BLOCK_F": 32,
-            "PRECISION": call.precision,
-        } | _config(dim, slot, slot, dtype)  # fmt: skip
+            "D": dim, "F": dim, "H": 2, "SEARCH_SLOT": slot, "REC_SLOT": slot, "SLOT": slot,
+            "MEMORY_SLOT": slot, "USERS": users, "BLOCK_F": _block_f(dim),
+            "PRECISION": call.precision, "num_stages": 1,
+        }  # fmt: skip
         kind = _TYPES[dtype]
         if dtype == torch.float32:
             kind += f"-{call.precision}"
-        elif call.weights == dtype:
-            kind += "-weights"
         suffix = f"{kind}-d{dim}-L{call.size}"
         for name, kernel, switches in (
             ("fwd-infer", _latent_reasoning_fwd_kernel, plain),
             ("fwd-train", _latent_reasoning_fwd_kernel, train),
             ("fwd-rollout", _latent_reasoning_fwd_kernel, rollout),
-            ("bwd-train", _latent_reasoning_bwd_kernel, train),
-            ("bwd-rollout", _latent_reasoning_bwd_kernel, rollout),
+            ("recompute_self-train", _recompute_self_kernel, train),
+            ("recompute_self-rollout", _recompute_self_kernel, rollout),
+            ("recompute_cross-train", _recompute_cross_kernel, train),
+            ("recompute_cross-rollout", _recompute_cross_kernel, rollout),
+            ("ffn_bwd-train", _ffn_bwd_kernel, train),
+            ("ffn_bwd-rollout", _ffn_bwd_kernel, rollout),
+            ("cross_bwd", _cross_bwd_kernel, {}),
+            ("self_bwd-train", _self_bwd_kernel, train),
+            ("self_bwd-rollout", _self_bwd_kernel, rollout),
         ):
-            constants = shape | switches
+            which = "fwd" if name.startswith("fwd") else "bwd"
+            config = _config(which, dim, users * slot, dtype, call.precision, major)
+            constants = shape | switches | {"PARK": config.park, "num_warps": config.num_warps}
             yield _variant(f"{name}-{suffix}", kernel, dtype, call.weights, constants)

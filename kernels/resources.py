@@ -86,10 +86,10 @@ def kernel_modules() -> dict[str, ModuleType]:
     return {name: module for name, module in modules.items() if hasattr(module, "variants")}
 
 
-def all_variants() -> Iterator[tuple[str, Variant]]:
+def all_variants(arch: str) -> Iterator[tuple[str, Variant]]:
     """Yield ("module.variant", variant) for every kernel module."""
     for name, module in kernel_modules().items():
-        for fields in module.variants():
+        for fields in module.variants(arch):
             variant = Variant(*fields)
             yield f"{name}.{variant.name}", variant
 
@@ -98,11 +98,21 @@ def fingerprint(name: str) -> str:
     """Digest what a module compiles.
 
     That is its variants, and the @triton.jit functions and constants of it and of the modules that
-    have no variants of their own. Comments, formatting and launchers do not count.
+    it imports and that have no variants of their own. Comments, formatting and launchers do not
+    count.
     """
     modules = kernel_modules()
-    shared = [other for other in _module_names() if other not in modules]
-    parts = [repr((full, *v[2:])) for full, v in all_variants() if full.startswith(f"{name}.")]
+    own = inspect.getsource(modules[name])
+    shared = [
+        other for other in _module_names()
+        if other not in modules and f"from lcr_fast.kernels.{other} import" in own
+    ]  # fmt: skip
+    parts = [
+        repr((arch, full, *v[2:]))
+        for arch in SHARED_BYTES
+        for full, v in all_variants(arch)
+        if full.startswith(f"{name}.")
+    ]
     for module in (name, *shared):
         source = inspect.getsource(importlib.import_module(f"lcr_fast.kernels.{module}"))
         for node in ast.parse(source).body:
@@ -185,7 +195,7 @@ def measure(name: str, variant: Variant, arch: str) -> Usage:
 def _measure_named(job: tuple[str, str]) -> Usage:
     name, arch = job
     clock = time.monotonic()
-    usage = measure(name, dict(all_variants())[name], arch)
+    usage = measure(name, dict(all_variants(arch))[name], arch)
     sys.stderr.write(f"{arch} {name}: {time.monotonic() - clock:.0f} s\n")
     return usage
 
@@ -259,8 +269,12 @@ def main(argv: list[str] | None = None) -> None:
 
     if knobs.runtime.interpret:
         parser.error("interpreted kernels cannot be compiled: unset TRITON_INTERPRET")
-    names = [name for name, _ in all_variants() if re.search(args.only, name)]
-    jobs = [(name, arch) for arch in args.arch for name in names]
+    jobs = [
+        (name, arch)
+        for arch in args.arch
+        for name, _ in all_variants(arch)
+        if re.search(args.only, name)
+    ]
     known = {}
     if args.out and args.out.exists():
         known = _up_to_date(from_markdown(args.out.read_text()))

@@ -1066,7 +1066,7 @@ def _variant(name: str, kernel, dtype: torch.dtype, constants: dict[str, Any]) -
     return Variant(name, kernel, signature, constants, warps, stages)
 
 
-def variants() -> Iterator[Variant]:
+def variants(arch: str) -> Iterator[Variant]:
     """Yield what a model with the default head launches, in training (C 5) and in phase 2 (C 100).
 
     L is the longer history, k the length of a list.

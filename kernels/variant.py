@@ -4,8 +4,9 @@ from typing import Any, NamedTuple
 
 
 class Variant(NamedTuple):
-    """One configuration of a Triton kernel; a module's ``variants()`` yields all that it launches.
+    """One configuration of a Triton kernel.
 
+    A module's ``variants(arch)`` yields all that it launches on ``sm_80`` and the like.
     ``signature`` gives the type of each argument as Triton writes it (``*bf16``, ``i32``), pointers
     and sizes known to divide by 16 with ``:16`` (pointers always are); an argument that stands in
     ``constexprs`` needs no type.
