@@ -818,6 +818,8 @@ _DEFAULTS = {
 # fewest spilled bytes by ahead-of-time compilation with Triton 3.7.1 (docs/kernel-resources.md);
 # none was timed on a GPU.
 _CONFIGS = {
+    ("fwd", 32, 32, "half", 8): _Config(4, park=True),
+    ("fwd", 32, 32, "half", 9): _Config(4, park=True),
     ("fwd", 64, 32, "half", 9): _Config(4, park=True),
     ("fwd", 64, 64, "tf32", 8): _Config(8, park=True),
     ("fwd", 64, 64, "tf32", 9): _Config(8, park=True),

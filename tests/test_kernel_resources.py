@@ -26,7 +26,7 @@ VARIANTS = {
 REFRESH = "run `python -m lcr_fast.kernels.resources -o docs/kernel-resources.md`"
 
 # One of each kernel that runs in every training step, at the default model's width.
-COMPILED_HERE = r"^scoring\.score_fwd-bf16-d64-L50-C5$"
+COMPILED_HERE = r"^(scoring\.score_fwd-bf16-d64-L50-C5|reasoning\.self_bwd-rollout-bf16-d64-L50)$"
 
 
 def wants_tensor_cores(variant: Variant) -> bool:
@@ -35,12 +35,15 @@ def wants_tensor_cores(variant: Variant) -> bool:
     return halves or "tf32" in variant.constexprs.values()
 
 
-# Bytes that a thread may spill, by the first pattern that a name matches, for products on tensor
-# cores at D of 32 and 64. The aim is 0; these keep what has been reached.
+# Bytes that a thread may spill, by the first pattern that "name architecture" matches, for products
+# on tensor cores at D of 32 and 64. The aim is 0; the rest keeps what has been reached.
 MOST_SPILLED = (
-    (r"^reasoning\.fwd.*L(20|30)$", 32),
-    (r"^reasoning\.fwd", 600),
-    (r"^reasoning\.bwd", 1600),
+    (r"^reasoning\.fwd-train-fp32-tf32-d64-L50 sm_80$", 96),
+    (r"^reasoning\.\w+-\w+-fp32-tf32-d64-L50 sm_80$", 56),
+    (r"^reasoning\.fwd-train-fp32-tf32-d64-L50 sm_90$", 24),
+    (r"^reasoning\.fwd-train-bf16-d64-L50 sm_80$", 16),
+    (r"^reasoning\..*-L128 ", 56),
+    (r"^reasoning", 0),
     (r"^scoring", 0),
 )
 
@@ -55,7 +58,8 @@ def assert_fits(row: Usage) -> None:
     if wants_tensor_cores(variant):
         assert row.products != "FMA"
         if variant.constexprs.get("D") in (32, 64):
-            limit = next(most for name, most in MOST_SPILLED if re.search(name, row.kernel))
+            name = f"{row.kernel} {row.arch}"
+            limit = next(most for pattern, most in MOST_SPILLED if re.search(pattern, name))
             assert row.spilled <= limit, row
 
 
