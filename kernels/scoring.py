@@ -74,7 +74,8 @@ def obstacle(dim: int, dtype: torch.dtype, hidden: tuple[int, ...]) -> str | Non
     if dim == 128 and dtype == torch.float32 and hidden and torch.cuda.is_available():
         # Two whole [D, D] matrices at once over the catalogue: compiled for sm_90, Triton 3.7.1.
         needed = 198 << 10
-        shared = torch.cuda.get_device_properties().shared_memory_per_block_optin
+        gpu = torch.cuda.get_device_properties()
+        shared = gpu.shared_memory_per_block_optin  # type: ignore[attr-defined]
         if shared < needed:
             return (
                 f"float32 at width 128 needs {needed >> 10} KiB of shared memory, and this GPU has "
