@@ -28,14 +28,15 @@ def test_files(page):
 
 
 def commands() -> list[str]:
-    text = (ROOT / "docs" / "reproducing.md").read_text(encoding="utf-8")
+    pages = ("reproducing.md", "studies.md")
+    text = "\n".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in pages)
     pieces = re.findall(r"`([^`]+)`", text) + re.findall(r"^    (.+)$", text, re.M)
     split = (command.strip() for piece in pieces for command in piece.split("&&"))
     return [command for command in split if command.startswith("lcr-fast ")]
 
 
 def test_commands_are_found():
-    assert len(commands()) >= 6
+    assert len(commands()) >= 9
 
 
 @pytest.mark.parametrize("command", commands())
