@@ -992,7 +992,7 @@ def latent_reasoning_bwd(
     saved_search: Tensor,
     saved_rec: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Launch the backward kernel on chunks of users and multiply out the weight gradients.
+    """Launch the backward kernels on chunks of users and multiply out the weight gradients.
 
     Returns the gradients of both streams [B, L, D] summed over the trajectories, of the target keys
     [B, 2, D] (or [0]) and of the 14 weights in their dtypes.
