@@ -281,14 +281,17 @@ def run(benchmark, race, compiles, ceilings, device):
                 for name, f in forwards.items()
             }
             expected = calls["eager"](bench.sets[0])
+            # A ReLU whose input rounds to the other side of 0 moves gradients by up to 4e-4 of
+            # their size (seen in eager, against float64).
+            bound = 1e-3 if backward else 1e-4
             for name, call in calls.items():
                 if name != "N calls":  # draws noise of its own
-                    harness.assert_close(name, call(bench.sets[0]), expected)
+                    harness.assert_close(name, call(bench.sets[0]), expected, bound)
             sets = [(x,) for x in bench.sets]
             turns = {name: harness.rotate(call, sets) for name, call in calls.items()}
             if device == "cuda":
                 turns["CUDA graph"] = harness.graphed(calls["eager"], sets)
-                harness.assert_close("CUDA graph", turns["CUDA graph"](), expected)
+                harness.assert_close("CUDA graph", turns["CUDA graph"](), expected, bound)
             others = {name: (call, 1.0) for name, call in turns.items() if name}
             race(turns[""], others, rounds=15, seconds=1.0)
             if benchmark.enabled:

@@ -118,18 +118,18 @@ def graphed(function: Callable[..., Any], input_sets: Sequence[Sequence[Any]]) -
     return replay
 
 
-def assert_close(name: str, found: Any, expected: Any) -> None:
+def assert_close(name: str, found: Any, expected: Any, bound: float = 1e-4) -> None:
     """Require tensors, or nested tuples of them, to agree but for rounding, in RMS.
 
-    This finds variants that compute something else; the parity of ours is asserted elsewhere.
+    ``bound`` is the relative error of float32. This finds variants that compute something else; the
+    parity of ours is asserted elsewhere.
     """
     if not isinstance(expected, Tensor):
         for one, other in zip(found, expected, strict=True):
-            assert_close(name, one, other)
+            assert_close(name, one, other, bound)
         return
-    # A ReLU whose input rounds to the other side of 0 moves float32 gradients by up to 4e-4 of
-    # their size (seen in eager, against float64); halves round every sublayer.
-    bound = 1e-3 if expected.dtype == torch.float32 else 0.05
+    # Five post-norm steps amplify a rounding error by ten at most; halves round every sublayer.
+    bound = bound if expected.dtype == torch.float32 else 0.05
     # Padded candidates score -inf.
     found, expected = (t.detach().double().nan_to_num(neginf=0.0) for t in (found, expected))
     assert found.shape == expected.shape, f"{name}: {found.shape}, not {expected.shape}"
