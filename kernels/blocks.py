@@ -68,13 +68,52 @@ def key_slots(length, SLOT: tl.constexpr):
 
 
 @triton.jit
-def tile_pointers(ptr, rows, size, WIDTH: tl.constexpr, D: tl.constexpr):
-    """Pointers to D columns of a tile's rows in a contiguous tensor [sequences, size, WIDTH].
+def tile_at(ptr, rows, size, WIDTH: tl.constexpr):
+    """Say where a tile's rows are in a contiguous tensor [sequences, size, WIDTH].
 
-    Only the start of the tile needs 64 bits, and that is one number.
+    That is the place of its first row, the others' offsets from there, int32 [M, 1], and which of
+    them exist, bool [M, 1]. Only the first needs 64 bits, and that is one number.
     """
-    start = ptr + rows[4] * size * WIDTH
-    return start + rows[5][:, None] * WIDTH + tl.arange(0, D)[None, :]
+    return ptr + rows[4] * size * WIDTH, (rows[5] * WIDTH)[:, None], rows[3][:, None]
+
+
+@triton.jit
+def load_tile(at, D: tl.constexpr):
+    """D columns of a tile's rows, 0 in rows that do not exist: [M, D]."""
+    start, offset, exists = at
+    return tl.load(start + offset + tl.arange(0, D)[None, :], mask=exists, other=0.0)
+
+
+@triton.jit
+def store_tile(at, x, D: tl.constexpr):
+    start, offset, exists = at
+    x = x.to(start.dtype.element_ty)
+    tl.store(start + offset + tl.arange(0, D)[None, :], x, mask=exists)
+
+
+@triton.jit
+def columns(at, first):
+    """Move to another column of the same rows."""
+    start, offset, exists = at
+    return start + first, offset, exists
+
+
+@triton.jit
+def set_aside(at, x, D: tl.constexpr, ASIDE: tl.constexpr):
+    """If ASIDE, store a tile where :func:`take_up` will look for it."""
+    if ASIDE:
+        tl.debug_barrier()  # other threads may still read what stands there
+        store_tile(at, x, D)
+
+
+@triton.jit
+def take_up(x, at, D: tl.constexpr, RELOAD: tl.constexpr):
+    """x, or if RELOAD its copy in memory, so that x need not wait in registers until here."""
+    if RELOAD:
+        # Without the barrier this load would be merged with an earlier one, and kept till here.
+        tl.debug_barrier()
+        x = load_tile(at, D)
+    return x
 
 
 # -- noise and dropout: the definition is in lcr_fast/noise.py ------------------------------------
@@ -196,7 +235,68 @@ def layer_norm_bwd(dy, x, weight_ptr, dnorm_ptr, D: tl.constexpr):
     return rstd[:, None] * (g - mean_g[:, None] - x_hat * mean_gx[:, None])
 
 
-# -- dots with weights ----------------------------------------------------------------------------
+@triton.jit
+def _split_depth(a, b):
+    """Halve the depth of a product a b: left and right half of a, upper and lower half of b."""
+    M: tl.constexpr = a.shape[0]
+    K: tl.constexpr = a.shape[1]
+    N: tl.constexpr = b.shape[1]
+    left, right = tl.split(a.reshape(M, 2, K // 2).permute(0, 2, 1))
+    upper, lower = tl.split(b.reshape(2, K // 2, N).permute(1, 2, 0))
+    return left, right, upper, lower
+
+
+@triton.jit
+def _product_32(a, b, c, DEPTH: tl.constexpr):
+    if a.shape[1] > DEPTH:
+        left, right, upper, lower = _split_depth(a, b)
+        c = tl.dot(left, upper, c, input_precision="ieee")
+        c = tl.dot(right, lower, c, input_precision="ieee")
+    else:
+        c = tl.dot(a, b, c, input_precision="ieee")
+    return c
+
+
+@triton.jit
+def _product_64(a, b, c, DEPTH: tl.constexpr):
+    if a.shape[1] > DEPTH:
+        left, right, upper, lower = _split_depth(a, b)
+        c = _product_32(left, upper, c, DEPTH)
+        c = _product_32(right, lower, c, DEPTH)
+    else:
+        c = tl.dot(a, b, c, input_precision="ieee")
+    return c
+
+
+@triton.jit
+def _product_128(a, b, c, DEPTH: tl.constexpr):
+    """Compute a b + c by FMA, DEPTH of the inner axis at a time; the axis has at most 128.
+
+    Operands of FMA lie in registers over the whole depth: 256 a thread for two tiles [64, 64].
+    """
+    if a.shape[1] > DEPTH:
+        left, right, upper, lower = _split_depth(a, b)
+        c = _product_64(left, upper, c, DEPTH)
+        c = _product_64(right, lower, c, DEPTH)
+    else:
+        c = tl.dot(a, b, c, input_precision="ieee")
+    return c
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr, c=None):
+    """Compute a b + c in float32, c being 0 by default.
+
+    ``PRECISION`` says how float32 is multiplied: ``tf32``; ``ieee``; or ``ieee16`` and ``ieee32``
+    for a product in pieces of that depth.
+    """
+    if PRECISION == "ieee16":
+        c = _product_128(a, b, c, 16)
+    elif PRECISION == "ieee32":
+        c = _product_128(a, b, c, 32)
+    else:
+        c = tl.dot(a, b, c, input_precision=PRECISION)
+    return c
 
 
 @triton.jit
@@ -216,7 +316,7 @@ def linear(x, weight_ptr, bias_ptr, rows, D: tl.constexpr, PRECISION: tl.constex
     """Compute x W[rows]^T + b[rows] for weights [out, D]: float32 [M, rows]."""
     weight = load_block_transposed(weight_ptr, rows, tl.arange(0, D), D, x.dtype)
     bias = tl.load(bias_ptr + rows).to(tl.float32)
-    return tl.dot(x, weight, input_precision=PRECISION) + bias[None, :]
+    return product(x, weight, PRECISION) + bias[None, :]
 
 
 # -- sublayers ------------------------------------------------------------------------------------
@@ -224,34 +324,39 @@ def linear(x, weight_ptr, bias_ptr, rows, D: tl.constexpr, PRECISION: tl.constex
 
 @triton.jit
 def _project_head(
-    x, memory, memory_length, h, head, qkv_weight_ptr, qkv_bias_ptr,
+    x, x_at, memory, memory_at, memory_length, h, head, qkv_weight_ptr, qkv_bias_ptr,
     D: tl.constexpr, WIDTH: tl.constexpr, SLOT: tl.constexpr, MEMORY_SLOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    RELOAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One head's queries [M_q, D/H] times log2(e) / sqrt(D/H), keys, values and probabilities.
 
     p = softmax(q k^T) over a query's own keys, float32 [M_q, M_k]; zeros for a query without keys.
     """
+    memory = take_up(memory, memory_at, D, RELOAD)
+    v = linear(memory, qkv_weight_ptr, qkv_bias_ptr, 2 * D + head, D, PRECISION).to(x.dtype)
+    x = take_up(x, x_at, D, RELOAD)
     q = linear(x, qkv_weight_ptr, qkv_bias_ptr, head, D, PRECISION)
     q = (q * (LOG2_E * WIDTH**-0.5)).to(x.dtype)
+    memory = take_up(memory, memory_at, D, RELOAD)
     k = linear(memory, qkv_weight_ptr, qkv_bias_ptr, D + head, D, PRECISION).to(x.dtype)
-    scores = tl.dot(q, k.trans(), input_precision=PRECISION)  # [M_q, M_k]
+    scores = product(q, k.trans(), PRECISION)  # [M_q, M_k]
     query_slot = row_slots(x.shape[0], SLOT)
     # No length exceeds the slot. The bound names h so that the mask is made again for each head:
     # a mask for all of them, and for all steps, would be kept in registers.
-    key_slot = key_slots(tl.minimum(memory_length, MEMORY_SLOT + h), MEMORY_SLOT)
+    key_slot = key_slots(memory_length, MEMORY_SLOT)
     scores = tl.where(query_slot[:, None] == key_slot[None, :], scores, float("-inf"))
     top = tl.maximum(tl.max(scores, 1), LOWEST_SCORE)
     p = tl.exp2(scores - top[:, None])
     p = p / tl.maximum(tl.sum(p, 1), 1.0)[:, None]  # a sum over keys is at least 1
-    v = linear(memory, qkv_weight_ptr, qkv_bias_ptr, 2 * D + head, D, PRECISION).to(x.dtype)
     return q, k, v, p
 
 
 @triton.jit
 def attention(
     x,  # [M_q, D]
+    x_at,  # where x stands in memory too, if RELOAD
     memory,  # [M_k, D]
+    memory_at,
     memory_length,  # [M_k] of each row's sequence
     y,  # float32 [M_q, D], added to
     has_keys,  # bool [M_q]: to the others nothing is added
@@ -260,6 +365,7 @@ def attention(
     H: tl.constexpr,
     SLOT: tl.constexpr,
     MEMORY_SLOT: tl.constexpr,
+    RELOAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Multi-head attention, head by head: y = sum_h softmax(Q_h K_h^T / sqrt(D/H)) V_h Wo_h^T + bo.
@@ -273,35 +379,58 @@ def attention(
     for h in tl.range(0, H, disable_licm=True):
         head = h * WIDTH + tl.arange(0, WIDTH)
         _, _, v, p = _project_head(
-            x, memory, memory_length, h, head, qkv_weight_ptr, qkv_bias_ptr,
-            D, WIDTH, SLOT, MEMORY_SLOT, PRECISION,
+            x, x_at, memory, memory_at, memory_length, h, head, qkv_weight_ptr, qkv_bias_ptr,
+            D, WIDTH, SLOT, MEMORY_SLOT, RELOAD, PRECISION,
         )  # fmt: skip
-        o = tl.dot(p.to(x.dtype), v, input_precision=PRECISION).to(x.dtype)  # [M_q, D/H]
+        o = product(p.to(x.dtype), v, PRECISION).to(x.dtype)  # [M_q, D/H]
         out_weight = load_block_transposed(out_weight_ptr, column, head, D, x.dtype)  # [D/H, D]
-        y = tl.dot(o, out_weight, y, input_precision=PRECISION)
+        y = product(o, out_weight, PRECISION, y)
     out_bias = tl.load(out_bias_ptr + column).to(tl.float32)
     return y + tl.where(has_keys[:, None], out_bias[None, :], 0.0)
 
 
 @triton.jit
+def _project_back(
+    dq, dk, dv, dx, dmemory, head, qkv_weight_ptr,
+    D: tl.constexpr, IS_SELF: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add dq Wq_h to dx and dk Wk_h + dv Wv_h to dmemory, or all to dx if the memory is x."""
+    column = tl.arange(0, D)
+    query_weight = load_block(qkv_weight_ptr, head, column, D, dq.dtype)  # [D/H, D]
+    dx = product(dq, query_weight, PRECISION, dx)
+    key_weight = load_block(qkv_weight_ptr, D + head, column, D, dq.dtype)
+    value_weight = load_block(qkv_weight_ptr, 2 * D + head, column, D, dq.dtype)
+    if IS_SELF:
+        dx = product(dk, key_weight, PRECISION, dx)
+        dx = product(dv, value_weight, PRECISION, dx)
+    else:
+        dmemory = product(dk, key_weight, PRECISION, dmemory)
+        dmemory = product(dv, value_weight, PRECISION, dmemory)
+    return dx, dmemory
+
+
+@triton.jit
 def attention_bwd(
     dy,  # [M_q, D] gradient of the sublayer's output, in the states' dtype
+    dy_at,  # where dy stands in memory too, if RELOAD
     x,  # [M_q, D]
+    x_at,
     memory,  # [M_k, D]
+    memory_at,
     memory_length,  # [M_k] of each row's sequence
     dx,  # float32 [M_q, D], added to
     dmemory,  # float32 [M_k, D], added to; not used if the memory is x itself
-    heads_ptr,  # o, pairs of rows with dy: at this tile's rows, [M_q, D] each
-    dq_ptr,
-    dkv_ptr,  # [M_k, 2D]: dk, dv
-    query_place,  # start of the tile, offsets of its rows from there [M_q, 1], which rows exist
-    key_place,  # the same of the memory's rows, [M_k, 1]
+    heads_at,  # where o, dq [M_q, D] and dk, dv [M_k, D] are to be stored
+    dq_at,
+    dk_at,
+    dv_at,
     weights,
     D: tl.constexpr,
     H: tl.constexpr,
     SLOT: tl.constexpr,
     MEMORY_SLOT: tl.constexpr,
     IS_SELF: tl.constexpr,
+    RELOAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Backward of :func:`attention`, recomputing each head.
@@ -314,55 +443,56 @@ def attention_bwd(
     Returns dx and dmemory; for self-attention all of it in dx.
     """
     qkv_weight_ptr, qkv_bias_ptr, out_weight_ptr, _ = weights
-    query_start, query_offset, query_stored = query_place
-    key_start, key_offset, key_stored = key_place
-    heads_ptr += query_start
-    dq_ptr += query_start
-    dkv_ptr += key_start
     WIDTH: tl.constexpr = D // H
     column = tl.arange(0, D)
     for h in tl.range(0, H, disable_licm=True):
         head = h * WIDTH + tl.arange(0, WIDTH)
         q, k, v, p = _project_head(
-            x, memory, memory_length, h, head, qkv_weight_ptr, qkv_bias_ptr,
-            D, WIDTH, SLOT, MEMORY_SLOT, PRECISION,
+            x, x_at, memory, memory_at, memory_length, h, head, qkv_weight_ptr, qkv_bias_ptr,
+            D, WIDTH, SLOT, MEMORY_SLOT, RELOAD, PRECISION,
         )  # fmt: skip
-        to_head = query_offset + head[None, :]
-        o = tl.dot(p.to(x.dtype), v, input_precision=PRECISION)
-        tl.store(heads_ptr + to_head, o.to(x.dtype), mask=query_stored)
+        o = product(p.to(x.dtype), v, PRECISION)
+        store_tile(columns(heads_at, h * WIDTH), o, WIDTH)
 
         out_weight = load_block(out_weight_ptr, column, head, D, x.dtype)  # [D, D/H]
-        do = tl.dot(dy, out_weight, input_precision=PRECISION).to(x.dtype)  # [M_q, D/H]
-        dv = tl.dot(p.to(x.dtype).trans(), do, input_precision=PRECISION).to(x.dtype)
-        dp = tl.dot(do, v.trans(), input_precision=PRECISION)  # [M_q, M_k]
+        dy = take_up(dy, dy_at, D, RELOAD)
+        do = product(dy, out_weight, PRECISION).to(x.dtype)  # [M_q, D/H]
+        dv = product(p.to(x.dtype).trans(), do, PRECISION).to(x.dtype)
+        dp = product(do, v.trans(), PRECISION)  # [M_q, M_k]
         ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(x.dtype)
-        dq = (tl.dot(ds, k, input_precision=PRECISION) * WIDTH**-0.5).to(x.dtype)
-        dk = (tl.dot(ds.trans(), q, input_precision=PRECISION) / LOG2_E).to(x.dtype)
-        tl.store(dq_ptr + to_head, dq, mask=query_stored)
-        tl.store(dkv_ptr + key_offset + head[None, :], dk, mask=key_stored)
-        tl.store(dkv_ptr + key_offset + D + head[None, :], dv, mask=key_stored)
+        dq = (product(ds, k, PRECISION) * WIDTH**-0.5).to(x.dtype)
+        dk = (product(ds.trans(), q, PRECISION) / LOG2_E).to(x.dtype)
+        store_tile(columns(dq_at, h * WIDTH), dq, WIDTH)
+        store_tile(columns(dk_at, h * WIDTH), dk, WIDTH)
+        store_tile(columns(dv_at, h * WIDTH), dv, WIDTH)
 
-        query_weight = load_block(qkv_weight_ptr, head, column, D, x.dtype)  # [D/H, D]
-        dx = tl.dot(dq, query_weight, dx, input_precision=PRECISION)
-        key_weight = load_block(qkv_weight_ptr, D + head, column, D, x.dtype)
-        value_weight = load_block(qkv_weight_ptr, 2 * D + head, column, D, x.dtype)
-        if IS_SELF:
-            dx = tl.dot(dk, key_weight, dx, input_precision=PRECISION)
-            dx = tl.dot(dv, value_weight, dx, input_precision=PRECISION)
-        else:
-            dmemory = tl.dot(dk, key_weight, dmemory, input_precision=PRECISION)
-            dmemory = tl.dot(dv, value_weight, dmemory, input_precision=PRECISION)
+        if not RELOAD:
+            dx, dmemory = _project_back(
+                dq, dk, dv, dx, dmemory, head, qkv_weight_ptr, D, IS_SELF, PRECISION
+            )
+    if RELOAD:  # in a loop of their own, dx and dmemory need not wait beside the scores
+        tl.debug_barrier()
+        for h in tl.range(0, H, disable_licm=True):
+            head = h * WIDTH + tl.arange(0, WIDTH)
+            dq = load_tile(columns(dq_at, h * WIDTH), WIDTH)
+            dk = load_tile(columns(dk_at, h * WIDTH), WIDTH)
+            dv = load_tile(columns(dv_at, h * WIDTH), WIDTH)
+            dx, dmemory = _project_back(
+                dq, dk, dv, dx, dmemory, head, qkv_weight_ptr, D, IS_SELF, PRECISION
+            )
     return dx, dmemory
 
 
 @triton.jit
 def ffn(
     x,  # [M, D]
+    x_at,
     y,  # float32 [M, D], added to
     weights,  # pointers to one stream's in weight and bias, out weight and bias
     D: tl.constexpr,
     F: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    RELOAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """relu(x W1^T + b1) W2^T + b2 in blocks of BLOCK_F hidden units: float32 [M, D]."""
@@ -370,44 +500,46 @@ def ffn(
     column = tl.arange(0, D)
     for start in tl.range(0, F, BLOCK_F, disable_licm=True):
         unit = start + tl.arange(0, BLOCK_F)
+        x = take_up(x, x_at, D, RELOAD)
         hidden = linear(x, in_weight_ptr, in_bias_ptr, unit, D, PRECISION)  # [M, BLOCK_F]
         hidden = tl.maximum(hidden, 0.0).to(x.dtype)
         out_weight = load_block_transposed(out_weight_ptr, column, unit, F, x.dtype)
-        y = tl.dot(hidden, out_weight, y, input_precision=PRECISION)
+        y = product(hidden, out_weight, PRECISION, y)
     return y + tl.load(out_bias_ptr + column).to(tl.float32)[None, :]
 
 
 @triton.jit
 def ffn_bwd(
     dy,  # [M, D] gradient of the sublayer's output, in the states' dtype
+    dy_at,
     x,  # [M, D]
+    x_at,
     dx,  # float32 [M, D], added to
-    hidden_ptr,  # pairs of rows with dy: [M, F]
-    dhidden_ptr,  # pairs of rows with x: [M, F]
-    place,  # start of the tile, offsets of its rows from there [M, 1], which rows exist
+    hidden_at,  # where the hidden units and their gradient are to be stored, [M, F]
+    dhidden_at,
     weights,
     D: tl.constexpr,
     F: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    RELOAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Backward of :func:`ffn`: dhidden = dy W2 [hidden > 0], dx += dhidden W1."""
     in_weight_ptr, in_bias_ptr, out_weight_ptr, _ = weights
-    start_of_tile, offset, stored = place
-    hidden_ptr += start_of_tile
-    dhidden_ptr += start_of_tile
     column = tl.arange(0, D)
     for start in tl.range(0, F, BLOCK_F, disable_licm=True):
         unit = start + tl.arange(0, BLOCK_F)
+        x = take_up(x, x_at, D, RELOAD)
         hidden = linear(x, in_weight_ptr, in_bias_ptr, unit, D, PRECISION)  # [M, BLOCK_F]
         hidden = tl.maximum(hidden, 0.0).to(x.dtype)
-        tl.store(hidden_ptr + offset + unit[None, :], hidden, mask=stored)
+        store_tile(columns(hidden_at, start), hidden, BLOCK_F)
         out_weight = load_block(out_weight_ptr, column, unit, F, x.dtype)  # [D, BLOCK_F]
-        dhidden = tl.dot(dy, out_weight, input_precision=PRECISION)
+        dy = take_up(dy, dy_at, D, RELOAD)
+        dhidden = product(dy, out_weight, PRECISION)
         dhidden = tl.where(hidden > 0.0, dhidden, 0.0).to(x.dtype)
-        tl.store(dhidden_ptr + offset + unit[None, :], dhidden, mask=stored)
+        store_tile(columns(dhidden_at, start), dhidden, BLOCK_F)
         in_weight = load_block(in_weight_ptr, unit, column, D, x.dtype)  # [BLOCK_F, D]
-        dx = tl.dot(dhidden, in_weight, dx, input_precision=PRECISION)
+        dx = product(dhidden, in_weight, PRECISION, dx)
     return dx
 
 

@@ -94,32 +94,38 @@ def all_variants(arch: str) -> Iterator[tuple[str, Variant]]:
             yield f"{name}.{variant.name}", variant
 
 
+def _sources(name: str) -> dict[str, str]:
+    """Source of a module and of what it imports of this package, by name."""
+    found: dict[str, str] = {}
+    waiting = [name]
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            found[module] = inspect.getsource(importlib.import_module(f"lcr_fast.kernels.{module}"))
+            waiting += re.findall(r"^from lcr_fast\.kernels\.(\w+) import", found[module], re.M)
+    return dict(sorted(found.items()))
+
+
 def fingerprint(name: str) -> str:
     """Digest what a module compiles.
 
-    That is its variants, and the @triton.jit functions and constants of it and of the modules that
-    it imports and that have no variants of their own. Comments, formatting and launchers do not
-    count.
+    That is its variants, and the @triton.jit functions and their constants (tl.constexpr) of it and
+    of the modules of this package that it imports, directly or not. Comments, formatting and
+    launchers do not count.
     """
-    modules = kernel_modules()
-    own = inspect.getsource(modules[name])
-    shared = [
-        other for other in _module_names()
-        if other not in modules and f"from lcr_fast.kernels.{other} import" in own
-    ]  # fmt: skip
     parts = [
         repr((arch, full, *v[2:]))
         for arch in SHARED_BYTES
         for full, v in all_variants(arch)
         if full.startswith(f"{name}.")
     ]
-    for module in (name, *shared):
-        source = inspect.getsource(importlib.import_module(f"lcr_fast.kernels.{module}"))
+    for source in _sources(name).values():
         for node in ast.parse(source).body:
             jitted = isinstance(node, ast.FunctionDef) and any(
                 ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list
             )
-            if jitted or isinstance(node, ast.Assign | ast.AnnAssign):
+            constant = isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("tl.")
+            if jitted or constant:
                 parts.append(ast.dump(node))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 

@@ -156,6 +156,34 @@ def test_parity_of_large_calls(case, dtype):
     assert_reasoning_parity(run_reasoning(call, "triton"), reasoning_baseline(call))
 
 
+# Configurations of the Triton kernels: num_warps, park, depth of IEEE products, block_f.
+CONFIGS = {
+    "nothing waits in memory": (4, 0, 0, 32),
+    "the idle stream waits in memory": (4, 1, 0, 32),
+    "every operand waits in memory": (4, 2, 0, 32),
+    "products of depth 32": (8, 2, 32, 16),
+    "products of depth 16": (8, 0, 16, 32),
+}
+
+
+@pytest.mark.parametrize("case", ["D=64 H=4, K=1", "dropout"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_parity_in_every_configuration(monkeypatch, config, case):
+    require("triton", CASES[case])
+    from lcr_fast.kernels import reasoning_config
+
+    asked = []
+
+    def chosen(which, *_):
+        asked.append(which)
+        return reasoning_config.Config(*CONFIGS[config])
+
+    monkeypatch.setattr(reasoning_config, "config", chosen)
+    call = draw("triton", CASES[case])
+    assert_reasoning_parity(run_reasoning(call, "triton"), reasoning_baseline(call))
+    assert set(asked) == {"fwd", "recompute", "bwd"}
+
+
 @pytest.mark.parametrize("case", ["dropout", "three trajectories"])
 def test_an_empty_batch(backend, case):
     call = draw(backend, CASES[case]._replace(n_users=0))

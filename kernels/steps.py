@@ -1,0 +1,225 @@
+"""Device functions of one reasoning step, for its forward and backward kernels.
+
+For each stream x with the other stream x', g = 1 if x' has an event, else 0, and dropout masks m:
+
+    x1 = h_x + m1 MSA_x(h_x)                         a_x = LN1(x1)
+    x2 = a_x + g m2 MCA_x(Q = a_x, K = V = a_x')     c_x = LN2(x2)
+    x3 = c_x + m3 FFN_x(c_x)                         h_x <- LN3(x3)
+
+States between sublayers have the tensors' dtype, which is also that of the products' operands;
+products accumulate in float32, softmax, LayerNorm and all sums are float32.
+
+A state comes with the place where it stands in memory too (``h_at`` beside ``h``). With RELOAD it
+is read from there for every use, so that it does not wait in registers meanwhile.
+"""
+
+import triton
+import triton.language as tl
+
+from lcr_fast.kernels.blocks import (
+    attention,
+    dropout_keep,
+    ffn,
+    layer_norm,
+    load_of_user,
+    locate_rows,
+    normal_noise,
+    set_aside,
+    take_up,
+)
+
+# Dropout sites, as in lcr_fast/ops/noise.py: step k has three a stream.
+_REASONING_SITES = tl.constexpr(1 << 13)
+_STREAM_SITES = tl.constexpr(1 << 12)
+
+SEARCH = tl.constexpr(0)
+REC = tl.constexpr(1)
+
+
+@triton.jit
+def self_weights(weights, index, D: tl.constexpr):
+    """Pointers to the self-attention of one stream and step; ``index`` = 2 set + stream."""
+    return (
+        weights[0] + index * (3 * D * D), weights[1] + index * (3 * D),
+        weights[2] + index * (D * D), weights[3] + index * D,
+    )  # fmt: skip
+
+
+@triton.jit
+def cross_weights(weights, index, D: tl.constexpr):
+    return (
+        weights[4] + index * (3 * D * D), weights[5] + index * (3 * D),
+        weights[6] + index * (D * D), weights[7] + index * D,
+    )  # fmt: skip
+
+
+@triton.jit
+def ffn_weights(weights, index, D: tl.constexpr, F: tl.constexpr):
+    return (
+        weights[8] + index * (F * D), weights[9] + index * F,
+        weights[10] + index * (D * F), weights[11] + index * D,
+    )  # fmt: skip
+
+
+@triton.jit
+def norm_weights(weights, index, which: tl.constexpr, D: tl.constexpr):
+    offset = (index * 3 + which) * D
+    return weights[12] + offset, weights[13] + offset
+
+
+@triton.jit
+def apply_dropout(
+    update, user_row, position, k, stream: tl.constexpr, place: tl.constexpr, dropout,
+    D: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """Drop from a sublayer's output; ``place`` is 0 for MSA, 1 for MCA, 2 for FFN."""
+    if DROPOUT:
+        threshold, seed, scale = dropout
+        site = _REASONING_SITES + stream * _STREAM_SITES + 3 * k + place
+        if threshold > 0:
+            keep = dropout_keep(user_row, position, site, threshold, seed, D)
+            update = tl.where(keep, update * scale, 0.0)
+    return update
+
+
+@triton.jit
+def locate_stream(
+    first, end, lengths_ptr, memory_lengths_ptr, rows_ptr, n_trajectories, size,
+    M: tl.constexpr, SLOT: tl.constexpr, DRAWS: tl.constexpr,
+):  # fmt: skip
+    """Rows of a stream's tile, which of them have the other stream to read, and their users' rows.
+
+    The last are what noise and dropout are drawn for, if ``DRAWS``.
+    """
+    rows = locate_rows(first, end, lengths_ptr, n_trajectories, size, M, SLOT)
+    gate = load_of_user(memory_lengths_ptr, first, end, n_trajectories, M, SLOT) > 0
+    user_row = rows[0]
+    if DRAWS:
+        user_row = load_of_user(rows_ptr, first, end, n_trajectories, M, SLOT)
+    return rows, gate, user_row
+
+
+@triton.jit
+def load_initial(
+    x_ptr, rows, size, n_trajectories, user_row, stream: tl.constexpr, noise,
+    D: tl.constexpr, NOISE: tl.constexpr,
+):  # fmt: skip
+    """h^(0) + noise_scale eps on valid positions, 0 elsewhere, in the tensor's dtype: [M, D]."""
+    sequence, position, length, _, _, _ = rows
+    valid = (position < length)[:, None]
+    user = sequence // n_trajectories
+    offsets = (user * size + position)[:, None] * D + tl.arange(0, D)[None, :]
+    h = tl.load(x_ptr + offsets, mask=valid, other=0.0)
+    if NOISE:
+        scale, seed = noise
+        trajectory_stream = 2 * (sequence % n_trajectories) + stream
+        eps = normal_noise(user_row, position, trajectory_stream, seed, D)
+        h = tl.where(valid, h.to(tl.float32) + scale * eps, 0.0)
+    return h.to(x_ptr.dtype.element_ty)
+
+
+@triton.jit
+def _residual(x, DROPOUT: tl.constexpr):
+    """Start a sublayer's sum from x itself, or from 0 if dropout comes between them."""
+    return tl.zeros(x.shape, tl.float32) if DROPOUT else x.to(tl.float32)
+
+
+@triton.jit
+def _add_update(
+    y, x, user_row, position, k, stream: tl.constexpr, place: tl.constexpr, dropout,
+    D: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """Compute x + m update from a sum that started at :func:`_residual`: float32 [M, D]."""
+    if DROPOUT:
+        y = apply_dropout(y, user_row, position, k, stream, place, dropout, D, DROPOUT)
+        y += x.to(tl.float32)
+    return y
+
+
+@triton.jit
+def before_norm1(
+    h, h_at, rows, user_row, k, index, stream: tl.constexpr, weights, dropout,
+    D: tl.constexpr, H: tl.constexpr, SLOT: tl.constexpr, DROPOUT: tl.constexpr,
+    RELOAD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x1 = h + m1 MSA(h): float32 [M, D]."""
+    _, position, length, _, _, _ = rows
+    y = _residual(take_up(h, h_at, D, RELOAD), DROPOUT)
+    y = attention(
+        h, h_at, h, h_at, length, y, position < length,
+        self_weights(weights, index, D), D, H, SLOT, SLOT, RELOAD, PRECISION,
+    )  # fmt: skip
+    if DROPOUT:
+        h = take_up(h, h_at, D, RELOAD)
+    return _add_update(y, h, user_row, position, k, stream, 0, dropout, D, DROPOUT)
+
+
+@triton.jit
+def before_norm2(
+    a, a_at, memory, memory_at, rows, memory_rows, gate, user_row, k, index, stream: tl.constexpr,
+    weights, dropout,
+    D: tl.constexpr, H: tl.constexpr, SLOT: tl.constexpr, MEMORY_SLOT: tl.constexpr,
+    DROPOUT: tl.constexpr, RELOAD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x2 = a + g m2 MCA(a, memory): float32 [M, D]; ``gate`` is bool [M]."""
+    _, position, _, _, _, _ = rows
+    _, _, memory_length, _, _, _ = memory_rows
+    y = _residual(take_up(a, a_at, D, RELOAD), DROPOUT)
+    y = attention(
+        a, a_at, memory, memory_at, memory_length, y, gate,
+        cross_weights(weights, index, D), D, H, SLOT, MEMORY_SLOT, RELOAD, PRECISION,
+    )  # fmt: skip
+    if DROPOUT:
+        a = take_up(a, a_at, D, RELOAD)
+    return _add_update(y, a, user_row, position, k, stream, 1, dropout, D, DROPOUT)
+
+
+@triton.jit
+def before_norm3(
+    c, c_at, rows, user_row, k, index, stream: tl.constexpr, weights, dropout,
+    D: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr, DROPOUT: tl.constexpr,
+    RELOAD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x3 = c + m3 FFN(c): float32 [M, D]."""
+    _, position, _, _, _, _ = rows
+    y = _residual(take_up(c, c_at, D, RELOAD), DROPOUT)
+    y = ffn(
+        c, c_at, y, ffn_weights(weights, index, D, F), D, F, BLOCK_F, RELOAD, PRECISION,
+    )  # fmt: skip
+    if DROPOUT:
+        c = take_up(c, c_at, D, RELOAD)
+    return _add_update(y, c, user_row, position, k, stream, 2, dropout, D, DROPOUT)
+
+
+@triton.jit
+def norm(x, weights, index, which: tl.constexpr, D: tl.constexpr):
+    weight_ptr, bias_ptr = norm_weights(weights, index, which, D)
+    return layer_norm(x, weight_ptr, bias_ptr, D)
+
+
+@triton.jit
+def zero_padding(x, rows):
+    _, position, length, _, _, _ = rows
+    return tl.where((position < length)[:, None], x, 0.0)
+
+
+@triton.jit
+def after_cross(
+    x2, h_at, rows, user_row, k, index, stream: tl.constexpr, weights, dropout,
+    dtype: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr,
+    DROPOUT: tl.constexpr, RELOAD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute h = LN3(c + m3 FFN(c)) of c = LN2(x2), 0 at padding: [M, D].
+
+    With RELOAD, c stands where the step's h stood.
+    """
+    c = norm(x2, weights, index, 1, D)
+    if F > 0:
+        c = c.to(dtype)
+        set_aside(h_at, c, D, RELOAD)
+        x3 = before_norm3(
+            c, h_at, rows, user_row, k, index, stream, weights, dropout,
+            D, F, BLOCK_F, DROPOUT, RELOAD, PRECISION,
+        )  # fmt: skip
+        c = norm(x3, weights, index, 2, D)
+    return zero_padding(c, rows).to(dtype)

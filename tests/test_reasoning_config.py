@@ -1,0 +1,65 @@
+"""Every case that the Triton kernels serve has a configuration, whatever the GPU."""
+
+import itertools
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from lcr_fast.kernels import reasoning_config as configs
+from lcr_fast.kernels.reasoning_config import Target
+
+SMALL = Target(8, 99 << 10)  # such as sm_86 and sm_89
+A100, H100 = configs.TARGETS[8], configs.TARGETS[9]
+NEWER = Target(12, 99 << 10)
+
+
+@pytest.mark.parametrize("target", [SMALL, A100, H100, NEWER], ids=str)
+@pytest.mark.parametrize("which", ["fwd", "recompute", "bwd"])
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(torch.float32, "tf32"), (torch.float32, "ieee"), (torch.bfloat16, "ieee")],
+    ids=str,
+)
+def test_every_case_has_a_configuration(which, dtype, precision, target):
+    for D, size in itertools.product((32, 64, 128), (1, 16, 17, 50, 64, 65, 128)):
+        for H in (1, 2, D // 16):
+            tile = configs.tile(size, 1)
+            compiled = configs.constants(which, D, 48, H, tile, dtype, precision, target)
+            assert compiled["num_warps"] in (4, 8, 16)
+            assert compiled["PARK"] in (0, 1, 2)
+            assert compiled["RELOAD"] == (compiled["PARK"] == 2)
+            assert 48 % compiled["BLOCK_F"] == 0
+            if precision == "ieee" and dtype == torch.float32:
+                assert compiled["PRECISION"] in ("ieee16", "ieee32")
+            if which != "fwd":
+                assert compiled["PARK"] in (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("size", "tile"),
+    [
+        ((20, 20), (1, (32, 32))),
+        ((1, 16), (2, (16, 16))),
+        ((5, 17), (1, (16, 32))),
+        ((50, 128), (1, (64, 128))),
+    ],
+)
+def test_short_histories_share_a_tile(size, tile):
+    assert configs.tile(*size) == tile
+
+
+def test_products_are_cut_where_a_wide_head_does_not_fit_shared_memory():
+    def precision(which, H, dtype, target):
+        return configs.constants(which, 128, 128, H, configs.tile(128, 128), dtype, "tf32", target)[
+            "PRECISION"
+        ]
+
+    assert precision("bwd", 2, torch.float32, H100) == "tf32"
+    assert precision("bwd", 2, torch.float32, A100) == "ieee16"
+    assert precision("bwd", 4, torch.float32, A100) == "tf32"
+    assert precision("fwd", 1, torch.float32, A100) == "tf32"
+    assert precision("fwd", 1, torch.float32, SMALL) == "ieee16"
+    assert precision("bwd", 1, torch.bfloat16, A100) == "ieee16"
+    assert precision("bwd", 2, torch.bfloat16, A100) == "tf32"  # halves do not ask
