@@ -235,6 +235,9 @@ def layer_norm_bwd(dy, x, weight_ptr, dnorm_ptr, D: tl.constexpr):
     return rstd[:, None] * (g - mean_g[:, None] - x_hat * mean_gx[:, None])
 
 
+# -- products -------------------------------------------------------------------------------------
+
+
 @triton.jit
 def _split_depth(a, b):
     """Halve the depth of a product a b: left and right half of a, upper and lower half of b."""
@@ -247,37 +250,15 @@ def _split_depth(a, b):
 
 
 @triton.jit
-def _product_32(a, b, c, DEPTH: tl.constexpr):
-    if a.shape[1] > DEPTH:
-        left, right, upper, lower = _split_depth(a, b)
-        c = tl.dot(left, upper, c, input_precision="ieee")
-        c = tl.dot(right, lower, c, input_precision="ieee")
-    else:
-        c = tl.dot(a, b, c, input_precision="ieee")
-    return c
-
-
-@triton.jit
-def _product_64(a, b, c, DEPTH: tl.constexpr):
-    if a.shape[1] > DEPTH:
-        left, right, upper, lower = _split_depth(a, b)
-        c = _product_32(left, upper, c, DEPTH)
-        c = _product_32(right, lower, c, DEPTH)
-    else:
-        c = tl.dot(a, b, c, input_precision="ieee")
-    return c
-
-
-@triton.jit
-def _product_128(a, b, c, DEPTH: tl.constexpr):
-    """Compute a b + c by FMA, DEPTH of the inner axis at a time; the axis has at most 128.
+def _product_in_pieces(a, b, c, DEPTH: tl.constexpr):
+    """Compute a b + c by FMA, DEPTH of the inner axis at a time.
 
     Operands of FMA lie in registers over the whole depth: 256 a thread for two tiles [64, 64].
     """
     if a.shape[1] > DEPTH:
         left, right, upper, lower = _split_depth(a, b)
-        c = _product_64(left, upper, c, DEPTH)
-        c = _product_64(right, lower, c, DEPTH)
+        c = _product_in_pieces(left, upper, c, DEPTH)
+        c = _product_in_pieces(right, lower, c, DEPTH)
     else:
         c = tl.dot(a, b, c, input_precision="ieee")
     return c
@@ -291,9 +272,9 @@ def product(a, b, PRECISION: tl.constexpr, c=None):
     for a product in pieces of that depth.
     """
     if PRECISION == "ieee16":
-        c = _product_128(a, b, c, 16)
+        c = _product_in_pieces(a, b, c, 16)
     elif PRECISION == "ieee32":
-        c = _product_128(a, b, c, 32)
+        c = _product_in_pieces(a, b, c, 32)
     else:
         c = tl.dot(a, b, c, input_precision=PRECISION)
     return c

@@ -35,10 +35,18 @@ TARGETS = {8: Target(8, 163 << 10), 9: Target(9, 227 << 10), 10: Target(10, 227 
 
 
 def target(device: torch.device) -> Target:
-    """Describe a GPU; the interpreter has none and gets the least that is served."""
+    """Describe a GPU; the interpreter has none and gets the least that is served.
+
+    Raises ValueError for a GPU that Triton does not compile for.
+    """
     if device.type != "cuda":
         return TARGETS[8]
     properties = torch.cuda.get_device_properties(device)
+    if properties.major < 8:
+        raise ValueError(
+            f"the Triton kernels need a GPU of compute capability 8.0 or more, {device} has "
+            f"{properties.major}.{properties.minor}; use backend='reference'"
+        )
     return Target(properties.major, properties.shared_memory_per_block_optin)
 
 

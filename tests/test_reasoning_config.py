@@ -63,3 +63,15 @@ def test_products_are_cut_where_a_wide_head_does_not_fit_shared_memory():
     assert precision("fwd", 1, torch.float32, SMALL) == "ieee16"
     assert precision("bwd", 1, torch.bfloat16, A100) == "ieee16"
     assert precision("bwd", 2, torch.bfloat16, A100) == "tf32"  # halves do not ask
+
+
+def test_a_gpu_is_described_and_an_old_one_refused(monkeypatch):
+    class Properties:
+        major, minor, shared_memory_per_block_optin = 9, 0, 227 << 10
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
+    assert configs.target(torch.device("cuda", 0)) == H100
+    assert configs.target(torch.device("cpu")) == A100
+    Properties.major, Properties.minor = 7, 5
+    with pytest.raises(ValueError, match=r"8\.0 or more, cuda:0 has 7\.5; use backend='reference'"):
+        configs.target(torch.device("cuda", 0))
