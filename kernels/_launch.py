@@ -1,6 +1,7 @@
 """Launch helpers shared by the kernel modules."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,3 +16,29 @@ def dot_precision(dtype: torch.dtype) -> str:
     """Say how ``tl.dot`` multiplies this dtype; only float32 has a choice."""
     exact = torch.get_float32_matmul_precision() == "highest"
     return "ieee" if exact or dtype != torch.float32 else "tf32"
+
+
+class Gpu(NamedTuple):
+    """What a configuration depends on of a GPU."""
+
+    major: int  # compute capability
+    shared: int  # bytes that a program may have
+
+
+GPUS = {8: Gpu(8, 163 << 10), 9: Gpu(9, 227 << 10), 10: Gpu(10, 227 << 10)}
+
+
+def gpu_of(device: torch.device) -> Gpu:
+    """Describe a GPU; the interpreter has none and gets the least that is served.
+
+    Raises ValueError for a GPU that Triton does not compile for.
+    """
+    if device.type != "cuda":
+        return GPUS[8]
+    properties = torch.cuda.get_device_properties(device)
+    if properties.major < 8:
+        raise ValueError(
+            f"the Triton kernels need a GPU of compute capability 8.0 or more, {device} has "
+            f"{properties.major}.{properties.minor}; use backend='reference'"
+        )
+    return Gpu(properties.major, properties.shared_memory_per_block_optin)

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lcr_fast.kernels._launch import dot_precision, on_device
+from lcr_fast.kernels._launch import GPUS, dot_precision, gpu_of, on_device
 from lcr_fast.kernels.reasoning_bwd import (
     cross_bwd_kernel,
     ffn_bwd_kernel,
@@ -20,7 +20,7 @@ from lcr_fast.kernels.reasoning_bwd import (
     scratch_columns,
     self_bwd_kernel,
 )
-from lcr_fast.kernels.reasoning_config import TARGETS, constants, target, tile
+from lcr_fast.kernels.reasoning_config import constants, tile
 from lcr_fast.kernels.reasoning_fwd import latent_reasoning_fwd_kernel
 from lcr_fast.kernels.variant import Variant
 
@@ -93,7 +93,7 @@ def latent_reasoning_fwd(
     tiles = tile(search_size, rec_size)
     compiled = constants(
         "fwd", D, F, n_heads, tiles, search.dtype, dot_precision(search.dtype),
-        target(search.device),
+        gpu_of(search.device),
     )  # fmt: skip
     search_spare, rec_spare = search_out, rec_out
     if compiled["PARK"]:
@@ -218,7 +218,7 @@ def latent_reasoning_bwd(
     recompute, differentiate = (
         constants(
             which, D, F, n_heads, tiles, search.dtype, dot_precision(search.dtype),
-            target(search.device),
+            gpu_of(search.device),
         )
         for which in ("recompute", "bwd")
     )  # fmt: skip
@@ -387,7 +387,7 @@ def variants(arch: str) -> Iterator[Variant]:
             which = name.split("-")[0].split("_")[0]
             compiled = constants(
                 which if which in ("fwd", "recompute") else "bwd",
-                dim, dim, 2, tiles, dtype, call.precision, TARGETS[major],
+                dim, dim, 2, tiles, dtype, call.precision, GPUS[major],
             )  # fmt: skip
             compiled |= slots | switches
             yield _variant(f"{name}-{suffix}", kernel, dtype, call.weights, compiled)

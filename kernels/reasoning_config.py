@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from lcr_fast.kernels._launch import Gpu
+
 
 class Tile(NamedTuple):
     """How many sequences share a program, and the rows that each has there, a stream."""
@@ -22,32 +24,6 @@ def tile(search_size: int, rec_size: int) -> Tile:
     """Choose a tile for histories of so many events: short ones share it."""
     slot_s, slot_r = (max(16, triton.next_power_of_2(size)) for size in (search_size, rec_size))
     return Tile(max(1, 32 // max(slot_s, slot_r)), (slot_s, slot_r))
-
-
-class Target(NamedTuple):
-    """What a configuration depends on of a GPU."""
-
-    major: int  # compute capability
-    shared: int  # bytes that a program may have
-
-
-TARGETS = {8: Target(8, 163 << 10), 9: Target(9, 227 << 10), 10: Target(10, 227 << 10)}
-
-
-def target(device: torch.device) -> Target:
-    """Describe a GPU; the interpreter has none and gets the least that is served.
-
-    Raises ValueError for a GPU that Triton does not compile for.
-    """
-    if device.type != "cuda":
-        return TARGETS[8]
-    properties = torch.cuda.get_device_properties(device)
-    if properties.major < 8:
-        raise ValueError(
-            f"the Triton kernels need a GPU of compute capability 8.0 or more, {device} has "
-            f"{properties.major}.{properties.minor}; use backend='reference'"
-        )
-    return Target(properties.major, properties.shared_memory_per_block_optin)
 
 
 class Config(NamedTuple):
@@ -99,16 +75,16 @@ _CUT = Config(16, 2, 16)
 
 
 def config(
-    which: str, D: int, H: int, rows: int, dtype: torch.dtype, precision: str, target: Target
+    which: str, D: int, H: int, rows: int, dtype: torch.dtype, precision: str, gpu: Gpu
 ) -> Config:
     """Look a pass up; ``rows`` are those of the longer stream's tile."""
     kind = precision if dtype == torch.float32 else "half"
     head = rows * (D // H) * dtype.itemsize
-    fitting = (most for shared, most in _LARGEST_HEAD[which].items() if target.shared >= shared)
+    fitting = (most for shared, most in _LARGEST_HEAD[which].items() if gpu.shared >= shared)
     if kind != "ieee" and head > max(fitting, default=0):
         return _CUT
     default = next(c for most, c in _DEFAULTS[which, kind].items() if rows <= most)
-    return _CONFIGS.get((which, kind, D, rows, target.major), default)
+    return _CONFIGS.get((which, kind, D, rows, gpu.major), default)
 
 
 def constants(
@@ -119,10 +95,10 @@ def constants(
     tile: Tile,
     dtype: torch.dtype,
     precision: str,
-    target: Target,
+    gpu: Gpu,
 ) -> dict[str, Any]:
     """Compile-time arguments of a pass's kernels; none of them takes all."""
-    chosen = config(which, D, H, tile.rows, dtype, precision, target)
+    chosen = config(which, D, H, tile.rows, dtype, precision, gpu)
     return {
         "D": D,
         "F": F,

@@ -49,6 +49,8 @@ _INPUT_TYPE = re.compile(r"\.(bf16|f16|tf32|kind::f16|kind::tf32)\b")
 
 
 UNCOMPILED = "Triton fails"
+TOO_MUCH_TENSOR_MEMORY = "tensor memory exceeded"
+_TENSOR_MEMORY = 512  # columns that a program may have (the PTX manual, tcgen05)
 
 
 class Usage(NamedTuple):
@@ -184,17 +186,20 @@ def _programs_per_sm(registers: int, shared: int, num_warps: int, arch: str) -> 
 
 
 def measure(name: str, variant: Variant, arch: str) -> Usage:
-    """Compile one variant and read what it uses; products say so where Triton cannot compile it."""
+    """Compile one variant and read what it uses; ``products`` say so where it cannot run."""
+    warps, stages = variant.num_warps, variant.num_stages
     try:
         compiled = compile_variant(variant, arch)
     except RuntimeError:
-        return Usage(name, arch, variant.num_warps, variant.num_stages, 0, 0, 0, UNCOMPILED, 0)
+        return Usage(name, arch, warps, stages, 0, 0, 0, UNCOMPILED, 0)
+    if (getattr(compiled.metadata, "tmem_size", None) or 0) > _TENSOR_MEMORY:
+        return Usage(name, arch, warps, stages, 0, 0, 0, TOO_MUCH_TENSOR_MEMORY, 0)
     registers, spilled = _dump_resources(compiled.asm["cubin"])
     shared = compiled.metadata.shared
     return Usage(
-        name, arch, variant.num_warps, variant.num_stages, registers, spilled, shared,
+        name, arch, warps, stages, registers, spilled, shared,
         _products(compiled.asm["ttir"], compiled.asm["ptx"]),
-        _programs_per_sm(registers, shared, variant.num_warps, arch),
+        _programs_per_sm(registers, shared, warps, arch),
     )  # fmt: skip
 
 

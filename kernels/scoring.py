@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcr_fast.kernels._launch import dot_precision, on_device
+from lcr_fast.kernels._launch import dot_precision, gpu_of, on_device
 from lcr_fast.kernels.target import (
     attend,
     dropout_tile,
@@ -913,10 +913,13 @@ _SPLIT_TILES = 8
 
 
 def _catalogue_config(
-    dim: int, n_events: int, dtype: torch.dtype, precision: str
+    dim: int, n_events: int, dtype: torch.dtype, precision: str, major: int
 ) -> dict[str, int]:
     n_items = 1 << 20  # a catalogue is large
-    return _config("catalogue", dim, n_items, n_events, dtype, precision)
+    config = _config("catalogue", dim, n_items, n_events, dtype, precision)
+    if major == 10:  # Triton 3.7 fails on this loop with tcgen05, which takes tiles from 64 rows on
+        config["ITEMS"] = min(config["ITEMS"], 32)
+    return config
 
 
 def _catalogue_constants(
@@ -958,7 +961,8 @@ def catalogue_topk(
     head = _head_tensors(mlp_weights, mlp_biases, target_weight)
     constants = _catalogue_constants(dim, search.dtype, user, mlp_weights)
     n_events = max(search.shape[1], rec.shape[1])
-    config = _catalogue_config(dim, n_events, search.dtype, constants["PRECISION"])
+    major = gpu_of(search.device).major
+    config = _catalogue_config(dim, n_events, search.dtype, constants["PRECISION"], major)
     per_split, n_splits = _split_tiles(triton.cdiv(n_rows - 1, config["ITEMS"]), max(n_users, 1))
     tensors = [
         t.contiguous()
@@ -1022,7 +1026,8 @@ def catalogue_rank(
         head = _head_tensors(mlp_weights, mlp_biases, target_weight)
         constants = _catalogue_constants(dim, search.dtype, user, mlp_weights)
         n_events = max(search.shape[1], rec.shape[1])
-        config = _catalogue_config(dim, n_events, search.dtype, constants["PRECISION"])
+        major = gpu_of(search.device).major
+        config = _catalogue_config(dim, n_events, search.dtype, constants["PRECISION"], major)
         exclude = exclude.sort(1).values
         repeated = torch.zeros_like(exclude, dtype=torch.bool)
         repeated[:, 1:] = exclude[:, 1:] == exclude[:, :-1]
@@ -1072,6 +1077,7 @@ def variants(arch: str) -> Iterator[Variant]:
 
     L is the longer history, k the length of a list.
     """
+    major = int(arch.removeprefix("sm_")) // 10
     shapes = ((32, 20), (64, 30), (64, 50), (128, 200))
     for dtype, precision in (
         (torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"),
@@ -1095,7 +1101,7 @@ def variants(arch: str) -> Iterator[Variant]:
                 backward = call | _config("attention_bwd", *sizes)
                 yield _variant(f"candidate_bwd-{suffix}", _candidate_bwd_kernel, dtype, backward)
                 yield _variant(f"state_bwd-{suffix}", _state_bwd_kernel, dtype, backward)
-            scan = call | _catalogue_config(dim, n_events, dtype, precision)
+            scan = call | _catalogue_config(dim, n_events, dtype, precision, major)
             for k in (10, 100):
                 top = scan | {"K_TILE": triton.next_power_of_2(k), "X_BLOCK": 128}
                 name = f"catalogue_topk-{kind}-d{dim}-L{n_events}-k{k}"

@@ -8,25 +8,25 @@ import torch
 pytest.importorskip("triton")
 
 from lcr_fast.kernels import reasoning_config as configs
-from lcr_fast.kernels.reasoning_config import Target
+from lcr_fast.kernels._launch import GPUS, Gpu, gpu_of
 
-SMALL = Target(8, 99 << 10)  # such as sm_86 and sm_89
-A100, H100 = configs.TARGETS[8], configs.TARGETS[9]
-NEWER = Target(12, 99 << 10)
+SMALL = Gpu(8, 99 << 10)  # such as sm_86 and sm_89
+A100, H100 = GPUS[8], GPUS[9]
+NEWER = Gpu(12, 99 << 10)
 
 
-@pytest.mark.parametrize("target", [SMALL, A100, H100, NEWER], ids=str)
+@pytest.mark.parametrize("gpu", [SMALL, A100, H100, NEWER], ids=str)
 @pytest.mark.parametrize("which", ["fwd", "recompute", "bwd"])
 @pytest.mark.parametrize(
     ("dtype", "precision"),
     [(torch.float32, "tf32"), (torch.float32, "ieee"), (torch.bfloat16, "ieee")],
     ids=str,
 )
-def test_every_case_has_a_configuration(which, dtype, precision, target):
+def test_every_case_has_a_configuration(which, dtype, precision, gpu):
     for D, size in itertools.product((32, 64, 128), (1, 16, 17, 50, 64, 65, 128)):
         for H in (1, 2, D // 16):
             tile = configs.tile(size, 1)
-            compiled = configs.constants(which, D, 48, H, tile, dtype, precision, target)
+            compiled = configs.constants(which, D, 48, H, tile, dtype, precision, gpu)
             assert compiled["num_warps"] in (4, 8, 16)
             assert compiled["PARK"] in (0, 1, 2)
             assert compiled["RELOAD"] == (compiled["PARK"] == 2)
@@ -51,8 +51,8 @@ def test_short_histories_share_a_tile(size, tile):
 
 
 def test_products_are_cut_where_a_wide_head_does_not_fit_shared_memory():
-    def precision(which, H, dtype, target):
-        return configs.constants(which, 128, 128, H, configs.tile(128, 128), dtype, "tf32", target)[
+    def precision(which, H, dtype, gpu):
+        return configs.constants(which, 128, 128, H, configs.tile(128, 128), dtype, "tf32", gpu)[
             "PRECISION"
         ]
 
@@ -70,8 +70,8 @@ def test_a_gpu_is_described_and_an_old_one_refused(monkeypatch):
         major, minor, shared_memory_per_block_optin = 9, 0, 227 << 10
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
-    assert configs.target(torch.device("cuda", 0)) == H100
-    assert configs.target(torch.device("cpu")) == A100
+    assert gpu_of(torch.device("cuda", 0)) == H100
+    assert gpu_of(torch.device("cpu")) == A100
     Properties.major, Properties.minor = 7, 5
     with pytest.raises(ValueError, match=r"8\.0 or more, cuda:0 has 7\.5; use backend='reference'"):
-        configs.target(torch.device("cuda", 0))
+        gpu_of(torch.device("cuda", 0))
