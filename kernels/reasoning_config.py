@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from lcr_fast.kernels._launch import Gpu
+from lcr_fast.kernels._launch import GPUS, Gpu
 
 
 class Tile(NamedTuple):
@@ -52,17 +52,21 @@ _DEFAULTS = {
     ("bwd", "tf32"): {64: Config(4), 128: Config(8, 2)},
     ("bwd", "ieee"): {32: Config(8, 2, 32), 64: Config(8, 2, 32, 16), 128: Config(16, 2, 16)},
 }
-# Exceptions, by (pass, kind, D, rows, major compute capability).
+# Exceptions, by (pass, kind, D, rows, major compute capability or None for all).
 _CONFIGS = {
-    ("fwd", "half", 32, 32, 8): Config(4, 1),
-    ("fwd", "half", 32, 32, 9): Config(4, 1),
-    ("fwd", "half", 128, 64, 8): Config(8, 2),
-    ("fwd", "half", 128, 64, 9): Config(8, 2),
+    ("fwd", "half", 32, 32, None): Config(4, 1),
+    ("fwd", "half", 128, 64, None): Config(8, 2),
+    ("fwd", "half", 128, 128, None): Config(8, 2),
+    ("fwd", "tf32", 32, 32, None): Config(4),
+    ("fwd", "ieee", 32, 32, None): Config(8, 2, 16),
     ("recompute", "half", 64, 32, 8): Config(4, 2),
+    ("recompute", "half", 128, 64, None): Config(8),
     ("recompute", "half", 128, 64, 8): Config(8, 2),
-    ("recompute", "half", 128, 64, 9): Config(8, 2),
-    ("bwd", "half", 128, 64, 8): Config(8, 2),
-    ("bwd", "half", 128, 64, 9): Config(8, 2),
+    ("recompute", "half", 128, 128, None): Config(8, 2),
+    ("recompute", "ieee", 32, 32, None): Config(8, 2, 16),
+    ("bwd", "half", 128, 64, None): Config(8, 2),
+    ("bwd", "ieee", 32, 32, None): Config(8, 0, 32),
+    ("recompute", "tf32", 32, 32, 9): Config(4, 2),
 }
 # Most bytes of one head's tile [rows, D/H], by the shared memory that a program may have, for which
 # products fit it whole. Beyond, they are cut: slow (TF32 is then computed as IEEE), but it runs.
@@ -72,6 +76,9 @@ _LARGEST_HEAD = {
     "bwd": {99 << 10: 8 << 10, 163 << 10: 16 << 10, 227 << 10: 32 << 10},
 }
 _CUT = Config(16, 2, 16)
+# On compute capability 10 the tiles of long histories exceed tensor memory. 16 warps do without, as
+# on capability 8, and need as much shared memory as there.
+_WITHOUT_TENSOR_MEMORY = Config(16, 2)
 
 
 def config(
@@ -79,12 +86,18 @@ def config(
 ) -> Config:
     """Look a pass up; ``rows`` are those of the longer stream's tile."""
     kind = precision if dtype == torch.float32 else "half"
+    is_long = gpu.major == 10 and rows > 64 and kind != "ieee" and (D == 128 or which == "bwd")
+    shared = min(gpu.shared, GPUS[8].shared) if is_long else gpu.shared
     head = rows * (D // H) * dtype.itemsize
-    fitting = (most for shared, most in _LARGEST_HEAD[which].items() if gpu.shared >= shared)
+    fitting = (most for least, most in _LARGEST_HEAD[which].items() if shared >= least)
     if kind != "ieee" and head > max(fitting, default=0):
         return _CUT
-    default = next(c for most, c in _DEFAULTS[which, kind].items() if rows <= most)
-    return _CONFIGS.get((which, kind, D, rows, gpu.major), default)
+    if is_long:
+        return _WITHOUT_TENSOR_MEMORY
+    for major in (gpu.major, None):
+        if exception := _CONFIGS.get((which, kind, D, rows, major)):
+            return exception
+    return next(c for most, c in _DEFAULTS[which, kind].items() if rows <= most)
 
 
 def constants(

@@ -184,6 +184,20 @@ def test_parity_in_every_configuration(monkeypatch, config, case):
     assert set(asked) == {"fwd", "recompute", "bwd"}
 
 
+@pytest.fixture
+def tf32_allowed():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def test_parity_where_tf32_is_allowed(tf32_allowed):
+    require("triton", DEFAULT)
+    call = draw("triton", CASES["dropout"])
+    assert_reasoning_parity(run_reasoning(call, "triton"), reasoning_baseline(call))
+
+
 @pytest.mark.parametrize("case", ["dropout", "three trajectories"])
 def test_an_empty_batch(backend, case):
     call = draw(backend, CASES[case]._replace(n_users=0))
