@@ -26,7 +26,9 @@ VARIANTS = {
 REFRESH = "run `python -m lcr_fast.kernels.resources -o docs/kernel-resources.md`"
 
 # One of each kernel that runs in every training step, at the default model's width.
-COMPILED_HERE = r"^(scoring\.score_fwd-bf16-d64-L50-C5|reasoning\.self_bwd-rollout-bf16-d64-L50)$"
+COMPILED_HERE = (
+    r"^(scoring\.score_fwd-bf16-d64-L50-C5|reasoning\.(fwd-train|self_bwd-rollout)-bf16-d64-L30)$"
+)
 
 
 def wants_tensor_cores(variant: Variant) -> bool:
@@ -35,32 +37,28 @@ def wants_tensor_cores(variant: Variant) -> bool:
     return halves or "tf32" in variant.constexprs.values()
 
 
-# Bytes that a thread may spill, by the first pattern that "name architecture" matches, for products
-# on tensor cores at D of 32 and 64. The aim is 0; the rest keeps what has been reached.
+# Bytes that a thread may spill at D of 32 and 64, by the first pattern that "name architecture"
+# matches. The aim is 0; the rest keeps what has been reached.
 MOST_SPILLED = (
-    (r"^reasoning\.fwd-train-fp32-tf32-d64-L50 sm_80$", 96),
-    (r"^reasoning\.\w+-\w+-fp32-tf32-d64-L50 sm_80$", 56),
-    (r"^reasoning\.fwd-train-fp32-tf32-d64-L50 sm_90$", 24),
-    (r"^reasoning\.fwd-train-bf16-d64-L50 sm_80$", 16),
-    (r"^reasoning\..*-L128 ", 56),
-    (r"^reasoning", 0),
-    (r"^scoring", 0),
+    (r"^reasoning\.fwd-\w+-fp32-ieee-d64-L50 sm_80$", 136),
+    (r"^reasoning\.fwd-\w+-fp32-ieee-d64-L50 sm_90$", 216),
+    (r"^scoring\.head_bwd-fp32-ieee-d64-L50-C5 sm_80$", 8),
+    (r"", 0),
 )
 
 
 def assert_fits(row: Usage) -> None:
-    """Shared memory in every case; tensor cores and few spills where Triton compiles for sure."""
+    """Assert that a variant runs, and on tensor cores and without spills where that is due."""
     variant = VARIANTS[row.kernel, row.arch]
-    assert row.shared <= SHARED_BYTES[row.arch]
-    if row.arch == "sm_100":  # Triton 3.7 cannot compile some of the variants for it
-        return
-    assert row.products != resources.UNCOMPILED
+    assert row.shared <= SHARED_BYTES[row.arch], row
+    assert row.products not in (resources.UNCOMPILED, resources.TOO_MUCH_TENSOR_MEMORY), row
+    assert row.programs > 0, row
     if wants_tensor_cores(variant):
-        assert row.products != "FMA"
-        if variant.constexprs.get("D") in (32, 64):
-            name = f"{row.kernel} {row.arch}"
-            limit = next(most for pattern, most in MOST_SPILLED if re.search(pattern, name))
-            assert row.spilled <= limit, row
+        assert row.products != "FMA", row
+    if row.arch != "sm_100" and variant.constexprs.get("D") in (32, 64):
+        name = f"{row.kernel} {row.arch}"
+        limit = next(most for pattern, most in MOST_SPILLED if re.search(pattern, name))
+        assert row.spilled <= limit, row
 
 
 def test_the_table_lists_what_exists():

@@ -117,6 +117,9 @@ ON_A_GPU = {
     "eight trajectories": ReasoningCase(
         dim=64, ffn_dim=64, search_len=30, rec_len=50, n_users=130, n_trajectories=8
     ),
+    "one wide head, 64 and 128 events": ReasoningCase(
+        dim=64, n_heads=1, ffn_dim=64, search_len=64, rec_len=128, n_users=40
+    ),
     "dropout, 30 events": ReasoningCase(
         dim=64, ffn_dim=64, search_len=30, rec_len=30, steps=3, n_users=257, dropout=0.1
     ),
@@ -156,30 +159,31 @@ def test_parity_of_large_calls(case, dtype):
     assert_reasoning_parity(run_reasoning(call, "triton"), reasoning_baseline(call))
 
 
-# Configurations of the Triton kernels: num_warps, park, depth of IEEE products, block_f.
+# Configurations of the Triton kernels (num_warps, park, depth of products, block_f), and a case.
 CONFIGS = {
-    "nothing waits in memory": (4, 0, 0, 32),
-    "the idle stream waits in memory": (4, 1, 0, 32),
-    "every operand waits in memory": (4, 2, 0, 32),
-    "products of depth 32": (8, 2, 32, 16),
-    "products of depth 16": (8, 0, 16, 32),
+    "nothing waits in memory": ((4, 0, 0, 32), "dropout"),
+    "the idle stream waits in memory": ((4, 1, 0, 32), "dropout"),
+    "every operand waits in memory": ((4, 2, 0, 32), "dropout"),
+    "products of depth 32": ((8, 2, 32, 16), "D=64 H=4, K=1"),
+    "products of depth 16": ((8, 0, 16, 32), "D=64 H=4, K=1"),
 }
 
 
-@pytest.mark.parametrize("case", ["D=64 H=4, K=1", "dropout"])
-@pytest.mark.parametrize("config", CONFIGS)
-def test_parity_in_every_configuration(monkeypatch, config, case):
-    require("triton", CASES[case])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parity_in_every_configuration(monkeypatch, name, dtype):
+    config, case = CONFIGS[name]
+    require("triton", CASES[case], dtype)
     from lcr_fast.kernels import reasoning_config
 
     asked = []
 
     def chosen(which, *_):
         asked.append(which)
-        return reasoning_config.Config(*CONFIGS[config])
+        return reasoning_config.Config(*config)
 
     monkeypatch.setattr(reasoning_config, "config", chosen)
-    call = draw("triton", CASES[case])
+    call = draw("triton", CASES[case], dtype=dtype)
     assert_reasoning_parity(run_reasoning(call, "triton"), reasoning_baseline(call))
     assert set(asked) == {"fwd", "recompute", "bwd"}
 
