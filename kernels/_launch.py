@@ -41,4 +41,5 @@ def gpu_of(device: torch.device) -> Gpu:
             f"the Triton kernels need a GPU of compute capability 8.0 or more, {device} has "
             f"{properties.major}.{properties.minor}; use backend='reference'"
         )
-    return Gpu(properties.major, properties.shared_memory_per_block_optin)
+    shared = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Gpu(properties.major, shared)

@@ -76,7 +76,7 @@ def apply_dropout(
     if DROPOUT:
         threshold, seed, scale = dropout
         site = _REASONING_SITES + stream * _STREAM_SITES + 3 * k + place
-        if threshold > 0:
+        if threshold > 0:  # always; a branch keeps the drawing out of the products before it
             keep = dropout_keep(user_row, position, site, threshold, seed, D)
             update = tl.where(keep, update * scale, 0.0)
     return update
