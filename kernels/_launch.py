@@ -25,7 +25,12 @@ class Gpu(NamedTuple):
     shared: int  # bytes that a program may have
 
 
-GPUS = {8: Gpu(8, 163 << 10), 9: Gpu(9, 227 << 10), 10: Gpu(10, 227 << 10)}
+# What is compiled ahead of time, by the CUDA programming guide's table of compute capabilities.
+GPUS = {
+    "sm_80": Gpu(8, 163 << 10),
+    "sm_90": Gpu(9, 227 << 10),
+    "sm_100": Gpu(10, 227 << 10),
+}
 
 
 def gpu_of(device: torch.device) -> Gpu:
@@ -34,7 +39,7 @@ def gpu_of(device: torch.device) -> Gpu:
     Raises ValueError for a GPU that Triton does not compile for.
     """
     if device.type != "cuda":
-        return GPUS[8]
+        return GPUS["sm_80"]
     properties = torch.cuda.get_device_properties(device)
     if properties.major < 8:
         raise ValueError(

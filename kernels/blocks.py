@@ -322,8 +322,6 @@ def _project_head(
     k = linear(memory, qkv_weight_ptr, qkv_bias_ptr, D + head, D, PRECISION).to(x.dtype)
     scores = product(q, k.trans(), PRECISION)  # [M_q, M_k]
     query_slot = row_slots(x.shape[0], SLOT)
-    # No length exceeds the slot. The bound names h so that the mask is made again for each head:
-    # a mask for all of them, and for all steps, would be kept in registers.
     key_slot = key_slots(memory_length, MEMORY_SLOT)
     scores = tl.where(query_slot[:, None] == key_slot[None, :], scores, float("-inf"))
     top = tl.maximum(tl.max(scores, 1), LOWEST_SCORE)

@@ -4,6 +4,7 @@ The kernels are in reasoning_fwd.py and reasoning_bwd.py, their configurations i
 reasoning_config.py.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -52,10 +53,16 @@ def _matrices_to(dtype: torch.dtype, weights: Sequence[Tensor]) -> list[Tensor]:
     return [w.to(dtype) if i < 12 and i % 2 == 0 else w for i, w in enumerate(weights)]
 
 
+@functools.cache
+def _names(kernel: Any) -> frozenset[str]:
+    """Arguments and launch options of a kernel."""
+    return frozenset((*kernel.arg_names, "num_warps", "num_stages"))
+
+
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **compiled: Any) -> None:
     """Launch with those of the compile-time arguments that the kernel takes."""
-    options = (*kernel.arg_names, "num_warps", "num_stages")
-    kernel[grid](*arguments, **{n: v for n, v in compiled.items() if n in options})
+    names = _names(kernel)
+    kernel[grid](*arguments, **{n: v for n, v in compiled.items() if n in names})
 
 
 def latent_reasoning_fwd(
@@ -357,7 +364,6 @@ def variants(arch: str) -> Iterator[Variant]:
     (``rollout``); ``infer`` does neither. Backward is one kernel a stream, and that of the
     cross-attention is the same in both.
     """
-    major = int(arch.removeprefix("sm_")) // 10
     plain = {"NOISE": False, "DROPOUT": False, "POOL": False, "SAVE": False}
     train = {"NOISE": False, "DROPOUT": True, "POOL": True, "SAVE": True}
     rollout = {"NOISE": True, "DROPOUT": False, "POOL": False, "SAVE": True}
@@ -370,24 +376,20 @@ def variants(arch: str) -> Iterator[Variant]:
         if dtype == torch.float32:
             kind += f"-{call.precision}"
         suffix = f"{kind}-d{dim}-L{call.size}"
-        for name, kernel, switches in (
-            ("fwd-infer", latent_reasoning_fwd_kernel, plain),
-            ("fwd-train", latent_reasoning_fwd_kernel, train),
-            ("fwd-rollout", latent_reasoning_fwd_kernel, rollout),
-            ("recompute_self-train", recompute_self_kernel, train),
-            ("recompute_self-rollout", recompute_self_kernel, rollout),
-            ("recompute_cross-train", recompute_cross_kernel, train),
-            ("recompute_cross-rollout", recompute_cross_kernel, rollout),
-            ("ffn_bwd-train", ffn_bwd_kernel, train),
-            ("ffn_bwd-rollout", ffn_bwd_kernel, rollout),
-            ("cross_bwd", cross_bwd_kernel, {}),
-            ("self_bwd-train", self_bwd_kernel, train),
-            ("self_bwd-rollout", self_bwd_kernel, rollout),
+        for which, name, kernel, switches in (
+            ("fwd", "fwd-infer", latent_reasoning_fwd_kernel, plain),
+            ("fwd", "fwd-train", latent_reasoning_fwd_kernel, train),
+            ("fwd", "fwd-rollout", latent_reasoning_fwd_kernel, rollout),
+            ("recompute", "recompute_self-train", recompute_self_kernel, train),
+            ("recompute", "recompute_self-rollout", recompute_self_kernel, rollout),
+            ("recompute", "recompute_cross-train", recompute_cross_kernel, train),
+            ("recompute", "recompute_cross-rollout", recompute_cross_kernel, rollout),
+            ("bwd", "ffn_bwd-train", ffn_bwd_kernel, train),
+            ("bwd", "ffn_bwd-rollout", ffn_bwd_kernel, rollout),
+            ("bwd", "cross_bwd", cross_bwd_kernel, {}),
+            ("bwd", "self_bwd-train", self_bwd_kernel, train),
+            ("bwd", "self_bwd-rollout", self_bwd_kernel, rollout),
         ):
-            which = name.split("-")[0].split("_")[0]
-            compiled = constants(
-                which if which in ("fwd", "recompute") else "bwd",
-                dim, dim, 2, tiles, dtype, call.precision, GPUS[major],
-            )  # fmt: skip
+            compiled = constants(which, dim, dim, 2, tiles, dtype, call.precision, GPUS[arch])
             compiled |= slots | switches
             yield _variant(f"{name}-{suffix}", kernel, dtype, call.weights, compiled)

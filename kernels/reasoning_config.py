@@ -33,7 +33,8 @@ class Config(NamedTuple):
     # What is kept in memory between its uses, not in registers: 0 nothing, 1 (forward) the states
     # of the stream that is not at work, 2 every operand that a sublayer uses more than once.
     park: int = 0
-    depth: int = 0  # of a product in one piece; 0: whole. Only IEEE products can be cut.
+    # Of a product in one piece; 0: whole. What is cut is multiplied as IEEE, if it is float32.
+    depth: int = 0
     block_f: int = 32  # hidden units of the FFN at a time
 
 
@@ -63,10 +64,10 @@ _CONFIGS = {
     ("recompute", "half", 128, 64, None): Config(8),
     ("recompute", "half", 128, 64, 8): Config(8, 2),
     ("recompute", "half", 128, 128, None): Config(8, 2),
+    ("recompute", "tf32", 32, 32, 9): Config(4, 2),
     ("recompute", "ieee", 32, 32, None): Config(8, 2, 16),
     ("bwd", "half", 128, 64, None): Config(8, 2),
     ("bwd", "ieee", 32, 32, None): Config(8, 0, 32),
-    ("recompute", "tf32", 32, 32, 9): Config(4, 2),
 }
 # Most bytes of one head's tile [rows, D/H], by the shared memory that a program may have, for which
 # products fit it whole. Beyond, they are cut: slow (TF32 is then computed as IEEE), but it runs.
@@ -84,10 +85,14 @@ _WITHOUT_TENSOR_MEMORY = Config(16, 2)
 def config(
     which: str, D: int, H: int, rows: int, dtype: torch.dtype, precision: str, gpu: Gpu
 ) -> Config:
-    """Look a pass up; ``rows`` are those of the longer stream's tile."""
+    """Look up a pass: ``fwd``, ``recompute`` (the forward part of backward) or ``bwd``.
+
+    ``rows`` are those of the longer stream's tile, ``precision`` is that of float32 products,
+    ``tf32`` or ``ieee``.
+    """
     kind = precision if dtype == torch.float32 else "half"
     is_long = gpu.major == 10 and rows > 64 and kind != "ieee" and (D == 128 or which == "bwd")
-    shared = min(gpu.shared, GPUS[8].shared) if is_long else gpu.shared
+    shared = min(gpu.shared, GPUS["sm_80"].shared) if is_long else gpu.shared
     head = rows * (D // H) * dtype.itemsize
     fitting = (most for least, most in _LARGEST_HEAD[which].items() if shared >= least)
     if kind != "ieee" and head > max(fitting, default=0):
@@ -110,7 +115,10 @@ def constants(
     precision: str,
     gpu: Gpu,
 ) -> dict[str, Any]:
-    """Compile-time arguments of a pass's kernels; none of them takes all."""
+    """Compile-time arguments and launch options of a pass's kernels; none of them takes all.
+
+    F is the FFN's width or 0, H the number of heads; the rest as for :func:`config`.
+    """
     chosen = config(which, D, H, tile.rows, dtype, precision, gpu)
     return {
         "D": D,

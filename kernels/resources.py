@@ -33,14 +33,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import lcr_fast.kernels
+from lcr_fast.kernels._launch import GPUS
 from lcr_fast.kernels.variant import Variant
 
-# What one program may have, by the CUDA programming guide's table of compute capabilities.
-SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
-# What one multiprocessor has (the same table): threads, 32-bit registers, shared bytes; a program
-# takes 1 KiB of shared memory for the system.
+SHARED_BYTES = {arch: gpu.shared for arch, gpu in GPUS.items()}  # that a program may have
+# What one multiprocessor has, by the CUDA programming guide: threads, 32-bit registers, programs.
+# Of its shared memory a program takes 1 KiB for the system; one that takes all has the rest.
 _SM_THREADS, _SM_REGISTERS, _SM_PROGRAMS = 2048, 65536, 32
-_SM_SHARED = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
 _SYSTEM_SHARED = 1 << 10
 _REGISTER_UNIT = 256  # registers are given to a warp in multiples of this
 
@@ -181,7 +180,7 @@ def _programs_per_sm(registers: int, shared: int, num_warps: int, arch: str) -> 
         _SM_PROGRAMS,
         _SM_THREADS // (32 * num_warps),
         _SM_REGISTERS // (warp_registers * num_warps),
-        _SM_SHARED[arch] // (shared + _SYSTEM_SHARED),
+        (SHARED_BYTES[arch] + _SYSTEM_SHARED) // (shared + _SYSTEM_SHARED),
     )
 
 

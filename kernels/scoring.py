@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcr_fast.kernels._launch import dot_precision, gpu_of, on_device
+from lcr_fast.kernels._launch import GPUS, dot_precision, gpu_of, on_device
 from lcr_fast.kernels.target import (
     attend,
     dropout_tile,
@@ -1077,7 +1077,7 @@ def variants(arch: str) -> Iterator[Variant]:
 
     L is the longer history, k the length of a list.
     """
-    major = int(arch.removeprefix("sm_")) // 10
+    major = GPUS[arch].major
     shapes = ((32, 20), (64, 30), (64, 50), (128, 200))
     for dtype, precision in (
         (torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"),

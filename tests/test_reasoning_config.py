@@ -11,7 +11,7 @@ from lcr_fast.kernels import reasoning_config as configs
 from lcr_fast.kernels._launch import GPUS, Gpu, gpu_of
 
 SMALL = Gpu(8, 99 << 10)  # such as sm_86 and sm_89
-A100, H100 = GPUS[8], GPUS[9]
+A100, H100 = GPUS["sm_80"], GPUS["sm_90"]
 NEWER = Gpu(12, 99 << 10)
 
 
