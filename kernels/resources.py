@@ -111,8 +111,8 @@ def fingerprint(name: str) -> str:
     """Digest what a module compiles.
 
     That is its variants, and the @triton.jit functions and their constants (tl.constexpr) of it and
-    of the modules of this package that it imports, directly or not. Comments, formatting and
-    launchers do not count.
+    of the modules of this package that it imports, directly or not. Comments, docstrings,
+    formatting and launchers do not count.
     """
     parts = [
         repr((arch, full, *v[2:]))
@@ -125,6 +125,8 @@ def fingerprint(name: str) -> str:
             jitted = isinstance(node, ast.FunctionDef) and any(
                 ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list
             )
+            if jitted and ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
             constant = isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("tl.")
             if jitted or constant:
                 parts.append(ast.dump(node))

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -97,3 +98,31 @@ def test_a_table_that_was_written_can_be_read():
     assert resources.from_markdown(resources.to_markdown(TABLE.rows)).rows == TABLE.rows
     with pytest.raises(ValueError, match="no line that names"):
         resources.from_markdown("| kernel | arch |")
+
+
+def test_the_fingerprint_covers_what_a_module_imports_but_not_its_words(monkeypatch):
+    assert {"reasoning_fwd", "reasoning_bwd", "steps", "blocks"} <= set(
+        resources._sources("reasoning")
+    )
+    assert "blocks" not in resources._sources("scoring")
+    sources = resources._sources("reasoning")
+    before = resources.fingerprint("reasoning")
+    blocks = sources["blocks"]
+    for changed, is_same in (
+        (blocks.replace('"""Slot of each row, [M]."""', '"""Another docstring."""'), True),
+        (blocks + "\n# a comment\n", True),
+        (blocks.replace("tl.constexpr(1e-5)", "tl.constexpr(2e-5)"), False),
+        (blocks.replace("return tl.arange(0, M) // SLOT", "return tl.arange(0, M)"), False),
+    ):
+        assert changed != blocks
+        monkeypatch.setattr(resources, "_sources", lambda _, c=changed: sources | {"blocks": c})
+        assert (resources.fingerprint("reasoning") == before) == is_same
+
+
+def test_tensor_memory_that_no_gpu_has_is_named(monkeypatch):
+    compiled = SimpleNamespace(metadata=SimpleNamespace(tmem_size=576))
+    monkeypatch.setattr(resources, "compile_variant", lambda *_: compiled)
+    (name, arch), variant = next(iter(VARIANTS.items()))
+    row = resources.measure(name, variant, arch)
+    assert row.products == resources.TOO_MUCH_TENSOR_MEMORY
+    assert row.programs == 0
