@@ -86,6 +86,7 @@ def load_tile(at, D: tl.constexpr):
 
 @triton.jit
 def store_tile(at, x, D: tl.constexpr):
+    """Store x [M, D] in D columns of a tile's rows, in the tensor's dtype."""
     start, offset, exists = at
     x = x.to(start.dtype.element_ty)
     tl.store(start + offset + tl.arange(0, D)[None, :], x, mask=exists)
@@ -253,7 +254,8 @@ def _split_depth(a, b):
 def _product_in_pieces(a, b, c, DEPTH: tl.constexpr):
     """Compute a b + c by FMA, DEPTH of the inner axis at a time.
 
-    Operands of FMA lie in registers over the whole depth: 256 a thread for two tiles [64, 64].
+    Operands of FMA lie in registers over the whole depth: 256 a thread for each of two tiles
+    [64, 64] in 8 warps.
     """
     if a.shape[1] > DEPTH:
         left, right, upper, lower = _split_depth(a, b)

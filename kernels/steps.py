@@ -63,6 +63,7 @@ def ffn_weights(weights, index, D: tl.constexpr, F: tl.constexpr):
 
 @triton.jit
 def norm_weights(weights, index, which: tl.constexpr, D: tl.constexpr):
+    """Pointers to the weight and bias of one stream's norm in a step; 0, 1 or 2."""
     offset = (index * 3 + which) * D
     return weights[12] + offset, weights[13] + offset
 
@@ -193,12 +194,14 @@ def before_norm3(
 
 @triton.jit
 def norm(x, weights, index, which: tl.constexpr, D: tl.constexpr):
+    """LN of a stream and step, ``which`` being 0, 1 or 2: float32 [M, D]."""
     weight_ptr, bias_ptr = norm_weights(weights, index, which, D)
     return layer_norm(x, weight_ptr, bias_ptr, D)
 
 
 @triton.jit
 def zero_padding(x, rows):
+    """Keep a tile [M, D] at events, 0 at padding."""
     _, position, length, _, _, _ = rows
     return tl.where((position < length)[:, None], x, 0.0)
 
