@@ -196,10 +196,22 @@ def tf32_allowed():
     torch.set_float32_matmul_precision(before)
 
 
-def test_parity_where_tf32_is_allowed(tf32_allowed):
+def test_parity_where_tf32_is_allowed(monkeypatch, tf32_allowed):
     require("triton", DEFAULT)
+    from lcr_fast.kernels import reasoning as kernels
+
+    precisions = []
+
+    def constants(*of_call):
+        compiled = reasoning_constants(*of_call)
+        precisions.append(compiled["PRECISION"])
+        return compiled
+
+    reasoning_constants = kernels.constants
+    monkeypatch.setattr(kernels, "constants", constants)
     call = draw("triton", CASES["dropout"])
     assert_reasoning_parity(run_reasoning(call, "triton"), reasoning_baseline(call))
+    assert precisions == ["tf32"] * 3  # forward, recomputation, backward
 
 
 @pytest.mark.parametrize("case", ["dropout", "three trajectories"])
