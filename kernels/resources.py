@@ -122,13 +122,14 @@ def fingerprint(name: str) -> str:
     ]
     for source in _sources(name).values():
         for node in ast.parse(source).body:
-            jitted = isinstance(node, ast.FunctionDef) and any(
-                ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list
-            )
-            if jitted and ast.get_docstring(node) is not None:
-                node.body = node.body[1:]
-            constant = isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("tl.")
-            if jitted or constant:
+            if isinstance(node, ast.FunctionDef):
+                decorators = map(ast.unparse, node.decorator_list)
+                counts = any(decorator.startswith("triton.jit") for decorator in decorators)
+                if ast.get_docstring(node) is not None:
+                    node.body = node.body[1:]
+            else:
+                counts = isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("tl.")
+            if counts:
                 parts.append(ast.dump(node))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
