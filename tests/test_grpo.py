@@ -387,7 +387,7 @@ def rollout():
     return RolloutCase("reference")
 
 
-@pytest.fixture(params=["reference", "cpp", "triton"])
+@pytest.fixture(params=["reference", "cpp", pytest.param("triton", marks=pytest.mark.gpu)])
 def any_rollout(request):
     """Run on every backend that this machine has, in float32 where it is a fused one."""
     device = "cuda" if request.param == "triton" and torch.cuda.is_available() else "cpu"

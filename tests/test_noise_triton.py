@@ -11,6 +11,7 @@ import oracle
 from lcr_fast import noise
 from lcr_fast.kernels.blocks import _philox, dropout_keep, normal_noise
 
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Rows that use the upper bits of a word, and more than a word.
 ROWS = [0, 5, 2**31 + 7, 2**32 + 5, -1, 3, 4, 2**40, 11, 12, 13, 14, 15, 16, 17, 18]

@@ -45,7 +45,9 @@ on_cuda = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=on_cuda)])
+@pytest.fixture(
+    scope="module", params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, on_cuda])]
+)
 def device(request):
     return request.param
 
@@ -581,6 +583,7 @@ def test_catalogue_names_bad_rows(backend):
         catalogue_rank(users, items, target, seen=target, backend=backend)
 
 
+@pytest.mark.gpu
 @on_cuda
 def test_bad_rows_on_cuda_become_nan_unless_validated():
     scores = torch.randn(4, 5000, device="cuda")

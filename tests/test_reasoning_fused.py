@@ -37,7 +37,9 @@ DEFAULT = ReasoningCase()
 HALVES = [torch.float16, torch.bfloat16] if GPU else [torch.float16]
 
 
-@pytest.fixture(params=DEVICES)
+@pytest.fixture(
+    params=[pytest.param(b, marks=[pytest.mark.gpu] if b == "triton" else []) for b in DEVICES]
+)
 def backend(request) -> str:
     require(request.param, DEFAULT)
     return request.param
@@ -150,6 +152,7 @@ def test_parity_of_half_states_under_float32_weights(backend, dtype):
     assert_reasoning_parity(results, reasoning_baseline(call))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("case", ON_A_GPU)
@@ -169,6 +172,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_parity_in_every_configuration(monkeypatch, name, dtype):
@@ -196,6 +200,7 @@ def tf32_allowed():
     torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.gpu
 def test_parity_where_tf32_is_allowed(monkeypatch, tf32_allowed):
     require("triton", DEFAULT)
     from lcr_fast.kernels import reasoning as kernels

@@ -444,9 +444,14 @@ print(peak(200_000) - small)
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 HALVES = [torch.float16, torch.bfloat16] if GPU else [torch.float16]  # interpreted, it truncates
-needs_triton = pytest.mark.skipif(
+triton_installed = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )
+
+
+def on_triton(test):
+    """Mark a test of the Triton kernels."""
+    return pytest.mark.gpu(triton_installed(test))
 
 
 def kernel_case(head="mlp", **options) -> Case:
@@ -494,7 +499,7 @@ def assert_kernels_match(case: Case, dtype=torch.float32, **options):
         assert_parity(name, value, eager[name], exact[name], factor=factor)
 
 
-@needs_triton
+@on_triton
 @pytest.mark.parametrize(("head", "n_candidates"), [
     ("mlp", 1), ("mlp", 5), ("mlp", 37), ("mlp without user", 5), ("dot", 5), ("dot", 37),
 ])  # fmt: skip
@@ -503,7 +508,7 @@ def test_triton_parity_of_scores_and_gradients(head, n_candidates):
     assert_kernels_match(kernel_case(head, n_candidates=n_candidates, n_users=n_users))
 
 
-@needs_triton
+@on_triton
 @pytest.mark.parametrize("changes", [
     {"trajectories": 1},
     {"trajectories": 3, "n_candidates": 19, "n_users": 5},
@@ -515,14 +520,14 @@ def test_triton_parity_in_other_shapes(changes):
     assert_kernels_match(kernel_case(**changes))
 
 
-@needs_triton
+@on_triton
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("changes", [{}, {"trajectories": 3}], ids=str)
 def test_triton_parity_of_halves(changes, dtype):
     assert_kernels_match(kernel_case(**changes), dtype)
 
 
-@needs_triton
+@on_triton
 @pytest.mark.parametrize("n_candidates", [5, 19])
 def test_triton_parity_with_dropout(n_candidates):
     rows = torch.tensor([5, 2**40 + 1, 0, 7, 7, 3], device=DEVICE)
@@ -530,7 +535,7 @@ def test_triton_parity_with_dropout(n_candidates):
     assert_kernels_match(kernel_case(n_candidates=n_candidates), dropout=dropout)
 
 
-@needs_triton
+@on_triton
 @pytest.mark.parametrize("shared", [False, True])
 def test_triton_gathers_ids(shared):
     """Duplicates and row 0 included, in the bits of the gathered vectors, the same each time."""
@@ -547,7 +552,7 @@ def test_triton_gathers_ids(shared):
         assert torch.equal(value, twice[name]), name
 
 
-@needs_triton
+@on_triton
 @pytest.mark.parametrize("n_candidates", [5, 37])
 def test_triton_permutes_with_the_candidates(n_candidates):
     """Scores and the candidates' gradients move along, bit by bit, over tiles and copies too."""
@@ -564,7 +569,7 @@ def test_triton_permutes_with_the_candidates(n_candidates):
         assert torch.equal(after[name], before[name][:, order]), name
 
 
-@needs_triton
+@on_triton
 def test_triton_chunks_and_runs_change_no_bit(monkeypatch):
     """One user of scratch at a time, and one program for all trajectories of a tile."""
     from lcr_fast.kernels import scoring as kernels
@@ -580,7 +585,7 @@ def test_triton_chunks_and_runs_change_no_bit(monkeypatch):
             assert torch.equal(value, expected[name]), name
 
 
-@needs_triton
+@on_triton
 def test_triton_reads_no_padding_and_keeps_only_its_inputs():
     case = kernel_case()
     expected = case.run("triton")
@@ -602,14 +607,14 @@ def test_triton_reads_no_padding_and_keeps_only_its_inputs():
     assert all(t.dtype == torch.int64 and t.numel() <= 30 for t in new)  # the ids
 
 
-@needs_triton
+@on_triton
 def test_triton_serves_no_user_and_no_candidate():
     assert kernel_case(n_users=0).run("triton")["scores"].shape == (0, 5)
     for name, value in kernel_case(n_candidates=0).run("triton").items():
         assert not value.any(), name
 
 
-@needs_triton
+@on_triton
 @pytest.mark.parametrize(("n_items", "copies"), [(1, False), (150, True)])
 def test_triton_topk_is_a_full_sort(n_items, copies, monkeypatch):
     """Of equal scores the lower id first, whichever tile, split or pass each is found in."""
@@ -636,7 +641,7 @@ def test_triton_topk_is_a_full_sort(n_items, copies, monkeypatch):
             assert torch.isneginf(top[b, len(expected) :]).all()
 
 
-@needs_triton
+@on_triton
 @pytest.mark.parametrize("copies", [False, True])
 def test_triton_ranks_are_counted(copies):
     case = exact_case(n_items=150, copies=copies)
@@ -653,7 +658,7 @@ def test_triton_ranks_are_counted(copies):
         assert rank[b] == 1 + len(ahead)
 
 
-@needs_triton
+@on_triton
 def test_triton_names_a_nan():
     case = exact_case(n_items=20)
     case.tensors["search"][2, 0] = torch.nan
