@@ -554,7 +554,10 @@ def ranking_metrics(
         elif kind == "mrr":
             value = (first / place * within).sum(-1)
         elif kind == "rank":
-            value = (first * place).sum(-1)
+            # The first of p among n shuffled items stands, on average, at (n + 1) / (p + 1). One
+            # term is not 0, so no order of the sum can change a bit.
+            leads = relevant * (relevant.cumsum(-1) == 1)
+            value = (leads * (above + (n + 1) / (p + 1))).sum(-1)
         elif kind == "precision":
             value = (chance * within).sum(-1) / k
         elif kind == "recall":
