@@ -1,9 +1,13 @@
 """Tiny prepared data and models, shared by the tests of training, evaluation and the CLI.
 
+Tests marked ``full`` take long, and none of them alone found a fault when faults were planted: they
+run where FULL=1 is in the environment.
+
 Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before they or
 the ops are imported.
 """
 
+import importlib.util
 import os
 
 import pytest
@@ -24,11 +28,51 @@ _MODEL = LCRConfig(
     dim=8, steps=2, max_search_len=4, max_rec_len=5, max_clicks=2, mlp_hidden=(8,)
 )  # fmt: skip
 
+_FULL = os.environ.get("FULL") == "1"
+_LEFT_OUT = pytest.StashKey[int]()
+
+
+@pytest.hookimpl(trylast=True)  # after -k and -m
+def pytest_collection_modifyitems(config, items):
+    left_out = [item for item in items if not _FULL and item.get_closest_marker("full")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+    config.stash[_LEFT_OUT] = len(left_out)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    # Where pytest-xdist is used, this process has not collected any.
+    left_out = 0 if _FULL else config.stash.get(_LEFT_OUT, "some")
+    if left_out:
+        terminalreporter.write_line(f"{left_out} more tests run with FULL=1 in the environment")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     """Tensors this small only wait for each other on several threads."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fast_interpreter():
+    """Let Triton's interpreter patch ``triton.language`` once a launch and module.
+
+    It does so at every call of a device function, to no effect after the first: half of its time.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return
+    from triton.runtime import interpreter
+
+    patched = set()
+
+    def call(self, *arguments, **options):
+        if self.fn.__module__ not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(self.fn.__module__)
+        return self.rewrite()(*arguments, **options)
+
+    interpreter.InterpretedFunction.__call__ = call
 
 
 @pytest.fixture(scope="session")
