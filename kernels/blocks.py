@@ -239,30 +239,22 @@ def layer_norm_bwd(dy, x, weight_ptr, dnorm_ptr, D: tl.constexpr):
 # -- products -------------------------------------------------------------------------------------
 
 
+_PIECE = tl.constexpr(64)
+
+
 @triton.jit
-def _split_depth(a, b):
-    """Halve the depth of a product a b: left and right half of a, upper and lower half of b."""
+def _product_in_pieces(a, b, c, PRECISION: tl.constexpr):
+    """Compute a b + c, halving the inner axis until a piece has a depth of 32."""
     M: tl.constexpr = a.shape[0]
     K: tl.constexpr = a.shape[1]
     N: tl.constexpr = b.shape[1]
-    left, right = tl.split(a.reshape(M, 2, K // 2).permute(0, 2, 1))
-    upper, lower = tl.split(b.reshape(2, K // 2, N).permute(1, 2, 0))
-    return left, right, upper, lower
-
-
-@triton.jit
-def _product_in_pieces(a, b, c, DEPTH: tl.constexpr):
-    """Compute a b + c by FMA, DEPTH of the inner axis at a time.
-
-    Operands of FMA lie in registers over the whole depth: 256 a thread for each of two tiles
-    [64, 64] in 8 warps.
-    """
-    if a.shape[1] > DEPTH:
-        left, right, upper, lower = _split_depth(a, b)
-        c = _product_in_pieces(left, upper, c, DEPTH)
-        c = _product_in_pieces(right, lower, c, DEPTH)
+    if K > _PIECE:
+        left, right = tl.split(a.reshape(M, 2, K // 2).permute(0, 2, 1))
+        upper, lower = tl.split(b.reshape(2, K // 2, N).permute(1, 2, 0))
+        c = _product_in_pieces(left, upper, c, PRECISION)
+        c = _product_in_pieces(right, lower, c, PRECISION)
     else:
-        c = tl.dot(a, b, c, input_precision="ieee")
+        c = tl.dot(a, b, c, input_precision=PRECISION)
     return c
 
 
@@ -270,13 +262,15 @@ def _product_in_pieces(a, b, c, DEPTH: tl.constexpr):
 def product(a, b, PRECISION: tl.constexpr, c=None):
     """Compute a b + c in float32, c being 0 by default.
 
-    ``PRECISION`` says how float32 is multiplied: ``tf32``; ``ieee``; or ``ieee16`` and ``ieee32``
-    for a product in pieces of that depth.
+    PRECISION is gpu.dot_precision's; with "cut", operands that would not fit the shared memory
+    whole take turns there.
     """
-    if PRECISION == "ieee16":
-        c = _product_in_pieces(a, b, c, 16)
-    elif PRECISION == "ieee32":
-        c = _product_in_pieces(a, b, c, 32)
+    if PRECISION == "tf32x3 cut":
+        c = _product_in_pieces(a, b, c, "tf32x3")
+    elif PRECISION == "tf32 cut":
+        c = _product_in_pieces(a, b, c, "tf32")
+    elif PRECISION == "ieee cut":
+        c = _product_in_pieces(a, b, c, "ieee")
     else:
         c = tl.dot(a, b, c, input_precision=PRECISION)
     return c

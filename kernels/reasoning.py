@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lcr_fast.kernels._launch import GPUS, dot_precision, gpu_of, on_device
+from lcr_fast.kernels.gpu import GPUS, dot_precision, gpu_of, on_device
 from lcr_fast.kernels.reasoning_bwd import (
     cross_bwd_kernel,
     ffn_bwd_kernel,
@@ -21,9 +21,9 @@ from lcr_fast.kernels.reasoning_bwd import (
     scratch_columns,
     self_bwd_kernel,
 )
-from lcr_fast.kernels.reasoning_config import constants, tile
+from lcr_fast.kernels.reasoning_config import constants, slots
 from lcr_fast.kernels.reasoning_fwd import latent_reasoning_fwd_kernel
-from lcr_fast.kernels.variant import Variant
+from lcr_fast.kernels.variant import LAUNCH_OPTIONS, Variant
 
 _WIDTHS = (32, 64, 128)
 _MIN_HEAD = 16  # the least depth of a tensor-core dot
@@ -56,7 +56,7 @@ def _matrices_to(dtype: torch.dtype, weights: Sequence[Tensor]) -> list[Tensor]:
 @functools.cache
 def _names(kernel: Any) -> frozenset[str]:
     """Arguments and launch options of a kernel."""
-    return frozenset((*kernel.arg_names, "num_warps", "num_stages"))
+    return frozenset((*kernel.arg_names, *LAUNCH_OPTIONS))
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **compiled: Any) -> None:
@@ -97,24 +97,25 @@ def latent_reasoning_fwd(
     saved_search = search.new_empty(n_saved, B, N, search_size, D)
     saved_rec = rec.new_empty(n_saved, B, N, rec_size, D)
     weights = _matrices_to(search.dtype, weights)
-    tiles = tile(search_size, rec_size)
+    sizes = (search_size, rec_size)
     compiled = constants(
-        "fwd", D, F, n_heads, tiles, search.dtype, dot_precision(search.dtype),
+        "fwd", D, F, n_heads, sizes, search.dtype, dot_precision(search.dtype),
         gpu_of(search.device),
     )  # fmt: skip
+    search_slot, rec_slot = slots(*sizes)
     search_spare, rec_spare = search_out, rec_out
     if compiled["PARK"]:
         search_spare, rec_spare = torch.empty_like(search_out), torch.empty_like(rec_out)
     if B * N:
         with on_device(search):
             _launch(
-                latent_reasoning_fwd_kernel, (triton.cdiv(B * N, tiles.users),),
+                latent_reasoning_fwd_kernel, (triton.cdiv(B * N, compiled["USERS"]),),
                 search, rec, search_lengths, rec_lengths, rows, target_keys, *weights,
                 search_out, rec_out, search_spare, rec_spare, pooled, saved_search, saved_rec,
                 B * N, N, search_size, rec_size, steps, int(weights[0].shape[0] > 1),
                 noise_scale, noise_seed,
                 dropout_threshold, 65536.0 / (65536 - dropout_threshold), dropout_seed,
-                SEARCH_SLOT=tiles.slots[0], REC_SLOT=tiles.slots[1],
+                SEARCH_SLOT=search_slot, REC_SLOT=rec_slot,
                 NOISE=noise_scale != 0.0, DROPOUT=dropout_threshold > 0,
                 POOL=has_pool, SAVE=save_states, **compiled,
             )  # fmt: skip
@@ -220,11 +221,11 @@ def latent_reasoning_bwd(
         )
 
     cast = _matrices_to(search.dtype, weights)
-    tiles, sizes = tile(search_size, rec_size), (search_size, rec_size)
-    slots = tiles.slots
+    sizes = (search_size, rec_size)
+    slot = slots(*sizes)
     recompute, differentiate = (
         constants(
-            which, D, F, n_heads, tiles, search.dtype, dot_precision(search.dtype),
+            which, D, F, n_heads, sizes, search.dtype, dot_precision(search.dtype),
             gpu_of(search.device),
         )
         for which in ("recompute", "bwd")
@@ -240,7 +241,8 @@ def latent_reasoning_bwd(
         users = slice(start, min(start + chunk, B))
         lengths = (search_lengths[users], rec_lengths[users])
         n = len(lengths[0]) * N
-        programs = triton.cdiv(n, tiles.users)
+        n_recompute = triton.cdiv(n, recompute["USERS"])
+        programs = triton.cdiv(n, differentiate["USERS"])
         scratch = tuple(search.new_empty(K, n * size, C) for size in sizes)
         dh, da, dmemory = (
             tuple(torch.empty(n // N, N, size, D, **float32) for size in sizes) for _ in range(3)
@@ -249,18 +251,18 @@ def latent_reasoning_bwd(
         with on_device(search):
             for x, (state, saved) in enumerate(((search, saved_search), (rec, saved_rec))):
                 _launch(
-                    recompute_self_kernel, (programs, K),
+                    recompute_self_kernel, (n_recompute, K),
                     state[users], lengths[x], rows[users], *cast, saved[:, users], scratch[x],
                     n, N, sizes[x], int(not shared), x, B * N, noise_scale, noise_seed, *dropout,
-                    SLOT=slots[x], NOISE=noise_scale != 0.0,
+                    SLOT=slot[x], NOISE=noise_scale != 0.0,
                     DROPOUT=is_dropping, **recompute,
                 )  # fmt: skip
             for x in (0, 1):
                 _launch(
-                    recompute_cross_kernel, (programs, K),
+                    recompute_cross_kernel, (n_recompute, K),
                     lengths[x], lengths[1 - x], rows[users], *cast, scratch[x], scratch[1 - x],
                     n, N, sizes[x], sizes[1 - x], int(not shared), x, *dropout,
-                    SLOT=slots[x], MEMORY_SLOT=slots[1 - x],
+                    SLOT=slot[x], MEMORY_SLOT=slot[1 - x],
                     DROPOUT=is_dropping, **recompute,
                 )  # fmt: skip
             for k in reversed(range(K)):
@@ -270,7 +272,7 @@ def latent_reasoning_bwd(
                         dout[users], dpooled[users], dh[x], da[x], lengths[x], lengths[1 - x],
                         rows[users], target_keys[users], *cast, scratch[x][k], dkeys[users],
                         dnorm, n, N, sizes[x], k, K, int(not shared), x, *dropout,
-                        SLOT=slots[x], DROPOUT=is_dropping,
+                        SLOT=slot[x], DROPOUT=is_dropping,
                         POOL=has_pool, **differentiate,
                     )  # fmt: skip
                 for x in (0, 1):
@@ -279,7 +281,7 @@ def latent_reasoning_bwd(
                         da[x], da[x], dmemory[1 - x], lengths[x], lengths[1 - x], *cast,
                         scratch[x][k], scratch[1 - x][k],
                         n, N, sizes[x], sizes[1 - x], k, int(not shared), x,
-                        SLOT=slots[x], MEMORY_SLOT=slots[1 - x], **differentiate,
+                        SLOT=slot[x], MEMORY_SLOT=slot[1 - x], **differentiate,
                     )  # fmt: skip
                 for x in (0, 1):
                     _launch(
@@ -287,7 +289,7 @@ def latent_reasoning_bwd(
                         da[x], dmemory[x], dpooled[users], dh[x], lengths[x], rows[users],
                         target_keys[users], *cast, scratch[x][k], dkeys[users], dnorm,
                         n, N, sizes[x], k, K, int(not shared), x, *dropout,
-                        SLOT=slots[x], DROPOUT=is_dropping, POOL=has_pool,
+                        SLOT=slot[x], DROPOUT=is_dropping, POOL=has_pool,
                         **differentiate,
                     )  # fmt: skip
         dsearch[users] = dh[0].sum(1)
@@ -333,7 +335,7 @@ def _variant(
 
     chosen = {n: v for n, v in compiled.items() if n in kernel.arg_names}
     signature = {n: kind(n) for n in kernel.arg_names if n not in chosen}
-    return Variant(name, kernel, signature, chosen, compiled["num_warps"], compiled["num_stages"])
+    return Variant(name, kernel, signature, chosen, {n: compiled[n] for n in LAUNCH_OPTIONS})
 
 
 class _Call(NamedTuple):
@@ -350,10 +352,10 @@ _CALLS = (
     *(_Call(*shape) for shape in ((32, 20), (64, 30), (64, 50), (64, 128), (128, 50), (128, 128))),
     *(
         _Call(*shape, torch.float32, precision=precision)
-        for precision in ("tf32", "ieee")
+        for precision in ("tf32", "tf32x3")
         for shape in ((32, 20), (64, 30), (64, 50))
     ),
-    _Call(128, 128, torch.float32, precision="tf32"),
+    _Call(128, 128, torch.float32, precision="tf32x3"),
 )
 
 
@@ -369,9 +371,9 @@ def variants(arch: str) -> Iterator[Variant]:
     rollout = {"NOISE": True, "DROPOUT": False, "POOL": False, "SAVE": True}
     for call in _CALLS:
         dim, dtype = call.dim, call.dtype
-        tiles = tile(call.size, call.size)
-        slot = tiles.slots[0]
-        slots = {"SEARCH_SLOT": slot, "REC_SLOT": slot, "SLOT": slot, "MEMORY_SLOT": slot}
+        sizes = (call.size, call.size)
+        slot, _ = slots(*sizes)
+        rows = {"SEARCH_SLOT": slot, "REC_SLOT": slot, "SLOT": slot, "MEMORY_SLOT": slot}
         kind = _TYPES[dtype]
         if dtype == torch.float32:
             kind += f"-{call.precision}"
@@ -390,6 +392,6 @@ def variants(arch: str) -> Iterator[Variant]:
             ("bwd", "self_bwd-train", self_bwd_kernel, train),
             ("bwd", "self_bwd-rollout", self_bwd_kernel, rollout),
         ):
-            compiled = constants(which, dim, dim, 2, tiles, dtype, call.precision, GPUS[arch])
-            compiled |= slots | switches
+            compiled = constants(which, dim, dim, 2, sizes, dtype, call.precision, GPUS[arch])
+            compiled |= rows | switches
             yield _variant(f"{name}-{suffix}", kernel, dtype, call.weights, compiled)

@@ -28,6 +28,7 @@ from lcr_fast.kernels.blocks import (
     store_tile,
     tile_at,
 )
+from lcr_fast.kernels.ptxas import kernel
 from lcr_fast.kernels.steps import (
     apply_dropout,
     before_norm1,
@@ -73,7 +74,7 @@ _STREAM_SIZES = [
 ]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_STREAM_SIZES)
+@kernel(do_not_specialize=_STREAM_SIZES)
 def recompute_self_kernel(
     x_ptr,  # [B, L, D]
     lengths_ptr, rows_ptr,  # [B]
@@ -121,7 +122,7 @@ def recompute_self_kernel(
     store_tile(columns(at, 2 * D), a, D)
 
 
-@triton.jit(do_not_specialize=_STREAM_SIZES)
+@kernel(do_not_specialize=_STREAM_SIZES)
 def recompute_cross_kernel(
     lengths_ptr, memory_lengths_ptr, rows_ptr,  # [B]
     self_qkv_weight_ptr, self_qkv_bias_ptr, self_out_weight_ptr, self_out_bias_ptr,
@@ -171,7 +172,7 @@ def recompute_cross_kernel(
     store_tile(columns(at, 15 * D + 2 * F), x2, D)
 
 
-@triton.jit(do_not_specialize=_STREAM_SIZES)
+@kernel(do_not_specialize=_STREAM_SIZES)
 def ffn_bwd_kernel(
     dout_ptr,  # [B, N, L, D] upstream gradient of h^(K)
     dpooled_ptr,  # [B, N, K, 2, 2, D]
@@ -265,7 +266,7 @@ def ffn_bwd_kernel(
     store_tile(columns(at, DY + 7 * D), tl.where(gate[:, None], dy, 0.0), D)
 
 
-@triton.jit(do_not_specialize=_STREAM_SIZES)
+@kernel(do_not_specialize=_STREAM_SIZES)
 def cross_bwd_kernel(
     dx2_ptr,  # float32 [B, N, L, D]
     da_ptr,  # float32 [B, N, L, D]
@@ -313,7 +314,7 @@ def cross_bwd_kernel(
     store_tile(tile_at(dmemory_ptr, memory_rows, memory_size, D), dmemory, D)
 
 
-@triton.jit(do_not_specialize=_STREAM_SIZES)
+@kernel(do_not_specialize=_STREAM_SIZES)
 def self_bwd_kernel(
     da_ptr, dmemory_ptr,  # float32 [B, N, L, D], from both cross-attentions
     dpooled_ptr,  # [B, N, K, 2, 2, D]

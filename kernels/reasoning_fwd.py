@@ -8,7 +8,6 @@ first, and, in configurations that park, states that wait for their next use: ea
 the output, each a in a scratch tensor of the same shape.
 """
 
-import triton
 import triton.language as tl
 
 from lcr_fast.kernels.blocks import (
@@ -19,6 +18,7 @@ from lcr_fast.kernels.blocks import (
     take_up,
     tile_at,
 )
+from lcr_fast.kernels.ptxas import kernel
 from lcr_fast.kernels.steps import (
     REC,
     SEARCH,
@@ -37,7 +37,7 @@ _RUNTIME_SIZES = [
 ]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_RUNTIME_SIZES)
+@kernel(do_not_specialize=_RUNTIME_SIZES)
 def latent_reasoning_fwd_kernel(
     search_ptr, rec_ptr,  # [B, L_s, D], [B, L_r, D]
     search_lengths_ptr, rec_lengths_ptr, rows_ptr,  # [B]

@@ -2,10 +2,16 @@
 
     python -m lcr_fast.kernels.resources -o docs/kernel-resources.md
 
-compiles each :class:`Variant` of each kernel module for each architecture with the ptxas that
-Triton ships, and writes a Markdown table: registers a thread, spilled bytes a thread, shared
-memory a program, tensor-core instructions, and how many programs fit one multiprocessor. The table
-is committed; tests check that it is complete, up to date and within limits.
+compiles each :class:`Variant` of each kernel module for each architecture with the ptxas that our
+kernels are launched with, and writes a Markdown table: registers a thread, spilled bytes a thread,
+shared memory a program, tensor-core instructions, how many programs fit one multiprocessor, and
+whether a wgmma may read its operand at a garbage address. The table is committed; tests check that
+it is complete, up to date and within limits.
+
+    python -m lcr_fast.kernels.resources --check docs/kernel-resources.md --products wgmma
+
+compiles rows of the table again, writes nothing, and fails if a descriptor may be garbage or if a
+kernel does not compile or fit. ``--ptxas`` takes another one, to see what it makes of the kernels.
 
 Interpreted kernels cannot be compiled, so this must run without ``TRITON_INTERPRET``.
 """
@@ -33,7 +39,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import lcr_fast.kernels
-from lcr_fast.kernels._launch import GPUS
+from lcr_fast.kernels import ptxas, sass
+from lcr_fast.kernels.gpu import GPUS
 from lcr_fast.kernels.variant import Variant
 
 SHARED_BYTES = {arch: gpu.shared for arch, gpu in GPUS.items()}  # that a program may have
@@ -58,23 +65,23 @@ class Usage(NamedTuple):
     kernel: str  # module.variant
     arch: str
     warps: int
-    stages: int
     registers: int  # a thread
     spilled: int  # bytes a thread
     shared: int  # bytes a program
     products: str  # tensor-core instructions and the type that they multiply, FMA, or - for none
     programs: int  # that fit one multiprocessor
+    descriptors: str  # of wgmma: "good", how many may be garbage, or - for none
 
 
 _COLUMNS = (
-    "kernel", "arch", "warps", "stages", "registers", "spilled B", "shared B", "products",
-    "programs / SM",
+    "kernel", "arch", "warps", "registers", "spilled B", "shared B", "products", "programs / SM",
+    "descriptors",
 )  # fmt: skip
 _ALIGNMENT = ["---" if kind is str else "--:" for kind in Usage.__annotations__.values()]
 
 
 def _module_names() -> list[str]:
-    tools = ("resources", "variant")
+    tools = ("ptxas", "resources", "sass", "variant")
     names = (info.name for info in pkgutil.iter_modules(lcr_fast.kernels.__path__))
     return [name for name in names if name not in tools]
 
@@ -110,8 +117,8 @@ def _sources(name: str) -> dict[str, str]:
 def fingerprint(name: str) -> str:
     """Digest what a module compiles.
 
-    That is its variants, and the @triton.jit functions and their constants (tl.constexpr) of it and
-    of the modules of this package that it imports, directly or not. Comments, docstrings,
+    That is its variants, and the kernels, device functions and their constants (tl.constexpr) of it
+    and of the modules of this package that it imports, directly or not. Comments, docstrings,
     formatting and launchers do not count.
     """
     parts = [
@@ -124,7 +131,9 @@ def fingerprint(name: str) -> str:
         for node in ast.parse(source).body:
             if isinstance(node, ast.FunctionDef):
                 decorators = map(ast.unparse, node.decorator_list)
-                counts = any(decorator.startswith("triton.jit") for decorator in decorators)
+                counts = any(
+                    decorator.startswith(("triton.jit", "kernel(")) for decorator in decorators
+                )
                 if ast.get_docstring(node) is not None:
                     node.body = node.body[1:]
             else:
@@ -134,8 +143,10 @@ def fingerprint(name: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def compile_variant(variant: Variant, arch: str) -> triton.compiler.CompiledKernel:
-    """Compile ahead of time; no GPU is needed."""
+def compile_variant(
+    variant: Variant, arch: str, tool: ptxas.Ptxas | None = None
+) -> triton.compiler.CompiledKernel:
+    """Compile ahead of time, by ``tool`` or the ptxas of choice; no GPU is needed."""
     names = variant.kernel.arg_names
     signature, attrs = {}, {}
     for i, name in enumerate(names):
@@ -147,10 +158,12 @@ def compile_variant(variant: Variant, arch: str) -> triton.compiler.CompiledKern
         if kind.startswith("*") or divisor == "16":
             attrs[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(variant.kernel, signature, variant.constexprs, attrs)
-    return triton.compile(
+    capability = int(arch.removeprefix("sm_"))
+    return ptxas.compile_with(
+        tool or ptxas.choose(capability),
         source,
-        target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32),
-        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
+        GPUTarget("cuda", capability, 32),
+        dict(variant.options),
     )
 
 
@@ -187,33 +200,65 @@ def _programs_per_sm(registers: int, shared: int, num_warps: int, arch: str) -> 
     )
 
 
-def measure(name: str, variant: Variant, arch: str) -> Usage:
+def _descriptors(cubin: bytes, products: str) -> str:
+    if "wgmma" not in products:
+        return "-"
+    garbage = sass.garbage_descriptors(sass.disassemble(cubin))
+    return f"{len(garbage)} garbage" if garbage else "good"
+
+
+def measure(name: str, variant: Variant, arch: str, tool: ptxas.Ptxas | None = None) -> Usage:
     """Compile one variant and read what it uses; ``products`` say so where it cannot run."""
-    warps, stages = variant.num_warps, variant.num_stages
+    warps = variant.options["num_warps"]
     try:
-        compiled = compile_variant(variant, arch)
+        compiled = compile_variant(variant, arch, tool)
     except RuntimeError:
-        return Usage(name, arch, warps, stages, 0, 0, 0, UNCOMPILED, 0)
+        return Usage(name, arch, warps, 0, 0, 0, UNCOMPILED, 0, "-")
     if (getattr(compiled.metadata, "tmem_size", None) or 0) > _TENSOR_MEMORY:
-        return Usage(name, arch, warps, stages, 0, 0, 0, TOO_MUCH_TENSOR_MEMORY, 0)
-    registers, spilled = _dump_resources(compiled.asm["cubin"])
-    shared = compiled.metadata.shared
+        return Usage(name, arch, warps, 0, 0, 0, TOO_MUCH_TENSOR_MEMORY, 0, "-")
+    cubin, shared = compiled.asm["cubin"], compiled.metadata.shared
+    registers, spilled = _dump_resources(cubin)
+    products = _products(compiled.asm["ttir"], compiled.asm["ptx"])
     return Usage(
-        name, arch, warps, stages, registers, spilled, shared,
-        _products(compiled.asm["ttir"], compiled.asm["ptx"]),
-        _programs_per_sm(registers, shared, warps, arch),
+        name, arch, warps, registers, spilled, shared, products,
+        _programs_per_sm(registers, shared, warps, arch), _descriptors(cubin, products),
     )  # fmt: skip
 
 
-def _measure_named(job: tuple[str, str]) -> Usage:
-    name, arch = job
+class _Job(NamedTuple):
+    name: str
+    arch: str
+    tool: ptxas.Ptxas
+
+
+def _measure_named(job: _Job) -> Usage:
     clock = time.monotonic()
-    usage = measure(name, dict(all_variants(arch))[name], arch)
-    sys.stderr.write(f"{arch} {name}: {time.monotonic() - clock:.0f} s\n")
+    variant = dict(all_variants(job.arch))[job.name]
+    usage = measure(job.name, variant, job.arch, job.tool)
+    sys.stderr.write(f"{job.arch} {job.name}: {time.monotonic() - clock:.0f} s\n")
     return usage
 
 
-def to_markdown(rows: list[Usage]) -> str:
+def compiler(tool: ptxas.Ptxas) -> str:
+    """Name what compiles, as the table does."""
+    return f"Triton {triton.__version__}, ptxas {tool.release[0]}.{tool.release[1]}"
+
+
+def faults(rows: list[Usage]) -> list[str]:
+    """Say what keeps kernels from running correctly, a sentence each."""
+    found = []
+    for row in rows:
+        name = f"{row.kernel} for {row.arch}"
+        if row.products in (UNCOMPILED, TOO_MUCH_TENSOR_MEMORY):
+            found.append(f"{name}: {row.products}")
+        elif row.shared > SHARED_BYTES[row.arch] or row.programs < 1:
+            found.append(f"{name}: {row.shared} bytes of shared memory do not fit")
+        if row.descriptors not in ("good", "-"):
+            found.append(f"{name}: {row.descriptors} descriptors")
+    return found
+
+
+def to_markdown(rows: list[Usage], compiled_by: str) -> str:
     """Write the committed table; :func:`from_markdown` reads it."""
     prints = [f"{name} {fingerprint(name)}" for name in kernel_modules()]
     lines = [
@@ -222,10 +267,11 @@ def to_markdown(rows: list[Usage]) -> str:
         "Compiled ahead of time, without a GPU, by `python -m lcr_fast.kernels.resources`.",
         "Registers and spilled bytes are a thread's, shared bytes a program's; programs / SM is",
         "how many fit one multiprocessor. A program may have 163 KiB of shared memory on sm_80",
-        "and 227 KiB on sm_90 and sm_100. Products are on tensor cores (mma, wgmma, tcgen05) or",
-        "by FMA.",
+        "and 227 KiB on sm_90 and sm_100. Products are on tensor cores (mma, wgmma, tcgen05).",
+        "Descriptors name the operands of wgmma in shared memory; none may be garbage on any path.",
+        "Spilled bytes are an observation: what is fastest was timed on a GPU.",
         "",
-        f"Triton {triton.__version__}; sources: {', '.join(prints)}.",
+        f"{compiled_by}; sources: {', '.join(prints)}.",
         "",
         f"| {' | '.join(_COLUMNS)} |",
         f"|{'|'.join(_ALIGNMENT)}|",
@@ -237,16 +283,18 @@ def to_markdown(rows: list[Usage]) -> str:
 class Table(NamedTuple):
     """A table read back."""
 
-    triton: str  # the version that compiled it
+    compiled_by: str  # as :func:`compiler` says
     fingerprints: dict[str, str]  # by module
     rows: list[Usage]
 
 
 def from_markdown(text: str) -> Table:
     """Read what :func:`to_markdown` wrote."""
-    head = re.search(r"^Triton (\S+); sources: (.*)\.$", text, re.MULTILINE)
+    head = re.search(r"^(Triton [^;]+); sources: (.*)\.$", text, re.MULTILINE)
     if head is None:
-        raise ValueError("there is no line that names Triton's version and the sources")
+        raise ValueError("there is no line that names the compiler and the sources")
+    if f"| {' | '.join(_COLUMNS)} |" not in text.splitlines():
+        raise ValueError(f"the columns must be {', '.join(_COLUMNS)}")
     types = list(Usage.__annotations__.values())
     rows = []
     for line in text.splitlines():
@@ -258,15 +306,13 @@ def from_markdown(text: str) -> Table:
 
 
 def _up_to_date(table: Table) -> dict[tuple[str, str], Usage]:
-    """Rows that need no compilation, by name and architecture."""
-    if table.triton != triton.__version__:
-        return {}
+    """Rows whose sources have not changed, by name and architecture."""
     same = {n for n in kernel_modules() if table.fingerprints.get(n) == fingerprint(n)}
     return {(row.kernel, row.arch): row for row in table.rows if row.kernel.split(".")[0] in same}
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Compile, measure, write the table."""
+def main(argv: list[str] | None = None) -> int:
+    """Compile, measure, write the table or check it; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m lcr_fast.kernels.resources",
         description="Compile every variant of every Triton kernel and tabulate what it needs.",
@@ -278,10 +324,26 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("--only", default="", help="a regular expression that names must contain")
     parser.add_argument("--jobs", type=int, default=1, help="compile so many at once")
+    parser.add_argument("--ptxas", help="path of another ptxas than the one that launches take")
+    parser.add_argument(
+        "--check", type=Path, metavar="TABLE",
+        help="compile the rows of a table again; write nothing, exit with 1 if one is faulty",
+    )  # fmt: skip
+    parser.add_argument("--products", default="", help="only rows of TABLE with such products")
     args = parser.parse_args(argv)
 
     if knobs.runtime.interpret:
         parser.error("interpreted kernels cannot be compiled: unset TRITON_INTERPRET")
+    tool = ptxas.find(args.ptxas, "--ptxas") if args.ptxas else ptxas.newest()
+    if tool is None:
+        parser.error(f"--ptxas {args.ptxas} is no ptxas that can be started")
+    old = Table("", {}, [])
+    if (path := args.check or args.out) and path.exists():
+        try:
+            old = from_markdown(path.read_text())
+        except ValueError as error:
+            if args.check:
+                parser.error(f"{path}: {error}")
     jobs = [
         (name, arch)
         for arch in args.arch
@@ -289,22 +351,32 @@ def main(argv: list[str] | None = None) -> None:
         if re.search(args.only, name)
     ]
     known = {}
-    if args.out and args.out.exists():
-        known = _up_to_date(from_markdown(args.out.read_text()))
-    missing = [job for job in jobs if job not in known]
+    if args.check:
+        asked = {(row.kernel, row.arch) for row in old.rows if args.products in row.products}
+        jobs = [job for job in jobs if job in asked]
+    elif old.compiled_by == compiler(tool):
+        known = _up_to_date(old)
+    missing = [_Job(*job, tool) for job in jobs if job not in known]
     if args.jobs > 1:
         with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
             measured = pool.map(_measure_named, missing, chunksize=1)
     else:
         measured = [_measure_named(job) for job in missing]
-    known |= dict(zip(missing, measured, strict=True))
-    table = to_markdown([known[job] for job in jobs])
+    known |= {job[:2]: usage for job, usage in zip(missing, measured, strict=True)}
+    rows = [known[job] for job in jobs]
+    if args.check:
+        found = faults(rows)
+        sys.stdout.write("".join(f"{sentence}\n" for sentence in found))
+        sys.stdout.write(f"{compiler(tool)}: {len(rows)} kernels, {len(found)} faults\n")
+        return int(bool(found) or not rows)
+    table = to_markdown(rows, compiler(tool))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(table)
     else:
         sys.stdout.write(table)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

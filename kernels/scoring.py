@@ -35,7 +35,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcr_fast.kernels._launch import GPUS, dot_precision, gpu_of, on_device
+from lcr_fast.kernels.gpu import GPUS, dot_precision, gpu_of, on_device
+from lcr_fast.kernels.ptxas import kernel
 from lcr_fast.kernels.target import (
     attend,
     dropout_tile,
@@ -48,7 +49,7 @@ from lcr_fast.kernels.target import (
     second_layer_weights,
     target_keys,
 )
-from lcr_fast.kernels.variant import Variant
+from lcr_fast.kernels.variant import LAUNCH_OPTIONS, Variant
 
 DIMS = (32, 64, 128)  # widths of a vector: one tile holds whole vectors
 MAX_HIDDEN = (512, 128)  # widths of the hidden layers; the second is whole in one tile
@@ -87,7 +88,7 @@ def obstacle(dim: int, dtype: torch.dtype, hidden: tuple[int, ...]) -> str | Non
 # -- forward --------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["n_run", "threshold", "seed"])
+@kernel(do_not_specialize=["n_run", "threshold", "seed"])
 def _score_fwd_kernel(
     search_ptr, rec_ptr, search_lengths_ptr, rec_lengths_ptr,  # [B, N, L, D] x 2, [B] x 2
     items_ptr, ids_ptr, user_ptr,  # [T, D], [B or 1, C], [B, D]
@@ -100,6 +101,7 @@ def _score_fwd_kernel(
     D: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, SITE: tl.constexpr,
     HAS_USER: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     CANDIDATES: tl.constexpr, EVENTS: tl.constexpr, H1_BLOCK: tl.constexpr, H2_TILE: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
 ):  # fmt: skip
     n_tiles = tl.cdiv(n_candidates, CANDIDATES)
     n_runs = tl.cdiv(n_trajectories, n_run)
@@ -111,9 +113,13 @@ def _score_fwd_kernel(
     search_length = tl.load(search_lengths_ptr + b).to(tl.int32)
     rec_length = tl.load(rec_lengths_ptr + b).to(tl.int32)
     row = tl.load(rows_ptr + b) if DROPOUT else b
-    e = load_vectors(items_ptr, ids_ptr + b * ids_stride, c, n_candidates, D, DTYPE)  # [P, D]
-    keys_s = target_keys(e, target_weight_ptr, D, PRECISION)
-    keys_r = target_keys(e, target_weight_ptr + D * D, D, PRECISION)
+    inside = c < n_candidates
+    ids = tl.load(ids_ptr + b * ids_stride + c, mask=inside, other=0)
+    e = load_vectors(items_ptr, ids, inside, 0, D, D, DTYPE)  # [P, D]
+    keys_s = target_keys(items_ptr, ids, inside, target_weight_ptr, D, KEY_BLOCK, DTYPE, PRECISION)
+    keys_r = target_keys(
+        items_ptr, ids, inside, target_weight_ptr + D * D, D, KEY_BLOCK, DTYPE, PRECISION
+    )
 
     for n in range(run * n_run, tl.minimum((run + 1) * n_run, n_trajectories)):
         bn = b * n_trajectories + n
@@ -129,7 +135,7 @@ def _score_fwd_kernel(
         tl.store(
             scores_ptr + bn * n_candidates + c,
             y.to(scores_ptr.dtype.element_ty),
-            mask=c < n_candidates,
+            mask=inside,
         )
 
 
@@ -165,6 +171,7 @@ def _constants(
         "HAS_USER": user.numel() > 0 and h1 > 0,
         "DROPOUT": threshold > 0 and h1 > 0,
         "PRECISION": dot_precision(dtype),
+        "KEY_BLOCK": 32 if dim == 128 and dtype == torch.float32 else dim,
     }
 
 
@@ -175,25 +182,26 @@ class _Tiles(NamedTuple):
     events: int
     hidden: int  # units of the first hidden layer
     warps: int
+    stages: int = 2  # of loops over events and hidden units
 
 
-# By kernel and by how products are made, for widths 32, 64, 128. Chosen by compiling ahead of time
-# for sm_80 and sm_90 with Triton 3.7.1 (``python -m lcr_fast.kernels.resources``): large tiles that
-# spill no register at the shapes of :func:`variants`. Not timed on a GPU. FMA operands lie in
-# registers over the whole inner axis, so small tiles on many warps are what fits.
+# By kernel and by how products are made, for widths 32, 64, 128. Those of half and tf32x3 at width
+# 64 were timed on an H200 (docs/fused-kernel.md): tiles of 64 rows fill wgmma, and a second stage,
+# which doubles the operands in shared memory, costs tf32x3 more than it hides. The others follow
+# them as far as registers and shared memory go (docs/kernel-resources.md).
 _TILES = {
     ("score_fwd", "half"): ((64, 32, 32, 4), (64, 32, 32, 4), (32, 32, 16, 4)),
     ("score_fwd", "tf32"): ((32, 32, 16, 4), (32, 32, 32, 4), (16, 32, 16, 4)),
-    ("score_fwd", "fma"): ((16, 32, 16, 8), (16, 32, 16, 8), (16, 16, 16, 8)),
+    ("score_fwd", "tf32x3"): ((64, 32, 32, 4, 1), (64, 32, 32, 4, 1), (16, 32, 16, 4, 1)),
     ("catalogue", "half"): ((64, 32, 32, 4), (64, 32, 32, 4), (32, 32, 16, 4)),
     ("catalogue", "tf32"): ((32, 32, 32, 4), (32, 32, 32, 4), (16, 16, 16, 4)),
-    ("catalogue", "fma"): ((16, 32, 16, 8), (16, 32, 16, 8), (16, 16, 16, 8)),
+    ("catalogue", "tf32x3"): ((32, 32, 32, 4, 1), (32, 32, 32, 4, 1), (16, 32, 16, 4, 1)),
     ("head_bwd", "half"): ((32, 16, 16, 4), (32, 32, 32, 4), (32, 32, 16, 8)),
     ("head_bwd", "tf32"): ((32, 32, 16, 4), (32, 32, 32, 4), (16, 32, 16, 8)),
-    ("head_bwd", "fma"): ((16, 32, 16, 8), (16, 32, 16, 8), (16, 16, 16, 8)),
+    ("head_bwd", "tf32x3"): ((32, 32, 32, 4), (32, 32, 32, 4), (16, 32, 16, 4, 1)),
     ("attention_bwd", "half"): ((32, 32, 0, 4), (32, 32, 0, 4), (16, 32, 0, 4)),
     ("attention_bwd", "tf32"): ((32, 32, 0, 4), (32, 32, 0, 4), (16, 32, 0, 8)),
-    ("attention_bwd", "fma"): ((16, 32, 0, 8), (16, 32, 0, 8), (16, 16, 0, 8)),
+    ("attention_bwd", "tf32x3"): ((32, 32, 0, 4), (32, 32, 0, 4), (16, 32, 0, 8, 1)),
 }
 
 
@@ -201,15 +209,14 @@ def _config(
     kernel: str, dim: int, n_candidates: int, n_events: int, dtype: torch.dtype, precision: str
 ) -> dict[str, int]:
     """Choose tiles and launch options of a kernel, by the first half of a key of the table."""
-    single = "tf32" if precision == "tf32" else "fma"
-    products = single if dtype == torch.float32 else "half"
+    products = precision if dtype == torch.float32 else "half"
     tiles = _Tiles(*_TILES[kernel, products][DIMS.index(dim)])
     config = {
         "ITEMS" if kernel == "catalogue" else "CANDIDATES": _block(n_candidates, tiles.candidates),
         "EVENTS": _block(n_events, tiles.events),
         "H1_BLOCK": tiles.hidden,
         "num_warps": tiles.warps,
-        "num_stages": 2,
+        "num_stages": tiles.stages,
     }
     if kernel == "attention_bwd":  # it does not read the head
         del config["H1_BLOCK"]
@@ -286,7 +293,7 @@ def _store_tile(
     )
 
 
-@triton.jit(do_not_specialize=["first_user", "threshold", "seed"])
+@kernel(do_not_specialize=["first_user", "threshold", "seed"])
 def _head_bwd_kernel(
     search_ptr, rec_ptr, search_lengths_ptr, rec_lengths_ptr,  # [B, N, L, D] x 2, [B] x 2
     items_ptr, ids_ptr, user_ptr,  # [T, D], [B or 1, C], [B, D]
@@ -303,6 +310,7 @@ def _head_bwd_kernel(
     D: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, SITE: tl.constexpr,
     HAS_USER: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     CANDIDATES: tl.constexpr, EVENTS: tl.constexpr, H1_BLOCK: tl.constexpr, H2_TILE: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
 ):  # fmt: skip
     n_tiles = tl.cdiv(n_candidates, CANDIDATES)
     pid = tl.program_id(0).to(tl.int64)
@@ -322,15 +330,18 @@ def _head_bwd_kernel(
 
     search_length = tl.load(search_lengths_ptr + b).to(tl.int32)
     rec_length = tl.load(rec_lengths_ptr + b).to(tl.int32)
-    e = load_vectors(items_ptr, ids_ptr + b * ids_stride, c, n_candidates, D, DTYPE)  # [P, D]
-    keys = target_keys(e, target_weight_ptr, D, PRECISION)
+    ids = tl.load(ids_ptr + b * ids_stride + c, mask=inside, other=0)
+    e = load_vectors(items_ptr, ids, inside, 0, D, D, DTYPE)  # [P, D]
+    keys = target_keys(items_ptr, ids, inside, target_weight_ptr, D, KEY_BLOCK, DTYPE, PRECISION)
     z, top, inverse = attend(
         keys, search_ptr + bn * search_size * D, search_length, D, EVENTS, PRECISION
     )
     z_s = z.to(DTYPE)
     tl.store(softmax_ptr + r, top, mask=inside)
     tl.store(softmax_ptr + n_rows + r, inverse, mask=inside)
-    keys = target_keys(e, target_weight_ptr + D * D, D, PRECISION)
+    keys = target_keys(
+        items_ptr, ids, inside, target_weight_ptr + D * D, D, KEY_BLOCK, DTYPE, PRECISION
+    )
     z, top, inverse = attend(keys, rec_ptr + bn * rec_size * D, rec_length, D, EVENTS, PRECISION)
     z_r = z.to(DTYPE)
     rec_softmax_ptr = softmax_ptr + 3 * n_rows
@@ -449,7 +460,7 @@ def _dkeys(
     return tl.dot(dkeys, weight, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["first_user"])
+@kernel(do_not_specialize=["first_user"])
 def _candidate_bwd_kernel(
     search_ptr, rec_ptr, search_lengths_ptr, rec_lengths_ptr,  # [B, N, L, D] x 2, [B] x 2
     items_ptr, ids_ptr, target_weight_ptr,  # [T, D], [B or 1, C], [2, D, D]
@@ -475,7 +486,8 @@ def _candidate_bwd_kernel(
     axis = tl.arange(0, D)
     DTYPE: tl.constexpr = search_ptr.dtype.element_ty
 
-    e = load_vectors(items_ptr, ids_ptr + b * ids_stride, c, n_candidates, D, DTYPE)  # [P, D]
+    ids = tl.load(ids_ptr + b * ids_stride + c, mask=inside, other=0)
+    e = load_vectors(items_ptr, ids, inside, 0, D, D, DTYPE)  # [P, D]
     _store_tile(candidates_ptr + 2 * D, i, axis, 3 * D, e, inside, D)
     de = _dkeys(
         e, search_ptr + b * n_trajectories * search_size * D,
@@ -496,7 +508,7 @@ def _candidate_bwd_kernel(
     _store_tile(ditems_ptr + (b * n_candidates + first) * D, i, axis, D, de, inside, D)
 
 
-@triton.jit(do_not_specialize=["first_user"])
+@kernel(do_not_specialize=["first_user"])
 def _state_bwd_kernel(
     states_ptr, lengths_ptr,  # [B, N, L, D], [B]
     candidates_ptr, dz_ptr, softmax_ptr,  # of this stream: k [.., 3D], dz [R, 3D], [3, R]
@@ -538,7 +550,7 @@ def _state_bwd_kernel(
     _store_tile(dstates_ptr + bn * size * D, events, axis, D, dh, events < size, D)
 
 
-@triton.jit(do_not_specialize=["first_user"])
+@kernel(do_not_specialize=["first_user"])
 def _user_bwd_kernel(
     w1_ptr, sums_ptr,  # [H1, 4D], [programs of the head, H1 + 2 H2]
     dt1_ptr, duser_ptr,  # [B, H1] float32 sum of dt1 over a user's rows, [B, D]
@@ -565,7 +577,7 @@ def _user_bwd_kernel(
     tl.store(duser_ptr + b * D + axis, du.to(duser_ptr.dtype.element_ty))
 
 
-@triton.jit
+@kernel()
 def _weight_bwd_kernel(
     left_ptr, right_ptr,  # [R, M], [R, K], in strides
     partial_ptr,  # [splits, M, K]
@@ -762,14 +774,16 @@ def _score_items(
     target_weight_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr, b3_ptr,
     D: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, HAS_USER: tl.constexpr,
     PRECISION: tl.constexpr, EVENTS: tl.constexpr, H1_BLOCK: tl.constexpr, H2_TILE: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Score a tile of items as :func:`score_fwd` returns it, in the states' dtype: [P]."""
     DTYPE: tl.constexpr = search_ptr.dtype.element_ty
-    offsets = ids.to(tl.int64)[:, None] * D + tl.arange(0, D)[None, :]
-    e = tl.load(items_ptr + offsets, mask=valid[:, None], other=0.0).to(DTYPE)  # [P, D]
-    keys = target_keys(e, target_weight_ptr, D, PRECISION)
+    e = load_vectors(items_ptr, ids, valid, 0, D, D, DTYPE)  # [P, D]
+    keys = target_keys(items_ptr, ids, valid, target_weight_ptr, D, KEY_BLOCK, DTYPE, PRECISION)
     z_s, _, _ = attend(keys, search_ptr, search_length, D, EVENTS, PRECISION)
-    keys = target_keys(e, target_weight_ptr + D * D, D, PRECISION)
+    keys = target_keys(
+        items_ptr, ids, valid, target_weight_ptr + D * D, D, KEY_BLOCK, DTYPE, PRECISION
+    )
     z_r, _, _ = attend(keys, rec_ptr, rec_length, D, EVENTS, PRECISION)
     y = head(
         z_r, z_s, e, user_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr, b3_ptr, 0, 0, ids, 0, 1.0,
@@ -788,7 +802,7 @@ def _sort_keys(scores, ids):
     return (bits.to(tl.int64) << 32) | (ids ^ _ID_BITS).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["k", "tiles_per_split"])
+@kernel(do_not_specialize=["k", "tiles_per_split"])
 def _catalogue_topk_kernel(
     search_ptr, rec_ptr, search_lengths_ptr, rec_lengths_ptr,  # [B, L, D] x 2, [B] x 2
     items_ptr, user_ptr,  # [I + 1, D], [B, D]
@@ -798,7 +812,7 @@ def _catalogue_topk_kernel(
     search_size, rec_size, n_rows, n_excluded, n_users, k, tiles_per_split,
     D: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, HAS_USER: tl.constexpr,
     PRECISION: tl.constexpr, ITEMS: tl.constexpr, EVENTS: tl.constexpr, H1_BLOCK: tl.constexpr,
-    H2_TILE: tl.constexpr, K_TILE: tl.constexpr, X_BLOCK: tl.constexpr,
+    H2_TILE: tl.constexpr, KEY_BLOCK: tl.constexpr, K_TILE: tl.constexpr, X_BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     b, split = pid % n_users, pid // n_users
@@ -822,7 +836,7 @@ def _catalogue_topk_kernel(
             ids, valid, items_ptr, search_ptr + b * search_size * D, search_length,
             rec_ptr + b * rec_size * D, rec_length, user_ptr + b * D,
             target_weight_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr, b3_ptr,
-            D, H1, H2, HAS_USER, PRECISION, EVENTS, H1_BLOCK, H2_TILE,
+            D, H1, H2, HAS_USER, PRECISION, EVENTS, H1_BLOCK, H2_TILE, KEY_BLOCK,
         )  # fmt: skip
         n_nan += tl.sum((valid & (scores != scores)).to(tl.int32), 0)
         keys = _sort_keys(scores, ids)
@@ -851,7 +865,7 @@ def _catalogue_topk_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["tiles_per_split"])
+@kernel(do_not_specialize=["tiles_per_split"])
 def _catalogue_rank_kernel(
     search_ptr, rec_ptr, search_lengths_ptr, rec_lengths_ptr,  # [B, L, D] x 2, [B] x 2
     items_ptr, user_ptr,  # [I + 1, D], [B, D]
@@ -861,7 +875,7 @@ def _catalogue_rank_kernel(
     search_size, rec_size, n_rows, n_excluded, n_users, tiles_per_split,
     D: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, HAS_USER: tl.constexpr,
     PRECISION: tl.constexpr, ITEMS: tl.constexpr, EVENTS: tl.constexpr, H1_BLOCK: tl.constexpr,
-    H2_TILE: tl.constexpr,
+    H2_TILE: tl.constexpr, KEY_BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     b, split = pid % n_users, pid // n_users
@@ -894,7 +908,7 @@ def _catalogue_rank_kernel(
             ids, valid, items_ptr, search_ptr + b * search_size * D, search_length,
             rec_ptr + b * rec_size * D, rec_length, user_ptr + b * D,
             target_weight_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr, b3_ptr,
-            D, H1, H2, HAS_USER, PRECISION, EVENTS, H1_BLOCK, H2_TILE,
+            D, H1, H2, HAS_USER, PRECISION, EVENTS, H1_BLOCK, H2_TILE, KEY_BLOCK,
         ).to(tl.float32)  # fmt: skip
         goal = tl.where(is_goal, tl.max(scores, 0), goal)
         n_nan += tl.sum((valid & (scores != scores)).to(tl.int32), 0)
@@ -1065,11 +1079,10 @@ def _variant(name: str, kernel, dtype: torch.dtype, constants: dict[str, Any]) -
             return _POINTER_TYPES.get(argument, f"*{_TYPES[dtype]}")
         return _SCALAR_TYPES.get(argument, "i32")
 
-    options = {"num_warps", "num_stages"}
-    constants = {n: v for n, v in constants.items() if n in kernel.arg_names or n in options}
-    warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
-    signature = {n: kind(n) for n in kernel.arg_names if n not in constants}
-    return Variant(name, kernel, signature, constants, warps, stages)
+    chosen = {n: v for n, v in constants.items() if n in kernel.arg_names}
+    signature = {n: kind(n) for n in kernel.arg_names if n not in chosen}
+    options = {n: v for n, v in constants.items() if n in LAUNCH_OPTIONS}
+    return Variant(name, kernel, signature, chosen, options)
 
 
 def variants(arch: str) -> Iterator[Variant]:
@@ -1080,11 +1093,11 @@ def variants(arch: str) -> Iterator[Variant]:
     major = GPUS[arch].major
     shapes = ((32, 20), (64, 30), (64, 50), (128, 200))
     for dtype, precision in (
-        (torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"),
+        (torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "tf32x3"),
     ):  # fmt: skip
         half = dtype != torch.float32
         kind = _TYPES[dtype] if half else f"{_TYPES[dtype]}-{precision}"
-        for dim, n_events in shapes if dtype == torch.bfloat16 else ((64, 50),):
+        for dim, n_events in {"ieee": shapes, "tf32": shapes[2:3], "tf32x3": shapes[2:]}[precision]:
             user = torch.empty(1, dim, device="meta")
             layers = [torch.empty(n, device="meta") for n in (200, 80)]
             for n_candidates, threshold in ((5, 6554), (100, 0)):
@@ -1110,6 +1123,6 @@ def variants(arch: str) -> Iterator[Variant]:
             yield _variant(name, _catalogue_rank_kernel, dtype, scan)
         call = {"PRECISION": precision, **_WEIGHT_CONFIG}
         yield _variant(f"weight_bwd-{kind}", _weight_bwd_kernel, dtype, call)
-        if precision == "ieee":
+        if precision != "tf32":
             call = {"D": 64, "H1": 200, "H2": 80, **_USER_CONFIG}
             yield _variant(f"user_bwd-no-dot-{kind}-d64", _user_bwd_kernel, dtype, call)

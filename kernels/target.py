@@ -39,20 +39,36 @@ def relu(x):
 
 
 @triton.jit
-def load_vectors(items_ptr, ids_ptr, places, n, D: tl.constexpr, DTYPE: tl.constexpr):
-    """Gather the item vectors of ``ids[places]``: [P, D]; 0 where places >= n."""
-    ids = tl.load(ids_ptr + places, mask=places < n, other=0)
-    offsets = ids[:, None] * D + tl.arange(0, D)[None, :]
-    return tl.load(items_ptr + offsets, mask=(places < n)[:, None], other=0.0).to(DTYPE)
+def load_vectors(
+    items_ptr, ids, valid, first, D: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Gather columns first .. first + COLUMNS of item vectors [*, D]: [P, COLUMNS], 0 if invalid.
+
+    ``ids`` and ``valid`` are [P].
+    """
+    offsets = ids.to(tl.int64)[:, None] * D + first + tl.arange(0, COLUMNS)[None, :]
+    return tl.load(items_ptr + offsets, mask=valid[:, None], other=0.0).to(DTYPE)
 
 
 @triton.jit
-def target_keys(vectors, weight_ptr, D: tl.constexpr, PRECISION: tl.constexpr):
-    """W e for a tile of vectors [P, D], with W [D, D]."""
+def target_keys(
+    items_ptr, ids, valid, weight_ptr,
+    D: tl.constexpr, KEY_BLOCK: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """W e for the vectors of a tile of items, with W [D, D]: [P, D].
+
+    KEY_BLOCK columns at a time, as all of W, in the two parts of a tf32x3 product, would fill the
+    shared memory at D = 128.
+    """
+    P: tl.constexpr = ids.shape[0]
     axis = tl.arange(0, D)
-    weight = tl.load(weight_ptr + axis[:, None] * D + axis[None, :]).to(vectors.dtype)
-    keys = tl.dot(vectors, tl.trans(weight), input_precision=PRECISION)
-    return keys.to(vectors.dtype)
+    keys = tl.zeros([P, D], tl.float32)
+    for first in range(0, D, KEY_BLOCK):
+        e = load_vectors(items_ptr, ids, valid, first, D, KEY_BLOCK, DTYPE)
+        column = first + tl.arange(0, KEY_BLOCK)
+        weight = tl.load(weight_ptr + axis[:, None] * D + column[None, :]).to(DTYPE)
+        keys = tl.dot(e, tl.trans(weight), keys, input_precision=PRECISION)
+    return keys.to(DTYPE)
 
 
 @triton.jit

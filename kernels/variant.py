@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
 
 class Variant(NamedTuple):
     """One configuration of a Triton kernel.
@@ -16,5 +18,4 @@ class Variant(NamedTuple):
     kernel: Any  # a function under @triton.jit
     signature: dict[str, str]
     constexprs: dict[str, Any]
-    num_warps: int
-    num_stages: int
+    options: dict[str, int | None]  # some of LAUNCH_OPTIONS

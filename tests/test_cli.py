@@ -19,7 +19,7 @@ from lcr_fast.config import LCRConfig, TrainConfig
 from lcr_fast.data import synthetic
 from lcr_fast.data.prepared import PreparedData
 from lcr_fast.experiments.comparison import VARIANTS, with_requirements
-from lcr_fast.ops import reasoning, scoring
+from lcr_fast.ops import _triton
 from lcr_fast.storage import load_tensors
 from lcr_fast.training.objective import Supervised
 from lcr_fast.training.trainer import Trainer
@@ -400,8 +400,7 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has 
 )
 @pytest.mark.parametrize("source", ["given", "made"])
 def test_train_refuses(capsys, monkeypatch, job, tmp_path, options, message, source):
-    for op in (reasoning, scoring):  # users do not run Triton's interpreter
-        monkeypatch.setattr(op, "_INTERPRETED", False)
+    monkeypatch.setattr(_triton, "INTERPRETED", False)  # users do not run Triton's interpreter
     monkeypatch.setattr(synthetic, "World", lambda seed: WORLD)
     if options[-1][0] in "{[":
         (tmp_path / "config.json").write_text(options[-1])

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from lcr_fast import noise, ops
-from lcr_fast.ops import _dispatch
+from lcr_fast.ops import _dispatch, _triton
 from lcr_fast.ops import reasoning as op_layer
 from lcr_fast.ops.noise import Dropout
 from lcr_fast.reference import length_mask
@@ -279,7 +279,7 @@ BIT_CASES = {
 @pytest.fixture
 def dots_in_order(monkeypatch):
     """Let the interpreter sum a dot in order: its BLAS may round a row by its place in the tile."""
-    if GPU or not op_layer._INTERPRETED:
+    if GPU or not _triton.INTERPRETED:
         return
     interpreter = pytest.importorskip("triton.runtime.interpreter")
 
@@ -663,7 +663,7 @@ def test_outside_the_envelope_a_backend_says_why(backend, what):
 
 
 def test_auto_says_once_that_the_reference_serves(backend, caplog):
-    _dispatch._say_once.cache_clear()
+    _dispatch.say_once.cache_clear()
     call = draw(backend)
     for _ in range(2):
         reasoned = forward(call, "auto", update="rec_first")
@@ -677,7 +677,7 @@ def test_auto_says_once_that_the_reference_serves(backend, caplog):
 
 
 def test_auto_takes_the_fused_backend_of_the_device(backend, caplog):
-    _dispatch._say_once.cache_clear()
+    _dispatch.say_once.cache_clear()
     fused = "triton" if DEVICES[backend] == "cuda" else "cpp"
     require(fused, DEFAULT)
     call = draw(backend)

@@ -12,7 +12,8 @@ _LOG = logging.getLogger("lcr_fast")
 
 
 @functools.cache
-def _say_once(notice: str) -> None:
+def say_once(notice: str) -> None:
+    """Log a notice, the first time."""
     _LOG.warning(notice)
 
 
@@ -29,7 +30,7 @@ def choose_backend(
     able = [name for name, obstacle in available.items() if obstacle is None]
     if backend == "auto":
         if expected is not None and able[0] != expected and not torch.compiler.is_compiling():
-            _say_once(f"{op} runs on the {able[0]} backend, not {expected}: {available[expected]}")
+            say_once(f"{op} runs on the {able[0]} backend, not {expected}: {available[expected]}")
         return able[0]
     if backend in able:
         return backend

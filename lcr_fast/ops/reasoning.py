@@ -7,7 +7,6 @@ of the model and ``share_steps``, ``step_ffn``; their own limits on sizes and dt
 reference and ``cpp``.
 """
 
-import os
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from lcr_fast import reference
 from lcr_fast.noise import dropout_threshold
 from lcr_fast.ops._dispatch import choose_backend, extension_obstacle
 from lcr_fast.ops._extension import has_kernel
+from lcr_fast.ops._triton import triton_obstacle
 from lcr_fast.ops.noise import (
     ENCODER_SITES,
     REASONING_SITES,
@@ -30,8 +30,7 @@ from lcr_fast.weights import REC, SEARCH, EncoderWeights, ReasoningWeights
 
 # -- who serves -----------------------------------------------------------------------------------
 
-# Looked up once: torch.compile cannot trace the questions.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Looked up once: torch.compile cannot trace the question.
 _HAS_CPP = has_kernel("cpu_latent_reasoning_fwd", "cpu")
 
 
@@ -59,12 +58,10 @@ def _switch_obstacle(case: ReasoningCase) -> str | None:
 
 
 def _triton_obstacle(case: ReasoningCase) -> str | None:
-    if case.device == "cpu" and not _INTERPRETED:
-        return "it needs CUDA tensors"
-    try:
-        from lcr_fast.kernels import reasoning as kernels
-    except ImportError as error:
-        return f"Triton is not installed ({error})"
+    if (reason := triton_obstacle(case.device)) is not None:
+        return reason
+    from lcr_fast.kernels import reasoning as kernels
+
     return _switch_obstacle(case) or kernels.obstacle(
         dim=case.dim, n_heads=case.n_heads, ffn_dim=case.ffn_dim, search_len=case.search_len,
         rec_len=case.rec_len, dtype=case.dtype,

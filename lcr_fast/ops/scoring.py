@@ -9,7 +9,6 @@ interpreter, if asked for); ``cpp`` on CPU tensors, in float32, which halves are
 limits are in :func:`scoring_backends`.
 """
 
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,13 +20,13 @@ from lcr_fast import reference
 from lcr_fast.noise import dropout_threshold
 from lcr_fast.ops._dispatch import choose_backend, extension_obstacle
 from lcr_fast.ops._extension import has_kernel
+from lcr_fast.ops._triton import triton_obstacle
 from lcr_fast.ops.noise import HEAD_SITES, Dropout
 from lcr_fast.weights import ScoringWeights
 
 # -- who serves -----------------------------------------------------------------------------------
 
-# Looked up once: torch.compile cannot trace the questions.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Looked up once: torch.compile cannot trace the question.
 _HAS_CPP = has_kernel("cpu_score_fwd", "cpu")
 
 # No fused aggregation is registered; explicit requests for one say so.
@@ -44,12 +43,10 @@ class ScoringCase(NamedTuple):
 
 
 def _triton_obstacle(case: ScoringCase) -> str | None:
-    if case.device == "cpu" and not _INTERPRETED:
-        return "it needs CUDA tensors"
-    try:
-        from lcr_fast.kernels import scoring as kernels
-    except ImportError as error:
-        return f"Triton is not installed ({error})"
+    if (reason := triton_obstacle(case.device)) is not None:
+        return reason
+    from lcr_fast.kernels import scoring as kernels
+
     if case.hidden == ():
         return "it has no head of a single linear layer"
     return kernels.obstacle(dim=case.dim, dtype=case.dtype, hidden=case.hidden or ())

@@ -1,0 +1,78 @@
+"""What the kernels ask of a GPU, and what their launchers share."""
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lcr_fast.kernels import ptxas
+
+
+def on_device(x: Tensor) -> AbstractContextManager:
+    """Make x's GPU current: Triton launches on the current device, not on the tensor's."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """Say how ``tl.dot`` multiplies a dtype; ``torch.get_float32_matmul_precision()`` decides.
+
+    Only float32 has a choice, as products of halves are exact. At ``highest``, the default, a
+    number is split into two TF32 parts, x = big + small, and x y summed from small big, big small
+    and big big: float32's accuracy, as small small is 2^-22 of x y, but on tensor cores.
+    """
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+class Gpu(NamedTuple):
+    """What a configuration depends on of a GPU."""
+
+    major: int  # compute capability
+    shared: int  # bytes that a program may have
+
+
+# What is compiled ahead of time, by the CUDA programming guide's table of compute capabilities.
+GPUS = {
+    "sm_80": Gpu(8, 163 << 10),
+    "sm_90": Gpu(9, 227 << 10),
+    "sm_100": Gpu(10, 227 << 10),
+}
+
+
+def gpu_of(device: torch.device) -> Gpu:
+    """Describe a GPU; the interpreter has none and gets the least that is served."""
+    if device.type != "cuda":
+        return GPUS["sm_80"]
+    properties = torch.cuda.get_device_properties(device)
+    shared = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Gpu(properties.major, shared)
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@functools.cache
+def obstacle(index: int) -> str | None:
+    """Say in one sentence why no kernel can run on a GPU, or None."""
+    major, minor = _capability(index)
+    if major < 8:
+        return f"it needs compute capability 8.0 or more, and GPU {index} has {major}.{minor}"
+    return ptxas.obstacle(10 * major + minor)
+
+
+@functools.cache
+def ptxas_warning(index: int) -> str | None:
+    """Say in one sentence that the user chose a bad ptxas for a GPU, or None."""
+    major, minor = _capability(index)
+    return ptxas.warning(10 * major + minor)
+
+
+def ptxas_of(index: int) -> ptxas.Ptxas:
+    """Return the ptxas that assembles the kernels for a GPU; raises ``ptxas.NoPtxas``."""
+    major, minor = _capability(index)
+    return ptxas.choose(10 * major + minor)
