@@ -1,7 +1,7 @@
 """Tiny prepared data and models, shared by the tests of training, evaluation and the CLI.
 
-Tests marked ``full`` take long, and none of them alone found a fault when faults were planted: they
-run where FULL=1 is in the environment.
+Tests marked ``full`` take long, and where faults were planted the others found them too: they run
+where FULL=1 is in the environment. ``full("triton")`` marks a test on that backend only.
 
 Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before they or
 the ops are imported.
@@ -32,9 +32,16 @@ _FULL = os.environ.get("FULL") == "1"
 _LEFT_OUT = pytest.StashKey[int]()
 
 
+def _is_full(item) -> bool:
+    mark = item.get_closest_marker("full")
+    if mark is None or not mark.args:
+        return mark is not None
+    return item.callspec.params["backend"] in mark.args
+
+
 @pytest.hookimpl(trylast=True)  # after -k and -m
 def pytest_collection_modifyitems(config, items):
-    left_out = [item for item in items if not _FULL and item.get_closest_marker("full")]
+    left_out = [item for item in items if not _FULL and _is_full(item)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
