@@ -118,7 +118,6 @@ REDUNDANT = {
     "nothing pooled",
     "three trajectories",
     "large states",
-    "states far from 0",
     "infinite padding",
 }
 ON_A_GPU = {
@@ -141,7 +140,7 @@ ON_A_GPU = {
 }
 
 
-def leave_out(cases: Iterable[str], redundant: Collection[str]) -> list:
+def leave_out(cases: Iterable, redundant: Collection) -> list:
     """Parametrise with ``cases``, on Triton without the redundant ones unless all tests run."""
     full = pytest.mark.full("triton")
     return [pytest.param(case, marks=[full] if case in redundant else []) for case in cases]
@@ -485,7 +484,7 @@ def test_an_empty_stream_leaves_the_other_without_cross_attention(backend, empty
     assert a["drec" if empty == SEARCH else "dsearch"].any()
 
 
-@pytest.mark.parametrize("noise_scale", [0.0, 0.5])
+@pytest.mark.parametrize("noise_scale", leave_out([0.0, 0.5], {0.5}))
 def test_trajectories_differ_only_by_their_noise(backend, dots_in_order, noise_scale):
     call = draw(backend, ReasoningCase(n_trajectories=3, steps=1, noise_scale=noise_scale))
     results = run_reasoning(call, backend)
@@ -517,6 +516,7 @@ def test_rows_name_the_noise_and_the_dropout(backend):
 # -- gradients without autograd -------------------------------------------------------------------
 
 
+@pytest.mark.full("triton")
 @pytest.mark.parametrize("group", ["streams", "keys", "weights", "biases"])
 def test_gradients_are_finite_differences_of_the_results(backend, group):
     """Along the true gradient of each tensor, where float32 differences have the most to see."""
@@ -564,7 +564,7 @@ def op_arguments(call: Reasoning) -> tuple[list, list]:
     return tensors, [call.case.steps, call.case.n_heads, n, scale, 5, threshold, 6]
 
 
-@pytest.mark.parametrize("case", ["dropout", "trajectories"])
+@pytest.mark.parametrize("case", leave_out(["dropout", "trajectories"], {"trajectories"}))
 def test_opcheck(backend, case):
     name = {"triton": "triton", "cpp": "cpu"}[backend]
     forward_op = getattr(torch.ops.lcr_fast, f"{name}_latent_reasoning_fwd").default
@@ -578,7 +578,7 @@ def test_opcheck(backend, case):
     torch.library.opcheck(backward_op, (*upstream, *tensors, *scalars, saved_search, saved_rec))
 
 
-@pytest.mark.parametrize("rollout", [False, True])
+@pytest.mark.parametrize("rollout", leave_out([False, True], {True}))
 def test_compiles_without_graph_breaks(backend, rollout):
     case = ReasoningCase(n_users=3, search_len=2, rec_len=3, n_trajectories=2 * rollout)
     call = draw(backend, case)
