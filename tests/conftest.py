@@ -1,12 +1,14 @@
 """Tiny prepared data and models, shared by the tests of training, evaluation and the CLI.
 
-Tests marked ``full`` take long, and none of them alone found a fault when faults were planted: they
-run where FULL=1 is in the environment.
+Tests marked ``full`` take long, and where faults were planted the others found them too: they run
+where FULL=1 is in the environment. ``full("triton")`` marks a test on that backend only. A GPU is
+not slow, so there none of its tests is left out.
 
 Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before they or
 the ops are imported.
 """
 
+import dataclasses
 import importlib.util
 import os
 
@@ -32,9 +34,16 @@ _FULL = os.environ.get("FULL") == "1"
 _LEFT_OUT = pytest.StashKey[int]()
 
 
+def _is_full(item) -> bool:
+    mark = item.get_closest_marker("full")
+    if mark is None or (torch.cuda.is_available() and item.get_closest_marker("gpu")):
+        return False
+    return not mark.args or item.callspec.params["backend"] in mark.args
+
+
 @pytest.hookimpl(trylast=True)  # after -k and -m
 def pytest_collection_modifyitems(config, items):
-    left_out = [item for item in items if not _FULL and item.get_closest_marker("full")]
+    left_out = [item for item in items if not _FULL and _is_full(item)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
@@ -56,14 +65,17 @@ def _one_thread():
 
 @pytest.fixture(scope="session", autouse=True)
 def _fast_interpreter():
-    """Let Triton's interpreter patch ``triton.language`` once a launch and module.
+    """Spare Triton's interpreter work that has no effect, two thirds of its time.
 
-    It does so at every call of a device function, to no effect after the first: half of its time.
+    It patches ``triton.language`` for every call of a device function, which once a launch and
+    module is enough; and it computes whether integers overflow, which it then does not assert.
     """
     if importlib.util.find_spec("triton") is None:
         return
     from triton.runtime import interpreter
 
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     patched = set()
 
     def call(self, *arguments, **options):
