@@ -1,29 +1,25 @@
 // Operator schemas and dispatch, on the LibTorch stable ABI only: one binary serves
 // torch 2.10 and later, and Python 3.10 and later.
 #include <Python.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include "noise.h"
+#include "torch_api.h"
 
 namespace lcr_fast {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 void check_rows(const Tensor& rows) {
-  STD_TORCH_CHECK(rows.dim() == 1 && rows.scalar_type() == ScalarType::Long && rows.is_contiguous(),
-                  "rows must be a contiguous int64 vector");
+  check(rows.dim() == 1 && rows.scalar_type() == ScalarType::Long && rows.is_contiguous(),
+        "rows must be a contiguous int64 vector");
 }
 
 Tensor normal_noise(const Tensor& rows, int64_t seed, int64_t n_trajectories, int64_t stream,
                     int64_t length, int64_t dim) {
   check_rows(rows);
-  STD_TORCH_CHECK(n_trajectories >= 0 && length >= 0 && dim >= 0 && (stream == 0 || stream == 1),
-                  "sizes must not be negative, and stream must be 0 or 1");
+  check(n_trajectories >= 0 && length >= 0 && dim >= 0,
+        "n_trajectories, length and dim must not be negative, got ", n_trajectories, ", ", length,
+        " and ", dim);
+  check(stream == 0 || stream == 1, "stream must be 0 or 1, got ", stream);
   Tensor out = torch::stable::new_empty(rows, {rows.size(0), n_trajectories, length, dim},
                                         ScalarType::Float);
   const NoiseArgs args{rows.const_data_ptr<int64_t>(),
@@ -34,27 +30,25 @@ Tensor normal_noise(const Tensor& rows, int64_t seed, int64_t n_trajectories, in
                        length,
                        dim,
                        stream};
-  torch::stable::parallel_for(0, args.n_rows * n_trajectories, 1, [&](int64_t begin, int64_t end) {
-    normal_noise_cpu(args, begin, end);
-  });
+  parallel(args.n_rows * n_trajectories,
+           [&](int64_t begin, int64_t end) { normal_noise_cpu(args, begin, end); });
   return out;
 }
 
 Tensor dropout_masks(const Tensor& rows, int64_t seed, int64_t first_site, int64_t n_sites,
                      int64_t length, int64_t dim, int64_t threshold) {
   check_rows(rows);
-  STD_TORCH_CHECK(first_site >= 0 && n_sites >= 0 && length >= 0 && dim >= 0,
-                  "sizes must not be negative");
-  STD_TORCH_CHECK(threshold >= 0 && threshold < 65536, "threshold must be in 0..65535, got ",
-                  threshold);
+  check(first_site >= 0 && n_sites >= 0 && length >= 0 && dim >= 0,
+        "first_site, n_sites, length and dim must not be negative, got ", first_site, ", ", n_sites,
+        ", ", length, " and ", dim);
+  check(threshold >= 0 && threshold < 65536, "threshold must be in 0..65535, got ", threshold);
   Tensor out = torch::stable::new_empty(rows, {n_sites, rows.size(0), length, dim},
                                         ScalarType::Float);
   const DropoutArgs args{rows.const_data_ptr<int64_t>(), out.mutable_data_ptr<float>(),
                          static_cast<uint64_t>(seed), first_site, rows.size(0), length, dim,
                          static_cast<uint32_t>(threshold)};
-  torch::stable::parallel_for(
-      0, n_sites * args.n_rows, 1,
-      [&](int64_t begin, int64_t end) { dropout_masks_cpu(args, begin, end); });
+  parallel(n_sites * args.n_rows,
+           [&](int64_t begin, int64_t end) { dropout_masks_cpu(args, begin, end); });
   return out;
 }
 
@@ -76,7 +70,7 @@ STABLE_TORCH_LIBRARY_IMPL(lcr_fast, CPU, m) {
 }  // namespace lcr_fast
 
 // `import lcr_fast._C` loads the shared object, which runs the registrations above.
-extern "C" PyMODINIT_FUNC PyInit__C() {
+PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef def = {
       PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&def);

@@ -1,9 +1,4 @@
 // Schemas and dispatch of the ranking ops, on the LibTorch stable ABI only.
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <optional>
@@ -11,14 +6,12 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu_level.h"
 #include "ranking.h"
+#include "torch_api.h"
 
 namespace lcr_fast {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 ScoreType score_type(const Tensor& t, const char* name) {
@@ -32,7 +25,7 @@ ScoreType score_type(const Tensor& t, const char* name) {
     case ScalarType::Double:
       return ScoreType::kFloat64;
     default:
-      STD_TORCH_CHECK(false, name, " must be float32, float16, bfloat16 or float64");
+      fail(name, " must be float32, float16, bfloat16 or float64");
   }
 }
 
@@ -49,13 +42,13 @@ GradeType grade_type(const Tensor& t) {
     case ScalarType::Double:
       return GradeType::kFloat64;
     default:
-      STD_TORCH_CHECK(false, "relevance must be bool, int32, int64, float32 or float64");
+      fail("relevance must be bool, int32, int64, float32 or float64");
   }
 }
 
 // Merge the axes before the last wherever their strides allow it.
 Rows rows_of(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.dim() >= 1, name, " must have at least one axis");
+  check(t.dim() >= 1, name, " must have at least one axis");
   Rows rows;
   rows.data = t.const_data_ptr();
   rows.item_step = t.stride(t.dim() - 1);
@@ -68,8 +61,8 @@ Rows rows_of(const Tensor& t, const char* name) {
       rows.step[last] = step;
       continue;
     }
-    STD_TORCH_CHECK(rows.n_axes < kMaxAxes, name, " has more than ", kMaxAxes,
-                    " axes of independent strides before its last; make it contiguous");
+    check(rows.n_axes < kMaxAxes, name, " has more than ", kMaxAxes,
+          " axes of independent strides before its last; make it contiguous");
     rows.size[rows.n_axes] = size;
     rows.step[rows.n_axes] = step;
     ++rows.n_axes;
@@ -86,22 +79,21 @@ std::vector<int64_t> leading_sizes(const Tensor& t) {
 }
 
 const int64_t* indices(const Tensor& t, int64_t n, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.is_contiguous() && t.numel() == n, name,
-                  " must be contiguous int64, one element a row");
+  check(t.scalar_type() == ScalarType::Long && t.is_contiguous() && t.numel() == n, name,
+        " must be contiguous int64, one element a row");
   return t.const_data_ptr<int64_t>();
 }
 
 MetricArgs metric_args(int64_t n_rows, int64_t n_items, const std::vector<int64_t>& kinds,
                        const std::vector<int64_t>& ks, int64_t ties) {
-  STD_TORCH_CHECK(kinds.size() == ks.size() && kinds.size() <= kMaxMetrics,
-                  "kinds and ks must have one length, at most ", kMaxMetrics);
-  STD_TORCH_CHECK(ties >= 0 && ties <= 2, "ties must be 0, 1 or 2");
+  check(kinds.size() == ks.size() && kinds.size() <= kMaxMetrics,
+        "kinds and ks must have one length, at most ", kMaxMetrics);
+  check(ties >= 0 && ties <= 2, "ties must be 0, 1 or 2");
   MetricArgs args{};
   args.n_metrics = static_cast<int64_t>(kinds.size());
   for (size_t m = 0; m < kinds.size(); ++m) {
-    STD_TORCH_CHECK(
-        kinds[m] >= 0 && kinds[m] <= static_cast<int64_t>(MetricKind::kRank) && ks[m] >= 0,
-        "kinds[", m, "] or ks[", m, "] is out of range");
+    check(kinds[m] >= 0 && kinds[m] <= static_cast<int64_t>(MetricKind::kRank) && ks[m] >= 0,
+          "kinds[", m, "] or ks[", m, "] is out of range");
     args.metrics[m] = {static_cast<MetricKind>(kinds[m]), ks[m]};
   }
   args.n_rows = n_rows;
@@ -113,7 +105,7 @@ MetricArgs metric_args(int64_t n_rows, int64_t n_items, const std::vector<int64_
 // The output of `args`: rows [*leading, n_metrics], or sums [n_metrics + 1].
 Tensor new_output(const Tensor& like, std::vector<int64_t> leading, int64_t output,
                   MetricArgs& args) {
-  STD_TORCH_CHECK(output >= 0 && output <= 2, "output must be 0, 1 or 2");
+  check(output >= 0 && output <= 2, "output must be 0, 1 or 2");
   args.output = static_cast<Output>(output);
   const bool sums = args.output == Output::kSums;
   if (sums) leading.clear();
@@ -134,15 +126,14 @@ RankingArgs ranking_args(const Tensor& scores, const OptionalTensor& target,
   int64_t n_rows = 1;
   for (int64_t size : leading_sizes(scores)) n_rows *= size;
   args.metric = metric_args(n_rows, scores.size(scores.dim() - 1), kinds, ks, ties);
-  STD_TORCH_CHECK(target.has_value() != relevance.has_value(),
-                  "give either target or relevance, not both");
+  check(target.has_value() != relevance.has_value(), "give either target or relevance, not both");
   const auto same_shape = [&](const Tensor& t) {
     return t.dim() == scores.dim() &&
            std::equal(t.sizes().begin(), t.sizes().end(), scores.sizes().begin());
   };
   if (target.has_value()) args.target = indices(*target, n_rows, "target");
   if (relevance.has_value()) {
-    STD_TORCH_CHECK(same_shape(*relevance), "relevance must have the shape of scores");
+    check(same_shape(*relevance), "relevance must have the shape of scores");
     args.grade_type = grade_type(*relevance);
     args.relevance = rows_of(*relevance, "relevance");
     // An empty tensor may have no storage, and null data would mean that target is given.
@@ -151,16 +142,11 @@ RankingArgs ranking_args(const Tensor& scores, const OptionalTensor& target,
   }
   if (counts.has_value()) args.counts = indices(*counts, n_rows, "counts");
   if (excluded.has_value()) {
-    STD_TORCH_CHECK(same_shape(*excluded) && excluded->scalar_type() == ScalarType::Bool,
-                    "excluded must be bool, of the shape of scores");
+    check(same_shape(*excluded) && excluded->scalar_type() == ScalarType::Bool,
+          "excluded must be bool, of the shape of scores");
     args.excluded = rows_of(*excluded, "excluded");
   }
   return args;
-}
-
-void check_cpu_level() {
-  STD_TORCH_CHECK(cpu_level() != -1, "LCR_FAST_CPU must be baseline, avx2, avx512 or avx512bf16");
-  STD_TORCH_CHECK(cpu_level() != -2, "LCR_FAST_CPU names instructions that this CPU does not have");
 }
 
 // "2, 1" for the row at [2, 1].
@@ -171,10 +157,6 @@ std::string row_text(const std::vector<int64_t>& leading, int64_t row) {
     row /= *size;
   }
   return text;
-}
-
-void parallel(int64_t n_tasks, const Task& task) {
-  torch::stable::parallel_for(0, n_tasks, 1, [&](int64_t begin, int64_t end) { task(begin, end); });
 }
 
 // Faults as a tensor [3]: the first row with a NaN, a bad target, a bad count; n_rows if none.
@@ -197,26 +179,25 @@ std::tuple<Tensor, Tensor> ranking_metrics_cpu(const Tensor& scores, const Optio
   const Faults faults = ranking_cpu(args, parallel);
   const int64_t n_rows = args.metric.n_rows, n_items = args.metric.n_items;
   if (faults.counts_row < n_rows)
-    STD_TORCH_CHECK(false, "counts[", row_text(leading, faults.counts_row), "] is ",
-                    args.counts[faults.counts_row], ", expected 0 to ", n_items);
+    fail("counts[", row_text(leading, faults.counts_row), "] is ", args.counts[faults.counts_row],
+         ", expected 0 to ", n_items);
   if (faults.target_row < n_rows) {
     const int64_t row = faults.target_row;
-    STD_TORCH_CHECK(false, "target[", row_text(leading, row), "] is ", args.target[row],
-                    ", expected an index below ", args.counts ? args.counts[row] : n_items,
-                    ", or -1 for none");
+    fail("target[", row_text(leading, row), "] is ", args.target[row], ", expected an index below ",
+         args.counts ? args.counts[row] : n_items, ", or -1 for none");
   }
   if (faults.nan_row < n_rows)
-    STD_TORCH_CHECK(false, "scores[", row_text(leading, faults.nan_row),
-                    "] has a NaN, expected numbers (infinities included)");
+    fail("scores[", row_text(leading, faults.nan_row),
+         "] has a NaN, expected numbers (infinities included)");
   return {out, fault_tensor(scores, n_rows)};
 }
 
 CatalogueArgs catalogue_args(const Tensor& users, const Tensor& items, const Tensor& target,
                              const OptionalTensor& seen, const std::vector<int64_t>& kinds,
                              const std::vector<int64_t>& ks, int64_t ties) {
-  STD_TORCH_CHECK(users.dim() == 2 && items.dim() == 2 && users.size(1) == items.size(1) &&
-                      users.scalar_type() == items.scalar_type(),
-                  "users and items must be matrices of one width and dtype");
+  check(users.dim() == 2 && items.dim() == 2 && users.size(1) == items.size(1) &&
+            users.scalar_type() == items.scalar_type(),
+        "users and items must be matrices of one width and dtype");
   CatalogueArgs args{};
   args.metric = metric_args(users.size(0), items.size(0), kinds, ks, ties);
   args.type = score_type(users, "users");
@@ -225,7 +206,7 @@ CatalogueArgs catalogue_args(const Tensor& users, const Tensor& items, const Ten
   args.dim = users.size(1);
   args.target = indices(target, users.size(0), "target");
   if (seen.has_value()) {
-    STD_TORCH_CHECK(seen->dim() == 2, "seen must be [n_users, n_seen]");
+    check(seen->dim() == 2, "seen must be [n_users, n_seen]");
     args.n_seen = seen->size(1);
     args.seen = indices(*seen, users.size(0) * args.n_seen, "seen");
   }
@@ -242,13 +223,13 @@ std::tuple<Tensor, Tensor> catalogue_metrics_cpu(const Tensor& users, const Tens
   Tensor out = new_output(users, {users.size(0)}, output, args.metric);
   const Faults faults = catalogue_cpu(args, parallel);
   const int64_t n_rows = args.metric.n_rows, n_items = args.metric.n_items;
-  STD_TORCH_CHECK(faults.target_row == n_rows, "target[", faults.target_row, "] is ",
-                  args.target[faults.target_row], ", expected an index below ", n_items,
-                  ", or -1 for none");
-  STD_TORCH_CHECK(faults.counts_row == n_rows, "seen[", faults.counts_row,
-                  "] has an item out of range, expected indices below ", n_items);
-  STD_TORCH_CHECK(faults.nan_row == n_rows, "users[", faults.nan_row,
-                  "] gives a NaN score, expected finite vectors");
+  if (faults.target_row < n_rows)
+    fail("target[", faults.target_row, "] is ", args.target[faults.target_row],
+         ", expected an index below ", n_items, ", or -1 for none");
+  check(faults.counts_row == n_rows, "seen[", faults.counts_row,
+        "] has an item out of range, expected indices below ", n_items);
+  check(faults.nan_row == n_rows, "users[", faults.nan_row,
+        "] gives a NaN score, expected finite vectors");
   return {out, fault_tensor(users, n_rows)};
 }
 
@@ -284,15 +265,15 @@ std::tuple<Tensor, Tensor> ranking_metrics_cuda(const Tensor& scores, const Opti
                                                 std::vector<int64_t> kinds, std::vector<int64_t> ks,
                                                 int64_t ties, int64_t output) {
   const torch::stable::accelerator::DeviceGuard guard(scores.get_device_index());
-  STD_TORCH_CHECK(!relevance.has_value(),
-                  "the CUDA ranking op takes a target, not relevance; backend=\"reference\" does");
+  check(!relevance.has_value(),
+        "the CUDA ranking op takes a target, not relevance; backend=\"reference\" does");
   RankingArgs args = ranking_args(scores, target, relevance, counts, excluded, kinds, ks, ties);
   Tensor out = new_output(scores, leading_sizes(scores), output, args.metric);
   Scratch scratch(scores, args.metric);
   const int error = ranking_cuda(
       args, scratch.counts.mutable_data_ptr<int64_t>(), scratch.partial.mutable_data_ptr<double>(),
       static_cast<Faults*>(scratch.faults.mutable_data_ptr()), current_stream(scores));
-  STD_TORCH_CHECK(error == 0, "ranking_metrics: CUDA launch failed with error ", error);
+  check(error == 0, "ranking_metrics: CUDA launch failed with error ", error);
   return {out, scratch.faults};
 }
 
@@ -308,7 +289,7 @@ std::tuple<Tensor, Tensor> catalogue_metrics_cuda(const Tensor& users, const Ten
   const int error = catalogue_cuda(
       args, scratch.counts.mutable_data_ptr<int64_t>(), scratch.partial.mutable_data_ptr<double>(),
       static_cast<Faults*>(scratch.faults.mutable_data_ptr()), current_stream(users));
-  STD_TORCH_CHECK(error == 0, "catalogue_metrics: CUDA launch failed with error ", error);
+  check(error == 0, "catalogue_metrics: CUDA launch failed with error ", error);
   return {out, scratch.faults};
 }
 #endif

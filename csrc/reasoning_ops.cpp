@@ -1,27 +1,17 @@
 // Schemas, checks and dispatch of the CPU reasoning ops, on the LibTorch stable ABI only.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <initializer_list>
 #include <tuple>
 #include <vector>
 
-#include "cpu_level.h"
 #include "reasoning.h"
+#include "torch_api.h"
 
 namespace lcr_fast {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using Sizes = std::initializer_list<int64_t>;
-
-void parallel(int64_t n_tasks, const Task& task) {
-  torch::stable::parallel_for(0, n_tasks, 1, task);
-}
 
 FloatType float_type(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
@@ -32,7 +22,7 @@ FloatType float_type(const Tensor& t, const char* name) {
     case ScalarType::BFloat16:
       return FloatType::kBFloat16;
     default:
-      STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
+      fail(name, " must be float32, float16 or bfloat16");
   }
 }
 
@@ -46,9 +36,9 @@ bool has_sizes(const Tensor& t, Sizes sizes) {
 
 // The data of a contiguous tensor of these sizes and the states' dtype.
 const void* states_data(const Tensor& t, const char* name, ScalarType dtype, Sizes sizes) {
-  STD_TORCH_CHECK(has_sizes(t, sizes) && t.scalar_type() == dtype && t.is_contiguous(), name,
-                  " must be contiguous, of the states' dtype and of the size that the other "
-                  "arguments give it");
+  check(has_sizes(t, sizes) && t.scalar_type() == dtype && t.is_contiguous(), name,
+        " must be contiguous, of the states' dtype and of the size that the other "
+        "arguments give it");
   return t.const_data_ptr();
 }
 
@@ -60,29 +50,28 @@ const void* optional_data(const Tensor& t, const char* name, ScalarType dtype, S
 std::vector<int64_t> lengths_of(const Tensor& t, const char* name, int64_t n_users,
                                 int64_t length) {
   const bool wide = t.scalar_type() == ScalarType::Long;
-  STD_TORCH_CHECK(
+  check(
       has_sizes(t, {n_users}) && t.is_contiguous() && (wide || t.scalar_type() == ScalarType::Int),
       name, " must be contiguous int64 or int32, one a user");
   std::vector<int64_t> lengths(n_users);
   for (int64_t b = 0; b < n_users; ++b) {
     lengths[b] = wide ? t.const_data_ptr<int64_t>()[b] : t.const_data_ptr<int32_t>()[b];
-    STD_TORCH_CHECK(lengths[b] >= 0 && lengths[b] <= length, name, "[", b, "] is ", lengths[b],
-                    ", expected 0 to ", length);
+    check(lengths[b] >= 0 && lengths[b] <= length, name, "[", b, "] is ", lengths[b],
+          ", expected 0 to ", length);
   }
   return lengths;
 }
 
 const int64_t* rows_of(const Tensor& t, int64_t n_users, bool read) {
   if (!read) return nullptr;
-  STD_TORCH_CHECK(
-      has_sizes(t, {n_users}) && t.scalar_type() == ScalarType::Long && t.is_contiguous(),
-      "rows must be contiguous int64, one a user");
+  check(has_sizes(t, {n_users}) && t.scalar_type() == ScalarType::Long && t.is_contiguous(),
+        "rows must be contiguous int64, one a user");
   return t.const_data_ptr<int64_t>();
 }
 
 DropoutKey dropout_key(int64_t threshold, int64_t seed) {
-  STD_TORCH_CHECK(threshold >= 0 && threshold < 65536,
-                  "dropout_threshold must be in 0..65535, got ", threshold);
+  check(threshold >= 0 && threshold < 65536, "dropout_threshold must be in 0..65535, got ",
+        threshold);
   return {static_cast<uint32_t>(threshold), static_cast<uint64_t>(seed)};
 }
 
@@ -90,15 +79,14 @@ DropoutKey dropout_key(int64_t threshold, int64_t seed) {
 TransformerShape weights_shape(const Tensors& weights, size_t n_attentions, int64_t n_heads,
                                ScalarType dtype, std::vector<WeightArg>& args) {
   const size_t ffn = 4 * n_attentions, norm = ffn + 4;
-  STD_TORCH_CHECK(weights.size() == norm + 2, "expected ", norm + 2, " weights, got ",
-                  weights.size());
+  check(weights.size() == norm + 2, "expected ", norm + 2, " weights, got ", weights.size());
   const Tensor& qkv = weights[0];
-  STD_TORCH_CHECK(qkv.dim() == 4 && weights[ffn].dim() == 4,
-                  "weights of linear layers must be [P, 2, out, in]");
+  check(qkv.dim() == 4 && weights[ffn].dim() == 4,
+        "weights of linear layers must be [P, 2, out, in]");
   const TransformerShape shape{qkv.size(3), n_heads, weights[ffn].size(2), qkv.size(0)};
   const int64_t P = shape.n_sets, D = shape.dim, F = shape.ffn_dim;
-  STD_TORCH_CHECK(D > 0 && n_heads > 0 && D % n_heads == 0, "n_heads must divide the width ", D,
-                  ", got ", n_heads);
+  check(D > 0 && n_heads > 0 && D % n_heads == 0, "n_heads must divide the width ", D, ", got ",
+        n_heads);
   bool fit = true;
   for (size_t i = 0; i < ffn; i += 4)
     fit = fit && has_sizes(weights[i], {P, 2, 3 * D, D}) &&
@@ -109,20 +97,14 @@ TransformerShape weights_shape(const Tensors& weights, size_t n_attentions, int6
         has_sizes(weights[ffn + 2], {P, 2, D, F}) && has_sizes(weights[ffn + 3], {P, 2, D}) &&
         has_sizes(weights[norm], {P, 2, n_norms, D}) &&
         has_sizes(weights[norm + 1], {P, 2, n_norms, D});
-  STD_TORCH_CHECK(fit, "the weights must have the sizes of lcr_fast.weights for width ", D,
-                  " and FFN width ", F);
+  check(fit, "the weights must have the sizes of lcr_fast.weights for width ", D, " and FFN width ",
+        F);
   for (const Tensor& w : weights) {
-    STD_TORCH_CHECK(
-        w.is_contiguous() && (w.scalar_type() == ScalarType::Float || w.scalar_type() == dtype),
-        "weights must be contiguous, in float32 or the states' dtype");
+    check(w.is_contiguous() && (w.scalar_type() == ScalarType::Float || w.scalar_type() == dtype),
+          "weights must be contiguous, in float32 or the states' dtype");
     args.push_back({w.const_data_ptr(), float_type(w, "weights")});
   }
   return shape;
-}
-
-void check_cpu_level() {
-  STD_TORCH_CHECK(cpu_level() != -1, "LCR_FAST_CPU must be baseline, avx2, avx512 or avx512bf16");
-  STD_TORCH_CHECK(cpu_level() != -2, "LCR_FAST_CPU names instructions that this CPU does not have");
 }
 
 // The arguments that both passes of reasoning share, checked, with what they point to.
@@ -136,7 +118,7 @@ struct ReasoningCall {
     check_cpu_level();
     args.type = float_type(search, "search");
     args.shape = weights_shape(weight_tensors, 2, n_heads, dtype, weights);
-    STD_TORCH_CHECK(search.dim() == 3 && rec.dim() == 3, "search and rec must be [B, L, D]");
+    check(search.dim() == 3 && rec.dim() == 3, "search and rec must be [B, L, D]");
     const int64_t B = search.size(0), D = args.shape.dim;
     args.n_users = B;
     args.length[0] = search.size(1);
@@ -146,12 +128,12 @@ struct ReasoningCall {
     lengths[0] = lengths_of(search_lengths, "search_lengths", B, args.length[0]);
     lengths[1] = lengths_of(rec_lengths, "rec_lengths", B, args.length[1]);
     for (int x = 0; x < 2; ++x) args.lengths[x] = lengths[x].data();
-    STD_TORCH_CHECK(steps >= 1 && (args.shape.n_sets == 1 || args.shape.n_sets >= steps),
-                    "steps must be at least 1, and at most the sets of weights, got ", steps);
+    check(steps >= 1 && (args.shape.n_sets == 1 || args.shape.n_sets >= steps),
+          "steps must be at least 1, and at most the sets of weights, got ", steps);
     args.n_steps = steps;
-    STD_TORCH_CHECK(n_trajectories >= 1, "n_trajectories must be at least 1, got ", n_trajectories);
-    STD_TORCH_CHECK(n_trajectories == 1 || dropout_threshold == 0,
-                    "dropout needs n_trajectories = 1, got ", n_trajectories);
+    check(n_trajectories >= 1, "n_trajectories must be at least 1, got ", n_trajectories);
+    check(n_trajectories == 1 || dropout_threshold == 0, "dropout needs n_trajectories = 1, got ",
+          n_trajectories);
     args.n_trajectories = n_trajectories;
     args.noise_scale = static_cast<float>(noise_scale);
     args.noise_seed = static_cast<uint64_t>(noise_seed);
@@ -241,9 +223,9 @@ struct EncoderCall {
     check_cpu_level();
     args.type = float_type(x, "x");
     args.shape = weights_shape(weight_tensors, 1, n_heads, dtype, weights);
-    STD_TORCH_CHECK(args.shape.ffn_dim > 0, "the encoder's FFN must have a width");
-    STD_TORCH_CHECK(stream == 0 || stream == 1, "stream must be 0 or 1, got ", stream);
-    STD_TORCH_CHECK(x.dim() == 3, "x must be [B, L, D]");
+    check(args.shape.ffn_dim > 0, "the encoder's FFN must have a width");
+    check(stream == 0 || stream == 1, "stream must be 0 or 1, got ", stream);
+    check(x.dim() == 3, "x must be [B, L, D]");
     args.stream = stream;
     args.n_users = x.size(0);
     args.length = x.size(1);

@@ -1,40 +1,28 @@
 // Schemas and dispatch of the CPU scoring ops, on the LibTorch stable ABI only.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <tuple>
 #include <vector>
 
-#include "cpu_level.h"
 #include "scoring.h"
+#include "torch_api.h"
 
 namespace lcr_fast {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
-void parallel(int64_t n_tasks, const Task& task) {
-  torch::stable::parallel_for(0, n_tasks, 1, [&](int64_t begin, int64_t end) { task(begin, end); });
-}
-
 const float* floats(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
-  STD_TORCH_CHECK(
-      t.scalar_type() == ScalarType::Float && t.is_contiguous() &&
-          std::equal(t.sizes().begin(), t.sizes().end(), shape.begin(), shape.end()),
-      name, " must be contiguous float32 of a fitting shape");
+  check(t.scalar_type() == ScalarType::Float && t.is_contiguous() &&
+            std::equal(t.sizes().begin(), t.sizes().end(), shape.begin(), shape.end()),
+        name, " must be contiguous float32 of a fitting shape");
   return t.const_data_ptr<float>();
 }
 
 const int64_t* integers(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
-  STD_TORCH_CHECK(
-      t.scalar_type() == ScalarType::Long && t.is_contiguous() &&
-          std::equal(t.sizes().begin(), t.sizes().end(), shape.begin(), shape.end()),
-      name, " must be contiguous int64 of a fitting shape");
+  check(t.scalar_type() == ScalarType::Long && t.is_contiguous() &&
+            std::equal(t.sizes().begin(), t.sizes().end(), shape.begin(), shape.end()),
+        name, " must be contiguous int64 of a fitting shape");
   return t.const_data_ptr<int64_t>();
 }
 
@@ -42,18 +30,16 @@ const int64_t* ids_below(const Tensor& t, const char* name, std::initializer_lis
                          int64_t limit) {
   const int64_t* ids = integers(t, name, shape);
   for (int64_t i = 0; i < t.numel(); ++i)
-    STD_TORCH_CHECK(ids[i] >= 0 && ids[i] < limit, name, " must be in 0..", limit - 1, ", got ",
-                    ids[i]);
+    check(ids[i] >= 0 && ids[i] < limit, name, " must be in 0..", limit - 1, ", got ", ids[i]);
   return ids;
 }
 
 // States [B, N, L, D].
 ScoringArgs scoring_args(const Tensor& search, const Tensor& rec, const Tensor& search_lengths,
-                         const Tensor& rec_lengths, const Tensor& user,
-                         const Tensor& target_weight, const Tensors& mlp_weights,
-                         const Tensors& mlp_biases) {
-  STD_TORCH_CHECK(cpu_level() >= 0, "LCR_FAST_CPU must name instructions that this CPU has");
-  STD_TORCH_CHECK(search.dim() == 4 && rec.dim() == 4, "states must be [B, N, L, D]");
+                         const Tensor& rec_lengths, const Tensor& user, const Tensor& target_weight,
+                         const Tensors& mlp_weights, const Tensors& mlp_biases) {
+  check_cpu_level();
+  check(search.dim() == 4 && rec.dim() == 4, "states must be [B, N, L, D]");
   ScoringArgs args{};
   args.n_users = search.size(0);
   args.n_trajectories = search.size(1);
@@ -66,7 +52,10 @@ ScoringArgs scoring_args(const Tensor& search, const Tensor& rec, const Tensor& 
   args.lengths[0] = ids_below(search_lengths, "search_lengths", {B}, args.size[0] + 1);
   args.lengths[1] = ids_below(rec_lengths, "rec_lengths", {B}, args.size[1] + 1);
   args.target_weight = floats(target_weight, "target_weight", {2, D, D});
-  STD_TORCH_CHECK(mlp_weights.size() == mlp_biases.size(), "a layer needs a weight and a bias");
+  check(mlp_weights.size() == mlp_biases.size(), "each layer needs a weight and a bias, got ",
+        mlp_weights.size(), " and ", mlp_biases.size());
+  for (const Tensor& weight : mlp_weights)
+    check(weight.dim() == 2, "mlp_weights must be matrices [out, in]");
   // Its width tells, because a user vector of no users has no elements either.
   if (!mlp_weights.empty() && mlp_weights[0].size(1) == 4 * D)
     args.user = floats(user, "user", {B, D});
@@ -81,21 +70,20 @@ ScoringArgs scoring_args(const Tensor& search, const Tensor& rec, const Tensor& 
     args.biases.push_back(floats(mlp_biases[l], "mlp_biases", {out}));
     args.widths.push_back(in = out);
   }
-  STD_TORCH_CHECK(mlp_weights.empty() || in == 1, "the MLP must end in one score");
+  check(mlp_weights.empty() || in == 1, "the MLP must end in one score");
   return args;
 }
 
 CandidateArgs candidate_args(const ScoringArgs& args, const Tensor& items, const Tensor& ids,
                              const Tensor& dropout_rows, int64_t dropout_threshold,
                              int64_t dropout_seed) {
-  STD_TORCH_CHECK(items.dim() == 2 && ids.dim() == 2, "items must be [T, D] and ids [B or 1, C]");
-  STD_TORCH_CHECK(dropout_threshold >= 0 && dropout_threshold < 65536,
-                  "dropout_threshold must be in 0..65535, got ", dropout_threshold);
-  STD_TORCH_CHECK(dropout_threshold == 0 || args.n_trajectories == 1,
-                  "dropout needs one trajectory");
+  check(items.dim() == 2 && ids.dim() == 2, "items must be [T, D] and ids [B or 1, C]");
+  check(dropout_threshold >= 0 && dropout_threshold < 65536,
+        "dropout_threshold must be in 0..65535, got ", dropout_threshold);
+  check(dropout_threshold == 0 || args.n_trajectories == 1, "dropout needs one trajectory");
   CandidateArgs c{};
   const int64_t rows = ids.size(0);
-  STD_TORCH_CHECK(rows == 1 || rows == args.n_users, "ids must be [B or 1, C]");
+  check(rows == 1 || rows == args.n_users, "ids must be [B or 1, C]");
   c.n_candidates = ids.size(1);
   c.items = floats(items, "items", {items.size(0), args.dim});
   c.ids = ids_below(ids, "ids", {rows, c.n_candidates}, items.size(0));
@@ -162,16 +150,15 @@ ScoringArgs catalogue_args(const Tensor& search, const Tensor& rec, const Tensor
                            const Tensor& rec_lengths, const Tensor& user,
                            const Tensor& target_weight, const Tensors& mlp_weights,
                            const Tensors& mlp_biases) {
-  STD_TORCH_CHECK(search.dim() == 3 && rec.dim() == 3 && search.is_contiguous() &&
-                      rec.is_contiguous(),
-                  "states must be contiguous [B, L, D]");
+  check(search.dim() == 3 && rec.dim() == 3 && search.is_contiguous() && rec.is_contiguous(),
+        "states must be contiguous [B, L, D]");
   return scoring_args(torch::stable::unsqueeze(search, 1), torch::stable::unsqueeze(rec, 1),
                       search_lengths, rec_lengths, user, target_weight, mlp_weights, mlp_biases);
 }
 
 ItemArgs item_args(const ScoringArgs& args, const Tensor& items, const Tensor& exclude) {
-  STD_TORCH_CHECK(items.dim() == 2 && items.size(0) >= 1 && exclude.dim() == 2,
-                  "items must be [I + 1, D] and exclude [B, X]");
+  check(items.dim() == 2 && items.size(0) >= 1 && exclude.dim() == 2,
+        "items must be [I + 1, D] and exclude [B, X]");
   const int64_t n_exclude = exclude.size(1);
   return {floats(items, "items", {items.size(0), args.dim}), items.size(0) - 1,
           integers(exclude, "exclude", {args.n_users, n_exclude}), n_exclude};
@@ -182,7 +169,7 @@ std::tuple<Tensor, Tensor> score_topk(const Tensor& search, const Tensor& rec,
                                       const Tensor& items, const Tensor& user,
                                       const Tensor& target_weight, Tensors mlp_weights,
                                       Tensors mlp_biases, int64_t k, const Tensor& exclude) {
-  STD_TORCH_CHECK(k >= 1, "k must be at least 1, got ", k);
+  check(k >= 1, "k must be at least 1, got ", k);
   const ScoringArgs args = catalogue_args(search, rec, search_lengths, rec_lengths, user,
                                           target_weight, mlp_weights, mlp_biases);
   const ItemArgs catalogue = item_args(args, items, exclude);
@@ -210,8 +197,8 @@ Tensor score_rank(const Tensor& search, const Tensor& rec, const Tensor& search_
 
 #define LCR_STREAMS "Tensor search, Tensor rec, Tensor search_lengths, Tensor rec_lengths"
 #define LCR_WEIGHTS "Tensor user, Tensor target_weight, Tensor[] mlp_weights, Tensor[] mlp_biases"
-#define LCR_CANDIDATES                                                            \
-  LCR_STREAMS ", Tensor items, Tensor ids, " LCR_WEIGHTS                          \
+#define LCR_CANDIDATES                                   \
+  LCR_STREAMS ", Tensor items, Tensor ids, " LCR_WEIGHTS \
               ", Tensor dropout_rows, int dropout_threshold, int dropout_seed"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lcr_fast, m) {

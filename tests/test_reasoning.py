@@ -452,7 +452,7 @@ def test_ops_refuse_what_does_not_fit(case):
         "x must be floating point": lambda: ops.encode(
             search.nan_to_num().long(), n_s, encoder, SEARCH, n_heads=3
         ),
-        "x_lengths must be integers": lambda: ops.encode(
+        "^lengths must be integers": lambda: ops.encode(
             search, n_s.double(), encoder, SEARCH, n_heads=3
         ),
         "n_heads must divide the width 6, got 4": lambda: ops.encode(

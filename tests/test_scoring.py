@@ -704,6 +704,8 @@ def test_refusals():
     t = case.tensors
     ids = torch.ones(6, 2, dtype=torch.int64)
     table = {**t, "candidates": t["table"]}
+    unbiased = catalogue_case(20)
+    unbiased.weights = unbiased.weights._replace(mlp_biases=unbiased.weights.mlp_biases[:-1])
     for error, message, call in (
         (ValueError, r"candidates must be \[6 or 1, C, 32\]", lambda: case.call("cpp", table)),
         (ValueError, "with ids", lambda: case.call("cpp", ids=ids)),
@@ -714,6 +716,8 @@ def test_refusals():
             "cpp", {k: v.double() for k, v in t.items()})),
         (ValueError, "width 32", lambda: case.call("cpp", {**t, "candidates": t["rec"][..., :9]})),
         (ValueError, "user must be", lambda: case.call("cpp", {**t, "user": t["user"][:2]})),
+        (ValueError, "one entry a layer, got 3 and 2", lambda: unbiased.catalogue(
+            ops.score_topk, 1)),
         (ValueError, "k must be at least 1", lambda: case.catalogue(ops.score_topk, 0)),
         (ValueError, "exclude must be", lambda: case.catalogue(
             ops.score_topk, 1, exclude=EXCLUDED[:2])),

@@ -78,7 +78,7 @@ LCR_INLINE Vec multiply_add(float x, Vec row, Vec sum) {
   if constexpr (kPairs)
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(x), (__m512bh)row);
 #endif
-  return sum + x * row;
+  return fma(splat(x), row, sum);
 }
 
 template <bool kPairs, int kRows, int kVecs>

@@ -67,7 +67,7 @@ extern const RankingKernels kRankingAvx512;
 
 #ifdef LCR_TARGET
 
-#define LCR_INLINE LCR_TARGET __attribute__((always_inline)) static inline
+#include "fma.h"
 
 namespace lcr_fast {
 namespace {
@@ -212,7 +212,7 @@ LCR_INLINE bool count_chunk(const typename F::Scalar* scores, const uint8_t* exc
     int64_t n_live = 0;
     Tally<F> tally;
     const typename F::Keys threshold = typename F::Keys{} + key;
-    typename F::Lanes live;
+    typename F::Lanes live = {};
     if constexpr (!kExcluded) {
       // Two chains of additions, so that they overlap.
       Tally<F> other;
@@ -332,8 +332,10 @@ LCR_TARGET void dots(const T* users, const T* packed, int64_t n_items, int64_t d
       V coordinate[kStep];
       for (int j = 0; j < kStep; ++j)
         std::memcpy(&coordinate[j], column + d * kPanel + j * kWidth, sizeof(V));
-      for (int user = 0; user < kUsers; ++user)
-        for (int j = 0; j < kStep; ++j) sum[user][j] += users[user * dim + d] * coordinate[j];
+      for (int user = 0; user < kUsers; ++user) {
+        const V factor = splat(users[user * dim + d]);
+        for (int j = 0; j < kStep; ++j) sum[user][j] = fma(factor, coordinate[j], sum[user][j]);
+      }
     }
     for (int user = 0; user < kUsers; ++user)
       for (int j = 0; j < kStep; ++j)

@@ -180,7 +180,7 @@ LCR_TARGET void pool_rows(const Dims& dims, int64_t m, const float* states, cons
   for (int64_t i = 0; i < m; ++i) {
     Vec dot = {};
     for (int64_t j = 0; j < dims.dim; j += kLanes)
-      dot += load(states + i * dims.stride + j) * load(key + j);
+      dot = fma(load(states + i * dims.stride + j), load(key + j), dot);
     alpha[i] = sum_lanes(dot);
   }
   softmax_rows(alpha, key_row(m), 1, m, 1.0f);
@@ -196,7 +196,7 @@ LCR_TARGET void pool_rows_bwd(const Dims& dims, int64_t m, const float* states, 
   for (int64_t i = 0; i < m; ++i) {
     Vec dot = {};
     for (int64_t j = 0; j < dims.dim; j += kLanes)
-      dot += load(states + i * dims.stride + j) * load(dz + j);
+      dot = fma(load(states + i * dims.stride + j), load(dz + j), dot);
     slope[i] = sum_lanes(dot);
     mean += alpha[i] * slope[i];
   }
@@ -204,8 +204,8 @@ LCR_TARGET void pool_rows_bwd(const Dims& dims, int64_t m, const float* states, 
     const float s = alpha[i] * (slope[i] - mean);
     for (int64_t j = 0; j < dims.dim; j += kLanes) {
       float* d = dstates + i * dims.stride + j;
-      store(d, load(d) + load(dz + j) * alpha[i] + load(key + j) * s);
-      store(dkey + j, load(dkey + j) + load(states + i * dims.stride + j) * s);
+      store(d, fma(load(key + j), splat(s), fma(load(dz + j), splat(alpha[i]), load(d))));
+      store(dkey + j, fma(load(states + i * dims.stride + j), splat(s), load(dkey + j)));
     }
   }
 }
@@ -274,7 +274,7 @@ class Reasoning {
     normal_noise_rows(args_.noise_seed, args_.rows[user_], item_ % args_.n_trajectories, x, s.m,
                       dims_.dim, s.update, dims_.stride);
     for (int64_t j = 0; j < s.m * dims_.stride; j += kLanes)
-      store(s.h + j, load(s.h + j) + load(s.update + j) * args_.noise_scale);
+      store(s.h + j, fma(load(s.update + j), splat(args_.noise_scale), load(s.h + j)));
   }
 
   void read_key(int x) {

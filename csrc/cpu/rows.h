@@ -43,7 +43,7 @@ constexpr float kNormEps = 1e-5f;
   for (int64_t i = 0; i < m; ++i, p += row, dp += row) {
     const Vec end = select(live, load(dp + tail), Vec{});
     Vec dot = load(p + tail) * end;
-    for (int64_t j = 0; j < tail; j += kLanes) dot += load(p + j) * load(dp + j);
+    for (int64_t j = 0; j < tail; j += kLanes) dot = fma(load(p + j), load(dp + j), dot);
     const float mean = sum_lanes(dot);
     for (int64_t j = 0; j < tail; j += kLanes)
       store(dp + j, load(p + j) * (load(dp + j) - mean) * scale);
@@ -76,7 +76,7 @@ struct NormRows {
       Vec v = load(args.x + at + j);
       if (args.update != nullptr) {
         const Vec update = load(args.update + at + j);
-        v += args.mask != nullptr ? update * load(args.mask + at + j) : update;
+        v = args.mask != nullptr ? fma(update, load(args.mask + at + j), v) : v + update;
       }
       if (j == tail) v = select(live, v, Vec{});
       sum += v;
@@ -86,16 +86,16 @@ struct NormRows {
     Vec squares = {};
     for (int64_t j = 0; j < tail; j += kLanes) {
       const Vec v = load(out + j) - mean;
-      squares += v * v;
+      squares = fma(v, v, squares);
     }
     const Vec v = select(live, load(out + tail) - mean, Vec{});
-    const float variance = sum_lanes(squares + v * v) / static_cast<float>(n);
+    const float variance = sum_lanes(fma(v, v, squares)) / static_cast<float>(n);
     const float scale = 1.0f / __builtin_sqrtf(variance + kNormEps);
     if (args.scale != nullptr) args.scale[i] = scale;
     for (int64_t j = 0; j < n; j += kLanes) {
       const Vec normal = (load(out + j) - mean) * scale;
       if (args.normal != nullptr) store(args.normal + at + j, normal);
-      store(out + j, normal * load(args.weight + j) + load(args.bias + j));
+      store(out + j, fma(normal, load(args.weight + j), load(args.bias + j)));
     }
   }
 }
@@ -115,7 +115,7 @@ struct NormRows {
     Vec slope = {}, offset = {};
     for (int64_t i = 0; i < m; ++i) {
       const Vec g = load(dy + i * row + j);
-      slope += g * load(normal + i * row + j);
+      slope = fma(g, load(normal + i * row + j), slope);
       offset += g;
     }
     if (j == tail) slope = select(live, slope, Vec{}), offset = select(live, offset, Vec{});
@@ -129,12 +129,12 @@ struct NormRows {
       Vec h = load(dy + at + j) * load(weight + j);
       if (j == tail) h = select(live, h, Vec{});
       sum += h;
-      dot += h * load(normal + at + j);
+      dot = fma(h, load(normal + at + j), dot);
     }
     const float mean = sum_lanes(sum) * share, slope = sum_lanes(dot) * share;
     for (int64_t j = 0; j < n; j += kLanes) {
       const Vec h = load(dy + at + j) * load(weight + j);
-      const Vec g = (h - mean - load(normal + at + j) * slope) * scale[i];
+      const Vec g = fma(load(normal + at + j), splat(-slope), h - mean) * scale[i];
       store(dsum + at + j, j < tail ? g : select(live, g, Vec{}));
     }
   }

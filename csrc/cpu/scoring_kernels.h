@@ -115,9 +115,9 @@ LCR_INLINE void gemm_block(int64_t k, Strided a, const float* b, int64_t ldb, fl
                                              : load(b + v * kWidth);
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
-      const float x = base[r / 3][(r % 3) * row];
+      const V x = splat(base[r / 3][(r % 3) * row]);
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sum[r][v] += x * column[v];
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = fma(x, column[v], sum[r][v]);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < kBases; ++i) base[i] += a.col;
@@ -213,14 +213,14 @@ LCR_TARGET void gemm(int64_t m, int64_t n, int64_t k, Strided a, const float* b,
 LCR_INLINE V exponential(V x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const V safe = x < -87.0f ? V{} - 87.0f : x;
-  const V n = (safe * 1.44269504f + kRound) - kRound;
-  const V r = safe - n * 0.693359375f + n * 2.12194440e-4f;
-  V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  const V n = fma(safe, splat(1.44269504f), splat(kRound)) - kRound;
+  const V r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), safe));
+  V p = fma(r, splat(1.9875691500e-4f), splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(p, r * r, r) + 1.0f;
   const VI power = (__builtin_convertvector(n, VI) + 127) << 23;
   const V value = p * (V)power;
   return x < -87.0f ? V{} : value;
@@ -268,7 +268,7 @@ LCR_INLINE void softmax_bwd_column(const float* alpha, float* d, int64_t ld, int
                                    Tail tail) {
   V mean = {};
   for (int64_t j = 0; j < rows; ++j)
-    mean += load_column<kTail>(alpha + j * ld, tail) * load_column<kTail>(d + j * ld, tail);
+    mean = fma(load_column<kTail>(alpha + j * ld, tail), load_column<kTail>(d + j * ld, tail), mean);
   for (int64_t j = 0; j < rows; ++j)
     store_column<kTail>(
         d + j * ld, tail,
@@ -286,7 +286,7 @@ LCR_INLINE void column_dot(const float* x, const float* y, int64_t ld, int64_t r
                            bool add, Tail tail) {
   V sum = {};
   for (int64_t j = 0; j < rows; ++j)
-    sum += load_column<kTail>(x + j * ld, tail) * load_column<kTail>(y + j * ld, tail);
+    sum = fma(load_column<kTail>(x + j * ld, tail), load_column<kTail>(y + j * ld, tail), sum);
   if (add) sum += load_column<kTail>(out, tail);
   store_column<kTail>(out, tail, sum);
 }

@@ -8,20 +8,12 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
-#ifndef LCR_TARGET
-#error "define LCR_TARGET and LCR_BYTES before including this file"
-#endif
-
-#define LCR_INLINE LCR_TARGET __attribute__((always_inline)) static inline
+#include "fma.h"
 
 namespace lcr_fast {
 namespace {
 
-typedef float Vec __attribute__((vector_size(LCR_BYTES)));
 typedef int32_t IntVec __attribute__((vector_size(LCR_BYTES)));
 
 constexpr int64_t kLanes = LCR_BYTES / sizeof(float);
@@ -30,8 +22,6 @@ constexpr int64_t kLanes = LCR_BYTES / sizeof(float);
 constexpr int64_t kAlign = 16;
 
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-LCR_INLINE Vec splat(float x) { return Vec{} + x; }
 
 LCR_INLINE Vec load(const float* p) {
   Vec v;
@@ -133,16 +123,16 @@ LCR_INLINE Vec exp(Vec x) {
   x = maximum(x, splat(-87.0f));
   x = select(x < 88.0f, x, splat(88.0f));
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec shifted = x * 1.44269504089f + kRound;
+  const Vec shifted = fma(x, splat(1.44269504089f), splat(kRound));
   const Vec n = shifted - kRound;
-  const Vec r = x - n * 0.693359375f - n * -2.12194440e-4f;
-  Vec p = r * (1.0f / 5040) + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
+  const Vec r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), x));
+  Vec p = fma(r, splat(1.0f / 5040), splat(1.0f / 720));
+  p = fma(p, r, splat(1.0f / 120));
+  p = fma(p, r, splat(1.0f / 24));
+  p = fma(p, r, splat(1.0f / 6));
+  p = fma(p, r, splat(0.5f));
+  p = fma(p, r, splat(1.0f));
+  p = fma(p, r, splat(1.0f));
   const IntVec power = (IntVec)shifted << 23;  // the low bits of `shifted` hold n
   return (Vec)((IntVec)p + power);
 }

@@ -301,14 +301,15 @@ class Reasoned(NamedTuple):
         return self.search, self.rec
 
 
-def _check_stream(name: str, x: Tensor, lengths: Tensor, dim: int) -> None:
+def _check_stream(names: tuple[str, str], x: Tensor, lengths: Tensor, dim: int) -> None:
+    name, lengths_name = names
     if x.ndim < 3 or x.shape[-1] != dim:
         raise ValueError(f"{name} must be [..., L, {dim}], got {list(x.shape)}")
     if not x.is_floating_point():
         raise ValueError(f"{name} must be floating point, got {x.dtype}")
     if lengths.is_floating_point() or lengths.ndim != x.ndim - 2:
         raise ValueError(
-            f"{name}_lengths must be integers {list(x.shape[:-2])}, "
+            f"{lengths_name} must be integers {list(x.shape[:-2])}, "
             f"got {lengths.dtype} {list(lengths.shape)}"
         )
 
@@ -335,7 +336,7 @@ def encode(
     Raises ValueError on other shapes or dtypes, and where ``backend`` cannot serve the call.
     """
     dim = weights.qkv_weight.shape[-1]
-    _check_stream("x", x, lengths, dim)
+    _check_stream(("x", "lengths"), x, lengths, dim)
     _check_heads(dim, n_heads)
     if dropout is not None:
         dropout.check(x)
@@ -355,8 +356,8 @@ def _check_reasoning(
     weights: ReasoningWeights, steps: int, n_heads: int,
 ) -> None:  # fmt: skip
     dim = weights.self_qkv_weight.shape[-1]
-    _check_stream("search", search, search_lengths, dim)
-    _check_stream("rec", rec, rec_lengths, dim)
+    _check_stream(("search", "search_lengths"), search, search_lengths, dim)
+    _check_stream(("rec", "rec_lengths"), rec, rec_lengths, dim)
     _check_heads(dim, n_heads)
     if search.dtype != rec.dtype or search.shape[:-2] != rec.shape[:-2]:
         raise ValueError(

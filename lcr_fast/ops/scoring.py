@@ -256,6 +256,12 @@ def _check(
         raise ValueError(
             f"target_weight must be [2, {dim}, {dim}], got {list(weights.target_weight.shape)}"
         )
+    n_weights, n_biases = len(weights.mlp_weights), len(weights.mlp_biases)
+    if n_weights != n_biases:
+        raise ValueError(
+            "mlp_weights and mlp_biases must have one entry a layer, got "
+            f"{n_weights} and {n_biases}"
+        )
     width = dim * (3 if user is None else 4)
     for weight, bias in zip(weights.mlp_weights, weights.mlp_biases, strict=True):
         if weight.ndim != 2 or weight.shape[1] != width or bias.shape != weight.shape[:1]:
