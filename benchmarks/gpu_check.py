@@ -8,7 +8,8 @@
   racecheck where that is installed;
 - train: a short `lcr-fast train --device cuda`;
 - warm-up: every body of the benchmarks once at full size, in parallel, which compiles its kernels;
-- benchmarks: the timed runs, alone on the GPU, those with torch.compile last.
+- benchmarks: the timed runs, alone on the GPU;
+- compiled: those with torch.compile again, as many as time is left for.
 
 The first five run side by side, as most of their time is compilation. A part that fails or runs
 out of time does not stop the others. FOLDER gets a JSON file named after the GPU, which `lcr-fast
@@ -41,7 +42,8 @@ import kernel_check
 from parts import PASSED, Command, Part, Result, Runner
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("package", "tests", "sanitizer", "train", "warm-up", "benchmarks")
+TIMED = ("benchmarks", "compiled")
+PARTS = ("package", "tests", "sanitizer", "train", "warm-up", *TIMED)
 BENCHMARKS = ("reasoning", "inference", "scoring", "ranking", "training")
 COMPILED = ("reasoning", "inference", "scoring")  # have cases with torch.compile
 LIMIT = 480.0
@@ -207,23 +209,24 @@ def warm_up(machine: Machine) -> Part:
     )
 
 
-def benchmarks(machine: Machine, work: Path) -> Part:
+def _timed(machine: Machine, work: Path, name: str, files: Iterable[str], *options: str) -> Part:
     """Start a process a file, one at a time: no failure takes other files' times along."""
-
-    def command(file: Path, title: str, *options: str) -> Command:
-        name = f"{title.replace(' ', '-')}.json"
+    chain = []
+    for file in _bench_files(files):
         words = (
             *_PYTEST, *_bench_options(machine), "--benchmark-columns=median", "--durations=5",
-            f"--benchmark-json={work / name}", *options, str(file),
+            f"--benchmark-json={work / name}-{file.stem}.json", *options, str(file),
         )  # fmt: skip
-        return Command(title, words, _BENCHMARK_SECONDS, is_pytest=True)
+        chain.append(Command(file.stem, words, _BENCHMARK_SECONDS, is_pytest=True))
+    return Part(name, [chain], log=TIMED[0])
 
-    plain = [command(file, file.stem) for file in _bench_files(BENCHMARKS)]
-    compiled = [
-        command(file, f"{file.stem} compiled", "-m", "compiled", "--compile")
-        for file in _bench_files(COMPILED)
-    ]
-    return Part("benchmarks", [[*plain, *compiled]])
+
+def benchmarks(machine: Machine, work: Path) -> Part:
+    return _timed(machine, work, "benchmarks", BENCHMARKS)
+
+
+def compiled(machine: Machine, work: Path) -> Part:
+    return _timed(machine, work, "compiled", COMPILED, "-m", "compiled", "--compile")
 
 
 # -- the report -----------------------------------------------------------------------------------
@@ -271,7 +274,7 @@ def write_report(
     folder: Path, versions: dict[str, str], results: list[Result], work: Path, command: str
 ) -> Path:
     """Write the JSON file and, from it, table.md; return the former."""
-    merged = merge(sorted(work.glob("*.json"), key=lambda path: ("compiled" in path.name, path)))
+    merged = merge(path for name in TIMED for path in sorted(work.glob(f"{name}-*.json")))
     merged["machine_info"] = {**versions, **merged["machine_info"], "command": command}
     merged["checks"] = [result.as_dict() for result in results]
     path = folder / f"{result_name(versions)}.json"
@@ -282,16 +285,17 @@ def write_report(
 
 
 def run(
-    parts: dict[str, Callable[[], Part]], names: Iterable[str], runner: Runner, limit: float
+    parts: dict[str, Callable[[], Part]], names: Sequence[str], runner: Runner, limit: float
 ) -> list[Result]:
-    """Run the named parts: the benchmarks last and alone, the others side by side before them."""
+    """Run the named parts: the timed ones last, each alone, the others side by side before them."""
     began = time.monotonic()
     end = began + limit - _REPORT_SECONDS - _STOP_SECONDS
-    names = list(names)
-    first = [parts[name]() for name in names if name != "benchmarks"]
-    timed = [parts[name]() for name in names if name == "benchmarks"]
+    timed = [name for name in TIMED if name in names]
+    first = [parts[name]() for name in names if name not in TIMED]
     results = runner.run(first, began + _SIDE_BY_SIDE * limit if timed else end, say_result)
-    return results + runner.run(timed, end, say_result)
+    for name in timed:
+        results += runner.run([parts[name]()], end, say_result)
+    return results
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -331,6 +335,7 @@ def check(machine: Machine, names: Sequence[str], limit: float, folder: Path) ->
             "train": lambda: train(machine, work),
             "warm-up": lambda: warm_up(machine),
             "benchmarks": lambda: benchmarks(machine, work),
+            "compiled": lambda: compiled(machine, work),
         }
         results = run(parts, [name for name in PARTS if name in names], runner, limit)
         command = f"gpu_check.py --only {' '.join(names)} --limit {limit:g}"

@@ -54,6 +54,7 @@ class Part(NamedTuple):
     jobs: int = 1
     seconds: float = 600.0  # at most
     note: str = ""  # what is left out here, and why
+    log: str = ""  # the part whose log this one continues; a log of its own if empty
 
 
 class Result(NamedTuple):
@@ -122,7 +123,9 @@ class Runner:
         deadline = min(deadline, began + part.seconds)
 
         def run_chain(chain: Sequence[Command]) -> list[Outcome]:
-            return [self._run_command(part.name, command, deadline) for command in chain]
+            return [
+                self._run_command(part.log or part.name, command, deadline) for command in chain
+            ]
 
         with ThreadPoolExecutor(part.jobs) as pool:
             outcomes = [one for chain in pool.map(run_chain, part.chains) for one in chain]
@@ -132,7 +135,7 @@ class Runner:
         bad = [outcome for outcome in outcomes if outcome.status != PASSED]
         return Result(part.name, status, time.monotonic() - began, summary, bad)
 
-    def _run_command(self, part: str, command: Command, deadline: float) -> Outcome:
+    def _run_command(self, log_name: str, command: Command, deadline: float) -> Outcome:
         began = time.monotonic()
         seconds = min(command.seconds, deadline - began)
         if seconds <= 0 or self._stopped:
@@ -143,7 +146,7 @@ class Runner:
             except OSError as error:
                 ended = str(error)
             text = _read_end(output)
-            with self._lock, (self._folder / f"{part}.log").open("a", encoding="utf-8") as log:
+            with self._lock, (self._folder / f"{log_name}.log").open("a", encoding="utf-8") as log:
                 log.write(f"==== {command.title}: {' '.join(command.words)}\n{text}\n")
         took = time.monotonic() - began
         lines = [line for line in text.splitlines() if line.strip()]

@@ -124,6 +124,18 @@ def test_pytest_is_summed_up_over_files(runner, tmp_path):
     assert (results["none"].status, results["none"].summary) == (FAILED, "no test ran")
 
 
+def test_the_output_folder_has_at_most_eight_files():
+    """Few enough to be copied by hand: the logs of all parts, the JSON file and the table."""
+    work = Path("work")
+    parts = [
+        gpu_check.package(BARE), gpu_check.tests(BARE), gpu_check.sanitizer(BARE),
+        gpu_check.train(BARE, work), gpu_check.warm_up(BARE), gpu_check.benchmarks(BARE, work),
+        gpu_check.compiled(BARE, work),
+    ]  # fmt: skip
+    assert [part.name for part in parts] == list(gpu_check.PARTS)
+    assert len({part.log or part.name for part in parts}) + 2 <= 8
+
+
 def test_parts_without_tools_and_with_them():
     part = gpu_check.sanitizer(BARE)
     assert [len(chain) for chain in part.chains] == [1] * len(kernel_check.FAMILIES)
@@ -162,9 +174,11 @@ def test_the_report_holds_times_and_checks(tmp_path):
     work, folder = tmp_path / "work", tmp_path / "out"
     work.mkdir()
     folder.mkdir()
-    run_file(work / "bench_scoring.json", 5.0, benchmark("a", 1.0), benchmark("b", 2.0, eager=4.0))
-    run_file(work / "bench_scoring-compiled.json", 7.0, benchmark("b", 2.0, compiled=6.0))
-    (work / "bench_training.json").touch()
+    run_file(
+        work / "benchmarks-scoring.json", 5.0, benchmark("a", 1.0), benchmark("b", 2.0, eager=4.0)
+    )
+    run_file(work / "compiled-scoring.json", 7.0, benchmark("b", 2.0, compiled=6.0))
+    (work / "benchmarks-training.json").touch()
     results = [
         Result("tests", PASSED, 61.0, "9 passed", []), Result("train", TIMED_OUT, 9.0, "slow", []),
     ]  # fmt: skip
@@ -196,11 +210,12 @@ def test_benchmarks_come_last_and_alone(runner, capsys):
     code = "import time; print(time.monotonic()); time.sleep(0.5); print(time.monotonic())"
     parts = {
         name: lambda name=name: Part(name, [[python(name, code, quote=r"[\d.]+")]])
-        for name in ("benchmarks", "tests", "train")
+        for name in ("compiled", "benchmarks", "tests", "train")
     }
-    results = gpu_check.run(parts, ["tests", "benchmarks", "train"], runner, 100.0)
+    results = gpu_check.run(parts, list(parts), runner, 100.0)
     assert {result.name for result in results} == set(parts)
     times = {result.name: [float(t) for t in result.summary.split("; ")] for result in results}
+    assert times["compiled"][0] > times["benchmarks"][1]
     assert times["benchmarks"][0] > max(times["tests"][1], times["train"][1])
     assert max(times["tests"][0], times["train"][0]) < min(times["tests"][1], times["train"][1])
     assert "benchmarks: passed in" in capsys.readouterr().out
@@ -236,6 +251,7 @@ TINY = kernel_check.Sizes(
 )  # fmt: skip
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("family", kernel_check.FAMILIES)
 def test_families_are_right(family, capsys):
     if torch.cuda.is_available():
