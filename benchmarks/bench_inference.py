@@ -2,7 +2,8 @@
 
 d = 64, 100 candidates; one user with 30 + 30 events, or a batch with random numbers of events.
 "eager" is the reference everywhere; "repeated history" is eager too, but copies each history to
-all of its candidates before it pools, as the published code of UniSAR and GSERec does.
+all of its candidates before it pools, as the published code of UniSAR and GSERec does. On a GPU in
+three precisions, and "captured" and "captured eager" replay CUDA graphs.
 """
 
 import pytest
@@ -18,28 +19,40 @@ from lcr_fast.testing import random_batch, random_model
 D, L, C = 64, 30, 100
 STEPS = (0, 1, 2, 3, 4, 5)
 QUICK_STEPS = (0, 5)
-BATCH = {"cpu": 64, "cuda": 1024}
+BATCH = {"cpu": (64,), "cuda": (32, 1024)}
 INPUT_SETS = 4
 REQUESTS = 300
 
 
-def each_k(test):
-    cases = [pytest.param(K, marks=() if K in QUICK_STEPS else pytest.mark.extended) for K in STEPS]
-    return pytest.mark.parametrize("K", cases)(test)
+def pytest_generate_tests(metafunc):
+    device = metafunc.config.getoption("--device")
+    # On a CPU one request is compiled; on a GPU that and the largest batch, in float32.
+    n_compiled = {1, max(BATCH["cuda"])} if device == "cuda" else {1}
+    cases = [
+        pytest.param(
+            n_users,
+            K,
+            marks=[pytest.mark.extended] * (K not in QUICK_STEPS)
+            + [pytest.mark.compiled] * (max(STEPS) == K and n_users in n_compiled),
+        )
+        for n_users in ((1,) if metafunc.function is test_latency else BATCH[device])
+        for K in STEPS
+    ]
+    metafunc.parametrize(("n_users", "K"), cases)
 
 
 class Scorers:
     """The same random model on each path."""
 
-    def __init__(self, K: int, device: str) -> None:
+    def __init__(self, K: int, precision: str, device: str) -> None:
         sizes = {"n_items": 20_000, "n_users": 1000, "n_terms": 5000}
         config = LCRConfig(**sizes, dim=D, steps=K, max_search_len=L, max_rec_len=L)
         generator = torch.Generator().manual_seed(0)
         self.eager = random_model(config.replace(backend="reference"), generator, torch.float32)
         self.ours = LCRSER(config).eval()
         self.ours.load_state_dict(self.eager.state_dict())
-        self.ours.to(device)
-        self.eager.to(device)
+        self.ours.to(device, harness.DTYPES[precision])
+        self.eager.to(device, harness.DTYPES[precision])
         self.device = device
 
     def batches(self, n_users: int):
@@ -65,27 +78,28 @@ class Scorers:
 
 
 @pytest.fixture
-def prepare(benchmark, compiles, device):
+def prepare(benchmark, compiles, capture, device):
     """Return a function that makes all variants, held to the reference, and the batches."""
 
-    def prepare(K: int, n_users: int, compiled: bool):
-        scorers = Scorers(K, device)
+    def prepare(K: int, n_users: int, precision: str):
+        scorers = Scorers(K, precision, device)
         functions = {"": scorers.ours, "eager": scorers.eager, "repeated history": scorers.repeated}
-        if compiles and compiled:
+        if compiles:
             torch.compiler.reset()
             functions["torch.compile"] = torch.compile(scorers.eager, dynamic=False)
         batches = scorers.batches(n_users)
-        expected = scorers.eager(batches[0])
+        expected, bound = scorers.eager(batches[0]), harness.rounding_bound(precision)
         for name, function in functions.items():
-            harness.assert_close(name, function(batches[0]), expected)
+            harness.assert_close(name, function(batches[0]), expected, bound)
         sets = [(batch,) for batch in batches]
         turns = {name: harness.rotate(f, sets) for name, f in functions.items()}
-        if device == "cuda":
-            turns["CUDA graph"] = harness.graphed(scorers.eager, sets)
-            harness.assert_close("CUDA graph", turns["CUDA graph"](), expected)
+        for name, replay in capture(functions, sets).items():
+            harness.assert_close(name, replay(), expected, bound)
+            turns[name] = replay
         benchmark.extra_info |= {
-            "case": f"K = {K}, {n_users} x {C}", "device": device, "users": n_users,
-            "axes": {"K": K, "B": n_users, "C": C, "d": D, "L": L},
+            "case": f"K = {K}, {n_users} x {C}" + f", {precision}" * (precision != "fp32"),
+            "device": device, "users": n_users,
+            "axes": {"K": K, "B": n_users, "C": C, "d": D, "L": L, "dtype": precision},
         }  # fmt: skip
         return turns, batches
 
@@ -93,25 +107,30 @@ def prepare(benchmark, compiles, device):
 
 
 @pytest.mark.benchmark(group="inference, one request")
-@each_k
 @torch.inference_mode()
-def test_latency(prepare, race, K):
-    turns, _ = prepare(K, 1, compiled=max(STEPS) == K)
-    ours = turns.pop("")
-    race(
-        ours, {name: (f, 1.0) for name, f in turns.items()}, rounds=REQUESTS, seconds=4.0,
-        single=True,
-    )  # fmt: skip
+def test_latency(prepare, race, precision, n_users, K):
+    with harness.multiplying_in(precision):
+        turns, _ = prepare(K, n_users, precision)
+        ours = turns.pop("")
+        race(
+            ours, {name: (f, 1.0) for name, f in turns.items()}, rounds=REQUESTS, seconds=4.0,
+            single=True,
+        )  # fmt: skip
 
 
 @pytest.mark.benchmark(group="inference, batch")
-@each_k
 @torch.inference_mode()
-def test_batch(benchmark, prepare, race, ceilings, device, K):
-    n_users = 2 if benchmark.disabled else BATCH[device]
-    turns, batches = prepare(K, n_users, compiled=device == "cuda" and max(STEPS) == K)
-    ours = turns.pop("")
-    race(ours, {name: (f, 1.0) for name, f in turns.items()}, rounds=15, seconds=1.0)
+def test_batch(benchmark, prepare, race, small, ceilings, device, precision, n_users, K):
+    n_users = 2 if small else n_users
+    with harness.multiplying_in(precision):
+        turns, batches = prepare(K, n_users, precision)
+        ours = turns.pop("")
+        race(ours, {name: (f, 1.0) for name, f in turns.items()}, rounds=15, seconds=1.0)
+        peaks = {
+            name: harness.peak_bytes(f, device)
+            for name, f in {"": ours, **turns}.items()
+            if benchmark.enabled and name not in harness.CAPTURED.values()
+        }
     if benchmark.enabled:
         lengths = [
             torch.cat([getattr(b, name) for b in batches]).cpu()
@@ -123,10 +142,7 @@ def test_batch(benchmark, prepare, race, ceilings, device, K):
             + work.aggregation_flops(*lengths, C, D)
         ) / len(batches) + n_users * work.head_flops(C, (4 * D, 200, 80, 1))
         rate = flops / benchmark.stats.stats.median / 1e9
-        share = rate / ceilings["matmul fp32 GFLOP/s"]
         benchmark.extra_info |= {
-            "FLOPs": flops, "GFLOP/s": rate, "share of matmul rate": share,
-            "peak bytes": {
-                name: harness.peak_bytes(f, device) for name, f in {"": ours, **turns}.items()
-            },
+            "FLOPs": flops, "GFLOP/s": rate, "peak bytes": peaks,
+            "share of matmul rate": rate / ceilings[f"matmul {precision} GFLOP/s"],
         }  # fmt: skip

@@ -1,31 +1,45 @@
-"""HR@10 and NDCG@10 of one target a row, against what others use for it."""
+"""HR@10 and NDCG@10 of one target a row, against what others use for it, on a CPU or on a GPU."""
 
 import importlib.util
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
+import harness
 from lcr_fast.ops.ranking import ranking_metrics
 
 K = 10
 NAMES = ("hr@10", "ndcg@10")
 # Rows that the slow ones are given, so that a call takes about a second at most.
 ARGSORT_SCORES, TOPK_SCORES, RANX_SCORES, TORCHMETRICS_ROWS = 10**7, 4 * 10**7, 2 * 10**6, 200
+GPU_ARGSORT_SCORES = 10**8
+GPU_BYTES = 512 << 20  # of scores, several times what a GPU's cache holds
 
 
-def means(rank) -> tuple[float, float]:
-    """HR@10 and NDCG@10 of ranks, in the array library of ``rank``."""
+def means(rank):
+    """HR@10 and NDCG@10 of ranks, scalars of the array library of ``rank``."""
     xp = torch if isinstance(rank, torch.Tensor) else np
     hit = rank <= K
     gain = xp.where(hit, 1 / xp.log2(rank + 1.0), 0.0)
-    return float((hit * 1.0).mean()), float(gain.mean())
+    return (hit * 1.0).mean(), gain.mean()
+
+
+def ours(scores, target, ties="pessimistic"):
+    found = ranking_metrics(scores, target, metrics=NAMES, ties=ties, reduce="mean")
+    return tuple(found[name] for name in NAMES)
 
 
 def numpy_argsort(scores, target):
     """Sort every list, then find the target, as UniSAR evaluates."""
     order = np.argsort(-scores, axis=1)
     return means((order == target[:, None]).argmax(1) + 1)
+
+
+def torch_argsort(scores, target):
+    order = scores.argsort(1, descending=True)
+    return means((order == target.unsqueeze(-1)).int().argmax(-1) + 1)
 
 
 def torch_topk(scores, target):
@@ -46,7 +60,7 @@ def torchmetrics(scores, target):
         relevant = torch.arange(len(row)) == t
         hits.append(retrieval.retrieval_hit_rate(row, relevant, top_k=K))
         gains.append(retrieval.retrieval_normalized_dcg(row, relevant, top_k=K))
-    return float(torch.stack(hits).mean()), float(torch.stack(gains).mean())
+    return torch.stack(hits).mean(), torch.stack(gains).mean()
 
 
 def ranx_evaluator(scores, target, threads):
@@ -65,43 +79,72 @@ def ranx_evaluator(scores, target, threads):
     return evaluate
 
 
+def draw(B: int, C: int, device: str = "cpu", seed: int = 0):
+    """Draw scores [B, C] and targets [B], every third near the top, so that the cut-off is met."""
+    generator = torch.Generator(device).manual_seed(seed)
+    scores = torch.randn(B, C, generator=generator, device=device)
+    target = torch.randint(0, C, (B,), generator=generator, device=device)
+    some = target[::3]
+    scores[torch.arange(0, B, 3, device=device), some] = torch.linspace(
+        2, 5, len(some), device=device
+    )
+    return scores, target
+
+
+def assert_means(name: str, function: Callable, inputs, judged) -> None:
+    """Require the means of ours. Equal scores occur, and others resolve them in some order."""
+    low, high = (ours(*judged, ties=ties) for ties in ("pessimistic", "optimistic"))
+    for value, least, most in zip(function(*inputs), low, high, strict=True):
+        assert float(least) - 1e-6 <= float(value) <= float(most) + 1e-6, name
+
+
+@pytest.fixture
+def finish(benchmark, race):
+    """Time a case on a device, and keep its bandwidth beside that of a copy."""
+
+    def finish(function, others, B: int, C: int, device: str) -> None:
+        size = 4 * B * C
+        benchmark.extra_info |= {
+            "case": f"{B:,} x {C:,}", "bytes": size, "device": device, "axes": {"B": B, "C": C},
+        }  # fmt: skip
+        medians = race(function, others, seconds=2.0, on=device)
+        if medians:
+            # A copy reads and writes every byte, we only read.
+            rate, best = size / benchmark.stats.stats.median, 2 * size / medians["memory copy"]
+            benchmark.extra_info |= {"GB/s": rate / 1e9, "share of copy bandwidth": rate / best}
+
+    return finish
+
+
+LARGE = [(8_000, 10_000), (256, 1_000_000)]
+
+
 @pytest.mark.benchmark(group="ranking")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
     ("B", "C"),
-    [(200_000, 100), pytest.param(8_000, 10_000, marks=pytest.mark.extended),
-     pytest.param(256, 1_000_000, marks=pytest.mark.extended)],
+    [(200_000, 100), *(pytest.param(*sizes, marks=pytest.mark.extended) for sizes in LARGE)],
     ids=lambda n: f"{n:,}",
-)  # fmt: skip
-def test_ranking(benchmark, race, B, C, threads):
-    """On the CPU, whatever the device of the other benchmarks."""
+)
+def test_on_cpu(finish, small, device, B, C, threads):
+    if device != "cpu":
+        pytest.skip("a GPU is benchmarked")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    B = min(B, 200) if benchmark.disabled else B
+    B = min(B, 200) if small else B
     try:
         # 80 MB to 1 GB: no cache holds it, so one set of inputs is enough.
-        scores = torch.randn(B, C, generator=torch.Generator().manual_seed(0))
-        # Every third target near the top, so that the cut-off is met.
-        target = torch.randint(0, C, (B,), generator=torch.Generator().manual_seed(1))
-        scores[torch.arange(0, B, 3), target[::3]] = torch.linspace(2, 5, len(target[::3]))
-
-        def ours(scores=scores, target=target, ties="pessimistic"):
-            found = ranking_metrics(scores, target, metrics=NAMES, ties=ties, reduce="mean")
-            return tuple(found[name].item() for name in NAMES)
-
+        scores, target = draw(B, C)
         others = {}
 
         def enter(name, function, n_rows):
             n = max(1, min(B, n_rows))
-            inputs = scores[:n], target[:n]
-            low, high = (ours(*inputs, ties=ties) for ties in ("pessimistic", "optimistic"))
+            judged = inputs = scores[:n], target[:n]
             if name == "ranx":
                 function = ranx_evaluator(*inputs, threads)
             if name.startswith("numpy"):
                 inputs = inputs[0].numpy(), inputs[1].numpy()
-            # Equal scores occur: the others resolve them in some order or other.
-            for value, least, most in zip(function(*inputs), low, high, strict=True):
-                assert least - 1e-6 <= value <= most + 1e-6, name
+            assert_means(name, function, inputs, judged)
             others[name] = (lambda: function(*inputs)), n / B
 
         enter("numpy argsort", numpy_argsort, ARGSORT_SCORES // C)
@@ -115,13 +158,28 @@ def test_ranking(benchmark, race, B, C, threads):
                 enter(name, function, n_rows)
         copy = torch.empty_like(scores)
         others["memory copy"] = (lambda: copy.copy_(scores)), 1.0
-
-        size = scores.nbytes
-        benchmark.extra_info |= {"case": f"{B:,} x {C:,}", "bytes": size, "device": "cpu"}
-        medians = race(ours, others, seconds=2.0, on="cpu")
-        if medians:
-            # A copy reads and writes every byte, we only read.
-            rate, best = size / benchmark.stats.stats.median, 2 * size / medians["memory copy"]
-            benchmark.extra_info |= {"GB/s": rate / 1e9, "share of copy bandwidth": rate / best}
+        finish(lambda: ours(scores, target), others, B, C, "cpu")
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.benchmark(group="ranking")
+@pytest.mark.parametrize(("B", "C"), [(200_000, 100), *LARGE], ids=lambda n: f"{n:,}")
+def test_on_gpu(finish, small, device, B, C):
+    if device != "cuda":
+        pytest.skip("a CPU is benchmarked")
+    B = min(B, 200) if small else B
+    n_sets = -(-GPU_BYTES // (4 * B * C)) if not small else 1
+    sets = [draw(B, C, "cuda", seed) for seed in range(n_sets)]
+    others = {}
+    for name, function, n_rows in (
+        ("torch.topk", torch_topk, B),
+        ("torch comparison", torch_comparison, B),
+        ("torch argsort", torch_argsort, min(B, GPU_ARGSORT_SCORES // C)),
+    ):
+        parts = [(scores[:n_rows], target[:n_rows]) for scores, target in sets]
+        assert_means(name, function, parts[0], parts[0])
+        others[name] = harness.rotate(function, parts), n_rows / B
+    copy = torch.empty_like(sets[0][0])
+    others["memory copy"] = harness.rotate(lambda scores, _: copy.copy_(scores), sets), 1.0
+    finish(harness.rotate(ours, sets), others, B, C, "cuda")

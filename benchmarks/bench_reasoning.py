@@ -4,13 +4,12 @@ Around d = 64, K = 5 and histories of 30 events (32 on CUDA), one axis at a time
 
 - eager: the reference, with torch's fused attention; in halves with every operation rounded;
 - torch.compile of it, at the shapes that matter most;
-- CUDA graph: eager, captured;
+- captured, captured eager: ours and eager in CUDA graphs;
 - N calls (rollouts): one eager call a trajectory, on a copy of the history with noise in memory.
 
 FLOPs and bytes are those of :mod:`work`.
 """
 
-import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,7 +25,6 @@ from lcr_fast.config import LCRConfig
 from lcr_fast.testing import (
     ReasoningCase,
     assert_reasoning_parity,
-    every_op_rounded,
     random_lengths,
     random_reasoning,
     random_weights,
@@ -37,7 +35,6 @@ from lcr_fast.weights import ReasoningWeights
 
 HEADS = 2
 NOISE_SCALE, SEED = 0.1, 7
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 INPUT_SETS = 3
 PARITY_USERS = 6
 
@@ -81,9 +78,9 @@ def forward_cases(device: str) -> dict[Case, bool]:
     """Cases of the forward, and whether ``--quick`` leaves them out."""
     if device == "cuda":
         cases = {}
-        for dtype in ("bf16", "fp32"):
+        for dtype in ("bf16", "tf32", "fp32"):
             centre = Case(1024, L=32, dtype=dtype, compiled=dtype == "bf16")
-            cases |= {centre: False, centre._replace(L=50): dtype == "fp32"}
+            cases |= {centre: False, centre._replace(L=50): dtype != "bf16"}
             plain = centre._replace(compiled=False)
             more = _around(plain, B=(1, 32, 8192), L=(20, 100), d=(32, 128), K=(1, 3))
             cases |= dict.fromkeys([*more, plain._replace(lengths="random")], True)
@@ -102,7 +99,7 @@ def forward_cases(device: str) -> dict[Case, bool]:
 def training_cases(device: str) -> dict[Case, bool]:
     if device == "cuda":
         cases = {}
-        for dtype in ("bf16", "fp32"):
+        for dtype in ("bf16", "tf32", "fp32"):
             centre = Case(1024, L=32, dtype=dtype, compiled=dtype == "bf16")
             plain = centre._replace(compiled=False)
             more = _around(plain, B=(32, 8192), L=(50, 100), d=(128,), K=(1, 3))
@@ -116,7 +113,7 @@ def training_cases(device: str) -> dict[Case, bool]:
 def rollout_cases(device: str) -> dict[Case, bool]:
     if device == "cuda":
         centre = Case(1024, L=32, N=8, dtype="bf16")
-        more = [*_around(centre, N=(2, 32), B=(32,), K=(1,)), centre._replace(dtype="fp32")]
+        more = _around(centre, N=(2, 32), B=(32,), K=(1,), dtype=("tf32", "fp32"))
     else:
         centre = Case(16, N=8)
         more = _around(centre, N=(2, 16), B=(1, 64), K=(1,))
@@ -134,7 +131,11 @@ _CASES = {
 def pytest_generate_tests(metafunc):
     cases = _CASES[metafunc.function.__name__](metafunc.config.getoption("device"))
     parameters = [
-        pytest.param(case, id=case.id, marks=[pytest.mark.extended] * extended)
+        pytest.param(
+            case,
+            id=case.id,
+            marks=[pytest.mark.extended] * extended + [pytest.mark.compiled] * case.compiled,
+        )
         for case, extended in cases.items()
     ]
     metafunc.parametrize("case", parameters)
@@ -157,7 +158,7 @@ class Inputs(NamedTuple):
 
 def draw(case: Case, device: str, seed: int) -> Inputs:
     generator = torch.Generator().manual_seed(seed)
-    B, L, d, dtype = case.B, case.L, case.d, DTYPES[case.dtype]
+    B, L, d, dtype = case.B, case.L, case.d, harness.DTYPES[case.dtype]
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
@@ -185,7 +186,7 @@ class Bench:
         config = LCRConfig(dim=case.d, n_heads=HEADS, steps=case.K)
         _, weights, _ = random_weights(config, torch.Generator().manual_seed(0), torch.float32)
         self.weights = ReasoningWeights(
-            *(w.detach().to(device, DTYPES[case.dtype]).requires_grad_() for w in weights)
+            *(w.detach().to(device, harness.DTYPES[case.dtype]).requires_grad_() for w in weights)
         )
 
     def reason(self, backend: str, pooled: bool) -> Function:
@@ -236,7 +237,7 @@ class Bench:
     def counts(self, backward: bool) -> dict[str, float]:
         """Work of a call by formula, the mean of the sets of inputs."""
         case, n_sets = self.case, len(self.sets)
-        copies, itemsize = max(case.N, 1), DTYPES[case.dtype].itemsize
+        copies, itemsize = max(case.N, 1), harness.DTYPES[case.dtype].itemsize
         lengths = [torch.cat([x[i] for x in self.sets]).cpu() for i in (2, 3)]
         flops = copies * work.reasoning_flops(*lengths, case.d, case.K) / n_sets
         if backward:
@@ -253,45 +254,43 @@ def assert_parity(case: Case, device: str) -> None:
         dim=case.d, n_heads=HEADS, search_len=case.L, rec_len=case.L, n_users=PARITY_USERS,
         steps=case.K, ffn_dim=case.d, n_trajectories=min(case.N, 2), padding=0.0,
     )  # fmt: skip
-    call = random_reasoning(shape).to(DTYPES[case.dtype], device=device)
+    call = random_reasoning(shape).to(harness.DTYPES[case.dtype], device=device)
     assert_reasoning_parity(run_reasoning(call, "auto"), reasoning_baseline(call))
 
 
 @pytest.fixture
-def run(benchmark, race, compiles, ceilings, device):
+def run(benchmark, race, small, compiles, capture, ceilings, device):
     """Return what times a case: parity, then ``auto`` against its baselines, then the account."""
 
     def run(case: Case, backward: bool) -> None:
         benchmark.extra_info |= {"case": case.label, "axes": case.axes(), "device": device}
         assert_parity(case, device)
-        if benchmark.disabled:
+        if small:
             case = case._replace(B=min(case.B, 2))
         bench = Bench(case, device)
         make = bench.rollout if case.N else partial(bench.reason, pooled=backward)
         forwards = {"": make("auto"), "eager": make("reference")}
         if case.N:
             forwards["N calls"] = bench.n_calls
-        if compiles and case.compiled:
+        if compiles:
             torch.compiler.reset()
             mode = "max-autotune-no-cudagraphs" if device == "cuda" else None
             forwards["torch.compile"] = torch.compile(make("reference"), mode=mode, dynamic=False)
-        with every_op_rounded() if case.dtype != "fp32" else contextlib.nullcontext():
+        bound = harness.rounding_bound(case.dtype, backward)
+        with harness.multiplying_in(case.dtype):
             calls = {
                 name: bench.with_backward(f) if backward else torch.no_grad()(f)
                 for name, f in forwards.items()
             }
             expected = calls["eager"](bench.sets[0])
-            # A ReLU whose input rounds to the other side of 0 moves gradients by up to 4e-4 of
-            # their size (seen in eager, against float64).
-            bound = 1e-3 if backward else 1e-4
             for name, call in calls.items():
                 if name != "N calls":  # draws noise of its own
                     harness.assert_close(name, call(bench.sets[0]), expected, bound)
             sets = [(x,) for x in bench.sets]
             turns = {name: harness.rotate(call, sets) for name, call in calls.items()}
-            if device == "cuda":
-                turns["CUDA graph"] = harness.graphed(calls["eager"], sets)
-                harness.assert_close("CUDA graph", turns["CUDA graph"](), expected, bound)
+            for name, replay in capture(calls, sets).items():
+                harness.assert_close(name, replay(), expected, bound)
+                turns[name] = replay
             others = {name: (call, 1.0) for name, call in turns.items() if name}
             race(turns[""], others, rounds=15, seconds=1.0)
             if benchmark.enabled:

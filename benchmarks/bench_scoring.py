@@ -2,7 +2,8 @@
 
 d = 64, 30 + 30 full histories, the head 256-200-80-1. "repeated history" expands every history once
 per candidate before the attention, as the published code of UniSAR and GSERec does; "eager" is the
-reference, which never does, and "torch.compile" the same compiled. Peak memory is what a call adds.
+reference, which never does, and "torch.compile" the same compiled. On a GPU in three precisions;
+"captured" and "captured eager" replay CUDA graphs. Peak memory is what a call adds.
 """
 
 from functools import partial
@@ -40,37 +41,40 @@ def repeated_history(search, rec, search_lengths, rec_lengths, candidates, user,
     return x.view(B, C)
 
 
-def make_inputs(B: int, generator: torch.Generator, device: str):
+def make_inputs(B: int, generator: torch.Generator, device: str, dtype: torch.dtype):
     config = LCRConfig(n_items=1, n_users=1, dim=D, max_search_len=L, max_rec_len=L)
     weights = random_weights(config, generator, torch.float32)[2]
-    weights = type(weights)(
-        weights.target_weight.detach().to(device),
-        tuple(w.detach().to(device) for w in weights.mlp_weights),
-        tuple(b.detach().to(device) for b in weights.mlp_biases),
-    )
-    search, rec = (torch.randn(B, L, D, generator=generator).to(device) for _ in range(2))
-    lengths = torch.full((B,), L, device=device)
-    user = torch.randn(B, D, generator=generator).to(device)
-    return (search, rec, lengths, lengths.clone()), user, weights
+    search, rec = (torch.randn(B, L, D, generator=generator) for _ in range(2))
+    lengths = torch.full((B,), L)
+    user = torch.randn(B, D, generator=generator)
+    drawn = (search, rec, lengths, lengths.clone()), user, weights
+    return harness.moved(drawn, device=device, dtype=dtype)
 
 
 @pytest.fixture
 def finish(benchmark, race, ceilings, device):
     """Time what a test has prepared, and keep its work and memory."""
 
-    def finish(ours, others, B: int, C: int, backward: bool = False) -> None:
+    def finish(ours, others, B: int, C: int, precision: str, backward: bool = False) -> None:
         flops = B * (work.aggregation_flops(L, L, C, D) + work.head_flops(C, WIDTHS))
         flops = work.training_flops(flops) if backward else flops
         case = f"{B} x {C:,}" + ", forward and backward" * backward
-        benchmark.extra_info |= {"case": case, "device": device, "axes": {"B": B, "C": C}}
+        benchmark.extra_info |= {
+            "case": case + f", {precision}" * (precision != "fp32"), "device": device,
+            "axes": {"B": B, "C": C, "dtype": precision, "backward": backward},
+        }  # fmt: skip
         race(ours, others, seconds=2.0)
         if benchmark.enabled:
             rate = flops / benchmark.stats.stats.median / 1e9
-            share = rate / ceilings["matmul fp32 GFLOP/s"]
             benchmark.extra_info |= {
-                "FLOPs": flops, "GFLOP/s": rate, "share of matmul rate": share,
+                "FLOPs": flops, "GFLOP/s": rate,
+                "share of matmul rate": rate / ceilings[f"matmul {precision} GFLOP/s"],
                 "peak bytes": {"": harness.peak_bytes(ours, device)}
-                | {name: harness.peak_bytes(f, device) for name, (f, _) in others.items()},
+                | {
+                    name: harness.peak_bytes(f, device)
+                    for name, (f, _) in others.items()
+                    if name not in harness.CAPTURED.values()
+                },
             }  # fmt: skip
 
     return finish
@@ -80,16 +84,19 @@ def finish(benchmark, race, ceilings, device):
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward and backward"])
 @pytest.mark.parametrize(
     ("B", "C"),
-    [pytest.param(256, 5, marks=pytest.mark.extended), (64, 100),
+    [pytest.param(256, 5, marks=pytest.mark.extended),
+     pytest.param(64, 100, marks=pytest.mark.compiled),
      pytest.param(8, 1000, marks=pytest.mark.extended)],
     ids=["256-5", "64-100", "8-1,000"],
 )  # fmt: skip
-def test_candidates(benchmark, finish, compiles, device, B, C, backward):
+def test_candidates(
+    benchmark, finish, small, compiles, capture, device, B, C, backward, precision
+):  # fmt: skip
     generator = torch.Generator().manual_seed(0)
-    B = min(B, 2) if benchmark.disabled else B
-    states, user, weights = make_inputs(B, generator, device)
-    candidates = torch.randn(B, C, D, generator=generator).to(device)
-    upstream = torch.randn(B, C, generator=generator).to(device)
+    B, dtype = min(B, 2) if small else B, harness.DTYPES[precision]
+    states, user, weights = make_inputs(B, generator, device, dtype)
+    candidates = torch.randn(B, C, D, generator=generator).to(device, dtype)
+    upstream = torch.randn(B, C, generator=generator).to(device, dtype)
     trained = (*states[:2], candidates, user, weights.target_weight, *weights.mlp_weights)
     for tensor in trained:
         tensor.requires_grad_(backward)
@@ -98,53 +105,67 @@ def test_candidates(benchmark, finish, compiles, device, B, C, backward):
         scores = score(*states, candidates, user, weights)
         return torch.autograd.grad(scores, trained, upstream) if backward else scores
 
-    exact_weights = type(weights)(
-        weights.target_weight.double(), *(tuple(t.double() for t in g) for g in weights[1:])
-    )
-    arguments = [t.double() for t in (*states[:2], candidates, user)]
-    with torch.no_grad():
-        exact = reference.score(*arguments[:2], *states[2:], *arguments[2:], exact_weights)
-        eager = reference.score(*states, candidates, user, weights)
-        fused = ops.score(*states, candidates, user, weights)
-        assert_parity("scores", fused, eager, exact, factor=3)
-        assert_parity("repeated", repeated_history(*states, candidates, user, weights), eager,
-                      exact, factor=4)  # fmt: skip
     functions = {"repeated history": repeated_history, "eager": reference.score}
-    if compiles and (B, C) == (64, 100):
+    if compiles:
         torch.compiler.reset()
         functions["torch.compile"] = torch.compile(reference.score, dynamic=False)
-    others = {name: (partial(run, score), 1.0) for name, score in functions.items()}
-    finish(lambda: run(ops.score), others, B, C, backward)
+    with harness.multiplying_in(precision):
+        with torch.no_grad():
+            assert_scores(states, candidates, user, weights, precision)
+        calls = {"": ops.score, **functions}
+        calls = {name: partial(run, score) for name, score in calls.items()}
+        expected, bound = calls["eager"](), harness.rounding_bound(precision, backward)
+        for name, replay in capture(calls, [()]).items():
+            harness.assert_close(name, replay(), expected, bound)
+            calls[name] = replay
+        ours = calls.pop("")
+        finish(ours, {name: (f, 1.0) for name, f in calls.items()}, B, C, precision, backward)
+
+
+def assert_scores(states, candidates, user, weights, precision: str) -> None:
+    """Hold ours and the repeated history to the exact scores; in other precisions, to eager's."""
+    inputs = (*states, candidates, user, weights)
+    eager = reference.score(*inputs)
+    scores = {"scores": ops.score(*inputs), "repeated": repeated_history(*inputs)}
+    if precision == "fp32":
+        exact = reference.score(*harness.moved(inputs, dtype=torch.float64))
+        for (name, found), factor in zip(scores.items(), (3, 4), strict=True):
+            assert_parity(name, found, eager, exact, factor=factor)
+    else:
+        for name, found in scores.items():
+            harness.assert_close(name, found, eager, harness.rounding_bound(precision))
 
 
 @pytest.mark.benchmark(group="catalogue")
 @pytest.mark.parametrize("B", [1, 32])
 @pytest.mark.parametrize(
     "n_items",
-    [pytest.param(10_000, marks=pytest.mark.extended), 100_000,
+    [pytest.param(10_000, marks=pytest.mark.extended),
+     pytest.param(100_000, marks=pytest.mark.compiled),
      pytest.param(1_000_000, marks=pytest.mark.extended)],
     ids=lambda n: f"{n:,}",
 )  # fmt: skip
 @torch.no_grad()
-def test_catalogue(benchmark, finish, compiles, device, n_items, B):
+def test_catalogue(benchmark, finish, small, compiles, device, n_items, B, precision):
     """Top-k of every item. The others are given as many of the items as take about a second."""
     generator = torch.Generator().manual_seed(0)
-    B, n_items = (min(B, 2), min(n_items, 2048)) if benchmark.disabled else (B, n_items)
-    states, user, weights = make_inputs(B, generator, device)
-    items = torch.randn(n_items + 1, D, generator=generator).to(device)
+    B, n_items = (min(B, 2), min(n_items, 2048)) if small else (B, n_items)
+    dtype = harness.DTYPES[precision]
+    states, user, weights = make_inputs(B, generator, device, dtype)
+    items = torch.randn(n_items + 1, D, generator=generator).to(device, dtype)
     exclude = torch.zeros(B, 0, dtype=torch.int64, device=device)
     budget = 10_000_000 if device == "cuda" else 300_000  # pairs
 
     def blocks(score, rows):
         """Score block by block of 1,024 items and keep the k best, as a plain program would."""
-        top = torch.full((B, K), -torch.inf, device=device)
+        top = torch.full((B, K), -torch.inf, device=device, dtype=dtype)
         for start in range(1, len(rows), 1024):
             block = rows[start : start + 1024].unsqueeze(0)
             top = torch.cat((top, score(*states, block, user, weights)), 1).topk(K).values
         return top
 
     functions = {"repeated history": (repeated_history, 0.1), "eager": (reference.score, 1.0)}
-    if compiles and n_items == 100_000:
+    if compiles:
         torch.compiler.reset()
         functions["torch.compile"] = (torch.compile(reference.score, dynamic=False), 1.0)
     others = {}
@@ -155,7 +176,13 @@ def test_catalogue(benchmark, finish, compiles, device, n_items, B):
     def ours(rows=items):
         return scoring.score_topk(*states, rows, user, weights, K, exclude=exclude)
 
-    found = ours(items[:5000])
-    expected = reference.score_topk(*states, items[:5000], user, weights, K, exclude)
-    torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-5)
-    finish(ours, others, B, n_items)
+    with harness.multiplying_in(precision):
+        found = ours(items[:5000])
+        expected = reference.score_topk(*states, items[:5000], user, weights, K, exclude)
+        if precision == "fp32":
+            torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-5)
+        else:
+            harness.assert_close(
+                "top scores", found[1], expected[1], harness.rounding_bound(precision)
+            )
+        finish(ours, others, B, n_items, precision)

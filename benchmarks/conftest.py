@@ -1,8 +1,9 @@
 """Benchmarks run only when asked for: `pytest benchmarks --benchmark [--benchmark-json=FILE]`.
 
-`--device cpu|cuda` (default: cuda where there is one), `--quick` for the cases that matter most.
-All options of pytest-benchmark apply; with --benchmark-disable each body runs once, untimed, on
-few users, without torch.compile. `lcr-fast bench-report FILE` prints such a file as tables.
+`--device cpu|cuda` (default: cuda where there is one), `--quick` for the cases that matter most,
+without torch.compile. All options of pytest-benchmark apply; with --benchmark-disable each body
+runs once, untimed, on few users, without torch.compile. `lcr-fast bench-report FILE` prints such a
+file as tables; `python benchmarks/gpu_check.py` runs all that concerns a GPU.
 """
 
 import importlib.metadata
@@ -30,13 +31,28 @@ def pytest_addoption(parser):
     group = parser.getgroup("benchmarks of lcr_fast")
     group.addoption("--benchmark", action="store_true", help="run the benchmarks")
     group.addoption("--quick", action="store_true", help="fewer cases and rounds: minutes in all")
+    group.addoption(
+        "--compile", action="store_true", help="torch.compile takes part also in --quick cases"
+    )
+    group.addoption(
+        "--warm-up",
+        action="store_true",
+        help="with --benchmark-disable: full sizes, so that kernels are compiled for a timed run",
+    )
     group.addoption("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "extended: left out of --quick")
+    config.addinivalue_line("markers", "compiled: torch.compile takes part")
     if config.getoption("--device") is None:
         config.option.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pytest_generate_tests(metafunc):
+    if "precision" in metafunc.fixturenames:
+        device = metafunc.config.getoption("--device")
+        metafunc.parametrize("precision", harness.PRECISIONS[device])
 
 
 def replayed_time() -> float:
@@ -111,9 +127,33 @@ def device(pytestconfig) -> str:
 
 
 @pytest.fixture
-def compiles(benchmark, pytestconfig) -> bool:
+def small(benchmark, pytestconfig) -> bool:
+    """Whether a body that nobody times may take few users."""
+    return benchmark.disabled and not pytestconfig.getoption("--warm-up")
+
+
+@pytest.fixture
+def compiles(request, benchmark, pytestconfig) -> bool:
     """Whether torch.compile takes part: it needs up to a minute a shape."""
-    return benchmark.enabled and not pytestconfig.getoption("--quick")
+    wanted = pytestconfig.getoption("--compile") or not pytestconfig.getoption("--quick")
+    marked = request.node.get_closest_marker("compiled") is not None
+    return benchmark.enabled and wanted and marked
+
+
+@pytest.fixture
+def capture(benchmark, pytestconfig, device):
+    """Return what captures ours and eager in CUDA graphs; nothing on a CPU, or to warm up."""
+    left_out = device != "cuda" or pytestconfig.getoption("--warm-up")
+
+    def capture(functions, input_sets) -> dict[str, Callable[[], Any]]:
+        if left_out:
+            return {}
+        found, failures = harness.captured(functions, input_sets)
+        if failures:
+            benchmark.extra_info["not captured"] = failures
+        return found
+
+    return capture
 
 
 @pytest.fixture

@@ -4,12 +4,13 @@ On CUDA a turn queues launches until they fill about two milliseconds and reads 
 and after; on CPU it reads the clock around one call, or around as many as take 0.1 ms.
 """
 
+import contextlib
 import ctypes
 import itertools
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from lcr_fast.testing import every_op_rounded
+
 Function = Callable[[], Any]
+
+#: What a case computes in: halves, or float32 whose products may be TF32.
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = {"cpu": ("fp32",), "cuda": ("fp32", "tf32", "bf16")}
+#: What a captured variant is called, by the name of what was captured.
+CAPTURED = {"": "captured", "eager": "captured eager"}
 
 _TURN_SECONDS = {"cuda": 2e-3, "cpu": 1e-4}
 _MOST_CALLS = 200  # in one turn
@@ -94,6 +103,27 @@ def rotate(function: Callable[..., Any], input_sets: Iterable[Sequence[Any]]) ->
     return lambda: function(*next(turn))
 
 
+@contextlib.contextmanager
+def multiplying_in(precision: str) -> Iterator[None]:
+    """Let torch, and what asks it, take TF32 products if named; in halves round every operation."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        with every_op_rounded() if precision == "bf16" else contextlib.nullcontext():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def moved(value: Any, **where: Any) -> Any:
+    """Detach tensors in nested tuples and send them ``to(**where)``, a dtype only if they float."""
+    if isinstance(value, Tensor):
+        kept = where if value.is_floating_point() else {**where, "dtype": None}
+        return value.detach().to(**kept)
+    parts = (moved(part, **where) for part in value)
+    return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+
+
 def graphed(function: Callable[..., Any], input_sets: Sequence[Sequence[Any]]) -> Function:
     """Capture ``function`` on each set of inputs in a CUDA graph; a call replays the next one."""
     stream = torch.cuda.Stream()
@@ -118,18 +148,37 @@ def graphed(function: Callable[..., Any], input_sets: Sequence[Sequence[Any]]) -
     return replay
 
 
-def assert_close(name: str, found: Any, expected: Any, bound: float = 1e-4) -> None:
-    """Require tensors, or nested tuples of them, to agree but for rounding, in RMS.
+def captured(
+    functions: dict[str, Callable[..., Any]], input_sets: Sequence[Sequence[Any]]
+) -> tuple[dict[str, Function], dict[str, str]]:
+    """Capture ours and eager; return what was captured, and what could not be with its error."""
+    found, failures = {}, {}
+    for name, title in CAPTURED.items():
+        try:
+            found[title] = graphed(functions[name], input_sets)
+        except RuntimeError as error:
+            failures[title] = str(error).splitlines()[0]
+    return found, failures
 
-    ``bound`` is the relative error of float32. This finds variants that compute something else; the
-    parity of ours is asserted elsewhere.
+
+def rounding_bound(precision: str, backward: bool = False) -> float:
+    """Say how far results of one precision may be apart, in RMS, relative to their size."""
+    if precision != "fp32":
+        return 0.05  # every sublayer rounds
+    # Five post-norm steps amplify a rounding error by ten at most. A ReLU whose input rounds to the
+    # other side of 0 moves gradients by up to 4e-4 of their size (seen in eager, against float64).
+    return 1e-3 if backward else 1e-4
+
+
+def assert_close(name: str, found: Any, expected: Any, bound: float) -> None:
+    """Require tensors, or nested tuples of them, to agree but for rounding: ``rounding_bound``.
+
+    This finds variants that compute something else; the parity of ours is asserted elsewhere.
     """
     if not isinstance(expected, Tensor):
         for one, other in zip(found, expected, strict=True):
             assert_close(name, one, other, bound)
         return
-    # Five post-norm steps amplify a rounding error by ten at most; halves round every sublayer.
-    bound = bound if expected.dtype == torch.float32 else 0.05
     # Padded candidates score -inf.
     found, expected = (t.detach().double().nan_to_num(neginf=0.0) for t in (found, expected))
     assert found.shape == expected.shape, f"{name}: {found.shape}, not {expected.shape}"
@@ -180,17 +229,18 @@ def saved_bytes(forward: Callable[[], Any], inputs: Iterable[Tensor]) -> int:
 # -- the machine ----------------------------------------------------------------------------------
 
 _MATMUL = {"cpu": 1024, "cuda": 8192}
+_MATMUL_PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": PRECISIONS["cuda"]}
 _COPY_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
 
 
 def ceilings(device: str) -> dict[str, float]:
     """Measure what the machine can do at best: torch's matmul rates and copy bandwidth."""
     found = {}
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     n = _MATMUL[device]
-    for name, dtype in dtypes.items():
-        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-        times = take_turns({"matmul": Variant(lambda a=a, b=b: a @ b)}, 20, 1.0, device)
+    for name in _MATMUL_PRECISIONS[device]:
+        a, b = (torch.randn(n, n, device=device, dtype=DTYPES[name]) for _ in range(2))
+        with multiplying_in(name):
+            times = take_turns({"matmul": Variant(lambda a=a, b=b: a @ b)}, 20, 1.0, device)
         found[f"matmul {name} GFLOP/s"] = 2 * n**3 / min(times["matmul"]) / 1e9
     source = torch.randn(_COPY_BYTES[device] // 4, device=device)
     copy = torch.empty_like(source)

@@ -73,6 +73,6 @@ def ptxas_warning(index: int) -> str | None:
 
 
 def ptxas_of(index: int) -> ptxas.Ptxas:
-    """Return the ptxas that assembles the kernels for a GPU; raises ``ptxas.NoPtxas``."""
+    """Return the ptxas that assembles the kernels for a GPU; raises ``ptxas.NoPtxasError``."""
     major, minor = _capability(index)
     return ptxas.choose(10 * major + minor)

@@ -43,7 +43,7 @@ class Ptxas(NamedTuple):
         return f"ptxas {self.release[0]}.{self.release[1]} ({self.origin})"
 
 
-class NoPtxas(RuntimeError):
+class NoPtxasError(RuntimeError):
     """No ptxas at hand compiles our kernels correctly; says why in one sentence."""
 
 
@@ -126,12 +126,14 @@ def choose(capability: int) -> Ptxas:
 
     What the user set stands. Else it is the newest at hand whose major release is not beyond the
     driver's, as a driver need not load what a later major release assembled. Raises
-    :class:`NoPtxas`.
+    :class:`NoPtxasError`.
     """
     if chosen := users_choice(capability):
         tool = find(*chosen)
         if tool is None:
-            raise NoPtxas(f"{chosen[1]} names {chosen[0]}, which is no ptxas that can be started")
+            raise NoPtxasError(
+                f"{chosen[1]} names {chosen[0]}, which is no ptxas that can be started"
+            )
         return tool
     tools, driver = at_hand(), driver_cuda()
     loadable = [tool for tool in tools if driver is None or tool.release[0] <= driver[0]]
@@ -139,7 +141,7 @@ def choose(capability: int) -> Ptxas:
     if not good:
         names = ", ".join(map(str, tools)) or "none"
         known = f", and a driver of CUDA {driver[0]}.{driver[1]}" if driver else ""
-        raise NoPtxas(
+        raise NoPtxasError(
             f"it needs a ptxas of release {_FIRST_GOOD[0]}.{_FIRST_GOOD[1]} or later, whose code "
             f"the driver can load; at hand: {names}{known}"
         )
@@ -150,7 +152,7 @@ def obstacle(capability: int) -> str | None:
     """Say in one sentence why no ptxas at hand will do, or None."""
     try:
         choose(capability)
-    except NoPtxas as error:
+    except NoPtxasError as error:
         return str(error)
     return None
 

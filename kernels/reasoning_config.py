@@ -68,8 +68,8 @@ _CONFIGS = {
     ("recompute", "tf32x3", 128, 64, None): Config(4, 2),
     ("bwd", "tf32x3", 128, 32, None): Config(4, 2),
 }
-# On compute capability 10 the tiles of long histories exceed tensor memory; 16 warps do without, and
-# need as much shared memory as on capability 8.
+# On compute capability 10 the tiles of long histories exceed tensor memory; 16 warps do without,
+# and need as much shared memory as on capability 8.
 _WITHOUT_TENSOR_MEMORY = Config(16, 2)
 # Most bytes of one head's tile [rows, D/H], both parts of a tf32x3 product counted, by the shared
 # memory that a program may have, for which products fit it whole.

@@ -2,15 +2,16 @@
 
     python -m lcr_fast.kernels.sass FILE.cubin ...
 
-An operand in shared memory is named by a descriptor, 64 bits in two uniform registers: the low word
-is an address cut to 14 bits, the high word is constant. ptxas 12.8 miscompiles some loops: a copy of
-a descriptor is made at the end of the loop's body only, and the first pass reads whatever the
-register held: an illegal access, or silently wrong numbers. Registers, spills and shared memory do
-not show it, the machine code does. For each register of a descriptor all its definitions that may
-reach the instruction are followed back through copies and additions; each must end in an address
-that was cut or in a constant. What comes through a vector register (R2UR) is trusted.
+An operand in shared memory is named by a descriptor, 64 bits in two uniform registers: the low
+word is an address cut to 14 bits, the high word is constant. ptxas 12.8 miscompiles some loops: a
+copy of a descriptor is made at the end of the loop's body only, and the first pass reads whatever
+the register held: an illegal access, or silently wrong numbers. Registers, spills and shared memory
+do not show it, the machine code does. For each register of a descriptor all its definitions that
+may reach the instruction are followed back through copies and additions; each must end in an
+address that was cut or in a constant. What comes through a vector register (R2UR) is trusted.
 """
 
+import itertools
 import re
 import subprocess
 import sys
@@ -104,7 +105,7 @@ class _Program:
                 if _ENDS_BLOCK.match(opcode):
                     starts.add(len(self.instructions))
         bounds = [*sorted(starts - {len(self.instructions)}), len(self.instructions)]
-        self.blocks = dict(zip(bounds, bounds[1:], strict=False))  # start: end
+        self.blocks = dict(itertools.pairwise(bounds))  # start: end
         self._labels = labels
 
     def successors(self, start: int) -> Iterator[int]:

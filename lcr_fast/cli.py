@@ -270,7 +270,7 @@ def _bench_report(arguments: argparse.Namespace) -> None:
     from lcr_fast.experiments.bench_report import draw, read_run, report
 
     runs = [read_run(path) for path in arguments.files]
-    print("\n\n".join(map(report, runs)))
+    print("\n\n".join(f"## {run.name}\n\n{report(run)}" for run in runs))
     if arguments.plots:
         files = [file for run in runs for file in draw(run, arguments.plots)]
         # Older files do not say along which axes their cases differ.

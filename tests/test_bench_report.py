@@ -95,6 +95,28 @@ def test_percentiles_are_sorted_by_k_and_compared_with_the_first(file):
     assert text.index("K = 0") < text.index("K = 5")
 
 
+def test_each_precision_is_compared_with_its_own_first_row(tmp_path):
+    """As on a GPU, where cases have a precision, and may not be captured."""
+    path = tmp_path / "gpu.json"
+    runs = [(k, t, dtype) for dtype, t in (("fp32", 4e-3), ("bf16", 1e-3)) for k in (0, 5)]
+    requests = [request(k, (1 + k) * t, 9e-3) for k, t, _ in runs]
+    for entry, (k, _, dtype) in zip(requests, runs, strict=True):
+        entry["extra_info"] |= {"axes": {"K": k, "B": 1, "dtype": dtype}, "case": f"{k}, {dtype}"}
+    requests[0]["extra_info"]["not captured"] = {"captured eager": "operation not permitted"}
+    checks = [{"name": "tests", "status": "failed", "seconds": 61.0, "summary": "1 failed | 3"}]
+    path.write_text(json.dumps(RUN | {"benchmarks": requests, "checks": checks}))
+    text = report(read_run(path))
+    assert cells(text, "tests") == [["tests", "failed", "61 s", "1 failed   3"]]
+    assert "0, fp32: captured eager: operation not permitted" in text
+    shares = [row[-1] for row in cells(text.split("Percentiles:")[1], "0, fp32")]
+    shares += [row[-1] for dtype in ("fp32", "bf16") for row in cells(text, f"5, {dtype}")[1:]]
+    assert shares == ["+0%", "+500%", "+500%"]
+    assert [row[-1] for row in cells(text, "0, bf16")[1:]] == ["+0%"]
+    cli.main(["bench-report", str(path), "--plots", str(tmp_path)])
+    pixels = matplotlib.image.imread(tmp_path / "gpu-latency.png")
+    assert pixels.shape[1] == 2 * 5 * 120  # a panel a precision
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [(duration(2), "2 s"), (duration(0.99999), "1 s"), (duration(1.5e-5), "15 µs"),

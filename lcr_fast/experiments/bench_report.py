@@ -1,7 +1,8 @@
 """Tables and plots of the JSON files that `pytest benchmarks --benchmark --benchmark-json` writes.
 
-A table has one row a case: our median with its quartiles, and how many times longer each of the
-others takes; below 1, they are faster. No number in them is made anywhere else.
+Those of `benchmarks/gpu_check.py` also say what else was checked. A table has one row a case: our
+median with its quartiles, and how many times longer each of the others takes; below 1, they are
+faster. No number in them is made anywhere else.
 """
 
 import itertools
@@ -18,8 +19,8 @@ from lcr_fast.experiments.plots import new_figure, save_figure
 OURS = "lcr_fast"
 # Marks of the others in every plot; an unknown name takes what is left.
 _STYLES = {
-    "eager": "#4477aa", "torch.compile": "#ee6677", "CUDA graph": "#aa3377",
-    "repeated history": "#ccbb44", "N calls": "#ccbb44",
+    "eager": "#4477aa", "torch.compile": "#ee6677", "captured": "#009988",
+    "captured eager": "#aa3377", "repeated history": "#ccbb44", "N calls": "#ccbb44",
 }  # fmt: skip
 _SPARE = ("#228833", "#66ccee", "#888888")
 _MOST_SERIES = 4  # in one panel
@@ -44,6 +45,15 @@ class Entry(NamedTuple):
         return {name or OURS: value for name, value in self.info.get(key, {}).items()}
 
 
+class Check(NamedTuple):
+    """Something else that was run on the machine, and how it ended."""
+
+    name: str
+    status: str
+    seconds: float
+    summary: str
+
+
 class Run(NamedTuple):
     """One file: the machine, and all that was measured on it."""
 
@@ -51,6 +61,7 @@ class Run(NamedTuple):
     about: str
     ceilings: dict[str, float]
     entries: list[Entry]
+    checks: list[Check]
 
 
 def read_run(path: str | Path) -> Run:
@@ -67,9 +78,12 @@ def read_run(path: str | Path) -> Run:
         about = ", ".join(f"{key} {value}" for key, value in machine.items())
         about += f"; {values['datetime'][:10]}" + (f"; {command}" if command else "")
         entries = [_entry(raw) for raw in values["benchmarks"]]
+        checks = [
+            Check(*(raw[field] for field in Check._fields)) for raw in values.get("checks", [])
+        ]
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{path}: not a file of pytest-benchmark") from None
-    return Run(path.stem, about, ceilings, entries)
+    return Run(path.stem, about, ceilings, entries, checks)
 
 
 def _entry(raw: dict[str, Any]) -> Entry:
@@ -108,8 +122,13 @@ def ratio(value: float) -> str:
 def report(run: Run) -> str:
     """Write one run as Markdown: the machine, then a table a group."""
     parts = [run.about + "."]
+    if run.checks:
+        parts.append(f"**Checks**\n\n{_check_table(run.checks)}")
     for group, entries in _groups(run).items():
         parts.append(f"**{group[:1].upper()}{group[1:]}**\n\n{_time_table(entries)}")
+        for entry in entries:
+            for name, error in entry.info.get("not captured", {}).items():
+                parts.append(f"{entry.case}: {name}: {error}")
         if any(entry.info.get("percentiles") for entry in entries):
             parts.append(f"Percentiles:\n\n{_percentile_table(entries)}")
         for key, title in (("peak bytes", "Peak memory"), ("saved bytes", "Saved for backward")):
@@ -135,6 +154,11 @@ def _markdown(rows: list[list[str]], headers: list[str]) -> str:
 
 def _others(entries: list[Entry]) -> list[str]:
     return [n for n in dict.fromkeys(itertools.chain(*(e.medians for e in entries))) if n != OURS]
+
+
+def _check_table(checks: list[Check]) -> str:
+    rows = [[c.name, c.status, duration(c.seconds), c.summary.replace("|", " ")] for c in checks]
+    return _markdown(rows, ["check", "", "time", "result"])
 
 
 def _time_table(entries: list[Entry]) -> str:
@@ -175,20 +199,30 @@ def _size_table(entries: list[Entry], key: str) -> str:
 
 def _percentile_table(entries: list[Entry]) -> str:
     others = [OURS, *_others(entries)]
-    first = None
     rows = []
-    for entry in sorted(entries, key=lambda entry: entry.axes.get("K", 0)):
-        percentiles = entry.of_everyone("percentiles")
-        row = [entry.case]
-        for name in others:
-            values = percentiles.get(name)
-            row.append("" if values is None else " / ".join(map(duration, values.values())))
-        median = percentiles.get(OURS, {}).get("50")
-        first = first or median
-        row.append(f"{median / first - 1:+.0%}" if median and first else "")
-        rows.append(row)
+    for alike in _by_other_axes(entries, "K"):
+        first = None
+        for entry in alike:
+            percentiles = entry.of_everyone("percentiles")
+            row = [entry.case]
+            for name in others:
+                values = percentiles.get(name)
+                row.append("" if values is None else " / ".join(map(duration, values.values())))
+            median = percentiles.get(OURS, {}).get("50")
+            first = first or median
+            row.append(f"{median / first - 1:+.0%}" if median and first else "")
+            rows.append(row)
     names = [f"{name}, p50 / p99" for name in others]
     return _markdown(rows, ["case", *names, f"{OURS} against the first row"])
+
+
+def _by_other_axes(entries: list[Entry], axis: str) -> list[list[Entry]]:
+    """Put entries together that differ in one axis only, sorted by it."""
+    found: dict[tuple, list[Entry]] = {}
+    for entry in entries:
+        rest = tuple((name, value) for name, value in entry.axes.items() if name != axis)
+        found.setdefault(rest, []).append(entry)
+    return [sorted(some, key=lambda entry: entry.axes.get(axis, 0)) for some in found.values()]
 
 
 # -- plots ----------------------------------------------------------------------------------------
@@ -211,7 +245,7 @@ def draw(run: Run, folder: str | Path) -> list[Path]:
         _draw_roofline(run, points, files[-1])
     if requests := [entry for entry in run.entries if entry.info.get("percentiles")]:
         files.append(folder / f"{run.name}-latency.png")
-        _draw_latency(run, sorted(requests, key=lambda e: e.axes.get("K", 0)), files[-1])
+        _draw_latency(run, requests, files[-1])
     return files
 
 
@@ -314,24 +348,31 @@ def _draw_roofline(run: Run, entries: list[Entry], path: Path) -> None:
     _finish(figure, run, path)
 
 
-def _draw_latency(run: Run, entries: list[Entry], path: Path) -> None:
-    figure, (plot,) = new_figure(width=7.0)
-    names = [OURS, *_others(entries)]
+def _draw_latency(run: Run, requests: list[Entry], path: Path) -> None:
+    """Draw percentiles against K, a panel for each set of the other axes."""
+    panels = _by_other_axes(requests, "K")
+    figure, axes = new_figure(len(panels), width=7.0 if len(panels) == 1 else 5.0)
+    names = [OURS, *_others(requests)]
     colours = {OURS: "#228833"} | _colours(names[1:])
-    for name in names:
-        known = [e for e in entries if name in e.of_everyone("percentiles")]
-        x = [e.axes.get("K", 0) for e in known]
-        for percentile, line in (("50", "-"), ("99", ":")):
-            y = [e.of_everyone("percentiles")[name][percentile] * 1e3 for e in known]
-            plot.plot(
-                x, y, line, marker="o", markersize=4, color=colours[name],
-                label=f"{name}, p{percentile}",
-            )  # fmt: skip
-    plot.set_xlabel("reasoning steps K")
-    plot.set_ylabel("ms a request")
-    plot.set_yscale("log")
-    plot.xaxis.get_major_locator().set_params(integer=True)
-    plot.set_title("Latency of one request")
-    plot.grid(alpha=0.3)
-    plot.legend(fontsize="small")
+    for plot, entries in zip(axes, panels, strict=True):
+        for name in names:
+            known = [e for e in entries if name in e.of_everyone("percentiles")]
+            x = [e.axes.get("K", 0) for e in known]
+            for percentile, line in (("50", "-"), ("99", ":")):
+                y = [e.of_everyone("percentiles")[name][percentile] * 1e3 for e in known]
+                plot.plot(
+                    x, y, line, marker="o", markersize=4, color=colours[name],
+                    label=f"{name}, p{percentile}",
+                )  # fmt: skip
+        plot.set_xlabel("reasoning steps K")
+        plot.set_ylabel("ms a request")
+        plot.set_yscale("log")
+        plot.xaxis.get_major_locator().set_params(integer=True)
+        plot.set_title(", ".join(["Latency of one request", *_dtype_of(entries)]))
+        plot.grid(alpha=0.3)
+        plot.legend(fontsize="small")
     _finish(figure, run, path)
+
+
+def _dtype_of(entries: list[Entry]) -> list[str]:
+    return [str(entries[0].axes["dtype"])] if "dtype" in entries[0].axes else []
