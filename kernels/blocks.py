@@ -12,6 +12,8 @@ rounded states (dot accumulators, softmax, LayerNorm, sums) is float32.
 import triton
 import triton.language as tl
 
+from lcr_fast.kernels.products import product
+
 LN_EPS = tl.constexpr(1e-5)  # of every LayerNorm, as in the reference
 LOG2_E = tl.constexpr(1.4426950408889634)
 TWO_PI = tl.constexpr(6.283185307179586)
@@ -236,44 +238,7 @@ def layer_norm_bwd(dy, x, weight_ptr, dnorm_ptr, D: tl.constexpr):
     return rstd[:, None] * (g - mean_g[:, None] - x_hat * mean_gx[:, None])
 
 
-# -- products -------------------------------------------------------------------------------------
-
-
-_PIECE = tl.constexpr(64)
-
-
-@triton.jit
-def _product_in_pieces(a, b, c, PRECISION: tl.constexpr):
-    """Compute a b + c, halving the inner axis until a piece has a depth of 32."""
-    M: tl.constexpr = a.shape[0]
-    K: tl.constexpr = a.shape[1]
-    N: tl.constexpr = b.shape[1]
-    if K > _PIECE:
-        left, right = tl.split(a.reshape(M, 2, K // 2).permute(0, 2, 1))
-        upper, lower = tl.split(b.reshape(2, K // 2, N).permute(1, 2, 0))
-        c = _product_in_pieces(left, upper, c, PRECISION)
-        c = _product_in_pieces(right, lower, c, PRECISION)
-    else:
-        c = tl.dot(a, b, c, input_precision=PRECISION)
-    return c
-
-
-@triton.jit
-def product(a, b, PRECISION: tl.constexpr, c=None):
-    """Compute a b + c in float32, c being 0 by default.
-
-    PRECISION is gpu.dot_precision's; with "cut", operands that would not fit the shared memory
-    whole take turns there.
-    """
-    if PRECISION == "tf32x3 cut":
-        c = _product_in_pieces(a, b, c, "tf32x3")
-    elif PRECISION == "tf32 cut":
-        c = _product_in_pieces(a, b, c, "tf32")
-    elif PRECISION == "ieee cut":
-        c = _product_in_pieces(a, b, c, "ieee")
-    else:
-        c = tl.dot(a, b, c, input_precision=PRECISION)
-    return c
+# -- weights and products ----------------------------------------------------------------------------
 
 
 @triton.jit

@@ -16,11 +16,10 @@ def on_device(x: Tensor) -> AbstractContextManager:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """Say how ``tl.dot`` multiplies a dtype; ``torch.get_float32_matmul_precision()`` decides.
+    """Say how a dtype is multiplied (see products.py).
 
-    Only float32 has a choice, as products of halves are exact. At ``highest``, the default, a
-    number is split into two TF32 parts, x = big + small, and x y summed from small big, big small
-    and big big: float32's accuracy, as small small is 2^-22 of x y, but on tensor cores.
+    Only float32 has a choice, and ``torch.get_float32_matmul_precision()`` makes it: tf32x3 at
+    ``highest``, the default, else tf32.
     """
     if dtype != torch.float32:
         return "ieee"
@@ -42,6 +41,7 @@ GPUS = {
 }
 
 
+@functools.cache
 def gpu_of(device: torch.device) -> Gpu:
     """Describe a GPU; the interpreter has none and gets the least that is served."""
     if device.type != "cuda":

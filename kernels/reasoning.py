@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lcr_fast.kernels.gpu import GPUS, dot_precision, gpu_of, on_device
+from lcr_fast.kernels.gpu import GPUS, Gpu, dot_precision, gpu_of, on_device
 from lcr_fast.kernels.reasoning_bwd import (
     cross_bwd_kernel,
     ffn_bwd_kernel,
@@ -29,12 +29,23 @@ _WIDTHS = (32, 64, 128)
 _MIN_HEAD = 16  # the least depth of a tensor-core dot
 _MAX_SIZE = 128  # events a stream: one slot must fit a tile
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Compute capabilities whose tensor cores read operands from shared memory. Elsewhere they wait in
+# registers; beyond so many numbers in two parts, ptxas spills kilobytes a thread.
+_READ_SHARED = (9, 10)
+_MOST_IN_REGISTERS = 64 * 64
 
 
 def obstacle(
-    *, dim: int, n_heads: int, ffn_dim: int, search_len: int, rec_len: int, dtype: torch.dtype
+    *,
+    dim: int,
+    n_heads: int,
+    ffn_dim: int,
+    search_len: int,
+    rec_len: int,
+    dtype: torch.dtype,
+    gpu: Gpu | None = None,
 ) -> str | None:
-    """Say why the kernels cannot serve a case, or None."""
+    """Say why the kernels cannot serve a case on a GPU, or in the interpreter, or None."""
     if dtype not in _DTYPES:
         return f"it computes float32, float16 and bfloat16, not {dtype}"
     if dim not in _WIDTHS:
@@ -45,6 +56,14 @@ def obstacle(
         return f"it needs an FFN width that is a multiple of 16, got {ffn_dim}"
     if max(search_len, rec_len) > _MAX_SIZE:
         return f"it holds {_MAX_SIZE} events a stream, got {max(search_len, rec_len)}"
+    if gpu is not None and gpu.major not in _READ_SHARED and dot_precision(dtype) == "tf32x3":
+        rows = max(dim, *slots(search_len, rec_len))
+        if dim == 128 or rows * (dim // n_heads) > _MOST_IN_REGISTERS:
+            return (
+                f"on compute capability {gpu.major} the two parts of float32 operands do not fit "
+                f"registers at width {dim} with {n_heads} heads and {max(search_len, rec_len)} "
+                "events; torch.set_float32_matmul_precision('high') or halves do"
+            )
     return None
 
 

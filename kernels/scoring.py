@@ -35,7 +35,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcr_fast.kernels.gpu import GPUS, dot_precision, gpu_of, on_device
+from lcr_fast.kernels.gpu import GPUS, Gpu, dot_precision, gpu_of, on_device
+from lcr_fast.kernels.products import product
 from lcr_fast.kernels.ptxas import kernel
 from lcr_fast.kernels.target import (
     attend,
@@ -72,16 +73,6 @@ def obstacle(dim: int, dtype: torch.dtype, hidden: tuple[int, ...]) -> str | Non
             f"the head must have two hidden layers of at most {MAX_HIDDEN[0]} and {MAX_HIDDEN[1]} "
             f"units, or none, not {list(hidden)}"
         )
-    if dim == 128 and dtype == torch.float32 and hidden and torch.cuda.is_available():
-        # Two whole [D, D] matrices at once over the catalogue: compiled for sm_90, Triton 3.7.1.
-        needed = 198 << 10
-        gpu = torch.cuda.get_device_properties()
-        shared = gpu.shared_memory_per_block_optin  # type: ignore[attr-defined]
-        if shared < needed:
-            return (
-                f"float32 at width 128 needs {needed >> 10} KiB of shared memory, and this GPU has "
-                f"{shared >> 10} KiB"
-            )
     return None
 
 
@@ -205,12 +196,19 @@ _TILES = {
 }
 
 
+# For GPUs with less shared memory than the 163 KiB of compute capability 8.0, such as 8.6 and 8.9.
+_SMALL_TILES = _Tiles(candidates=16, events=32, hidden=16, warps=4, stages=1)
+
+
 def _config(
-    kernel: str, dim: int, n_candidates: int, n_events: int, dtype: torch.dtype, precision: str
-) -> dict[str, int]:
+    kernel: str, dim: int, n_candidates: int, n_events: int, dtype: torch.dtype, precision: str,
+    gpu: Gpu,
+) -> dict[str, int]:  # fmt: skip
     """Choose tiles and launch options of a kernel, by the first half of a key of the table."""
     products = precision if dtype == torch.float32 else "half"
     tiles = _Tiles(*_TILES[kernel, products][DIMS.index(dim)])
+    if gpu.shared < GPUS["sm_80"].shared:
+        tiles = _SMALL_TILES
     config = {
         "ITEMS" if kernel == "catalogue" else "CANDIDATES": _block(n_candidates, tiles.candidates),
         "EVENTS": _block(n_events, tiles.events),
@@ -261,7 +259,7 @@ def score_fwd(
     constants = _constants(dim, search.dtype, user, mlp_weights, dropout_threshold)
     config = _config(
         "score_fwd", dim, n_candidates, max(search.shape[2], rec.shape[2]), search.dtype,
-        constants["PRECISION"],
+        constants["PRECISION"], gpu_of(search.device),
     )  # fmt: skip
     n_tiles = triton.cdiv(n_candidates, config["CANDIDATES"])
     n_run = n_trajectories if n_users * n_tiles >= _PROGRAMS else 1
@@ -386,7 +384,7 @@ def _head_bwd_kernel(
                 z_r, z_s, e, user_ptr + b * D, w1_ptr, b1_ptr, units, D, H1, HAS_USER, PRECISION
             )
             w2 = second_layer_weights(w2_ptr, units, H1, H2, H2_TILE).to(DTYPE)
-            dt1 = tl.dot(dt2, w2, input_precision=PRECISION)  # [P, BLOCK]
+            dt1 = product(dt2, w2, PRECISION)  # [P, BLOCK]
             dt1 = tl.where(t1 > 0, dt1, 0.0)
             x1 = relu(t1)
             if DROPOUT:
@@ -397,9 +395,9 @@ def _head_bwd_kernel(
             _store_tile(dt1_ptr + row_0 * H1, r, units, H1, dt1, inside, H1)
             tl.store(my_sums_ptr + units, tl.sum(dt1, 0), mask=units < H1)
             dt1 = dt1.to(DTYPE)
-            dz_r = tl.dot(dt1, w_r, dz_r, input_precision=PRECISION)
-            dz_s = tl.dot(dt1, w_s, dz_s, input_precision=PRECISION)
-            de = tl.dot(dt1, w_e, de, input_precision=PRECISION)
+            dz_r = product(dt1, w_r, PRECISION, dz_r)
+            dz_s = product(dt1, w_s, PRECISION, dz_s)
+            de = product(dt1, w_e, PRECISION, de)
 
     dz_r, dz_s = dz_r.to(DTYPE), dz_s.to(DTYPE)
     _store_tile(dinputs_ptr, r, axis, 3 * D, dz_r, inside, D)
@@ -436,7 +434,7 @@ def _dkeys(
     inside = c < n_candidates
     i = tl.arange(0, e.shape[0])
     weight = tl.load(weight_ptr + axis[:, None] * D + axis[None, :]).to(DTYPE)
-    keys = tl.dot(e, tl.trans(weight), input_precision=PRECISION).to(DTYPE)
+    keys = product(e, tl.trans(weight), PRECISION).to(DTYPE)
     _store_tile(candidates_ptr, i, axis, 3 * D, keys, inside, D)
     dkeys = tl.zeros([e.shape[0], D], tl.float32)
     for n in range(0, n_trajectories):
@@ -449,15 +447,15 @@ def _dkeys(
             h = load_events(
                 states_ptr + tl.cast(n, tl.int64) * size * D, events, length, D
             )  # [EVENTS, D]
-            logits = tl.dot(keys, tl.trans(h), input_precision=PRECISION)  # [P, EVENTS]
+            logits = product(keys, tl.trans(h), PRECISION)  # [P, EVENTS]
             p = tl.exp(logits - top[:, None]) * inverse[:, None]
             p = tl.where((events < length)[None, :], p, 0.0)
-            dp = tl.dot(dz, tl.trans(h), input_precision=PRECISION)
+            dp = product(dz, tl.trans(h), PRECISION)
             dl = p * (dp - mean[:, None])
-            dkeys = tl.dot(dl.to(DTYPE), h, dkeys, input_precision=PRECISION)
+            dkeys = product(dl.to(DTYPE), h, PRECISION, dkeys)
     dkeys = dkeys.to(DTYPE)
     _store_tile(dkeys_ptr, i, axis, 2 * D, dkeys, inside, D)
-    return tl.dot(dkeys, weight, input_precision=PRECISION)
+    return product(dkeys, weight, PRECISION)
 
 
 @kernel(do_not_specialize=["first_user"])
@@ -540,12 +538,12 @@ def _state_bwd_kernel(
             dz_ptr + row_0 * (3 * D) + tile_offsets, mask=inside[:, None], other=0.0
         )  # [P, D]
         top, inverse, mean = _softmax_rows(softmax_ptr + row_0, i, n_rows, inside)
-        logits = tl.dot(h, tl.trans(keys), input_precision=PRECISION)  # [EVENTS, P]
+        logits = product(h, tl.trans(keys), PRECISION)  # [EVENTS, P]
         p = tl.where(valid[:, None], tl.exp(logits - top[None, :]) * inverse[None, :], 0.0)
-        dp = tl.dot(h, tl.trans(dz), input_precision=PRECISION)
+        dp = product(h, tl.trans(dz), PRECISION)
         dl = p * (dp - mean[None, :])
-        dh = tl.dot(p.to(h.dtype), dz, dh, input_precision=PRECISION)
-        dh = tl.dot(dl.to(h.dtype), keys, dh, input_precision=PRECISION)
+        dh = product(p.to(h.dtype), dz, PRECISION, dh)
+        dh = product(dl.to(h.dtype), keys, PRECISION, dh)
     dh = tl.where(valid[:, None], dh, 0.0)
     _store_tile(dstates_ptr + bn * size * D, events, axis, D, dh, events < size, D)
 
@@ -604,7 +602,7 @@ def _weight_bwd_kernel(
             mask=(r < end)[:, None] & (k < K)[None, :],
             other=0.0,
         )  # [BLOCK_R, BLOCK_K]
-        total = tl.dot(tl.trans(left), right, total, input_precision=PRECISION)
+        total = product(tl.trans(left), right, PRECISION, total)
     tl.store(
         partial_ptr + (split * M + m[:, None]) * K + k[None, :],
         total,
@@ -673,7 +671,7 @@ def score_bwd(
     head = _head_tensors(mlp_weights, mlp_biases, target_weight)
     constants = _constants(dim, dtype, user, mlp_weights, dropout_threshold)
     h1, h2, precision = constants["H1"], constants["H2"], constants["PRECISION"]
-    sizes = (dim, n_candidates, max(n_search, n_rec), dtype, precision)
+    sizes = (dim, n_candidates, max(n_search, n_rec), dtype, precision, gpu_of(search.device))
     head_config = _config("head_bwd", *sizes)
     config = {"D": dim, "PRECISION": precision, **_config("attention_bwd", *sizes)}
     n_sums = n_trajectories * triton.cdiv(n_candidates, head_config["CANDIDATES"])  # a user
@@ -927,11 +925,13 @@ _SPLIT_TILES = 8
 
 
 def _catalogue_config(
-    dim: int, n_events: int, dtype: torch.dtype, precision: str, major: int
+    dim: int, n_events: int, dtype: torch.dtype, precision: str, gpu: Gpu
 ) -> dict[str, int]:
     n_items = 1 << 20  # a catalogue is large
-    config = _config("catalogue", dim, n_items, n_events, dtype, precision)
-    if major == 10:  # Triton 3.7 fails on this loop with tcgen05, which takes tiles from 64 rows on
+    config = _config("catalogue", dim, n_items, n_events, dtype, precision, gpu)
+    if (
+        gpu.major == 10
+    ):  # Triton 3.7 fails on this loop with tcgen05, which takes tiles from 64 rows on
         config["ITEMS"] = min(config["ITEMS"], 32)
     return config
 
@@ -975,8 +975,8 @@ def catalogue_topk(
     head = _head_tensors(mlp_weights, mlp_biases, target_weight)
     constants = _catalogue_constants(dim, search.dtype, user, mlp_weights)
     n_events = max(search.shape[1], rec.shape[1])
-    major = gpu_of(search.device).major
-    config = _catalogue_config(dim, n_events, search.dtype, constants["PRECISION"], major)
+    gpu = gpu_of(search.device)
+    config = _catalogue_config(dim, n_events, search.dtype, constants["PRECISION"], gpu)
     per_split, n_splits = _split_tiles(triton.cdiv(n_rows - 1, config["ITEMS"]), max(n_users, 1))
     tensors = [
         t.contiguous()
@@ -1040,8 +1040,8 @@ def catalogue_rank(
         head = _head_tensors(mlp_weights, mlp_biases, target_weight)
         constants = _catalogue_constants(dim, search.dtype, user, mlp_weights)
         n_events = max(search.shape[1], rec.shape[1])
-        major = gpu_of(search.device).major
-        config = _catalogue_config(dim, n_events, search.dtype, constants["PRECISION"], major)
+        gpu = gpu_of(search.device)
+        config = _catalogue_config(dim, n_events, search.dtype, constants["PRECISION"], gpu)
         exclude = exclude.sort(1).values
         repeated = torch.zeros_like(exclude, dtype=torch.bool)
         repeated[:, 1:] = exclude[:, 1:] == exclude[:, :-1]
@@ -1090,7 +1090,7 @@ def variants(arch: str) -> Iterator[Variant]:
 
     L is the longer history, k the length of a list.
     """
-    major = GPUS[arch].major
+    gpu = GPUS[arch]
     shapes = ((32, 20), (64, 30), (64, 50), (128, 200))
     for dtype, precision in (
         (torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "tf32x3"),
@@ -1101,7 +1101,7 @@ def variants(arch: str) -> Iterator[Variant]:
             user = torch.empty(1, dim, device="meta")
             layers = [torch.empty(n, device="meta") for n in (200, 80)]
             for n_candidates, threshold in ((5, 6554), (100, 0)):
-                sizes = (dim, n_candidates, n_events, dtype, precision)
+                sizes = (dim, n_candidates, n_events, dtype, precision, gpu)
                 call = _constants(dim, dtype, user, layers, threshold) | {"PRECISION": precision}
                 suffix = f"{kind}-d{dim}-L{n_events}-C{n_candidates}"
                 forward = call | _config("score_fwd", *sizes)
@@ -1114,7 +1114,7 @@ def variants(arch: str) -> Iterator[Variant]:
                 backward = call | _config("attention_bwd", *sizes)
                 yield _variant(f"candidate_bwd-{suffix}", _candidate_bwd_kernel, dtype, backward)
                 yield _variant(f"state_bwd-{suffix}", _state_bwd_kernel, dtype, backward)
-            scan = call | _catalogue_config(dim, n_events, dtype, precision, major)
+            scan = call | _catalogue_config(dim, n_events, dtype, precision, gpu)
             for k in (10, 100):
                 top = scan | {"K_TILE": triton.next_power_of_2(k), "X_BLOCK": 128}
                 name = f"catalogue_topk-{kind}-d{dim}-L{n_events}-k{k}"

@@ -7,6 +7,8 @@ dtype of the candidates' vectors, which is the states'; sums are float32.
 import triton
 import triton.language as tl
 
+from lcr_fast.kernels.products import product
+
 _DROPOUT_SITES = tl.constexpr(1 << 31)  # as in lcr_fast.noise
 
 
@@ -67,7 +69,7 @@ def target_keys(
         e = load_vectors(items_ptr, ids, valid, first, D, KEY_BLOCK, DTYPE)
         column = first + tl.arange(0, KEY_BLOCK)
         weight = tl.load(weight_ptr + axis[:, None] * D + column[None, :]).to(DTYPE)
-        keys = tl.dot(e, tl.trans(weight), keys, input_precision=PRECISION)
+        keys = product(e, tl.trans(weight), PRECISION, keys)
     return keys.to(DTYPE)
 
 
@@ -93,13 +95,13 @@ def attend(
     for first in range(0, length, EVENTS):
         events = first + tl.arange(0, EVENTS)
         h = load_events(states_ptr, events, length, D)  # [EVENTS, D]
-        logits = tl.dot(keys, tl.trans(h), input_precision=PRECISION)  # [P, EVENTS]
+        logits = product(keys, tl.trans(h), PRECISION)  # [P, EVENTS]
         logits = tl.where((events < length)[None, :], logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
         shrink = tl.exp(top - new_top)
         p = tl.exp(logits - new_top[:, None])
         total = total * shrink + tl.sum(p, 1)
-        z = tl.dot(p.to(h.dtype), h, z * shrink[:, None], input_precision=PRECISION)
+        z = product(p.to(h.dtype), h, PRECISION, z * shrink[:, None])
         top = new_top
     inverse = 1.0 / tl.where(length > 0, total, 1.0)
     return z * inverse[:, None], top, inverse
@@ -120,9 +122,9 @@ def first_layer(
     w_r = tl.load(row_ptrs, mask=mask, other=0.0).to(e.dtype)
     w_s = tl.load(row_ptrs + D, mask=mask, other=0.0).to(e.dtype)
     w_e = tl.load(row_ptrs + 2 * D, mask=mask, other=0.0).to(e.dtype)
-    t = tl.dot(z_r, tl.trans(w_r), input_precision=PRECISION)
-    t = tl.dot(z_s, tl.trans(w_s), t, input_precision=PRECISION)
-    t = tl.dot(e, tl.trans(w_e), t, input_precision=PRECISION)
+    t = product(z_r, tl.trans(w_r), PRECISION)
+    t = product(z_s, tl.trans(w_s), PRECISION, t)
+    t = product(e, tl.trans(w_e), PRECISION, t)
     shared = tl.load(b1_ptr + units, mask=units < H1, other=0.0).to(tl.float32)
     if HAS_USER:
         u = tl.load(user_ptr + axis).to(tl.float32)
@@ -161,7 +163,7 @@ def second_layer(
             bits = dropout_tile(seed, row, SITE, positions, first, H1_BLOCK)
             x = tl.where(bits >= threshold, x * scale, 0.0)
         w2 = second_layer_weights(w2_ptr, units, H1, H2, H2_TILE).to(e.dtype)
-        t2 = tl.dot(x.to(e.dtype), tl.trans(w2), t2, input_precision=PRECISION)
+        t2 = product(x.to(e.dtype), tl.trans(w2), PRECISION, t2)
     outputs = tl.arange(0, H2_TILE)
     b2 = tl.load(b2_ptr + outputs, mask=outputs < H2, other=0.0).to(tl.float32)
     return t2 + b2[None, :]

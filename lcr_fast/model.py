@@ -13,6 +13,7 @@ from lcr_fast import ops, reference
 from lcr_fast.batch import Batch
 from lcr_fast.config import LCRConfig
 from lcr_fast.ops import reasoning, scoring
+from lcr_fast.ops._triton import ptxas_in_use
 from lcr_fast.ops.noise import Dropout
 from lcr_fast.ops.reasoning import Reasoned
 from lcr_fast.profiling import ranged
@@ -488,6 +489,8 @@ class LCRSER(nn.Module):
     def backend_report(self, device: str | None = None) -> str:
         """Say which implementation serves each op of this model, and why; one line an op.
 
+        Where that is Triton on a GPU, a last line names the ptxas that assembles its kernels.
+
         ``device`` None is the model's. Raises ValueError where the config's backend cannot serve.
         """
         device = device or str(self.head.target_weight.device)
@@ -495,6 +498,8 @@ class LCRSER(nn.Module):
         for op, (chosen, available) in self._choices(torch.device(device).type).items():
             others = [f"{name}: {why}" for name, why in available.items() if why]
             lines.append(f"{op}: {chosen}" + (f" ({'; '.join(others)})" if others else ""))
+        if torch.device(device).type == "cuda" and (assembler := ptxas_in_use()):
+            lines.append(f"ptxas: {assembler}")
         return "\n".join(lines)
 
     def _choices(self, device: str) -> dict[str, tuple[str, dict[str, str | None]]]:

@@ -70,5 +70,5 @@ def test_a_gpu_is_described(monkeypatch):
         major, minor, shared_memory_per_block_optin = 9, 0, 227 << 10
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
-    assert gpu_of(torch.device("cuda", 0)) == H100
+    assert gpu_of.__wrapped__(torch.device("cuda", 0)) == H100
     assert gpu_of(torch.device("cpu")) == A100

@@ -1,19 +1,35 @@
 """Whether the Triton kernels can serve at all: installed, on a GPU, compiled correctly."""
 
 import os
+from typing import TYPE_CHECKING
 
 import torch
 
 from lcr_fast.ops._dispatch import say_once
 
+if TYPE_CHECKING:
+    from lcr_fast.kernels.gpu import Gpu
+
 # Looked up once: torch.compile cannot trace the question.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _has_gpu() -> bool:
+    # The first question is cheap, and answers for every call with CUDA tensors.
+    return torch.cuda.is_initialized() or torch.cuda.is_available()
+
+
+@torch.compiler.assume_constant_result
+def current_gpu() -> "Gpu | None":
+    """Describe the current GPU; None without one. Needs Triton."""
+    from lcr_fast.kernels import gpu
+
+    return gpu.gpu_of(torch.device("cuda", torch.cuda.current_device())) if _has_gpu() else None
+
+
 @torch.compiler.assume_constant_result
 def _gpu_obstacle() -> str | None:
-    # The first question is cheap, and answers for every call with CUDA tensors.
-    if not (torch.cuda.is_initialized() or torch.cuda.is_available()):
+    if not _has_gpu():
         return None  # asked of a machine without a GPU
     from lcr_fast.kernels import gpu
 
@@ -39,7 +55,7 @@ def triton_obstacle(device: str) -> str | None:
 
 def ptxas_in_use() -> str | None:
     """Name the ptxas that assembles the kernels for the current GPU; None without one."""
-    if INTERPRETED or triton_obstacle("cuda") is not None or not torch.cuda.is_available():
+    if not _has_gpu() or triton_obstacle("cuda") is not None:
         return None
     from lcr_fast.kernels import gpu
 

@@ -17,7 +17,7 @@ from lcr_fast import reference
 from lcr_fast.noise import dropout_threshold
 from lcr_fast.ops._dispatch import choose_backend, extension_obstacle
 from lcr_fast.ops._extension import has_kernel
-from lcr_fast.ops._triton import triton_obstacle
+from lcr_fast.ops._triton import current_gpu, triton_obstacle
 from lcr_fast.ops.noise import (
     ENCODER_SITES,
     REASONING_SITES,
@@ -64,7 +64,7 @@ def _triton_obstacle(case: ReasoningCase) -> str | None:
 
     return _switch_obstacle(case) or kernels.obstacle(
         dim=case.dim, n_heads=case.n_heads, ffn_dim=case.ffn_dim, search_len=case.search_len,
-        rec_len=case.rec_len, dtype=case.dtype,
+        rec_len=case.rec_len, dtype=case.dtype, gpu=current_gpu() if case.device == "cuda" else None,
     )  # fmt: skip
 
 
