@@ -174,8 +174,8 @@ def _add_study(commands: Any) -> None:
     rl = _command(
         studies, "rl", _study_rl, "rewards and settings of phase 2, beside its control",
         "Train phase 1 once a seed, then phase 2 with each reward and along each axis, every model "
-        "beside its control (the same noisy trajectories under the phase-1 loss). All seeds share "
-        "the data. The default takes about 25 minutes on two cores.",
+        "beside its control (the same noisy trajectories under the ranking loss L_rank alone). All "
+        "seeds share the data. The default takes about 25 minutes on two cores.",
     )  # fmt: skip
     rl.add_argument(
         "--rewards", nargs="*", default=list(study.REWARDS),

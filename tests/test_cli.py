@@ -22,7 +22,7 @@ from lcr_fast.experiments.comparison import VARIANTS, with_requirements
 from lcr_fast.ops import _triton
 from lcr_fast.storage import load_tensors
 from lcr_fast.training.objective import Supervised
-from lcr_fast.training.trainer import Trainer
+from lcr_fast.training.trainer import CHECKPOINT, Trainer
 
 WORLD = synthetic.World(n_users=24, n_topics=16)
 TINY = [
@@ -129,6 +129,16 @@ def test_a_job_draws_its_plots(job, name):
     pixels = matplotlib.image.imread(path)
     assert min(pixels.shape[:2]) > 200
     assert len(np.unique(pixels[::2, ::2] @ [1, 10, 100, 0])) > 20
+
+
+def test_only_what_has_tcl_is_trained_with_a_weight_of_it(job):
+    weights = {}
+    for variant in VARIANTS:
+        _, info = load_tensors(job / "run" / variant / CHECKPOINT, "checkpoint")
+        weights[variant] = info["train"]["tcl_weight"]
+        logged = {key for record in info["progress"]["history"] for key in record}
+        assert ("tcl" in logged) == (weights[variant] > 0)
+    assert weights == {"base": 0.0, "lcr": 0.0, "tcl": 0.1, "rl": 0.0, "control": 0.0}
 
 
 @pytest.mark.parametrize("variant", ["base", "rl"])

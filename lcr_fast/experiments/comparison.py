@@ -34,15 +34,25 @@ class Variant(NamedTuple):
     objective: str
     start: str | None  # the variant whose model is the starting point; None: a fresh one
     steps: bool  # latent reasoning or K = 0
-    tcl: bool
+    tcl: bool  # TCL in its own loss
+
+    @property
+    def model_changes(self) -> dict[str, Any]:
+        """What the variant fixes of the job's LCRConfig."""
+        return {} if self.steps else {"steps": 0}
+
+    @property
+    def train_changes(self) -> dict[str, Any]:
+        """What the variant fixes of the job's TrainConfig."""
+        return {} if self.tcl else {"tcl_weight": 0.0}
 
 
 VARIANTS = {
     "base": Variant("Base (K=0)", "supervised", None, steps=False, tcl=False),
     "lcr": Variant("LCR", "supervised", None, steps=True, tcl=False),
     "tcl": Variant("LCR+TCL", "supervised", None, steps=True, tcl=True),
-    "rl": Variant("LCR+TCL+RL", "grpo", "tcl", steps=True, tcl=True),
-    "control": Variant("Control: noise, no RL", "noisy", "tcl", steps=True, tcl=True),
+    "rl": Variant("LCR+TCL+RL", "grpo", "tcl", steps=True, tcl=False),
+    "control": Variant("Control: L_rank, same noise", "noisy", "tcl", steps=True, tcl=False),
 }
 
 
@@ -195,8 +205,7 @@ def run_comparison(job: Job, variants: list[str]) -> str:
         variant = VARIANTS[name]
         results[name] = job.cell(
             name, variant.title, variant.objective, start=variant.start,
-            model={} if variant.steps else {"steps": 0},
-            train={} if variant.tcl else {"tcl_weight": 0.0},
+            model=variant.model_changes, train=variant.train_changes,
         )  # fmt: skip
     tables = "\n\n".join(_tables(results))
     _write_csv(job.out / "results.csv", results)

@@ -3,7 +3,7 @@
 A study trains cells (:class:`lcr_fast.experiments.comparison.Job`) in a folder a seed, all on the
 same data, and takes means with 95 % confidence intervals across the seeds (Student's t). Phase 1
 is trained once a seed and shared; every model of phase 2 has its control beside it, the same
-noisy trajectories trained with the phase-1 loss. Differences are paired: within a seed first.
+noisy trajectories under the ranking loss L_rank alone. Differences are paired: within a seed first.
 """
 
 import dataclasses
@@ -134,8 +134,7 @@ class _Cells:
         self.results[key] = part.cell(
             key[1], f"seed {seed}, {kind.title}{shown}", kind.objective,
             start=None if kind.start is None else self.name(kind.start, change),
-            model=model if kind.steps else {"steps": 0},
-            train=training if kind.tcl else {"tcl_weight": 0.0},
+            model=model | kind.model_changes, train=training | kind.train_changes,
         )  # fmt: skip
 
     def numbers(self, variant: str, change: Change) -> list[Numbers]:
@@ -322,7 +321,7 @@ def run_paper_study(job: Job, n_seeds: int, steps: Sequence[int] = STEPS) -> str
         for k in steps:
             for variant in ("rl", "control"):
                 cells.train(seed, variant, {"steps": k})
-    titles = {"tcl": "without RL", "rl": "with RL", "control": "control: noise, no RL"}
+    titles = {"tcl": "without RL", "rl": "with RL", "control": "control: L_rank, same noise"}
     series = {
         title: {
             m: [_interval(cells.numbers(variant, {"steps": k}), m) for k in steps]
