@@ -1,4 +1,4 @@
-"""Command line ``lcr-fast``: prepare data, train, evaluate, recommend, study, bench-report."""
+"""Command line ``lcr-fast``: prepare data, train, evaluate, compare, recommend, study, and more."""
 
 import argparse
 import csv
@@ -69,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_prepare(commands)
     _add_train(commands)
     _add_evaluate(commands)
+    _add_baselines(commands)
+    _add_compare(commands)
     _add_recommend(commands)
     _add_study(commands)
     _add_bench_report(commands)
@@ -237,6 +239,35 @@ def _add_evaluate(commands: Any) -> None:
     )  # fmt: skip
     _add_model_arguments(parser)
     parser.add_argument("--split", choices=("valid", "test"), default="test")
+    parser.add_argument("--csv", type=Path, help="also write every number to this file")
+
+
+def _add_baselines(commands: Any) -> None:
+    parser = _command(
+        commands, "baselines", _baselines, "evaluate the baselines that count",
+        "Print what popularity, recency, and counts of items after the last query or item reach on "
+        "the test users, by candidate set and kind of target. Nothing is trained.",
+    )  # fmt: skip
+    parser.add_argument("--data", type=Path, required=True, help="prepared data")
+    parser.add_argument("--csv", type=Path, help="also write every number to this file")
+
+
+def _add_compare(commands: Any) -> None:
+    parser = _command(
+        commands, "compare", _compare, "compare runs user by user, with paired intervals",
+        "Print the differences between the models of runs on the same prepared data: by candidate "
+        "set and kind of target, the first run less the second. Several seeds: name the runs of "
+        "each group in the order of their seeds, the second group behind --than. Intervals over "
+        "users are paired bootstraps of each user's difference, averaged over seeds; those over "
+        "seeds are Student's t of the seeds' means.",
+    )  # fmt: skip
+    parser.add_argument(
+        "runs", metavar="RUN", type=Path, nargs="+",
+        help="folder of a job (its models are compared by name), of a seed of a study, or of one "
+        "model in it; without --than two of them",
+    )  # fmt: skip
+    parser.add_argument("--than", metavar="RUN", type=Path, nargs="+", help="the second group")
+    parser.add_argument("--metric", default="ndcg@5", help="hr@k, ndcg@k (k 1, 5, 10, 20) or mrr")
     parser.add_argument("--csv", type=Path, help="also write every number to this file")
 
 
@@ -447,13 +478,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     from lcr_fast.data.prepared import PreparedData
     from lcr_fast.experiments.comparison import load_model, write_rows
-    from lcr_fast.training.evaluation import evaluate_model
+    from lcr_fast.training.evaluation import rank_model
 
     _set_threads(arguments)
     data = PreparedData.open(arguments.data)
     model = load_model(arguments.model, data, arguments.device, arguments.backend)
     print(model.backend_report())
-    rows = evaluate_model(model, data, arguments.split, backend=model.config.backend)
+    rows = rank_model(model, data, arguments.split, backend=model.config.backend).rows()
     for protocol in dict.fromkeys(row["protocol"] for row in rows):
         mine = [row for row in rows if row["protocol"] == protocol and row["n"]]
         groups = dict.fromkeys(row["targets"] for row in mine)
@@ -471,6 +502,34 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         print("\n" + tabulate(lines, headers, tablefmt="github", disable_numparse=True))
     if arguments.csv:
         write_rows(arguments.csv, rows)
+
+
+def _baselines(arguments: argparse.Namespace) -> None:
+    from lcr_fast.data.prepared import PreparedData
+    from lcr_fast.experiments.comparison import baseline_results, result_tables, write_results
+
+    results = baseline_results(PreparedData.open(arguments.data))
+    print("\n\n".join(result_tables(results, {})))
+    if arguments.csv:
+        write_results(arguments.csv, results)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from lcr_fast.experiments.compare import compare_runs, comparison_tables
+    from lcr_fast.experiments.comparison import write_rows
+
+    first, second = arguments.runs, arguments.than
+    if second is None:
+        if len(first) != 2:
+            raise ValueError(f"two runs, or two groups with --than between them; got {len(first)}")
+        first, second = first[:1], first[1:]
+    found = compare_runs(first, second)
+    names = " less ".join(" ".join(map(str, group)) for group in (first, second))
+    print(comparison_tables(found, names, arguments.metric))
+    if arguments.csv:
+        write_rows(arguments.csv, [
+            {"model": name, **row} for name, rows in found.items() for row in rows
+        ])  # fmt: skip
 
 
 def _recommend(arguments: argparse.Namespace) -> None:

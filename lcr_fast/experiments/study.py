@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,17 @@ from tabulate import tabulate
 from lcr_fast.batch import Batch
 from lcr_fast.config import TrainConfig
 from lcr_fast.experiments import plots
-from lcr_fast.experiments.comparison import VARIANTS, Job, attach_text, write_rows
+from lcr_fast.experiments.comparison import (
+    VARIANTS,
+    Job,
+    attach_text,
+    baseline_results,
+    write_rows,
+)
 from lcr_fast.model import LCRSER
 from lcr_fast.storage import replacing
-from lcr_fast.training.evaluation import Interval, make_batcher, with_target
+from lcr_fast.training.evaluation import make_batcher, with_target
+from lcr_fast.training.ranks import Interval, across_seeds
 
 REWARDS = ("hr@1", "hr@5", "ndcg@5", "ndcg@10", "mrr", "0.5*hr@1+0.5*ndcg@10")
 AXES: dict[str, tuple[float, ...]] = {
@@ -34,7 +41,7 @@ AXES: dict[str, tuple[float, ...]] = {
     "n_trajectories": (2, 4, 8, 16),
 }
 STEPS = (0, 1, 2, 3, 4, 5)
-_MEASURES = ("rows", "distances", "relevance", "diversity")
+_MEASURES = ("distances", "relevance", "diversity")
 # Fields of phase 2 that its control knows nothing of.
 _POLICY = ("reward", "action", "kl", "kl_weight", "clip", "temperature")
 _PHASE_2 = (
@@ -43,24 +50,9 @@ _PHASE_2 = (
 )  # fmt: skip
 _DIVERSITY = ("entropy", "coverage", "tail")
 _METRICS = ("hr@1", "hr@5", "ndcg@5", "ndcg@10", "mrr")
-# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 Numbers = dict[str, float]  # of one cell, by metric
 Change = Mapping[str, Any]
-
-
-def across_seeds(values: Iterable[float]) -> Interval:
-    """Mean with its 95 % interval by Student's t; one value alone has no interval (NaN)."""
-    values = list(values)
-    n, mean = len(values), statistics.fmean(values)
-    if n < 2:
-        return Interval(mean, math.nan, math.nan, n)
-    df = n - 1
-    # Beyond the table, the expansion of t about the normal quantile.
-    t = _T95[df - 1] if df <= len(_T95) else 1.96 + 2.372 / df + 2.82 / df**2
-    half = t * statistics.stdev(values) / math.sqrt(n)
-    return Interval(mean, mean - half, mean + half, n)
 
 
 def parse_axis(text: str) -> tuple[str, tuple[Any, ...]]:
@@ -352,7 +344,15 @@ def run_paper_study(job: Job, n_seeds: int, steps: Sequence[int] = STEPS) -> str
 
 def _ablation_table(cells: _Cells) -> str:
     headers = ["model", *(m.upper() for m in _METRICS), "NDCG@10, catalogue", "NDCG@5, gain"]
+    shown = [*(("sampled", metric) for metric in _METRICS), ("catalogue", "ndcg@10")]
     rows = []
+    for result in baseline_results(cells.job.data).values():
+        means = {
+            (row["protocol"], row["metric"]): row["mean"]
+            for row in result["rows"]
+            if row["targets"] == "all"
+        }
+        rows.append([result["title"], *(f"{means[key]:.3f}" for key in shown), ""])
     before = {"lcr": "base", "tcl": "lcr", "rl": "tcl", "control": "tcl"}
     numbers = {v: cells.numbers(v, {}) for v in _ABLATION}
     for variant, mine in numbers.items():
