@@ -118,7 +118,13 @@ def _add_prepare(commands: Any) -> None:
         "--min-targets", type=int, default=3, help="samples that a user needs to be tested"
     )
     parser.add_argument(
-        "--min-history", type=int, default=1, help="events that must precede a target"
+        "--min-history", type=int, default=1, help="events of either stream before a target"
+    )
+    parser.add_argument(
+        "--min-rec-history", type=int, default=0, help="recommendation events before a target"
+    )
+    parser.add_argument(
+        "--min-search-history", type=int, default=0, help="searches before a target"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace prepared data at OUT")
 
@@ -336,6 +342,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
         negatives=arguments.negatives,
         min_targets=arguments.min_targets,
         min_history=arguments.min_history,
+        min_rec_history=arguments.min_rec_history,
+        min_search_history=arguments.min_search_history,
         overwrite=arguments.overwrite,
     )
     print(prepared.summary())

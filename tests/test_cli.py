@@ -85,7 +85,11 @@ def test_help_lists_the_commands(capsys):
 @pytest.mark.parametrize(
     ("command", "flags"),
     [
-        ("prepare", "seed n-negatives negatives min-targets min-history overwrite"),
+        (
+            "prepare",
+            "seed n-negatives negatives min-targets min-history min-rec-history "
+            "min-search-history overwrite",
+        ),
         ("train", "data out resume variants config device backend threads"),
         ("evaluate", "data split csv device backend threads"),
         ("baselines", "data csv"),

@@ -1,5 +1,6 @@
 """Evaluation against a slow oracle that sorts explicit lists, and by hand-made cases."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -16,14 +17,17 @@ from lcr_fast.training import evaluation
 from lcr_fast.training.baselines import TITLES, Baselines
 from lcr_fast.training.evaluation import (
     PROTOCOLS,
+    exchanged_searches,
     make_batcher,
     model_scorer,
     rank_model,
     rank_split,
     rank_targets,
     relevance_share,
+    search_effects,
     state_distances,
     strata,
+    with_target,
 )
 from lcr_fast.training.ranks import rank_metrics
 from lcr_fast.weights import REC, SEARCH
@@ -201,6 +205,69 @@ def test_validation_score(data, model):
     gains = [1 / math.log2(rank + 1) if rank <= 5 else 0 for rank in ranks]
     batcher = make_batcher(data, "valid", model)
     assert evaluation.validation_score(model, batcher) == pytest.approx(np.mean(gains), abs=0.02)
+
+
+# -- searches ------------------------------------------------------------------------------------
+
+
+def test_searches_are_exchanged_among_those_who_searched(data):
+    samples = data.split("test")
+    searched = samples.search_end > data.search_offsets[samples.users]
+    search_of = exchanged_searches(data)
+    assert sorted(search_of) == list(range(len(samples)))
+    for row, (has, other) in enumerate(zip(searched, search_of, strict=True)):
+        assert (other != row) == has
+        assert searched[other] == has
+    assert 0 < searched.sum() < len(searched)
+
+
+def test_only_the_searches_are_those_of_another(data, model):
+    """A sample shows what the other sample's own batch shows, as it was known then."""
+    search_of = exchanged_searches(data)
+    search_of[5] = -1
+    rows = np.arange(len(search_of))
+    candidates = with_target(data.split("test").items, None)
+    own, others = (
+        make_batcher(data, "test", model, shown).gather(rows, *candidates)
+        for shown in (None, search_of)
+    )
+    for field in dataclasses.fields(own):
+        mine, theirs = getattr(own, field.name), getattr(others, field.name)
+        if "search" not in field.name:
+            assert torch.equal(mine, theirs)
+            continue
+        for row, other in enumerate(search_of):
+            if other < 0:
+                assert not theirs[row].any()
+            else:
+                assert torch.equal(theirs[row], mine[other]), field.name
+    assert own.search_clicks.any()
+
+
+def test_effects_of_searches_are_paired_differences(data, model):
+    effects = search_effects(model, data)
+    searched = evaluation._searched(data, "test")
+    ranks = {
+        name: rank_targets(model_scorer(model), make_batcher(data, "test", model, of), "sampled")
+        for name, of in (
+            ("own", None),
+            ("others", exchanged_searches(data)),
+            ("none", np.full(len(searched), -1)),
+        )
+    }
+    assert effects.keys() == {"others", "none"}
+    for name, rows in effects.items():
+        assert {row["protocol"] for row in rows} == {"sampled", "impressions"}
+        (row,) = (
+            row
+            for row in rows
+            if (row["protocol"], row["targets"], row["metric"]) == ("sampled", "new", "mrr")
+        )
+        kept = searched & ~data.split("test").repeat
+        change = 1 / ranks["own"][kept] - 1 / ranks[name][kept]
+        assert row["n"] == kept.sum() > 5
+        assert row["mean"] == pytest.approx(change.mean())
+        assert change.any()
 
 
 # -- looking inside ------------------------------------------------------------------------------

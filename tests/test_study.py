@@ -21,6 +21,7 @@ from lcr_fast.experiments.study import parse_axis
 from lcr_fast.model import LCRSER
 from lcr_fast.storage import load_tensors
 from lcr_fast.training import evaluation
+from lcr_fast.training.baselines import TITLES
 from lcr_fast.training.diversity import list_diversity, tail_items
 from lcr_fast.training.ranks import across_seeds
 from lcr_fast.training.trainer import CHECKPOINT, Trainer
@@ -253,7 +254,16 @@ def test_the_paper_study_writes_its_tables(paper):
     text = (paper / "results.md").read_text()
     assert text in (paper.parent / "text").read_text()
     assert "one seed, so no interval" in text
-    assert text.count("### ") == 4
+    assert text.count("### ") == 5
+    assert all(f"\n| {title} " in text for title in TITLES.values())
+    (own,) = re.findall(r"^\| LCR, none +\| (\S+) ", text, re.MULTILINE)
+    result = json.loads((paper / "seed-0" / "lcr" / "evaluation.json").read_text())
+    (row,) = (
+        row
+        for row in result["searches"]["none"]
+        if (row["protocol"], row["targets"], row["metric"]) == ("sampled", "all", "ndcg@5")
+    )
+    assert own == f"{row['mean']:+.3f}"
     for name in ("steps", "target_distance", "latency"):
         assert_drawn(paper / f"{name}.png")
     assert {name for _, name in cells_of(paper)} == PAPER_CELLS

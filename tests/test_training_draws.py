@@ -83,6 +83,8 @@ def test_every_step_has_noise_and_negatives_of_its_own(
     draws = draws_of(monkeypatch, make_model, prepared, objective, tmp_path)
     seeds = [draw.seed for draw in draws]
     assert len(set(seeds)) == len(seeds) == 9
+    columns = [np.array(draw.candidates)[:8, 1:] for draw in draws]
+    assert np.mean([a == b for a, b in itertools.pairwise(columns)]) < 0.2  # chance, by popularity
     negatives = {}
     for draw in draws:
         for row, candidates in zip(draw.rows, draw.candidates, strict=True):

@@ -122,6 +122,7 @@ _MEASURES: dict[str, Callable[[LCRSER, PreparedData], Any]] = {
     "rows": lambda model, data: evaluation.rank_model(model, data).rows(),
     "distances": evaluation.state_distances,
     "relevance": lambda model, data: evaluation.relevance_share(model, data)._asdict(),
+    "searches": evaluation.search_effects,
     "diversity": lambda model, data: list_diversity(model, data)._asdict(),
 }
 
@@ -140,7 +141,7 @@ class Job:
     device: str = "cpu"
     resume: bool = False
     report: Report = lambda line: None
-    measures: tuple[str, ...] = ("distances", "relevance")
+    measures: tuple[str, ...] = ("distances", "relevance", "searches")
     last_measures: tuple[str, ...] = ()  # of phase 2's last weights too, whatever validation keeps
 
     def open(self) -> None:
@@ -302,7 +303,24 @@ def result_tables(
                     f"NDCG@5 less that of {results[BASE]['title']}, user by user, {title}:\n\n"
                     + strata_table(compared, protocol, sign="+")
                 )
-    return tables
+    return tables + _search_tables(results)
+
+
+def _search_tables(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Lay out what a user's own searches are worth to every model, a table a protocol."""
+    effects = {
+        f"{name}-{than}": {"title": f"{result['title']}, {title}", "rows": result["searches"][than]}
+        for name, result in results.items()
+        if "searches" in result
+        for than, title in (("others", "those of other users"), ("none", "none"))
+    }
+    protocols = {row["protocol"] for effect in effects.values() for row in effect["rows"]}
+    return [
+        "NDCG@5 with a user's own searches less that of the same model with others, users that "
+        f"searched, {title}:\n\n" + strata_table(effects, protocol, sign="+")
+        for protocol, title in PROTOCOL_TITLES.items()
+        if protocol in protocols
+    ]
 
 
 def _main_table(results: dict[str, dict[str, Any]]) -> str:

@@ -81,8 +81,10 @@ def parse_axis(text: str) -> tuple[str, tuple[Any, ...]]:
 class _Cells:
     """The cells of a study, by seed; each is trained at most once."""
 
-    def __init__(self, job: Job, n_seeds: int) -> None:
-        self.job = dataclasses.replace(job, measures=_MEASURES, last_measures=("rows", "diversity"))
+    def __init__(self, job: Job, n_seeds: int, measures: tuple[str, ...] = ()) -> None:
+        self.job = dataclasses.replace(
+            job, measures=(*_MEASURES, *measures), last_measures=("rows", "diversity")
+        )
         self.seeds = [job.train.seed + i for i in range(n_seeds)]
         self.results: dict[tuple[int, str], dict[str, Any]] = {}
         self.job.open()
@@ -301,11 +303,12 @@ _ABLATION = tuple(VARIANTS)
 def run_paper_study(job: Job, n_seeds: int, steps: Sequence[int] = STEPS) -> str:
     """Reproduce the shape of the paper's Table 3, Fig. 4 to 6 and Table 4; return the tables.
 
-    Base to +RL with its control; NDCG against the number of reasoning steps with and without RL;
-    distance to the target per step; latency of a forward. Writes ``cells.csv``, ``results.csv``,
+    Baselines and Base to +RL with its control; NDCG against the number of reasoning steps with and
+    without RL; what a user's own searches are worth to a trained model; distance to the target per
+    step; latency of a forward. Writes ``cells.csv``, ``results.csv``,
     ``distances.csv``, ``latency.csv``, ``results.md`` and plots.
     """
-    cells = _Cells(job, n_seeds)
+    cells = _Cells(job, n_seeds, ("searches",))
     steps = tuple(dict.fromkeys(steps))
     for seed in cells.seeds:
         for variant in _ABLATION:
@@ -336,6 +339,8 @@ def run_paper_study(job: Job, n_seeds: int, steps: Sequence[int] = STEPS) -> str
     parts = [
         "### Ablation (cf. the paper's Table 3)\n\n" + _ablation_table(cells),
         "### Reasoning steps (cf. Fig. 6)\n\n" + _steps_table(cells, steps),
+        "### Does search help? NDCG@5 with a user's own searches less that of the same model with "
+        "others, users that searched\n\n" + _search_table(cells),
         "### Distance to the target per step (cf. Fig. 4 and 5)\n\n" + _distance_table(distances),
         "### Latency of a forward, 100 candidates (cf. Table 4)\n\n" + _latency_table(latencies),
     ]
@@ -381,6 +386,26 @@ def _steps_table(cells: _Cells, steps: Sequence[int]) -> str:
         ])  # fmt: skip
     headers = ["K", "NDCG@5 without RL", "with RL", "control", "RL - no RL", "RL - control"]
     return _table(rows, headers)
+
+
+def _search_table(cells: _Cells) -> str:
+    """Lay out what a user's own searches are worth to each model of the ablation."""
+    groups = ("all", "repeat", "new")
+    rows = []
+    for variant in _ABLATION:
+        found = [cells.results[seed, cells.name(variant, {})]["searches"] for seed in cells.seeds]
+        for than, title in (("others", "those of other users"), ("none", "none")):
+            means = [
+                {
+                    row["targets"]: row["mean"]
+                    for row in effects[than]
+                    if (row["protocol"], row["metric"]) == ("sampled", "ndcg@5")
+                }
+                for effects in found
+            ]
+            shown = (_cell(across_seeds(m[group] for m in means), "+") for group in groups)
+            rows.append([f"{VARIANTS[variant].title}, {title}", *shown])
+    return _table(rows, ["model", *groups])
 
 
 def _paper_rows(cells: _Cells, steps: Sequence[int]) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from lcr_fast.objectives import distance
 from lcr_fast.ops.ranking import target_rank
 from lcr_fast.reference import pool_steps
 from lcr_fast.training.baselines import TITLES, Baselines
-from lcr_fast.training.ranks import Ranks, rank_metrics, samples_digest
+from lcr_fast.training.ranks import Ranks, differences, rank_metrics, samples_digest
 from lcr_fast.weights import REC, SEARCH
 
 PROTOCOLS = ("sampled", "catalogue", "impressions")
@@ -62,8 +62,13 @@ def model_scorer(model: LCRSER) -> Scorer:
     return lambda batch: _ModelScore(model, batch)
 
 
-def make_batcher(data: PreparedData, split: str, model: LCRSER | None) -> Batcher:
-    """Batch a split in a model's history lengths, or in short ones for what does not read them."""
+def make_batcher(
+    data: PreparedData, split: str, model: LCRSER | None, search_of: NDArray | None = None
+) -> Batcher:
+    """Batch a split in a model's history lengths, or in short ones for what does not read them.
+
+    ``search_of`` as in :class:`~lcr_fast.data.batching.Batcher`.
+    """
     if model is None:
         return Batcher(data, split, max_rec_len=1, max_search_len=1, max_clicks=1)
     config = model.config
@@ -73,6 +78,7 @@ def make_batcher(data: PreparedData, split: str, model: LCRSER | None) -> Batche
         max_rec_len=config.max_rec_len,
         max_search_len=config.max_search_len,
         max_clicks=config.max_clicks,
+        search_of=search_of,
     )
 
 
@@ -207,14 +213,16 @@ def rank_split(
     *,
     model: LCRSER | None = None,
     protocols: tuple[str, ...] = PROTOCOLS,
+    search_of: NDArray | None = None,
     device: torch.device | str = "cpu",
     backend: str = "auto",
 ) -> Ranks:
     """Rank every target of a split by every protocol that the data has candidates for.
 
-    Raises ValueError for a split without samples.
+    ``search_of`` gives samples the searches of others, as :func:`make_batcher` says. Raises
+    ValueError for a split without samples.
     """
-    batcher = make_batcher(data, split, model)
+    batcher = make_batcher(data, split, model, search_of)
     if not len(batcher):
         raise ValueError(f"the data has no {split} samples")
     ranks = {
@@ -245,6 +253,43 @@ def rank_baselines(data: PreparedData, split: str = "test") -> dict[str, Ranks]:
     """Rank with every baseline of :mod:`lcr_fast.training.baselines`, by name."""
     baselines = Baselines(data, split)
     return {name: rank_split(baselines.scorer(name), data, split) for name in TITLES}
+
+
+def exchanged_searches(data: PreparedData, split: str = "test", seed: int = 0) -> NDArray:
+    """Deal the searches of a split's samples to each other: whose each sample shows, [n].
+
+    Samples without searches stay without; all others change theirs, if there are two of them.
+    """
+    samples = data.split(split)
+    search_of = np.arange(len(samples))
+    order = np.random.default_rng(seed).permutation(np.flatnonzero(_searched(data, split)))
+    search_of[order] = np.roll(order, 1)
+    return search_of
+
+
+def _searched(data: PreparedData, split: str) -> NDArray[np.bool_]:
+    """Mark the samples of a split whose history has a search: [n]."""
+    samples = data.split(split)
+    return samples.search_end > data.search_offsets[samples.users]
+
+
+def search_effects(
+    model: LCRSER, data: PreparedData, split: str = "test"
+) -> dict[str, list[dict[str, Any]]]:
+    """Measure what a user's own searches are worth to a model that is not trained anew.
+
+    Rows of :func:`~lcr_fast.training.ranks.differences` over the samples that have searches: with
+    their own less with those of other users (``others``), and less without any (``none``). Not over
+    the catalogue, where each would cost as much as the whole evaluation.
+    """
+    exchanged = exchanged_searches(data, split)
+    own, others, none = (
+        rank_model(
+            model, data, split, protocols=("sampled", "impressions"), search_of=search_of
+        ).restricted(_searched(data, split))
+        for search_of in (None, exchanged, np.full(len(exchanged), -1))
+    )
+    return {"others": differences([(own, others)]), "none": differences([(own, none)])}
 
 
 def validation_score(model: LCRSER, batcher: Batcher, backend: str = "auto") -> float:

@@ -4,7 +4,7 @@ import hashlib
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,6 +120,10 @@ class Ranks:
                     key = {"protocol": protocol, "targets": group, "metric": metric}
                     rows.append({**key, **interval._asdict()})
         return rows
+
+    def restricted(self, to: NDArray[np.bool_]) -> "Ranks":
+        """Keep the members of every group that a mask [n] marks."""
+        return replace(self, groups={name: member & to for name, member in self.groups.items()})
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, atomically."""
