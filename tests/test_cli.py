@@ -124,7 +124,11 @@ def test_a_job_writes_its_tables(job, texts):
     parts = table.strip().split("\n\n")
     for heading, part in zip(parts[::2], parts[1::2], strict=True):
         rows = [line.split("|")[1].strip() for line in part.splitlines()[2:]]
-        assert rows == [*TITLES.values(), *titles["user by user" in heading :]], heading
+        if "own searches" in heading:
+            kinds = ("those of other users", "none")
+            assert rows == [f"{title}, {kind}" for title in titles for kind in kinds]
+        else:
+            assert rows == [*TITLES.values(), *titles["user by user" in heading :]], heading
     rows = read_csv((job / "run" / "results.csv").read_text())
     assert tuple(dict.fromkeys(row["model"] for row in rows)) == SERIES
     assert {row["protocol"] for row in rows} == {"sampled", "catalogue"}

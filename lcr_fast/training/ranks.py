@@ -130,17 +130,19 @@ class Ranks:
         tensors = {f"group.{name}": torch.from_numpy(m) for name, m in self.groups.items()}
         tensors |= {f"rank.{name}": torch.from_numpy(r) for name, r in self.by_protocol.items()}
         tensors = {n: t if t.dtype == torch.bool else t.int() for n, t in tensors.items()}
-        save_tensors(path, _KIND, tensors, {"samples": self.samples})
+        # A safetensors file keeps no order.
+        names = {"groups": list(self.groups), "protocols": list(self.by_protocol)}
+        save_tensors(path, _KIND, tensors, {"samples": self.samples, **names})
 
     @classmethod
     def load(cls, path: Path) -> "Ranks":
         """Read what :meth:`save` wrote; ValueError with one sentence on anything else."""
         tensors, info = load_tensors(path, _KIND)
-        groups, ranks = (
-            {n.removeprefix(kind): t.numpy() for n, t in tensors.items() if n.startswith(kind)}
-            for kind in ("group.", "rank.")
+        return cls(
+            info["samples"],
+            {name: tensors[f"group.{name}"].numpy() for name in info["groups"]},
+            {name: tensors[f"rank.{name}"].long().numpy() for name in info["protocols"]},
         )
-        return cls(info["samples"], groups, {n: r.astype(np.int64) for n, r in ranks.items()})
 
 
 def _metric_columns(ranks: NDArray) -> NDArray:
