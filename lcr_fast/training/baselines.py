@@ -89,8 +89,15 @@ class _Counts:
 class _SparseScore:
     """Scores of one batch; ranks the catalogue by counting, not by scoring every item."""
 
-    def __init__(self, evidence: _Evidence, prior: NDArray, device: torch.device) -> None:
-        self.weight, self.prior, self.device = evidence.weight, prior, device
+    def __init__(
+        self,
+        evidence: _Evidence,
+        prior: NDArray,  # [I + 1]
+        levels: tuple[NDArray, NDArray],  # distinct values of the prior, and how often each occurs
+        device: torch.device,
+    ) -> None:
+        self.weight, self.prior, self.levels = evidence.weight, prior, levels
+        self.device = device
         self.keys, place = np.unique(self._key(evidence.rows, evidence.items), return_inverse=True)
         self.values = np.bincount(place, evidence.values, len(self.keys))
 
@@ -118,7 +125,7 @@ class _SparseScore:
         hidden = np.concatenate((exclude.cpu().numpy(), goal[:, None]), 1)
         hidden = np.unique(self._key(rows[:, None], hidden)[hidden > 0])
         # Items without an explicit score: all of them, less those that have one or are hidden.
-        levels, sizes = np.unique(self.prior[1:], return_counts=True)
+        levels, sizes = self.levels
         ahead = (self.weight[:, None] * levels >= limit[:, None]) @ sizes
         others = np.union1d(self.keys, hidden)
         row, item = np.divmod(others, len(self.prior))
@@ -150,7 +157,7 @@ class Baselines:
             evidence = parts[0](rows)
             for part in parts[1:]:
                 evidence = evidence.then(part(rows))
-            return _SparseScore(evidence, self._prior, batch.device)
+            return _SparseScore(evidence, self._prior, self._levels, batch.device)
 
         return read
 
@@ -215,6 +222,11 @@ class Baselines:
         """p(i) of every item; row 0 is padding."""
         counts = np.array(self.data.item_count, dtype=np.float64)
         return (counts + 1) / (counts.sum() + self.data.n_items)
+
+    @cached_property
+    def _levels(self) -> tuple[NDArray, NDArray]:
+        values, sizes = np.unique(self._prior[1:], return_counts=True)
+        return values, sizes
 
     @cached_property
     def _held_out(self) -> NDArray:
