@@ -51,10 +51,10 @@ struct ScoringGradients {
   std::vector<float*> biases;
 };
 
-// Gradients of the inputs from those of the scores. The users are cut into `n_slices` whose weight
-// gradients are added in order: the bits depend on that number, on nothing else.
+// Gradients of the inputs from those of the scores. The users are cut into slices whose weight
+// gradients are added in order; their number does not depend on the threads, so the bits do not.
 void score_bwd_cpu(const ScoringArgs& args, const CandidateArgs& candidates, const float* dscores,
-                   const ScoringGradients& gradients, int64_t n_slices, const Parallel& parallel);
+                   const ScoringGradients& gradients, const Parallel& parallel);
 
 // The whole catalogue: items [n_items + 1, dim] whose row 0 is padding, and what to leave out.
 struct ItemArgs {

@@ -141,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensors, Tensors> score_bwd(
     gradients.weights.push_back(dweights[l].mutable_data_ptr<float>());
     gradients.biases.push_back(dbiases[l].mutable_data_ptr<float>());
   }
-  score_bwd_cpu(args, candidates, upstream, gradients, torch::stable::get_num_threads(), parallel);
+  score_bwd_cpu(args, candidates, upstream, gradients, parallel);
   return {dsearch, drec, ditems, duser, dtarget_weight, dweights, dbiases};
 }
 

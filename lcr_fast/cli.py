@@ -1,4 +1,4 @@
-"""Command line ``lcr-fast``: prepare data, train, evaluate, recommend, study, bench-report."""
+"""Command line ``lcr-fast``: prepare data, train, evaluate, compare, recommend, study, and more."""
 
 import argparse
 import csv
@@ -69,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_prepare(commands)
     _add_train(commands)
     _add_evaluate(commands)
+    _add_baselines(commands)
+    _add_compare(commands)
     _add_recommend(commands)
     _add_study(commands)
     _add_bench_report(commands)
@@ -116,7 +118,13 @@ def _add_prepare(commands: Any) -> None:
         "--min-targets", type=int, default=3, help="samples that a user needs to be tested"
     )
     parser.add_argument(
-        "--min-history", type=int, default=1, help="events that must precede a target"
+        "--min-history", type=int, default=1, help="events of either stream before a target"
+    )
+    parser.add_argument(
+        "--min-rec-history", type=int, default=0, help="recommendation events before a target"
+    )
+    parser.add_argument(
+        "--min-search-history", type=int, default=0, help="searches before a target"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace prepared data at OUT")
 
@@ -174,8 +182,8 @@ def _add_study(commands: Any) -> None:
     rl = _command(
         studies, "rl", _study_rl, "rewards and settings of phase 2, beside its control",
         "Train phase 1 once a seed, then phase 2 with each reward and along each axis, every model "
-        "beside its control (the same noisy trajectories under the phase-1 loss). All seeds share "
-        "the data. The default takes about 25 minutes on two cores.",
+        "beside its control (the same noisy trajectories under the ranking loss L_rank alone). All "
+        "seeds share the data. The default takes about 25 minutes on two cores.",
     )  # fmt: skip
     rl.add_argument(
         "--rewards", nargs="*", default=list(study.REWARDS),
@@ -237,6 +245,35 @@ def _add_evaluate(commands: Any) -> None:
     )  # fmt: skip
     _add_model_arguments(parser)
     parser.add_argument("--split", choices=("valid", "test"), default="test")
+    parser.add_argument("--csv", type=Path, help="also write every number to this file")
+
+
+def _add_baselines(commands: Any) -> None:
+    parser = _command(
+        commands, "baselines", _baselines, "evaluate the baselines that count",
+        "Print what popularity, recency, and counts of items after the last query or item reach on "
+        "the test users, by candidate set and kind of target. Nothing is trained.",
+    )  # fmt: skip
+    parser.add_argument("--data", type=Path, required=True, help="prepared data")
+    parser.add_argument("--csv", type=Path, help="also write every number to this file")
+
+
+def _add_compare(commands: Any) -> None:
+    parser = _command(
+        commands, "compare", _compare, "compare runs user by user, with paired intervals",
+        "Print the differences between the models of runs on the same prepared data: by candidate "
+        "set and kind of target, the first run less the second. Several seeds: name the runs of "
+        "each group in the order of their seeds, the second group behind --than. Intervals over "
+        "users are paired bootstraps of each user's difference, averaged over seeds; those over "
+        "seeds are Student's t of the seeds' means.",
+    )  # fmt: skip
+    parser.add_argument(
+        "runs", metavar="RUN", type=Path, nargs="+",
+        help="folder of a job (its models are compared by name), of a seed of a study, or of one "
+        "model in it; without --than two of them",
+    )  # fmt: skip
+    parser.add_argument("--than", metavar="RUN", type=Path, nargs="+", help="the second group")
+    parser.add_argument("--metric", default="ndcg@5", help="hr@k, ndcg@k (k 1, 5, 10, 20) or mrr")
     parser.add_argument("--csv", type=Path, help="also write every number to this file")
 
 
@@ -305,6 +342,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
         negatives=arguments.negatives,
         min_targets=arguments.min_targets,
         min_history=arguments.min_history,
+        min_rec_history=arguments.min_rec_history,
+        min_search_history=arguments.min_search_history,
         overwrite=arguments.overwrite,
     )
     print(prepared.summary())
@@ -447,13 +486,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     from lcr_fast.data.prepared import PreparedData
     from lcr_fast.experiments.comparison import load_model, write_rows
-    from lcr_fast.training.evaluation import evaluate_model
+    from lcr_fast.training.evaluation import rank_model
 
     _set_threads(arguments)
     data = PreparedData.open(arguments.data)
     model = load_model(arguments.model, data, arguments.device, arguments.backend)
     print(model.backend_report())
-    rows = evaluate_model(model, data, arguments.split, backend=model.config.backend)
+    rows = rank_model(model, data, arguments.split, backend=model.config.backend).rows()
     for protocol in dict.fromkeys(row["protocol"] for row in rows):
         mine = [row for row in rows if row["protocol"] == protocol and row["n"]]
         groups = dict.fromkeys(row["targets"] for row in mine)
@@ -471,6 +510,34 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         print("\n" + tabulate(lines, headers, tablefmt="github", disable_numparse=True))
     if arguments.csv:
         write_rows(arguments.csv, rows)
+
+
+def _baselines(arguments: argparse.Namespace) -> None:
+    from lcr_fast.data.prepared import PreparedData
+    from lcr_fast.experiments.comparison import baseline_results, result_tables, write_results
+
+    results = baseline_results(PreparedData.open(arguments.data))
+    print("\n\n".join(result_tables(results, {})))
+    if arguments.csv:
+        write_results(arguments.csv, results)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from lcr_fast.experiments.compare import compare_runs, comparison_tables
+    from lcr_fast.experiments.comparison import write_rows
+
+    first, second = arguments.runs, arguments.than
+    if second is None:
+        if len(first) != 2:
+            raise ValueError(f"two runs, or two groups with --than between them; got {len(first)}")
+        first, second = first[:1], first[1:]
+    found = compare_runs(first, second)
+    names = " less ".join(" ".join(map(str, group)) for group in (first, second))
+    print(comparison_tables(found, names, arguments.metric))
+    if arguments.csv:
+        write_rows(arguments.csv, [
+            {"model": name, **row} for name, rows in found.items() for row in rows
+        ])  # fmt: skip
 
 
 def _recommend(arguments: argparse.Namespace) -> None:

@@ -169,7 +169,9 @@ class TrainConfig(_JsonConfig):
         "dtype of states and item vectors; weights, optimizer and losses stay float32",
     )
     patience: int = _option(3, "epochs without a better validation NDCG@5 before stopping")
-    rank_loss: Literal["bce", "softmax", "bpr"] = _option("bce", "phase 1: ranking loss")
+    rank_loss: Literal["bce", "softmax", "bpr"] = _option(
+        "bce", "ranking loss L_rank: of phase 1, beside TCL, and alone of phase 2's control"
+    )
     negatives: Literal["popularity", "uniform", "in_batch"] = _option(
         "popularity", "where sampled negatives come from"
     )

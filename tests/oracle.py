@@ -7,6 +7,7 @@ events that exist are looped over. A history is a list of vectors, a stream is 0
 Dropout is a function ``drop(site, position)`` that gives the factors of one vector.
 """
 
+import functools
 import math
 from types import SimpleNamespace
 
@@ -327,20 +328,29 @@ def distance(a, b, kind):
     return 1 - a @ b / math.sqrt(a @ a) / math.sqrt(b @ b)
 
 
+def tcl_distances(after, before, target, target_weight, kind):
+    """Measure one user's pooled states at the target: (after, before) of every term of TCL."""
+    return [
+        tuple(
+            distance(target, aggregate(h[x], target, target_weight[x])[0], kind)
+            for h in (after[k + 1], before[k])
+        )
+        for k in range(len(before))
+        for x in (SEARCH, REC)
+        if len(before[k][1 - x])
+    ]
+
+
+def hinge(distances, margin):
+    """Average [ after - before + m ]_+ over all terms of all users."""
+    terms = [max(after - before + margin, 0.0) for after, before in distances]
+    return sum(terms) / len(terms) if terms else 0.0
+
+
 def tcl(users, target_weight, margin, kind):
     """TCL of a list of users, each (states after, states before, target vector)."""
-    terms = []
-    for after, before, target in users:
-        for k in range(len(before)):
-            for x in (SEARCH, REC):
-                if not len(before[k][1 - x]):
-                    continue
-                d_after, d_before = (
-                    distance(target, aggregate(h[x], target, target_weight[x])[0], kind)
-                    for h in (after[k + 1], before[k])
-                )
-                terms.append(max(d_after - d_before + margin, 0.0))
-    return sum(terms) / len(terms) if terms else 0.0
+    distances = [pair for user in users for pair in tcl_distances(*user, target_weight, kind)]
+    return hinge(distances, margin)
 
 
 # -- GRPO ---------------------------------------------------------------------------------------
@@ -417,6 +427,7 @@ def _words(counter, seed):
     return philox(counter, (seed % 2**32, seed // 2**32))
 
 
+@functools.cache
 def normals(row, seed, trajectory, stream, position, dim):
     """Draw the noise of one event, [dim]."""
     values = []
@@ -429,6 +440,7 @@ def normals(row, seed, trajectory, stream, position, dim):
     return np.array(values[:dim])
 
 
+@functools.cache
 def dropout_mask(row, seed, site, position, dim, rate):
     """Draw the dropout factors of one vector, [dim]; float32 as documented."""
     threshold = round(rate * 65536)

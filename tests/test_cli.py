@@ -21,8 +21,10 @@ from lcr_fast.data.prepared import PreparedData
 from lcr_fast.experiments.comparison import VARIANTS, with_requirements
 from lcr_fast.ops import _triton
 from lcr_fast.storage import load_tensors
+from lcr_fast.training.baselines import TITLES
 from lcr_fast.training.objective import Supervised
-from lcr_fast.training.trainer import Trainer
+from lcr_fast.training.ranks import RANKS, Ranks, differences
+from lcr_fast.training.trainer import CHECKPOINT, Trainer
 
 WORLD = synthetic.World(n_users=24, n_topics=16)
 TINY = [
@@ -30,8 +32,10 @@ TINY = [
     *("--dim", "8", "--steps", "1", "--mlp-hidden", "8", "--n-trajectories", "2"),
     *("--max-search-len", "4", "--max-rec-len", "5", "--no-user-embedding"),
 ]
-COMMANDS = ("prepare", "train", "evaluate", "recommend", "study", "bench-report")
-SERIES = ("popularity", "recency", *VARIANTS)
+COMMANDS = (
+    "prepare", "train", "evaluate", "baselines", "compare", "recommend", "study", "bench-report",
+)  # fmt: skip
+SERIES = (*TITLES, *VARIANTS)
 
 
 def run(*argv) -> str:
@@ -81,9 +85,15 @@ def test_help_lists_the_commands(capsys):
 @pytest.mark.parametrize(
     ("command", "flags"),
     [
-        ("prepare", "seed n-negatives negatives min-targets min-history overwrite"),
+        (
+            "prepare",
+            "seed n-negatives negatives min-targets min-history min-rec-history "
+            "min-search-history overwrite",
+        ),
         ("train", "data out resume variants config device backend threads"),
         ("evaluate", "data split csv device backend threads"),
+        ("baselines", "data csv"),
+        ("compare", "than metric csv"),
         ("recommend", "data users device backend threads"),
     ],
 )
@@ -111,9 +121,14 @@ def test_a_job_writes_its_tables(job, texts):
     table = (job / "run" / "results.md").read_text()
     assert table in texts["train"]
     titles = [variant.title for variant in VARIANTS.values()]
-    for part in table.split("\n\n|")[1:]:
-        rows = [line.split("|")[1].strip() for line in part.splitlines()[2:] if "|" in line]
-        assert rows == ["popularity baseline", "recency baseline", *titles]
+    parts = table.strip().split("\n\n")
+    for heading, part in zip(parts[::2], parts[1::2], strict=True):
+        rows = [line.split("|")[1].strip() for line in part.splitlines()[2:]]
+        if "own searches" in heading:
+            kinds = ("those of other users", "none")
+            assert rows == [f"{title}, {kind}" for title in titles for kind in kinds]
+        else:
+            assert rows == [*TITLES.values(), *titles["user by user" in heading :]], heading
     rows = read_csv((job / "run" / "results.csv").read_text())
     assert tuple(dict.fromkeys(row["model"] for row in rows)) == SERIES
     assert {row["protocol"] for row in rows} == {"sampled", "catalogue"}
@@ -129,6 +144,16 @@ def test_a_job_draws_its_plots(job, name):
     pixels = matplotlib.image.imread(path)
     assert min(pixels.shape[:2]) > 200
     assert len(np.unique(pixels[::2, ::2] @ [1, 10, 100, 0])) > 20
+
+
+def test_only_what_has_tcl_is_trained_with_a_weight_of_it(job):
+    weights = {}
+    for variant in VARIANTS:
+        _, info = load_tensors(job / "run" / variant / CHECKPOINT, "checkpoint")
+        weights[variant] = info["train"]["tcl_weight"]
+        logged = {key for record in info["progress"]["history"] for key in record}
+        assert ("tcl" in logged) == (weights[variant] > 0)
+    assert weights == {"base": 0.0, "lcr": 0.0, "tcl": 0.1, "rl": 0.0, "control": 0.0}
 
 
 @pytest.mark.parametrize("variant", ["base", "rl"])
@@ -219,6 +244,104 @@ def test_flags_override_the_config_file(tmp_path):
         dim=24, steps=1, backend="reference", mlp_hidden=(5, 4), n_layers=2, step_ffn=False
     )
     assert configs["train"] == TrainConfig(clip=0.1, seed=4)
+
+
+# -- baselines and comparisons -------------------------------------------------------------------
+
+
+def test_the_baselines_have_a_table_of_their_own(job, tmp_path):
+    text = run("baselines", "--data", job / "data", "--csv", tmp_path / "numbers.csv")
+    of_job = (job / "run" / "results.md").read_text()
+    for part in text.strip().split("\n\n")[1::2]:
+        assert [line.split("|")[1].strip() for line in part.splitlines()[2:]] == [*TITLES.values()]
+    mine = read_csv((tmp_path / "numbers.csv").read_text())
+    theirs = read_csv((job / "run" / "results.csv").read_text())
+    assert mine == [row for row in theirs if row["model"] in TITLES]
+    assert "recency, then after the last query" in of_job
+
+
+def test_differences_to_base_are_those_of_the_saved_ranks(job):
+    rows = read_csv((job / "run" / "differences.csv").read_text())
+    assert list(dict.fromkeys(row["model"] for row in rows)) == [*TITLES, *list(VARIANTS)[1:]]
+    base = Ranks.load(job / "run" / "base" / RANKS)
+    for name, folder in (("rl", "rl"), ("recency", "baselines/recency")):
+        mine = Ranks.load(job / "run" / folder / RANKS)
+        expected = differences([(mine, base)])
+        found = [row for row in rows if row["model"] == name]
+        assert [row["than"] for row in found] == ["base"] * len(expected)
+        for row, numbers in zip(found, expected, strict=True):
+            assert all(row[key] == str(value) for key, value in numbers.items())
+    n_users = len(PreparedData.open(job / "data").split("test"))
+    assert len(base.groups["all"]) == n_users
+    table = (job / "run" / "results.md").read_text()
+    assert table.count("NDCG@5 less that of Base (K=0), user by user") == 2
+
+
+@pytest.fixture(scope="module")
+def second(job, tmp_path_factory):
+    """Train on the same data with another seed, without phase 2; return the folder."""
+    out = tmp_path_factory.mktemp("second") / "run"
+    options = ["--variants", "base", "lcr", "--seed", "1"]
+    run("train", "--data", job / "data", "--out", out, *TINY, *options)
+    return out
+
+
+def test_compare_runs_by_model(job, second, tmp_path):
+    path = tmp_path / "numbers.csv"
+    text = run("compare", second, job / "run", "--csv", path, "--metric", "mrr")
+    assert text.startswith(f"MRR, {second} less {job / 'run'}, [95 % interval")
+    assert re.findall(r"^\| (\w+) ", text, re.MULTILINE) == ["model", "base", "lcr"] * 2
+    mine, theirs = (Ranks.load(folder / "lcr" / RANKS) for folder in (second, job / "run"))
+    expected = differences([(mine, theirs)])
+    rows = [row for row in read_csv(path.read_text()) if row["model"] == "lcr"]
+    assert [float(row["mean"]) for row in rows] == pytest.approx(
+        [row["mean"] for row in expected], nan_ok=True
+    )
+
+
+def test_compare_two_models_and_groups_of_seeds(job, second):
+    text = run("compare", second / "lcr", job / "run" / "baselines" / "recency")
+    assert re.findall(r"^\| (\w+) ", text, re.MULTILINE) == ["model", "model"] * 2
+    assert "seeds" not in text
+    groups = [second / "lcr", job / "run" / "lcr", "--than", second / "base", job / "run" / "base"]
+    text = run("compare", *groups)
+    assert "of each user's mean over 2 seeds; seeds: Student's t over the seeds' means" in text
+    mine, theirs = (
+        [Ranks.load(folder / name / RANKS) for folder in (second, job / "run")]
+        for name in ("lcr", "base")
+    )
+    (row,) = (
+        row
+        for row in differences(list(zip(mine, theirs, strict=True)))
+        if (row["protocol"], row["targets"], row["metric"]) == ("sampled", "all", "ndcg@5")
+    )
+    assert row["seeds"] == 2
+    cell = f"{row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}], seeds ["
+    assert cell in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["RUN"], "two runs, or two groups with --than between them; got 1"),
+        (["RUN", "RUN", "RUN"], "got 3"),
+        (["RUN", "RUN", "--than", "RUN"], "compared in pairs, a pair a seed: got 2 and 1"),
+        (["RUN", "NOWHERE"], "nowhere: no ranks.safetensors there"),
+        (["RUN", "RUN/base"], "no model in common: base, lcr, tcl, rl, control and one model"),
+        (["RUN", "RUN", "--metric", "auc"], "metric must be one of hr@1, "),
+        (["RUN/base", "BROKEN"], "ranks.safetensors: not a complete safetensors file"),
+        (["RUN/base", "OTHER"], "rank other samples: runs must be of the same prepared data"),
+    ],
+)
+def test_compare_refuses(capsys, job, tmp_path, argv, message):
+    ranks = Ranks.load(job / "run" / "base" / RANKS)
+    dataclasses.replace(ranks, samples="other").save(tmp_path / "other" / RANKS)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / RANKS).write_text("ranks")
+    places = {"NOWHERE": tmp_path / "nowhere", "BROKEN": tmp_path / "broken"}
+    places |= {"OTHER": tmp_path / "other"}
+    argv = [places.get(word, word.replace("RUN", str(job / "run"))) for word in argv]
+    assert message in fails(capsys, "compare", *argv)
 
 
 # -- recommend -----------------------------------------------------------------------------------

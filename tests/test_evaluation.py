@@ -1,5 +1,6 @@
 """Evaluation against a slow oracle that sorts explicit lists, and by hand-made cases."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -13,22 +14,22 @@ from lcr_fast.data.log import InteractionLog
 from lcr_fast.data.prepared import PreparedData
 from lcr_fast.data.synthetic import _EVENT_MS
 from lcr_fast.training import evaluation
+from lcr_fast.training.baselines import TITLES, Baselines
 from lcr_fast.training.evaluation import (
     PROTOCOLS,
-    Interval,
-    bootstrap,
-    evaluate,
-    evaluate_model,
+    exchanged_searches,
     make_batcher,
     model_scorer,
-    popularity_scorer,
-    rank_metrics,
+    rank_model,
+    rank_split,
     rank_targets,
-    recency_scorer,
     relevance_share,
+    search_effects,
     state_distances,
     strata,
+    with_target,
 )
+from lcr_fast.training.ranks import rank_metrics
 from lcr_fast.weights import REC, SEARCH
 
 
@@ -107,16 +108,15 @@ def slow_ranks(scorer, data, split, model, protocol) -> list[int]:
 
 @pytest.mark.parametrize("split", ["valid", "test"])
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("scorer", ["model", "ties", "constant", "popularity", "recency"])
+@pytest.mark.parametrize("scorer", ["model", "ties", "constant", *TITLES])
 def test_ranks_equal_the_sorted_lists(data, model, monkeypatch, scorer, protocol, split):
     monkeypatch.setattr(evaluation, "_CATALOGUE_BLOCK", 50)  # several blocks and a ragged one
-    score = {
+    others = {
         "model": model_scorer(model),
         "ties": hashed_scorer(5),
         "constant": hashed_scorer(1),
-        "popularity": popularity_scorer(data),
-        "recency": recency_scorer(data),
-    }[scorer]
+    }
+    score = others[scorer] if scorer in others else Baselines(data, split).scorer(scorer)
     reader = model if scorer == "model" else None
     ranks = rank_targets(score, make_batcher(data, split, reader), protocol, batch_size=7)
     assert ranks.dtype == np.int64
@@ -159,50 +159,6 @@ def test_unknown_protocol(data):
         rank_targets(hashed_scorer(2), make_batcher(data, "test", None), "best")
 
 
-# -- metrics and intervals -----------------------------------------------------------------------
-
-
-def test_metrics_of_ranks():
-    metrics = rank_metrics(np.array([1, 0, 3, 6, 25]))  # 0 is not ranked
-    assert set(metrics) == {f"{m}@{k}" for m in ("hr", "ndcg") for k in (1, 5, 10, 20)} | {"mrr"}
-    assert metrics["mrr"].tolist() == [1, 1 / 3, 1 / 6, 1 / 25]
-    for k, hits in {1: [1, 0, 0, 0], 5: [1, 1, 0, 0], 10: [1, 1, 1, 0], 20: [1, 1, 1, 0]}.items():
-        gains = [1.0, 0.5, 1 / math.log2(7), 0.0]
-        assert metrics[f"hr@{k}"].tolist() == hits
-        expected = [hit * gain for hit, gain in zip(hits, gains, strict=True)]
-        assert metrics[f"ndcg@{k}"] == pytest.approx(expected)
-
-
-def test_bootstrap_interval():
-    rng = np.random.default_rng(0)
-    widths = []
-    for n in (20, 200, 2000):
-        values = rng.random(n)
-        interval = bootstrap(values)
-        assert interval == bootstrap(values)
-        assert interval.n == n
-        assert interval.mean == values.mean()
-        assert interval.low < interval.mean < interval.high
-        widths.append(interval.high - interval.low)
-        normal = 2 * 1.96 * values.std() / math.sqrt(n)
-        assert widths[-1] == pytest.approx(normal, rel=0.15)
-    assert widths[0] > widths[1] > widths[2]
-    assert bootstrap(values, level=0.5).high < interval.high
-
-
-def test_bootstrap_of_next_to_nothing():
-    empty = bootstrap(np.zeros(0))
-    assert empty.n == 0
-    assert all(math.isnan(value) for value in empty[:3])
-    assert bootstrap(np.ones(1)) == Interval(1.0, 1.0, 1.0, 1)
-
-
-def test_bootstrap_covers_the_truth():
-    rng = np.random.default_rng(1)
-    intervals = [bootstrap((rng.random(100) < 0.3).astype(float), draws=300) for _ in range(100)]
-    assert 0.88 <= np.mean([i.low <= 0.3 <= i.high for i in intervals]) <= 1.0
-
-
 # -- strata and the whole table ------------------------------------------------------------------
 
 
@@ -222,7 +178,7 @@ def test_strata(data):
 
 
 def test_rows_of_the_table(data, model):
-    rows = evaluate_model(model.train(), data, "test")
+    rows = rank_model(model.train(), data, "test").rows()
     assert not model.training
     groups = strata(data, "test")
     keys = [(r["protocol"], r["targets"], r["metric"]) for r in rows]
@@ -240,7 +196,7 @@ def test_rows_of_the_table(data, model):
 
 
 def test_protocols_without_candidates_are_left_out(prepared):
-    rows = evaluate(hashed_scorer(3), prepared)
+    rows = rank_split(hashed_scorer(3), prepared).rows()
     assert {row["protocol"] for row in rows} == {"sampled", "catalogue"}
 
 
@@ -251,42 +207,67 @@ def test_validation_score(data, model):
     assert evaluation.validation_score(model, batcher) == pytest.approx(np.mean(gains), abs=0.02)
 
 
-# -- baselines -----------------------------------------------------------------------------------
+# -- searches ------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def ordered_batch(data):
-    batcher = make_batcher(data, "test", None)
-    rows = np.arange(4)
-    return batcher.gather(rows, np.zeros((4, 1), np.int64), np.zeros(4, np.int64))
+def test_searches_are_exchanged_among_those_who_searched(data):
+    samples = data.split("test")
+    searched = samples.search_end > data.search_offsets[samples.users]
+    search_of = exchanged_searches(data)
+    assert sorted(search_of) == list(range(len(samples)))
+    for row, (has, other) in enumerate(zip(searched, search_of, strict=True)):
+        assert (other != row) == has
+        assert searched[other] == has
+    assert 0 < searched.sum() < len(searched)
 
 
-def test_recency_ranks_the_last_item_first(data, ordered_batch):
-    histories = torch.zeros(4, 5, dtype=torch.int64)
-    histories[0] = torch.tensor([3, 7, 3, 9, 5])
-    histories[1, :2] = torch.tensor([7, 3])
-    histories[2, :3] = torch.tensor([9, 9, 3])
-    batch = ordered_batch.replace(rec_items=histories, rec_lengths=torch.tensor([5, 2, 3, 0]))
-    ids = torch.tensor([[3, 5, 7, 9, 11]])
-    order = recency_scorer(data)(batch)(ids).argsort(dim=1, descending=True, stable=True)
-    ranked = ids[0][order].tolist()
-    assert ranked[0] == [5, 9, 3, 7, 11]
-    assert ranked[1] == [3, 7, 5, 9, 11]
-    assert ranked[2] == [3, 9, 5, 7, 11]
-    assert recency_scorer(data)(batch)(ids)[3].unique().numel() == 1
+def test_only_the_searches_are_those_of_another(data, model):
+    """A sample shows what the other sample's own batch shows, as it was known then."""
+    search_of = exchanged_searches(data)
+    search_of[5] = -1
+    rows = np.arange(len(search_of))
+    candidates = with_target(data.split("test").items, None)
+    own, others = (
+        make_batcher(data, "test", model, shown).gather(rows, *candidates)
+        for shown in (None, search_of)
+    )
+    for field in dataclasses.fields(own):
+        mine, theirs = getattr(own, field.name), getattr(others, field.name)
+        if "search" not in field.name:
+            assert torch.equal(mine, theirs)
+            continue
+        for row, other in enumerate(search_of):
+            if other < 0:
+                assert not theirs[row].any()
+            else:
+                assert torch.equal(theirs[row], mine[other]), field.name
+    assert own.search_clicks.any()
 
 
-def test_popularity_counts_what_precedes_the_held_out_targets(data, ordered_batch):
-    valid = data.split("valid")
-    first_held_out = dict(zip(valid.users.tolist(), valid.times.tolist(), strict=True))
-    counts = np.zeros(data.n_items + 1)
-    for user in range(1, data.n_users + 1):
-        for event in range(data.rec_offsets[user], data.rec_offsets[user + 1]):
-            counts[data.rec_items[event]] += data.rec_times[event] < first_held_out[user]
-    ids = torch.arange(1, data.n_items + 1).unsqueeze(0)
-    scores = popularity_scorer(data)(ordered_batch)(ids)
-    assert scores.shape == (4, data.n_items)
-    assert (scores == torch.from_numpy(counts[1:])).all()
+def test_effects_of_searches_are_paired_differences(data, model):
+    effects = search_effects(model, data)
+    searched = evaluation._searched(data, "test")
+    ranks = {
+        name: rank_targets(model_scorer(model), make_batcher(data, "test", model, of), "sampled")
+        for name, of in (
+            ("own", None),
+            ("others", exchanged_searches(data)),
+            ("none", np.full(len(searched), -1)),
+        )
+    }
+    assert effects.keys() == {"others", "none"}
+    for name, rows in effects.items():
+        assert {row["protocol"] for row in rows} == {"sampled", "impressions"}
+        (row,) = (
+            row
+            for row in rows
+            if (row["protocol"], row["targets"], row["metric"]) == ("sampled", "new", "mrr")
+        )
+        kept = searched & ~data.split("test").repeat
+        change = 1 / ranks["own"][kept] - 1 / ranks[name][kept]
+        assert row["n"] == kept.sum() > 5
+        assert row["mean"] == pytest.approx(change.mean())
+        assert change.any()
 
 
 # -- looking inside ------------------------------------------------------------------------------

@@ -213,22 +213,21 @@ def test_padding_and_strides_change_no_bit():
         assert torch.equal(value, expected[name]), name
 
 
-def test_threads_change_no_score_and_no_bit_of_a_repeat():
-    case = Case(n_users=23, n_candidates=40)
-    before = torch.get_num_threads()
+@pytest.mark.parametrize("n_candidates", [5, 100])
+def test_threads_change_no_bit(n_candidates):
+    """Neither of the scores nor of any gradient, more users than sums over them or not."""
+    cases = [Case(n_users=n, n_candidates=n_candidates) for n in (3, 200)]
+    before, runs = torch.get_num_threads(), []
     try:
-        runs = []
-        for threads in (1, 3, 3):
-            torch.set_num_threads(threads)
-            runs.append(case.run("cpp"))
+        for n in (1, 2, 3, 3):
+            torch.set_num_threads(n)
+            runs.append([case.run("cpp") for case in cases])
     finally:
         torch.set_num_threads(before)
-    for name, value in runs[1].items():
-        assert torch.equal(value, runs[2][name]), name
-        if "weight" in name or "bias" in name:  # sums over users, one part a thread
-            torch.testing.assert_close(runs[0][name], value, rtol=1e-5, atol=1e-5)
-        else:
-            assert torch.equal(runs[0][name], value), name
+    for others in runs[1:]:
+        for first, other in zip(runs[0], others, strict=True):
+            for name, value in first.items():
+                assert torch.equal(value, other[name]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

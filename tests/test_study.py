@@ -17,11 +17,13 @@ from lcr_fast import cli
 from lcr_fast.config import TrainConfig
 from lcr_fast.experiments import study
 from lcr_fast.experiments.comparison import Job
-from lcr_fast.experiments.study import across_seeds, parse_axis
+from lcr_fast.experiments.study import parse_axis
 from lcr_fast.model import LCRSER
 from lcr_fast.storage import load_tensors
 from lcr_fast.training import evaluation
+from lcr_fast.training.baselines import TITLES
 from lcr_fast.training.diversity import list_diversity, tail_items
+from lcr_fast.training.ranks import across_seeds
 from lcr_fast.training.trainer import CHECKPOINT, Trainer
 
 TINY = [
@@ -79,21 +81,6 @@ def paper(prepared_folder, tmp_path_factory):
 
 
 # -- statistics ----------------------------------------------------------------------------------
-
-
-def test_interval_of_two_and_of_many_seeds():
-    # 12.706 is the 97.5 % quantile of Student's t with one degree of freedom, 2.228 with ten.
-    low_high = across_seeds([1.0, 3.0])
-    assert low_high == pytest.approx((2.0, 2 - 12.706, 2 + 12.706, 2), rel=1e-4)
-    values = [float(i) for i in range(11)]
-    assert across_seeds(values) == pytest.approx((5.0, 5 - 2.228, 5 + 2.228, 11), rel=2e-3)
-
-
-def test_one_seed_has_no_interval():
-    mean, low, high, n = across_seeds([0.25])
-    assert (mean, n) == (0.25, 1)
-    assert math.isnan(low)
-    assert math.isnan(high)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +182,7 @@ def test_the_last_weights_are_those_of_the_checkpoint(rl, prepared):
         {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
     )
     model.set_text(prepared.arrays["item_text"], prepared.arrays["query_text"])
-    rows = evaluation.evaluate_model(model, prepared, protocols=("sampled",))
+    rows = evaluation.rank_model(model, prepared, protocols=("sampled",)).rows()
     score = next(r["mean"] for r in rows if (r["targets"], r["metric"]) == ("all", "ndcg@5"))
     cell = cells_of(rl)[1, "rl,n_trajectories=3"]
     assert cell["last_ndcg@5"] == pytest.approx(score)
@@ -267,7 +254,16 @@ def test_the_paper_study_writes_its_tables(paper):
     text = (paper / "results.md").read_text()
     assert text in (paper.parent / "text").read_text()
     assert "one seed, so no interval" in text
-    assert text.count("### ") == 4
+    assert text.count("### ") == 5
+    assert all(f"\n| {title} " in text for title in TITLES.values())
+    (own,) = re.findall(r"^\| LCR, none +\| (\S+) ", text, re.MULTILINE)
+    result = json.loads((paper / "seed-0" / "lcr" / "evaluation.json").read_text())
+    (row,) = (
+        row
+        for row in result["searches"]["none"]
+        if (row["protocol"], row["targets"], row["metric"]) == ("sampled", "all", "ndcg@5")
+    )
+    assert own == f"{row['mean']:+.3f}"
     for name in ("steps", "target_distance", "latency"):
         assert_drawn(paper / f"{name}.png")
     assert {name for _, name in cells_of(paper)} == PAPER_CELLS

@@ -336,6 +336,9 @@ struct WeightSums {
   std::vector<std::vector<double>> biases;
 };
 
+// Enough to keep the threads busy; each has a copy of all weights' gradients, filled and added up.
+constexpr int64_t kSlices = 16;
+
 // Room for the gradients of one tile.
 struct BackwardWork {
   BackwardWork(const Net& net, int64_t ld) : forward(net, ld) {
@@ -436,11 +439,11 @@ void attention_bwd(const Net& net, const std::vector<Segment>& segments, int64_t
 }  // namespace
 
 void score_bwd_cpu(const ScoringArgs& args, const CandidateArgs& candidates, const float* dscores,
-                   const ScoringGradients& gradients, int64_t n_slices, const Parallel& parallel) {
+                   const ScoringGradients& gradients, const Parallel& parallel) {
   const int64_t C = candidates.n_candidates, N = args.n_trajectories, D = args.dim;
   const Net net(args, false, false);
   const Cut cut(args.n_users, C);
-  n_slices = C == 0 ? 0 : std::min(n_slices, cut.n_groups);
+  const int64_t n_slices = C == 0 ? 0 : std::min(kSlices, cut.n_groups);
   const float kept = 65536.0f / static_cast<float>(65536 - candidates.threshold);
   std::vector<WeightSums> slices;
   for (int64_t i = 0; i < std::max<int64_t>(1, n_slices); ++i) slices.emplace_back(args);

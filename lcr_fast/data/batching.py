@@ -16,7 +16,8 @@ class Batcher:
     target's time, oldest first; of a search its first ``max_clicks`` clicks made strictly before
     that time, so a search still open shows what was known then. ``max_terms`` defaults to the
     longest query, at most 16. With ``trim`` the padding ends at the longest row of the batch,
-    without it every batch has the full shape.
+    without it every batch has the full shape. ``search_of`` [n] names for every sample the one
+    whose searches it shows, -1 for none; default: its own.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class Batcher:
         max_clicks: int,
         max_terms: int | None = None,
         trim: bool = True,
+        search_of: NDArray | None = None,
     ) -> None:
         self.data = data
         self.samples = data.split(split)
@@ -37,6 +39,7 @@ class Batcher:
         self.max_clicks = max_clicks
         self.max_terms = min(data.max_terms, 16) if max_terms is None else max_terms
         self.trim = trim
+        self.search_of = search_of
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -49,15 +52,14 @@ class Batcher:
         """
         rows = np.asarray(rows)
         samples = self.samples
-        return self._assemble(
-            samples.users[rows],
-            samples.times[rows],
-            samples.rec_end[rows],
-            samples.search_end[rows],
-            candidates,
-            target,
-            rows,
+        users = samples.users[rows]
+        shown = rows if self.search_of is None else self.search_of[rows]
+        searchers = samples.users[shown]
+        search_end = np.where(
+            shown < 0, self.data.search_offsets[searchers], samples.search_end[shown]
         )
+        searches = self._searches(searchers, samples.times[shown], search_end)
+        return self._assemble(users, samples.rec_end[rows], searches, candidates, target, rows)
 
     def at(self, users: NDArray, times: NDArray, candidates: NDArray) -> Batch:
         """Assemble what is known of users [b] strictly before times [b], for serving.
@@ -74,7 +76,8 @@ class Batcher:
         )
         rows = np.arange(len(users))
         none = np.full(len(users), -1)
-        return self._assemble(users, times, rec_end, search_end, candidates, none, rows)
+        searches = self._searches(users, times, search_end)
+        return self._assemble(users, rec_end, searches, candidates, none, rows)
 
     def relevant(self, rows: NDArray, length: int) -> NDArray[np.int8]:
         """Ground truth of the searches a batch of ``rows`` shows: int8 [b, length].
@@ -91,12 +94,26 @@ class Batcher:
         values, mask = padded(truth, start, count, length)
         return np.where(mask, values, -1).astype(np.int8)
 
-    def _assemble(self, users, times, rec_end, search_end, candidates, target, rows) -> Batch:
+    def _assemble(self, users, rec_end, searches, candidates, target, rows) -> Batch:
         data = self.data
         start, rec_lengths = _recent(data.rec_offsets[users], rec_end, self.max_rec_len)
         rec_items, _ = padded(
             data.rec_items, start, rec_lengths, self._width(rec_lengths, self.max_rec_len)
         )
+        arrays = {
+            "user": users,
+            "rec_items": rec_items,
+            "rec_lengths": rec_lengths,
+            **searches,
+            "candidates": candidates,
+            "target": target,
+            "row": rows,
+        }
+        return Batch(**{name: _tensor(array) for name, array in arrays.items()})
+
+    def _searches(self, users: NDArray, times: NDArray, search_end: NDArray) -> dict[str, NDArray]:
+        """Gather the searches of users [b] up to an end, as they were known at times [b]."""
+        data = self.data
         start, search_lengths = _recent(data.search_offsets[users], search_end, self.max_search_len)
         width = self._width(search_lengths, self.max_search_len)
         queries, mask = padded(data.search_queries, start, search_lengths, width)
@@ -104,20 +121,12 @@ class Batcher:
             data.query_terms, *_rows(data.query_term_offsets, queries), self.max_terms
         )
         searches = np.where(mask, start[:, None] + np.arange(width), 0)
-        clicks = self._clicks(searches, mask, times)
-        arrays = {
-            "user": users,
-            "rec_items": rec_items,
-            "rec_lengths": rec_lengths,
+        return {
             "search_queries": queries,
             "search_terms": terms,
-            "search_clicks": clicks,
+            "search_clicks": self._clicks(searches, mask, times),
             "search_lengths": search_lengths,
-            "candidates": candidates,
-            "target": target,
-            "row": rows,
         }
-        return Batch(**{name: _tensor(array) for name, array in arrays.items()})
 
     def _clicks(self, searches: NDArray, mask: NDArray, times: NDArray) -> NDArray:
         """Take the first clicks of searches [b, L] made before times [b]: [b, L, max_clicks]."""

@@ -28,24 +28,32 @@ def prepare(
     negatives: str = "popularity",
     min_targets: int = 3,
     min_history: int = 1,
+    min_rec_history: int = 0,
+    min_search_history: int = 0,
     overwrite: bool = False,
 ) -> PreparedData:
     """Split a log leave-one-out by time and write it as prepared data.
 
     A target event becomes a sample if at least ``min_history`` events of either stream lie strictly
-    before it; users without a sample are dropped. Of a user with at least ``min_targets`` samples
-    the last is a test sample, the one before a validation sample if the user has three or more, and
-    the rest are training samples: with ``min_targets=2`` a user of two gives one to training and
-    one to test. Users with fewer samples only train.
+    before it, of the recommendation stream at least ``min_rec_history`` and at least
+    ``min_search_history`` searches; users without a sample are dropped. Of a user with at least
+    ``min_targets`` samples the last is a test sample, the one before a validation sample if the
+    user has three or more, and the rest are training samples: with ``min_targets=2`` a user of two
+    gives one to training and one to test. Users with fewer samples only train.
 
     Every validation and test sample gets ``n_negatives`` distinct negatives (``negatives``:
     "popularity" or "uniform"; see ``NegativeSampler``). The same log, options and seed give the
     same bytes. Raises ValueError for bad options, for a log without any sample, where negatives run
     out, and if ``out`` is occupied; nothing is written then.
     """
-    _check_options(negatives, n_negatives, min_targets, min_history)
+    history = {
+        "min_history": min_history,
+        "min_rec_history": min_rec_history,
+        "min_search_history": min_search_history,
+    }
+    _check_options(negatives, n_negatives, min_targets, history)
     require_free(out, overwrite)
-    events, searches, clicks, notes = _keep_users_with_samples(log, min_history)
+    events, searches, clicks, notes = _keep_users_with_samples(log, history)
     users = _numbered([events["user"]])
     items = _numbered([events["item"], clicks["item"], _shown(events)["item"]])
     arrays: dict[str, NDArray] = {}
@@ -63,7 +71,7 @@ def prepare(
         arrays[f"{split}_negatives"] = _negatives(data, rng, split, negatives, n_negatives)
     options = {
         "seed": seed, "n_negatives": n_negatives, "negatives": negatives,
-        "min_targets": min_targets, "min_history": min_history,
+        "min_targets": min_targets, **history,
     }  # fmt: skip
     manifest = {
         "source": log.source,
@@ -83,12 +91,14 @@ def prepare(
     return PreparedData.open(write_folder(out, manifest, fill, overwrite=overwrite), verify=False)
 
 
-def _check_options(negatives: str, n_negatives: int, min_targets: int, min_history: int) -> None:
+def _check_options(
+    negatives: str, n_negatives: int, min_targets: int, history: dict[str, int]
+) -> None:
     if negatives not in KINDS:
         raise ValueError(f"negatives must be one of {', '.join(KINDS)}, got {negatives!r}")
     for name, value, least in (
         ("min_targets", min_targets, 1),
-        ("min_history", min_history, 0),
+        *((name, value, 0) for name, value in history.items()),
         ("n_negatives", n_negatives, 0),
     ):
         if value < least:
@@ -104,26 +114,33 @@ def _counts(data: PreparedData) -> dict[str, int]:
 
 
 def _keep_users_with_samples(
-    log: InteractionLog, min_history: int
+    log: InteractionLog, history: dict[str, int]
 ) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame, list[str]]:
     """Mark the samples among the events, drop what belongs to users without any."""
     events = log.events
     if "impressions" not in events.columns:
         events = events.with_columns(impressions=pl.lit(None, pl.List(events["item"].dtype)))
     sample = pl.col("target")
-    if min_history:
-        # A history of min_history events exists once the min_history-th smallest time has passed.
-        both = pl.concat([frame.select("user", "time") for frame in (events, log.searches)])
-        passed = both.group_by("user").agg(
-            since=pl.col("time").sort().slice(min_history - 1, 1).first()
+    streams = {
+        "min_history": (events, log.searches),
+        "min_rec_history": (events,),
+        "min_search_history": (log.searches,),
+    }
+    for name, least in history.items():
+        if not least:
+            continue
+        # A history of n events exists once the n-th smallest time has passed.
+        times = pl.concat([frame.select("user", "time") for frame in streams[name]])
+        passed = times.group_by("user").agg(
+            pl.col("time").sort().slice(least - 1, 1).first().alias(name)
         )
         events = events.join(passed, on="user", how="left")
-        sample &= (pl.col("time") > pl.col("since")).fill_null(False)
+        sample &= (pl.col("time") > pl.col(name)).fill_null(False)
     events = events.with_columns(sample=sample)
     n_targets, n_samples = int(events["target"].sum()), int(events["sample"].sum())
     if not n_samples:
         raise ValueError(
-            f"{log.source}: no target event has a history of at least {min_history} events, "
+            f"{log.source}: no target event has a history of at least {_wanted(history)}, "
             "so there is nothing to prepare"
         )
     kept = events.filter("sample").select("user").unique()
@@ -134,12 +151,22 @@ def _keep_users_with_samples(
     clicks = log.clicks.join(searches, on="search", how="semi")
     notes = [
         f"prepare: {n_samples:,} of {n_targets:,} targets are samples; "
-        f"{n_targets - n_samples:,} dropped: fewer than {min_history} events before them",
+        f"{n_targets - n_samples:,} dropped: fewer than {_wanted(history)} before them",
         f"prepare: kept {kept.height:,} of {n_users:,} users; {n_users - kept.height:,} dropped, "
         f"with {n_events - events.height:,} events and {n_searches - searches.height:,} searches: "
         "no sample",
     ]
     return events, searches, clicks, notes
+
+
+def _wanted(history: dict[str, int]) -> str:
+    """Name the history that a sample needs."""
+    text = f"{history['min_history']} events"
+    if least := history["min_rec_history"]:
+        text += f", {least} of the recommendation stream"
+    if least := history["min_search_history"]:
+        text += f", {least} searches"
+    return text
 
 
 def _shown(events: pl.DataFrame) -> pl.DataFrame:

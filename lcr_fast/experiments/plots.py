@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from lcr_fast.storage import replacing
-from lcr_fast.training.evaluation import Interval
+from lcr_fast.training.baselines import TITLES
+from lcr_fast.training.ranks import Interval
 
 Results = dict[str, dict[str, Any]]
 _COLOURS = {
-    "popularity": "#bbbbbb", "recency": "#888888", "base": "#4477aa", "lcr": "#ee6677",
-    "tcl": "#228833", "rl": "#aa3377", "control": "#ccbb44",
+    **dict.fromkeys(TITLES, "#999999"), "base": "#4477aa", "lcr": "#ee6677", "tcl": "#228833",
+    "rl": "#aa3377", "control": "#ccbb44",
 }  # fmt: skip
 _SERIES_COLOURS = ("#aa3377", "#ccbb44", "#228833", "#4477aa")
 

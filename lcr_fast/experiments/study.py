@@ -3,7 +3,7 @@
 A study trains cells (:class:`lcr_fast.experiments.comparison.Job`) in a folder a seed, all on the
 same data, and takes means with 95 % confidence intervals across the seeds (Student's t). Phase 1
 is trained once a seed and shared; every model of phase 2 has its control beside it, the same
-noisy trajectories trained with the phase-1 loss. Differences are paired: within a seed first.
+noisy trajectories under the ranking loss L_rank alone. Differences are paired: within a seed first.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,17 @@ from tabulate import tabulate
 from lcr_fast.batch import Batch
 from lcr_fast.config import TrainConfig
 from lcr_fast.experiments import plots
-from lcr_fast.experiments.comparison import VARIANTS, Job, attach_text, write_rows
+from lcr_fast.experiments.comparison import (
+    VARIANTS,
+    Job,
+    attach_text,
+    baseline_results,
+    write_rows,
+)
 from lcr_fast.model import LCRSER
 from lcr_fast.storage import replacing
-from lcr_fast.training.evaluation import Interval, make_batcher, with_target
+from lcr_fast.training.evaluation import make_batcher, with_target
+from lcr_fast.training.ranks import Interval, across_seeds
 
 REWARDS = ("hr@1", "hr@5", "ndcg@5", "ndcg@10", "mrr", "0.5*hr@1+0.5*ndcg@10")
 AXES: dict[str, tuple[float, ...]] = {
@@ -34,7 +41,7 @@ AXES: dict[str, tuple[float, ...]] = {
     "n_trajectories": (2, 4, 8, 16),
 }
 STEPS = (0, 1, 2, 3, 4, 5)
-_MEASURES = ("rows", "distances", "relevance", "diversity")
+_MEASURES = ("distances", "relevance", "diversity")
 # Fields of phase 2 that its control knows nothing of.
 _POLICY = ("reward", "action", "kl", "kl_weight", "clip", "temperature")
 _PHASE_2 = (
@@ -43,24 +50,9 @@ _PHASE_2 = (
 )  # fmt: skip
 _DIVERSITY = ("entropy", "coverage", "tail")
 _METRICS = ("hr@1", "hr@5", "ndcg@5", "ndcg@10", "mrr")
-# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 Numbers = dict[str, float]  # of one cell, by metric
 Change = Mapping[str, Any]
-
-
-def across_seeds(values: Iterable[float]) -> Interval:
-    """Mean with its 95 % interval by Student's t; one value alone has no interval (NaN)."""
-    values = list(values)
-    n, mean = len(values), statistics.fmean(values)
-    if n < 2:
-        return Interval(mean, math.nan, math.nan, n)
-    df = n - 1
-    # Beyond the table, the expansion of t about the normal quantile.
-    t = _T95[df - 1] if df <= len(_T95) else 1.96 + 2.372 / df + 2.82 / df**2
-    half = t * statistics.stdev(values) / math.sqrt(n)
-    return Interval(mean, mean - half, mean + half, n)
 
 
 def parse_axis(text: str) -> tuple[str, tuple[Any, ...]]:
@@ -89,8 +81,10 @@ def parse_axis(text: str) -> tuple[str, tuple[Any, ...]]:
 class _Cells:
     """The cells of a study, by seed; each is trained at most once."""
 
-    def __init__(self, job: Job, n_seeds: int) -> None:
-        self.job = dataclasses.replace(job, measures=_MEASURES, last_measures=("rows", "diversity"))
+    def __init__(self, job: Job, n_seeds: int, measures: tuple[str, ...] = ()) -> None:
+        self.job = dataclasses.replace(
+            job, measures=(*_MEASURES, *measures), last_measures=("rows", "diversity")
+        )
         self.seeds = [job.train.seed + i for i in range(n_seeds)]
         self.results: dict[tuple[int, str], dict[str, Any]] = {}
         self.job.open()
@@ -134,8 +128,7 @@ class _Cells:
         self.results[key] = part.cell(
             key[1], f"seed {seed}, {kind.title}{shown}", kind.objective,
             start=None if kind.start is None else self.name(kind.start, change),
-            model=model if kind.steps else {"steps": 0},
-            train=training if kind.tcl else {"tcl_weight": 0.0},
+            model=model | kind.model_changes, train=training | kind.train_changes,
         )  # fmt: skip
 
     def numbers(self, variant: str, change: Change) -> list[Numbers]:
@@ -310,11 +303,12 @@ _ABLATION = tuple(VARIANTS)
 def run_paper_study(job: Job, n_seeds: int, steps: Sequence[int] = STEPS) -> str:
     """Reproduce the shape of the paper's Table 3, Fig. 4 to 6 and Table 4; return the tables.
 
-    Base to +RL with its control; NDCG against the number of reasoning steps with and without RL;
-    distance to the target per step; latency of a forward. Writes ``cells.csv``, ``results.csv``,
+    Baselines and Base to +RL with its control; NDCG against the number of reasoning steps with and
+    without RL; what a user's own searches are worth to a trained model; distance to the target per
+    step; latency of a forward. Writes ``cells.csv``, ``results.csv``,
     ``distances.csv``, ``latency.csv``, ``results.md`` and plots.
     """
-    cells = _Cells(job, n_seeds)
+    cells = _Cells(job, n_seeds, ("searches",))
     steps = tuple(dict.fromkeys(steps))
     for seed in cells.seeds:
         for variant in _ABLATION:
@@ -322,7 +316,7 @@ def run_paper_study(job: Job, n_seeds: int, steps: Sequence[int] = STEPS) -> str
         for k in steps:
             for variant in ("rl", "control"):
                 cells.train(seed, variant, {"steps": k})
-    titles = {"tcl": "without RL", "rl": "with RL", "control": "control: noise, no RL"}
+    titles = {"tcl": "without RL", "rl": "with RL", "control": "control: L_rank, same noise"}
     series = {
         title: {
             m: [_interval(cells.numbers(variant, {"steps": k}), m) for k in steps]
@@ -345,6 +339,8 @@ def run_paper_study(job: Job, n_seeds: int, steps: Sequence[int] = STEPS) -> str
     parts = [
         "### Ablation (cf. the paper's Table 3)\n\n" + _ablation_table(cells),
         "### Reasoning steps (cf. Fig. 6)\n\n" + _steps_table(cells, steps),
+        "### Does search help? NDCG@5 with a user's own searches less that of the same model with "
+        "others, users that searched\n\n" + _search_table(cells),
         "### Distance to the target per step (cf. Fig. 4 and 5)\n\n" + _distance_table(distances),
         "### Latency of a forward, 100 candidates (cf. Table 4)\n\n" + _latency_table(latencies),
     ]
@@ -353,7 +349,15 @@ def run_paper_study(job: Job, n_seeds: int, steps: Sequence[int] = STEPS) -> str
 
 def _ablation_table(cells: _Cells) -> str:
     headers = ["model", *(m.upper() for m in _METRICS), "NDCG@10, catalogue", "NDCG@5, gain"]
+    shown = [*(("sampled", metric) for metric in _METRICS), ("catalogue", "ndcg@10")]
     rows = []
+    for result in baseline_results(cells.job.data).values():
+        means = {
+            (row["protocol"], row["metric"]): row["mean"]
+            for row in result["rows"]
+            if row["targets"] == "all"
+        }
+        rows.append([result["title"], *(f"{means[key]:.3f}" for key in shown), ""])
     before = {"lcr": "base", "tcl": "lcr", "rl": "tcl", "control": "tcl"}
     numbers = {v: cells.numbers(v, {}) for v in _ABLATION}
     for variant, mine in numbers.items():
@@ -382,6 +386,26 @@ def _steps_table(cells: _Cells, steps: Sequence[int]) -> str:
         ])  # fmt: skip
     headers = ["K", "NDCG@5 without RL", "with RL", "control", "RL - no RL", "RL - control"]
     return _table(rows, headers)
+
+
+def _search_table(cells: _Cells) -> str:
+    """Lay out what a user's own searches are worth to each model of the ablation."""
+    groups = ("all", "repeat", "new")
+    rows = []
+    for variant in _ABLATION:
+        found = [cells.results[seed, cells.name(variant, {})]["searches"] for seed in cells.seeds]
+        for than, title in (("others", "those of other users"), ("none", "none")):
+            means = [
+                {
+                    row["targets"]: row["mean"]
+                    for row in effects[than]
+                    if (row["protocol"], row["metric"]) == ("sampled", "ndcg@5")
+                }
+                for effects in found
+            ]
+            shown = (_cell(across_seeds(m[group] for m in means), "+") for group in groups)
+            rows.append([f"{VARIANTS[variant].title}, {title}", *shown])
+    return _table(rows, ["model", *groups])
 
 
 def _paper_rows(cells: _Cells, steps: Sequence[int]) -> list[dict[str, Any]]:

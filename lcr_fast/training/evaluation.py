@@ -1,7 +1,7 @@
-"""Ranking evaluation: three candidate sets, strata, baselines and bootstrap intervals."""
+"""Ranking evaluation: three candidate sets, kinds of targets, and looks inside a model."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -15,20 +15,32 @@ from lcr_fast.model import LCRSER
 from lcr_fast.objectives import distance
 from lcr_fast.ops.ranking import target_rank
 from lcr_fast.reference import pool_steps
+from lcr_fast.training.baselines import TITLES, Baselines
+from lcr_fast.training.ranks import Ranks, differences, rank_metrics, samples_digest
 from lcr_fast.weights import REC, SEARCH
 
 PROTOCOLS = ("sampled", "catalogue", "impressions")
-CUTS = (1, 5, 10, 20)
 _CATALOGUE_BLOCK = 2048
 
 # Scores of candidates [B, C], or [1, C] shared by the batch: [B, C].
 Score = Callable[[Tensor], Tensor]
 
 
+@runtime_checkable
+class CatalogueScore(Protocol):
+    """A score that can rank a target in the catalogue without giving every item's."""
+
+    def __call__(self, ids: Tensor, /) -> Tensor: ...
+
+    def target_rank(self, target: Tensor, exclude: Tensor, /) -> Tensor:
+        """Rank ``target`` [B] among all items but ``exclude`` [B, X], ties before it: [B]."""
+        ...
+
+
 class Scorer(Protocol):
     """Anything that ranks: reads a batch's histories once, then scores any candidates."""
 
-    def __call__(self, batch: Batch) -> Score: ...
+    def __call__(self, batch: Batch, /) -> Score: ...
 
 
 class _ModelScore:
@@ -50,28 +62,15 @@ def model_scorer(model: LCRSER) -> Scorer:
     return lambda batch: _ModelScore(model, batch)
 
 
-def popularity_scorer(data: PreparedData) -> Scorer:
-    """Baseline: how often an item occurs in training."""
-    counts = torch.from_numpy(np.array(data.item_count, dtype=np.float32))
-    return lambda batch: lambda ids: counts.to(ids.device)[ids].expand(len(batch), -1)
+def make_batcher(
+    data: PreparedData, split: str, model: LCRSER | None, search_of: NDArray | None = None
+) -> Batcher:
+    """Batch a split in a model's history lengths, or in short ones for what does not read them.
 
-
-def recency_scorer(data: PreparedData) -> Scorer:
-    """Baseline: the items of the recommendation history, the most recent first, then all others."""
-
-    def read(batch: Batch) -> Score:
-        places = torch.arange(1, batch.rec_items.shape[1] + 1, device=batch.device).float()
-        last = torch.zeros(len(batch), data.n_items + 1, device=batch.device)
-        last.scatter_reduce_(1, batch.rec_items, places.expand(len(batch), -1), "amax")
-        return lambda ids: last.gather(1, ids.expand(len(batch), -1))
-
-    return read
-
-
-def make_batcher(data: PreparedData, split: str, model: LCRSER | None) -> Batcher:
-    """Batch a split in a model's history lengths, or in long ones for the baselines."""
+    ``search_of`` as in :class:`~lcr_fast.data.batching.Batcher`.
+    """
     if model is None:
-        return Batcher(data, split, max_rec_len=200, max_search_len=1, max_clicks=1)
+        return Batcher(data, split, max_rec_len=1, max_search_len=1, max_clicks=1)
     config = model.config
     return Batcher(
         data,
@@ -79,6 +78,7 @@ def make_batcher(data: PreparedData, split: str, model: LCRSER | None) -> Batche
         max_rec_len=config.max_rec_len,
         max_search_len=config.max_search_len,
         max_clicks=config.max_clicks,
+        search_of=search_of,
     )
 
 
@@ -117,7 +117,7 @@ def rank_targets(
                 seen = torch.from_numpy(
                     padded_seen(batcher.data, samples.users[rows], samples.times[rows])
                 ).to(device)
-                if isinstance(score, _ModelScore):
+                if isinstance(score, CatalogueScore):
                     rank = score.target_rank(batch.candidates[:, 0], seen)
                 else:
                     rank = _catalogue_rank(score, batch, seen, batcher.data.n_items)
@@ -193,52 +193,6 @@ def _mask_items(scores: Tensor, items: Tensor, first_id: int) -> Tensor:
     return padded[:, :-1]
 
 
-def rank_metrics(ranks: NDArray) -> dict[str, NDArray]:
-    """HR@k, NDCG@k and MRR of every ranked target (rank > 0): [n] arrays.
-
-    With one relevant item HR@k = [rank <= k], NDCG@k = HR@k / log2(rank + 1), MRR = 1 / rank.
-    """
-    ranks = ranks[ranks > 0].astype(np.float64)
-    gain = 1 / np.log2(ranks + 1)
-    metrics = {f"hr@{k}": (ranks <= k).astype(np.float64) for k in CUTS}
-    metrics |= {f"ndcg@{k}": np.where(ranks <= k, gain, 0.0) for k in CUTS}
-    return metrics | {"mrr": 1 / ranks}
-
-
-class Interval(NamedTuple):
-    """A mean with its bootstrap confidence interval."""
-
-    mean: float
-    low: float
-    high: float
-    n: int
-
-
-def bootstrap(
-    values: NDArray, *, level: float = 0.95, draws: int = 1000, seed: int = 0
-) -> Interval:
-    """Mean of a per-user metric [n] with its percentile bootstrap interval over users."""
-    return _bootstrap_columns(values[:, None], level, draws, seed)[0]
-
-
-def _bootstrap_columns(
-    values: NDArray, level: float = 0.95, draws: int = 1000, seed: int = 0
-) -> list[Interval]:
-    """Bootstrap several metrics [n, M] with the same resampled users."""
-    n, n_metrics = values.shape
-    if not n:
-        return [Interval(float("nan"), float("nan"), float("nan"), 0)] * n_metrics
-    rng = np.random.default_rng(seed)
-    means = np.empty((draws, n_metrics))
-    for draw in range(draws):
-        means[draw] = np.bincount(rng.integers(n, size=n), minlength=n) @ values
-    low, high = np.quantile(means / n, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return [
-        Interval(float(mean), float(lo), float(hi), n)
-        for mean, lo, hi in zip(values.mean(0), low, high, strict=True)
-    ]
-
-
 def strata(data: PreparedData, split: str) -> dict[str, NDArray[np.bool_]]:
     """Kinds of targets: repeats (already seen) or new, covered (a training target) or not."""
     samples = data.split(split)
@@ -252,46 +206,40 @@ def strata(data: PreparedData, split: str) -> dict[str, NDArray[np.bool_]]:
     }
 
 
-def evaluate(
+def rank_split(
     scorer: Scorer,
     data: PreparedData,
     split: str = "test",
     *,
     model: LCRSER | None = None,
     protocols: tuple[str, ...] = PROTOCOLS,
+    search_of: NDArray | None = None,
     device: torch.device | str = "cpu",
     backend: str = "auto",
-) -> list[dict[str, Any]]:
-    """Evaluate by every protocol and stratum: one row a metric.
+) -> Ranks:
+    """Rank every target of a split by every protocol that the data has candidates for.
 
-    A row holds protocol, targets (the stratum), metric, and mean, low, high, n of
-    :func:`bootstrap`. Protocols that the data has no candidates for are left out. Raises ValueError
-    for a split without samples.
+    ``search_of`` gives samples the searches of others, as :func:`make_batcher` says. Raises
+    ValueError for a split without samples.
     """
-    batcher = make_batcher(data, split, model)
+    batcher = make_batcher(data, split, model, search_of)
     if not len(batcher):
         raise ValueError(f"the data has no {split} samples")
-    groups = strata(data, split)
-    rows = []
-    for protocol in protocols:
-        ranks = rank_targets(scorer, batcher, protocol, device=device, backend=backend)
-        if not (ranks > 0).any():
-            continue
-        for group, member in groups.items():
-            metrics = rank_metrics(ranks[member])
-            intervals = _bootstrap_columns(np.stack(list(metrics.values()), 1))
-            for metric, interval in zip(metrics, intervals, strict=True):
-                key = {"protocol": protocol, "targets": group, "metric": metric}
-                rows.append({**key, **interval._asdict()})
-    return rows
+    ranks = {
+        protocol: rank_targets(scorer, batcher, protocol, device=device, backend=backend)
+        for protocol in protocols
+    }
+    return Ranks(
+        samples_digest(data, split),
+        strata(data, split),
+        {protocol: found for protocol, found in ranks.items() if found.any()},
+    )
 
 
-def evaluate_model(
-    model: LCRSER, data: PreparedData, split: str = "test", **options: Any
-) -> list[dict[str, Any]]:
-    """Evaluate a model as :func:`evaluate` does, on the model's device."""
+def rank_model(model: LCRSER, data: PreparedData, split: str = "test", **options: Any) -> Ranks:
+    """Rank with a model as :func:`rank_split` does, on the model's device."""
     model.eval()
-    return evaluate(
+    return rank_split(
         model_scorer(model),
         data,
         split,
@@ -299,6 +247,49 @@ def evaluate_model(
         device=model.head.target_weight.device,
         **options,
     )
+
+
+def rank_baselines(data: PreparedData, split: str = "test") -> dict[str, Ranks]:
+    """Rank with every baseline of :mod:`lcr_fast.training.baselines`, by name."""
+    baselines = Baselines(data, split)
+    return {name: rank_split(baselines.scorer(name), data, split) for name in TITLES}
+
+
+def exchanged_searches(data: PreparedData, split: str = "test", seed: int = 0) -> NDArray:
+    """Deal the searches of a split's samples to each other: whose each sample shows, [n].
+
+    Samples without searches stay without; all others change theirs, if there are two of them.
+    """
+    samples = data.split(split)
+    search_of = np.arange(len(samples))
+    order = np.random.default_rng(seed).permutation(np.flatnonzero(_searched(data, split)))
+    search_of[order] = np.roll(order, 1)
+    return search_of
+
+
+def _searched(data: PreparedData, split: str) -> NDArray[np.bool_]:
+    """Mark the samples of a split whose history has a search: [n]."""
+    samples = data.split(split)
+    return samples.search_end > data.search_offsets[samples.users]
+
+
+def search_effects(
+    model: LCRSER, data: PreparedData, split: str = "test"
+) -> dict[str, list[dict[str, Any]]]:
+    """Measure what a user's own searches are worth to a model that is not trained anew.
+
+    Rows of :func:`~lcr_fast.training.ranks.differences` over the samples that have searches: with
+    their own less with those of other users (``others``), and less without any (``none``). Not over
+    the catalogue, where each would cost as much as the whole evaluation.
+    """
+    exchanged = exchanged_searches(data, split)
+    own, others, none = (
+        rank_model(
+            model, data, split, protocols=("sampled", "impressions"), search_of=search_of
+        ).restricted(_searched(data, split))
+        for search_of in (None, exchanged, np.full(len(exchanged), -1))
+    )
+    return {"others": differences([(own, others)]), "none": differences([(own, none)])}
 
 
 def validation_score(model: LCRSER, batcher: Batcher, backend: str = "auto") -> float:

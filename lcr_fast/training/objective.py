@@ -212,7 +212,11 @@ class _Trajectories(Objective):
 
 
 class NoisySupervised(_Trajectories):
-    """Control of phase 2: the same noisy trajectories under the phase-1 ranking loss."""
+    """Control of phase 2: the same noisy trajectories under the ranking loss L_rank alone.
+
+    The like-for-like comparison: GRPO has no TCL term, so the control has none either, whatever
+    ``tcl_weight`` phase 1 had.
+    """
 
     def updates(self, batch: Batch, seed: int) -> Iterator[Update]:
         inputs = None

@@ -48,7 +48,8 @@ class Trainer:
     The folder ``out`` receives the best model by validation NDCG@5 (``model.safetensors``), a
     checkpoint, and one JSON line an epoch in ``metrics.jsonl``; a TensorBoard log too where
     TensorBoard is installed. Files are replaced atomically, so a killed run leaves the last good
-    ones. With ``resume`` a run continues from its checkpoint, bit for bit on CPU.
+    ones. With ``resume`` a run continues from its checkpoint, bit for bit on CPU with the same
+    number of threads (on which sums of torch's own ops may depend).
 
     Raises ValueError where there is nothing to train on, and on a checkpoint of another run.
     """

@@ -150,6 +150,28 @@ def test_min_history_counts_the_events_of_both_streams(make_log, tmp_path, min_h
             prepare(log, tmp_path / "out", **options)
 
 
+@pytest.mark.parametrize(
+    ("rec", "search", "times"),
+    [(0, 0, [10, 20, 30]), (1, 0, [10, 20, 30]), (2, 0, [20, 30]), (0, 1, [10, 20, 30]),
+     (0, 2, [20, 30]), (2, 2, [20, 30]), (3, 1, [30]), (0, 3, [])],
+)  # fmt: skip
+def test_a_sample_may_need_both_streams(make_log, tmp_path, rec, search, times):
+    """Strictly before: the search at the time 10 is no history of the target at 10."""
+    events = [(1, 1, 5, False), *((1, i, 10 * i, True) for i in (1, 2, 3)), (2, 4, 40, True)]
+    log = make_log(events, [(1, 6, ["a"], []), (1, 10, ["b"], []), (2, 39, ["a"], [])])
+    options = {"n_negatives": 0, "min_targets": 9, "min_rec_history": rec}
+    options["min_search_history"] = search
+    if rec == 0 and search < 2:
+        times = [*times, 40]
+    if times:
+        data = prepare(log, tmp_path / "out", **options)
+        assert sorted(data.split("train").times.tolist()) == times
+        assert data.manifest["options"].items() >= options.items()
+    else:
+        with pytest.raises(ValueError, match="at least 1 events, 3 searches, so there is nothing"):
+            prepare(log, tmp_path / "out", **options)
+
+
 def test_item_count_knows_nothing_of_held_out_targets(shop, tmp_path):
     data = prepare(shop, tmp_path / "out", n_negatives=2)
     counts = {data.items[i]: int(data.item_count[i]) for i in range(1, data.n_items + 1)}

@@ -1,0 +1,215 @@
+"""Ranks of every target of a split: what they are worth, and how far two sets of them differ."""
+
+import hashlib
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lcr_fast.data.prepared import PreparedData
+from lcr_fast.storage import load_tensors, save_tensors
+
+RANKS = "ranks.safetensors"
+_KIND = "ranks"
+CUTS = (1, 5, 10, 20)
+_DRAWS = 1000
+# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def rank_metrics(ranks: NDArray) -> dict[str, NDArray]:
+    """HR@k, NDCG@k and MRR of every ranked target (rank > 0): [n] arrays.
+
+    With one relevant item HR@k = [rank <= k], NDCG@k = HR@k / log2(rank + 1), MRR = 1 / rank.
+    """
+    ranks = ranks[ranks > 0].astype(np.float64)
+    gain = 1 / np.log2(ranks + 1)
+    metrics = {f"hr@{k}": (ranks <= k).astype(np.float64) for k in CUTS}
+    metrics |= {f"ndcg@{k}": np.where(ranks <= k, gain, 0.0) for k in CUTS}
+    return metrics | {"mrr": 1 / ranks}
+
+
+METRICS = tuple(rank_metrics(np.ones(1)))
+
+
+class Interval(NamedTuple):
+    """A mean with its confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def bootstrap(
+    values: NDArray, *, level: float = 0.95, draws: int = _DRAWS, seed: int = 0
+) -> Interval:
+    """Mean of a per-user metric [n] with its percentile bootstrap interval over users."""
+    return _intervals(values[:, None], _bootstrap_means(values[:, None], draws, seed), level)[0]
+
+
+def _bootstrap_means(values: NDArray, draws: int = _DRAWS, seed: int = 0) -> NDArray:
+    """Means of several metrics [n, M] over resampled users, the same for all: [draws, M]."""
+    n, n_metrics = values.shape
+    rng = np.random.default_rng(seed)
+    means = np.full((draws, n_metrics), np.nan)
+    for draw in range(draws if n else 0):
+        means[draw] = np.bincount(rng.integers(n, size=n), minlength=n) @ values
+    return means / max(n, 1)
+
+
+def _intervals(values: NDArray, means: NDArray, level: float = 0.95) -> list[Interval]:
+    """Give metrics [n, M] the percentile intervals of their resampled means [draws, M]."""
+    n, n_metrics = values.shape
+    if not n:
+        return [Interval(math.nan, math.nan, math.nan, 0)] * n_metrics
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return [
+        Interval(float(mean), float(lo), float(hi), n)
+        for mean, lo, hi in zip(values.mean(0), low, high, strict=True)
+    ]
+
+
+def across_seeds(values: Iterable[float]) -> Interval:
+    """Mean with its 95 % interval by Student's t; one value alone has no interval (NaN)."""
+    values = list(values)
+    n, mean = len(values), statistics.fmean(values)
+    if n < 2:
+        return Interval(mean, math.nan, math.nan, n)
+    df = n - 1
+    # Beyond the table, the expansion of t about the normal quantile.
+    t = _T95[df - 1] if df <= len(_T95) else 1.96 + 2.372 / df + 2.82 / df**2
+    half = t * float(np.std(values, ddof=1)) / math.sqrt(n)  # which NaN passes
+    return Interval(mean, mean - half, mean + half, n)
+
+
+def samples_digest(data: PreparedData, split: str) -> str:
+    """Name what a split asks for: its targets, their candidates and the size of the catalogue."""
+    digest = hashlib.sha256(str(data.n_items).encode())
+    for name in ("users", "items", "times", "negatives", "impression_offsets", "impressions"):
+        array = data.arrays.get(f"{split}_{name}")
+        digest.update(b"-" if array is None else np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of one split's targets by protocol, from 1; 0 where there is nothing to rank."""
+
+    samples: str  # samples_digest of the split
+    groups: dict[str, NDArray[np.bool_]]  # kinds of targets: members [n]
+    by_protocol: dict[str, NDArray[np.int64]]  # [n]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Measure by protocol, group and metric: rows of these with mean, low, high and n.
+
+        The intervals are those of :func:`bootstrap`.
+        """
+        rows = []
+        for protocol, ranks in self.by_protocol.items():
+            for group, member in self.groups.items():
+                values = _metric_columns(ranks[member])
+                intervals = _intervals(values, _bootstrap_means(values))
+                for metric, interval in zip(METRICS, intervals, strict=True):
+                    key = {"protocol": protocol, "targets": group, "metric": metric}
+                    rows.append({**key, **interval._asdict()})
+        return rows
+
+    def restricted(self, to: NDArray[np.bool_]) -> "Ranks":
+        """Keep the members of every group that a mask [n] marks."""
+        return replace(self, groups={name: member & to for name, member in self.groups.items()})
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file, atomically."""
+        tensors = {f"group.{name}": torch.from_numpy(m) for name, m in self.groups.items()}
+        tensors |= {f"rank.{name}": torch.from_numpy(r) for name, r in self.by_protocol.items()}
+        tensors = {n: t if t.dtype == torch.bool else t.int() for n, t in tensors.items()}
+        # A safetensors file keeps no order.
+        names = {"groups": list(self.groups), "protocols": list(self.by_protocol)}
+        save_tensors(path, _KIND, tensors, {"samples": self.samples, **names})
+
+    @classmethod
+    def load(cls, path: Path) -> "Ranks":
+        """Read what :meth:`save` wrote; ValueError with one sentence on anything else."""
+        tensors, info = load_tensors(path, _KIND)
+        return cls(
+            info["samples"],
+            {name: tensors[f"group.{name}"].numpy() for name in info["groups"]},
+            {name: tensors[f"rank.{name}"].long().numpy() for name in info["protocols"]},
+        )
+
+
+def _metric_columns(ranks: NDArray) -> NDArray:
+    return np.stack(list(rank_metrics(ranks).values()), 1)
+
+
+class Difference(NamedTuple):
+    """The mean difference of a metric, with two intervals that ask two questions."""
+
+    mean: float
+    low: float  # over users: would other users of these models show it?
+    high: float
+    n: int  # users
+    seeds_low: float  # over seeds: would other trainings show it? NaN for one pair
+    seeds_high: float
+    seeds: int
+
+
+def differences(pairs: Sequence[tuple[Ranks, Ranks]]) -> list[dict[str, Any]]:
+    """Compare first to second ranks user by user, a pair a seed: rows as :meth:`Ranks.rows`.
+
+    A row holds protocol, targets, metric and a :class:`Difference`. Over users: the percentile
+    bootstrap of each user's difference, averaged over the pairs that have the same samples; pairs
+    of other samples are resampled on their own. Over seeds: Student's t of the pairs' means.
+    Raises ValueError where the two of a pair rank different samples.
+    """
+    for first, second in pairs:
+        if first.samples != second.samples:
+            raise ValueError("the ranks are not of the same samples")
+    rows = []
+    first = pairs[0][0]
+    for protocol in first.by_protocol:
+        for group in first.groups:
+            columns = [_difference_columns(*pair, protocol, group) for pair in pairs]
+            for metric, values in zip(METRICS, _differences(pairs, columns), strict=True):
+                key = {"protocol": protocol, "targets": group, "metric": metric}
+                rows.append({**key, **values._asdict()})
+    return rows
+
+
+def _difference_columns(first: Ranks, second: Ranks, protocol: str, group: str) -> NDArray:
+    """Differences of all metrics, user by user: [n, M]."""
+    if protocol not in second.by_protocol:
+        raise ValueError(f"the ranks are not of the same samples: only one has {protocol}")
+    mine, theirs = (ranks.by_protocol[protocol][ranks.groups[group]] for ranks in (first, second))
+    return _metric_columns(mine) - _metric_columns(theirs)
+
+
+def _differences(pairs: Sequence[tuple[Ranks, Ranks]], columns: list[NDArray]) -> list[Difference]:
+    of_samples: dict[str, list[NDArray]] = {}
+    for (first, _), values in zip(pairs, columns, strict=True):
+        of_samples.setdefault(first.samples, []).append(values)
+    means = np.zeros((_DRAWS, len(METRICS)))
+    n = 0
+    for seed, group in enumerate(of_samples.values()):
+        values = np.mean(group, 0)
+        means += len(group) / len(pairs) * _bootstrap_means(values, seed=seed)
+        n += len(values)
+    low, high = np.quantile(means, [0.025, 0.975], axis=0)
+    found = []
+    for column in range(len(METRICS)):
+        seeds = [float(v[:, column].mean()) if len(v) else math.nan for v in columns]
+        spread = across_seeds(seeds)
+        found.append(
+            Difference(
+                spread.mean, float(low[column]), float(high[column]), n, spread.low, spread.high,
+                len(pairs),
+            )
+        )  # fmt: skip
+    return found
