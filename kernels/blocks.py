@@ -238,7 +238,7 @@ def layer_norm_bwd(dy, x, weight_ptr, dnorm_ptr, D: tl.constexpr):
     return rstd[:, None] * (g - mean_g[:, None] - x_hat * mean_gx[:, None])
 
 
-# -- weights and products ----------------------------------------------------------------------------
+# -- weights and products -------------------------------------------------------------------------
 
 
 @triton.jit

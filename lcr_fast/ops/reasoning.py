@@ -64,7 +64,8 @@ def _triton_obstacle(case: ReasoningCase) -> str | None:
 
     return _switch_obstacle(case) or kernels.obstacle(
         dim=case.dim, n_heads=case.n_heads, ffn_dim=case.ffn_dim, search_len=case.search_len,
-        rec_len=case.rec_len, dtype=case.dtype, gpu=current_gpu() if case.device == "cuda" else None,
+        rec_len=case.rec_len, dtype=case.dtype,
+        gpu=current_gpu() if case.device == "cuda" else None,
     )  # fmt: skip
 
 
