@@ -26,6 +26,20 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+def columns_product(dy: Tensor, x: Tensor) -> Tensor:
+    """dY^T X in float32 for [..., rows, out] and [..., rows, in] of one dtype: [..., out, in].
+
+    A weight gradient sums over all rows of a batch. torch's float32 products do that in float32; a
+    tensor core truncates every partial sum, whose error grows with the rows.
+    """
+    dy = dy.transpose(-1, -2)
+    if x.dtype == torch.float32:
+        return dy @ x
+    if x.is_cuda:
+        return (torch.bmm if x.ndim == 3 else torch.mm)(dy, x, out_dtype=torch.float32)
+    return dy.float() @ x.float()
+
+
 class Gpu(NamedTuple):
     """What a configuration depends on of a GPU."""
 

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lcr_fast.kernels.gpu import GPUS, Gpu, dot_precision, gpu_of, on_device
+from lcr_fast.kernels.gpu import GPUS, Gpu, columns_product, dot_precision, gpu_of, on_device
 from lcr_fast.kernels.reasoning_bwd import (
     cross_bwd_kernel,
     ffn_bwd_kernel,
@@ -146,16 +146,6 @@ def latent_reasoning_fwd(
 _SCRATCH_BYTES = 1 << 29
 
 
-def _columns_product(dy: Tensor, x: Tensor) -> Tensor:
-    """dY^T X in float32 for [P, rows, out] and [P, rows, in]: [P, out, in]."""
-    dy = dy.transpose(1, 2)
-    if x.dtype == torch.float32:
-        return torch.bmm(dy, x)
-    if x.is_cuda:
-        return torch.bmm(dy, x, out_dtype=torch.float32)
-    return torch.bmm(dy.float(), x.float())
-
-
 def _add_weight_gradients(
     totals: list[Tensor], scratch: Sequence[Tensor], dnorm: Tensor, D: int, F: int
 ) -> None:
@@ -190,7 +180,7 @@ def _add_weight_gradients(
                 (10, slice(None), dy(own, 8 * D, D), columns(own, 5 * D, F)),
             ]
         for weight, out_rows, gradient, operand in pairs:
-            totals[weight][:P, x, out_rows] += _columns_product(gradient, operand)
+            totals[weight][:P, x, out_rows] += columns_product(gradient, operand)
             totals[weight + 1][:P, x, out_rows] += bias(gradient)
     n_norms = 3 if F else 2
     norms = dnorm[:, :, :, :n_norms].sum(1)  # [P, 2, n_norms, 2, D]

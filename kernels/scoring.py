@@ -17,10 +17,10 @@ Backward, with g = dy and everything recomputed:
     dh_j = sum_i p_xj dz_x + dl_xj k_x
     dW1 = dt1 [z_r; z_s; e; u]^T;   dW2 = dt2 (m1 relu(t1))^T;   dW_x = dk_x e^T
 
-in five kernels, for as many users at a time as :data:`SCRATCH_BYTES` allows: the head's rows
+in four kernels, for as many users at a time as :data:`SCRATCH_BYTES` allows: the head's rows
 (dt1, dt2, dz; one program a tile), the candidates (dk, de; one program a tile, over all
-trajectories), the states (dh; one program a block of events, over all candidates), the users (du),
-and matrix products over all rows for the weights.
+trajectories), the states (dh; one program a block of events, over all candidates) and the users
+(du). The weights' gradients are products over all rows, which torch multiplies.
 
 Sums are float32; products take the states' dtype (float32 as
 ``torch.get_float32_matmul_precision()`` says), to which weights and vectors are cast as they are
@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcr_fast.kernels.gpu import GPUS, Gpu, dot_precision, gpu_of, on_device
+from lcr_fast.kernels.gpu import GPUS, Gpu, columns_product, dot_precision, gpu_of, on_device
 from lcr_fast.kernels.products import product
 from lcr_fast.kernels.ptxas import kernel
 from lcr_fast.kernels.target import (
@@ -575,66 +575,9 @@ def _user_bwd_kernel(
     tl.store(duser_ptr + b * D + axis, du.to(duser_ptr.dtype.element_ty))
 
 
-@kernel()
-def _weight_bwd_kernel(
-    left_ptr, right_ptr,  # [R, M], [R, K], in strides
-    partial_ptr,  # [splits, M, K]
-    left_stride, right_stride, n_rows, rows_per_split, M, K,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """Multiply left^T right over a run of rows, in the dtype of the right side."""
-    DTYPE: tl.constexpr = right_ptr.dtype.element_ty
-    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    split = tl.program_id(2).to(tl.int64)
-    end = tl.minimum((split + 1) * rows_per_split, n_rows)
-    total = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    for first in range(split * rows_per_split, end, BLOCK_R):
-        r = first + tl.arange(0, BLOCK_R)  # int64
-        left = tl.load(
-            left_ptr + r[:, None] * left_stride + m[None, :],
-            mask=(r < end)[:, None] & (m < M)[None, :],
-            other=0.0,
-        ).to(DTYPE)  # [BLOCK_R, BLOCK_M]
-        right = tl.load(
-            right_ptr + r[:, None] * right_stride + k[None, :],
-            mask=(r < end)[:, None] & (k < K)[None, :],
-            other=0.0,
-        )  # [BLOCK_R, BLOCK_K]
-        total = product(tl.trans(left), right, PRECISION, total)
-    tl.store(
-        partial_ptr + (split * M + m[:, None]) * K + k[None, :],
-        total,
-        mask=(m < M)[:, None] & (k < K)[None, :],
-    )
-
-
 # Most bytes of intermediate rows that a backward holds at once (but at least one user's).
 SCRATCH_BYTES = 256 << 20
-# A weight gradient is the sum over so many runs of rows at most, each at least so long.
-_SPLITS, _SPLIT_ROWS = 64, 1024
-
 _USER_CONFIG = {"H1_BLOCK": 32, "num_warps": 4, "num_stages": 1}
-_WEIGHT_CONFIG = {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_R": 32, "num_warps": 4, "num_stages": 3}
-
-
-def _weight_bwd(left: Tensor, right: Tensor, precision: str) -> Tensor:
-    """Launch left^T right: [R, M], [R, K] -> float32 [M, K]."""
-    n_rows, M, K = left.shape[0], left.shape[1], right.shape[1]
-    rows_per_split = max(_SPLIT_ROWS, triton.cdiv(n_rows, _SPLITS))
-    n_splits = triton.cdiv(n_rows, rows_per_split)
-    partial = left.new_empty(n_splits, M, K, dtype=torch.float32)
-    grid = (
-        triton.cdiv(K, _WEIGHT_CONFIG["BLOCK_K"]),
-        triton.cdiv(M, _WEIGHT_CONFIG["BLOCK_M"]),
-        n_splits,
-    )
-    _weight_bwd_kernel[grid](
-        left, right, partial, left.stride(0), right.stride(0), n_rows, rows_per_split, M, K,
-        PRECISION=precision, **_WEIGHT_CONFIG,
-    )  # fmt: skip
-    return partial.sum(0)
 
 
 def score_bwd(
@@ -728,10 +671,10 @@ def score_bwd(
                     softmax[x], dstates, size, n_trajectories, n_candidates, n_rows, first,
                     **config,
                 )  # fmt: skip
-            dtarget_weight += _weight_bwd(dkeys, candidates[:, 2 * dim :], precision)
+            dtarget_weight += columns_product(dkeys, candidates[:, 2 * dim :])
             if h1:
-                dmlp_weights[0][:, : 3 * dim] += _weight_bwd(dt1, inputs, precision)
-                dmlp_weights[1] += _weight_bwd(dt2, hidden, precision)
+                dmlp_weights[0][:, : 3 * dim] += columns_product(dt1, inputs)
+                dmlp_weights[1] += columns_product(dt2, hidden)
                 for total, part in zip(
                     (dmlp_biases[0], dmlp_biases[1], dmlp_weights[2][0]),
                     sums.sum(0).split((h1, h2, h2)),
@@ -746,8 +689,7 @@ def score_bwd(
     if dscores.numel() and h1:
         dmlp_biases[2] += dscores.sum(dtype=torch.float32)
         if constants["HAS_USER"]:
-            with on_device(search):
-                dmlp_weights[0][:, 3 * dim :] = _weight_bwd(dt1_sums, user.to(dtype), precision)
+            dmlp_weights[0][:, 3 * dim :] = columns_product(dt1_sums.to(dtype), user.to(dtype))
     return (
         dsearch, drec, ditems, duser,
         dtarget_weight.view_as(target_weight).to(target_weight.dtype),
@@ -1070,7 +1012,7 @@ _POINTER_TYPES = {
     "target_ptr": "*i64", "keys_ptr": "*i64", "ahead_ptr": "*i64",
     "softmax_ptr": "*fp32", "sums_ptr": "*fp32", "partial_ptr": "*fp32",
 }  # fmt: skip
-_SCALAR_TYPES = {"scale": "fp32", "seed": "i64", "rows_per_split": "i32"}
+_SCALAR_TYPES = {"scale": "fp32", "seed": "i64"}
 
 
 def _variant(name: str, kernel, dtype: torch.dtype, constants: dict[str, Any]) -> Variant:
@@ -1121,8 +1063,6 @@ def variants(arch: str) -> Iterator[Variant]:
                 yield _variant(name, _catalogue_topk_kernel, dtype, top)
             name = f"catalogue_rank-{kind}-d{dim}-L{n_events}"
             yield _variant(name, _catalogue_rank_kernel, dtype, scan)
-        call = {"PRECISION": precision, **_WEIGHT_CONFIG}
-        yield _variant(f"weight_bwd-{kind}", _weight_bwd_kernel, dtype, call)
         if precision != "tf32":
             call = {"D": 64, "H1": 200, "H2": 80, **_USER_CONFIG}
             yield _variant(f"user_bwd-no-dot-{kind}-d64", _user_bwd_kernel, dtype, call)

@@ -331,15 +331,15 @@ class Baseline(NamedTuple):
     eager: list[dict[str, Tensor]]
 
 
-def _neighbour(call: Reasoning, generator: torch.Generator) -> Reasoning:
-    """Move every input up or down by one unit roundoff."""
+def neighbours(tensors: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """Move every number up or down by one unit roundoff: as good a rounding of the same inputs."""
 
     def move(t: Tensor) -> Tensor:
         signs = 2 * torch.randint(0, 2, t.shape, generator=generator) - 1
         u = torch.finfo(t.dtype).eps / 2
         return (t.double() * (1 + 1.01 * u * signs.to(t.device))).to(t.dtype)
 
-    return call._replace(inputs={name: move(t) for name, t in call.inputs.items()})
+    return {name: move(t) for name, t in tensors.items()}
 
 
 def reasoning_baseline(
@@ -353,7 +353,7 @@ def reasoning_baseline(
     """
     dtype = next(iter(call.inputs.values())).dtype
     generator = torch.Generator().manual_seed(0)
-    calls = (call, _neighbour(call, generator), _neighbour(call, generator))
+    calls = [call] + [call._replace(inputs=neighbours(call.inputs, generator)) for _ in range(2)]
     with every_op_rounded() if dtype.itemsize < 4 else contextlib.nullcontext():
         eager = [run(near, "reference") for near in calls]
     return Baseline(run(call.to(torch.float64), "reference"), eager)
@@ -364,18 +364,27 @@ def reasoning_baseline(
 REASONING_FACTOR = 3.0
 
 
+def assert_parity_with_luck(
+    name: str, fused: Tensor, eager: list[Tensor], exact: Tensor, factor: float
+) -> None:
+    """Apply :func:`assert_parity` with the eager result of several that has the largest RMS error.
+
+    One eager run may be near the exact result by luck; others start from :func:`neighbours`.
+    """
+    errors = [_rms(t.double() - exact) if exact.numel() else 0.0 for t in eager]
+    assert_parity(name, fused, eager[errors.index(max(errors))], exact, factor)
+
+
 def assert_reasoning_parity(
     fused: dict[str, Tensor], baseline: Baseline, factor: float = REASONING_FACTOR
 ) -> None:
-    """Apply :func:`assert_parity` to what :func:`run_reasoning` returns, weights taken apart.
+    """Apply :func:`assert_parity_with_luck` to what :func:`run_reasoning` returns.
 
-    Each part is held to the eager run with the largest RMS error.
+    Weights are taken apart.
     """
     assert fused.keys() == baseline.exact.keys()
     exact, fused = split_weights(baseline.exact), split_weights(fused)
     eager = [split_weights(results) for results in baseline.eager]
     for name, truth in exact.items():
-        errors = [
-            _rms(results[name].double() - truth) if truth.numel() else 0.0 for results in eager
-        ]
-        assert_parity(name, fused[name], eager[errors.index(max(errors))][name], truth, factor)
+        near = [results[name] for results in eager]
+        assert_parity_with_luck(name, fused[name], near, truth, factor)

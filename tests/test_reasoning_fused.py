@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+import tensor_core
 from lcr_fast import noise, ops
 from lcr_fast.ops import _dispatch, _triton
 from lcr_fast.ops import reasoning as op_layer
@@ -181,14 +182,24 @@ def test_parity_of_large_calls(case, dtype):
     assert_reasoning_parity(run_reasoning(call, "triton"), reasoning_baseline(call))
 
 
-# Configurations of the Triton kernels (num_warps, park, depth of products, block_f), and a case.
+@pytest.mark.skipif(GPU, reason="a GPU has tensor cores")
+@pytest.mark.parametrize("case", ["dropout", "three trajectories", "states far from 0"])
+def test_parity_with_the_rounding_of_tensor_cores(monkeypatch, case):
+    require("triton", CASES[case])
+    call = draw("triton", CASES[case])
+    with tensor_core.multiplying(monkeypatch, "highest"):
+        assert_reasoning_parity(run_reasoning(call, "triton"), reasoning_baseline(call))
+
+
+# Configurations of the Triton kernels, and a case.
 CONFIGS = {
-    "nothing waits in memory": ((4, 0, 0, 32), "dropout"),
-    "the idle stream waits in memory": ((4, 1, 0, 32), "dropout"),
-    "every operand waits in memory": ((4, 2, 0, 32), "dropout"),
-    "products of depth 32": ((8, 2, 32, 16), "D=64 H=4, K=1"),
-    "products of depth 16": ((8, 0, 16, 32), "D=64 H=4, K=1"),
-}
+    "nothing waits in memory": ({"num_warps": 4, "rows": 16}, "dropout"),
+    "the idle stream waits in memory": ({"num_warps": 4, "park": 1}, "dropout"),
+    "every operand waits in memory": ({"num_warps": 4, "park": 2, "rows": 32}, "dropout"),
+    "products in pieces": (
+        {"num_warps": 8, "park": 2, "block_f": 16, "cut": True}, "D=128 H=2, wide FFN"
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.gpu
@@ -205,7 +216,7 @@ def test_parity_in_every_configuration(monkeypatch, name, dtype):
 
     def chosen(which, *_):
         asked.append(which)
-        return reasoning_config.Config(*config)
+        return reasoning_config.Config(**config)
 
     monkeypatch.setattr(reasoning_config, "config", chosen)
     call = draw("triton", CASES[case], dtype=dtype)

@@ -1,0 +1,69 @@
+"""A model of how tensor cores multiply float32, for Triton's interpreter, which does so exactly.
+
+A number is rounded to TF32, 10 bits of fraction, ties away from 0. Eight products at a time are
+added to the accumulator, and the sum is truncated to float32.
+"""
+
+import contextlib
+
+import numpy as np
+import torch
+
+_DEPTH = 8  # of one instruction
+
+
+def round_to_tf32(x: np.ndarray) -> np.ndarray:
+    """Round float32 to the nearest TF32."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    rounded = ((bits + np.uint32(1 << 12)) & np.uint32(0xFFFFE000)).view(np.float32)
+    return np.where(np.isfinite(x), rounded, x)
+
+
+def _truncate(x: np.ndarray) -> np.ndarray:
+    """Round float64 to float32 towards 0."""
+    nearest = x.astype(np.float32)
+    is_beyond = np.abs(nearest.astype(np.float64)) > np.abs(x)
+    return np.where(is_beyond, np.nextafter(nearest, np.float32(0)), nearest)
+
+
+def _accumulate(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarray:
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    for k in range(0, a.shape[-1], _DEPTH):
+        total = _truncate(total + a[..., k : k + _DEPTH] @ b[..., k : k + _DEPTH, :])
+    return total
+
+
+def product(a: np.ndarray, b: np.ndarray, precision: str) -> np.ndarray:
+    """Multiply float32 matrices as ``tf32`` or ``tf32x3``."""
+    big_a, big_b = round_to_tf32(a), round_to_tf32(b)
+    total = np.zeros((*a.shape[:-1], b.shape[-1]), np.float32)
+    if precision == "tf32x3":
+        small_a, small_b = round_to_tf32(a - big_a), round_to_tf32(b - big_b)
+        total = _accumulate(big_a, small_b, _accumulate(small_a, big_b, total))
+        total = np.where(np.isfinite(total), total, np.float32(0))  # inf - inf of the small parts
+    return _accumulate(big_a, big_b, total)
+
+
+@contextlib.contextmanager
+def multiplying(monkeypatch, matmul_precision: str):
+    """Let the interpreter multiply float32 so, and torch allow it (``highest`` or ``high``)."""
+    from triton.runtime import interpreter
+
+    before = torch.get_float32_matmul_precision()
+    exact = interpreter.InterpreterBuilder.create_dot
+    precision = {"highest": "tf32x3", "high": "tf32"}[matmul_precision]
+
+    def create_dot(self, a, b, d, *options):
+        if a.data.dtype != np.float32:
+            return exact(self, a, b, d, *options)
+        with np.errstate(invalid="ignore", over="ignore"):
+            total = product(a.data, b.data, precision) + d.data
+        return interpreter.TensorHandle(total, d.dtype.scalar)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+        torch.set_float32_matmul_precision(matmul_precision)
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
