@@ -164,7 +164,8 @@ def captured(
 def rounding_bound(precision: str, backward: bool = False) -> float:
     """Say how far results of one precision may be apart, in RMS, relative to their size."""
     if precision != "fp32":
-        return 0.05  # every sublayer rounds
+        # Every sublayer rounds; in eager bfloat16, gradients of a head are off by up to 0.12.
+        return 0.2 if backward and precision == "bf16" else 0.05
     # Five post-norm steps amplify a rounding error by ten at most. A ReLU whose input rounds to the
     # other side of 0 moves gradients by up to 4e-4 of their size (seen in eager, against float64).
     return 1e-3 if backward else 1e-4

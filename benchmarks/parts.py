@@ -34,6 +34,10 @@ class Command(NamedTuple):
     quote: str = ""
     #: What in the output says that this machine cannot run the command, which is no failure.
     cannot: str = ""
+    #: Whom findings accuse (a group), the exit status that they cause, and whom to let off.
+    accuses: str = ""
+    accusing_status: int = 0
+    others: str = ""
 
 
 class Outcome(NamedTuple):
@@ -158,9 +162,15 @@ class Runner:
         if ended == 0 or (ended == _NO_TESTS and command.is_pytest):
             quoted = re.findall(command.quote, text, re.M) if command.quote else [last]
             return Outcome(command.title, PASSED, took, "; ".join(quoted), [])
+        accused = sorted(set(re.findall(command.accuses, text))) if command.accuses else []
+        of_others = [name for name in accused if re.search(command.others, name)]
+        if accused and accused == of_others and ended == command.accusing_status:
+            why = f"{last}, none in our kernels but in {', '.join(accused)}"
+            return Outcome(command.title, PASSED, took, why, [])
         tail = lines[-_TAIL_LINES:]
         if ended is None:
-            summary = f"stopped after {seconds:.0f} s: {last}"
+            reached = _reached(lines) if command.is_pytest else last
+            summary = f"stopped after {seconds:.0f} s: {reached}"
             return Outcome(command.title, TIMED_OUT, took, summary, tail)
         if isinstance(ended, str):
             return Outcome(command.title, FAILED, took, ended, tail)
@@ -200,6 +210,21 @@ def _read_end(output) -> str:
     size = output.seek(0, os.SEEK_END)
     output.seek(max(0, size - _LOG_BYTES))
     return output.read().decode(errors="replace")
+
+
+# What pytest -v prints of each test, with xdist and without.
+_TEST_LINE = re.compile(
+    r"^\[gw\d+\][^A-Z]*(?P<how>PASSED|FAILED|ERROR) (?P<name>\S+::.*)$"
+    r"|^(?P<name2>\S+::.*?) (?P<how2>PASSED|FAILED|ERROR)\b"
+)
+
+
+def _reached(lines: Iterable[str]) -> str:
+    """Say how the tests ended that pytest -v came to, and which did not pass."""
+    found = [match for line in lines if (match := _TEST_LINE.match(line))]
+    bad = [m["name"] or m["name2"] for m in found if "PASSED" not in (m["how"], m["how2"])]
+    summary = f"{len(found) - len(bad)} passed, {len(bad)} failed"
+    return summary + (f": {', '.join(bad)}" if bad else "")
 
 
 def _judge(outcomes: list[Outcome], is_pytest: bool) -> tuple[str, str]:

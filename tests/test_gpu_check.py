@@ -108,6 +108,46 @@ def test_what_a_machine_cannot_run_is_no_failure(runner):
     assert results["tool"].status == NOT_RUN
 
 
+@pytest.mark.parametrize(
+    ("names", "status", "expected"),
+    [
+        ((), 0, PASSED),
+        (("nvjet_sm90",), 9, PASSED),
+        (("nvjet_sm90", "ffn_bwd_kernel"), 9, FAILED),
+        (("nvjet_sm90",), 1, FAILED),  # the program itself
+        ((), 9, FAILED),
+    ],
+)
+def test_findings_in_the_kernels_of_others_are_told_apart(runner, names, status, expected):
+    code = "".join(f"print('Race at {name}+0xb0')\n" for name in names)
+    code += f"print('SUMMARY'); raise SystemExit({status})"
+    command = python(
+        "race", code, accuses=r"at (\w+)\+0x", accusing_status=9, others="nvjet|cublas"
+    )
+    result = run(runner, Part("race", [[command]]))["race"]
+    assert result.status == expected
+    if names and expected == PASSED:
+        assert "none in our kernels but in nvjet_sm90" in result.summary
+
+
+@pytest.mark.parametrize("options", [(), ("-n", "1")], ids=["plain", "xdist"])
+def test_tests_that_failed_are_named_when_time_runs_out(runner, tmp_path, options):
+    if options:
+        pytest.importorskip("xdist")
+    (tmp_path / "test_a.py").write_text(
+        "import pytest, time\n"
+        "@pytest.mark.parametrize('x', ['an id, with D=1'])\n"
+        "def test_a(x): assert 0\n"
+        "def test_b(): pass\n"
+        "def test_c(): time.sleep(600)\n"
+    )
+    words = (sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *options, "test_a.py")
+    part = Part("tests", [[Command("test_a", words, is_pytest=True)]], seconds=12)
+    result = run(runner, part)["tests"]
+    assert result.status == TIMED_OUT
+    assert "1 passed, 1 failed: test_a.py::test_a[an id, with D=1]" in result.summary
+
+
 def test_pytest_is_summed_up_over_files(runner, tmp_path):
     (tmp_path / "test_a.py").write_text("def test_a(): pass\ndef test_b(): assert 0\n")
     (tmp_path / "test_b.py").write_text("def test_a(): pass\n")
@@ -196,6 +236,11 @@ def test_the_report_holds_times_and_checks(tmp_path):
     assert table.strip() == f"## {path.stem}\n\n{report(found)}"
     assert "driver 1.2" in table
     assert "| train   | timed out | 9 s    | slow" in table
+
+
+def test_a_report_names_no_folder_of_the_machine():
+    text = f"{gpu_check.ROOT}/benchmarks/harness.py:1 {Path(pytest.__file__)}"
+    assert gpu_check.without_paths(text) == "benchmarks/harness.py:1 pytest/__init__.py"
 
 
 def test_a_report_without_any_time(tmp_path):

@@ -24,6 +24,7 @@ _STYLES = {
 }  # fmt: skip
 _SPARE = ("#228833", "#66ccee", "#888888")
 _MOST_SERIES = 4  # in one panel
+_MOST_LINES = 12  # in one panel, of all series
 
 
 class Entry(NamedTuple):
@@ -234,12 +235,11 @@ def draw(run: Run, folder: str | Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for group, entries in _groups(run).items():
-        series = {axis: found for axis in "BLdKNC" if (found := _series(entries, axis))}
-        if series:
-            name = re.sub(r"\W+", "-", group)
-            path = folder / f"{run.name}-speed-up-{name}.png"
-            _draw_speed_up(run, group, series, path)
-            files.append(path)
+        for title, some in _legible(group, entries).items():
+            if series := _all_series(some):
+                name = re.sub(r"\W+", "-", title)
+                files.append(folder / f"{run.name}-speed-up-{name}.png")
+                _draw_speed_up(run, title, series, files[-1])
     if points := [e for e in run.entries if "bytes" in e.info and "FLOPs" in e.info]:
         files.append(folder / f"{run.name}-roofline.png")
         _draw_roofline(run, points, files[-1])
@@ -247,6 +247,21 @@ def draw(run: Run, folder: str | Path) -> list[Path]:
         files.append(folder / f"{run.name}-latency.png")
         _draw_latency(run, requests, files[-1])
     return files
+
+
+def _all_series(entries: list[Entry]) -> dict[str, dict[str, list[Entry]]]:
+    return {axis: found for axis in "BLdKNC" if (found := _series(entries, axis))}
+
+
+def _legible(group: str, entries: list[Entry]) -> dict[str, list[Entry]]:
+    """Split a group by precision where one picture would have too many lines; by title."""
+    n_lines = max(map(len, _all_series(entries).values()), default=0) * len(_others(entries))
+    if n_lines <= _MOST_LINES:
+        return {group: entries}
+    found: dict[str, list[Entry]] = {}
+    for entry in entries:
+        found.setdefault(", ".join([group, *_dtype_of([entry])]), []).append(entry)
+    return found
 
 
 def _series(entries: list[Entry], axis: str) -> dict[str, list[Entry]]:
