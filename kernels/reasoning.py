@@ -400,6 +400,8 @@ def variants(arch: str) -> Iterator[Variant]:
             ("bwd", "self_bwd-train", self_bwd_kernel, train),
             ("bwd", "self_bwd-rollout", self_bwd_kernel, rollout),
         ):
+            if dtype == torch.float32 and switches is rollout:
+                continue  # as in training but for the drawing, which halves show
             compiled = constants(which, dim, dim, 2, sizes, dtype, call.precision, GPUS[arch])
             compiled |= rows | switches
             yield _variant(f"{name}-{suffix}", kernel, dtype, call.weights, compiled)
