@@ -126,7 +126,12 @@ class LCRConfig(_JsonConfig):
     cross_memory: Literal["post_msa", "step_input", "initial"] = _option(
         "post_msa", "the state of the other stream that cross-attention reads"
     )
-    score: Literal["mlp", "dot"] = _option("mlp", "head")
+    score: Literal["mlp", "dot", "mlp_dot"] = _option(
+        "mlp", "head: MLP, dot product, or the sum of both, which starts as the dot product"
+    )
+    readout: Literal["final", "mean"] = _option(
+        "final", "what the aggregation reads: h^(K), or its mean with h^(0)"
+    )
     mlp_hidden: tuple[int, ...] = _option((200, 80), "hidden widths of the MLP head")
     backend: Backend = _option("auto", "which implementation the ops use")
 

@@ -360,7 +360,7 @@ def relevance_share(model: LCRSER, data: PreparedData, split: str = "test") -> R
         if not keep.any():
             continue
         target = model.item_vectors(batch.candidates[:, :1])
-        search = states.h[-1][SEARCH]
+        search = model.read(states.h[0], states.h[-1])[SEARCH]
         alpha = model.pool(search, batch.search_lengths, target, SEARCH)[1][:, 0]  # [B, L_s]
         n_relevant = relevant.sum(1)
         shares = [n_relevant / (n_relevant + noise.sum(1)), (alpha * relevant).sum(1)]
