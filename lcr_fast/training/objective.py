@@ -19,8 +19,9 @@ from lcr_fast.batch import Batch
 from lcr_fast.config import TrainConfig
 from lcr_fast.data.batching import Batcher
 from lcr_fast.data.negatives import NegativeSampler
+from lcr_fast.data.pairs import training_pairs
 from lcr_fast.model import LCRSER
-from lcr_fast.objectives import rank_loss, tcl
+from lcr_fast.objectives import alignment, rank_loss, tcl
 from lcr_fast.reference import Streams
 from lcr_fast.training.evaluation import with_target
 
@@ -42,6 +43,7 @@ class Schedule(NamedTuple):
     epochs: int
     batch_size: int
     epoch_size: int  # samples drawn for an epoch; 0 means all
+    decay: bool = False  # does the learning rate fall to 0 at the last epoch?
 
 
 class Inputs(NamedTuple):
@@ -99,14 +101,20 @@ class Objective:
 
 
 class Supervised(Objective):
-    """Phase 1: ranking loss and TCL (:mod:`lcr_fast.objectives`)."""
+    """Phase 1: ranking loss, TCL and alignment (:mod:`lcr_fast.objectives`)."""
 
     phase = 1
+
+    def __init__(self, model: LCRSER, batcher: Batcher, config: TrainConfig) -> None:
+        super().__init__(model, batcher, config)
+        self.pairs = training_pairs(batcher.data) if config.align_weight else None
 
     @property
     def schedule(self) -> Schedule:
         config = self.config
-        return Schedule(config.learning_rate, config.epochs, config.batch_size, 0)
+        return Schedule(
+            config.learning_rate, config.epochs, config.batch_size, 0, config.schedule == "linear"
+        )
 
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         return list(self.model.named_parameters())
@@ -126,7 +134,7 @@ class Supervised(Objective):
         return self.batcher.gather(rows, *with_target(targets, negatives))
 
     def updates(self, batch: Batch, seed: int) -> Iterator[Update]:
-        """One update: L = L_rank + lambda L_TCL."""
+        """One update: L = L_rank + lambda L_TCL, and the weighted loss of alignment."""
         config, model = self.config, self.model
         model.train()
         model.dropout_seed = seed
@@ -153,7 +161,33 @@ class Supervised(Objective):
             )
             loss = loss + config.tcl_weight * contrast
             logs["tcl"] = contrast.item()
+        if self.pairs is not None:
+            aligned = self._alignment(np.random.default_rng([seed, 1]))
+            loss = loss + config.align_weight * aligned
+            logs["alignment"] = aligned.item()
         yield Update(loss, logs)
+
+    def _alignment(self, rng: np.random.Generator) -> Tensor:
+        """Draw pairs and align both kinds: a scalar, 0 where the data has none."""
+        assert self.pairs is not None
+        model, pairs = self.model, self.pairs
+        device = model.head.target_weight.device
+
+        def draw(*sides: NDArray) -> list[Tensor]:
+            rows = rng.integers(len(sides[0]), size=self.config.align_pairs)
+            return [torch.from_numpy(side[rows].astype(np.int64)).to(device) for side in sides]
+
+        loss = torch.zeros((), device=device)
+        if len(pairs.queries):
+            queries, clicked = draw(pairs.queries, pairs.clicked)
+            terms = torch.from_numpy(self.batcher.terms(queries.cpu().numpy()))
+            asked = model.query_vectors(queries, terms.to(device))
+            loss = loss + alignment(asked, model.item_vectors(clicked), queries, clicked)
+        if len(pairs.items):
+            items, following = draw(pairs.items, pairs.following)
+            vectors = model.item_vectors(items), model.item_vectors(following)
+            loss = loss + alignment(*vectors, items, following)
+        return loss
 
 
 class _Trajectories(Objective):
