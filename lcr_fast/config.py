@@ -165,6 +165,9 @@ class TrainConfig(_JsonConfig):
 
     seed: int = _option(0, "seed of everything random")
     epochs: int = _option(20, "phase 1: most epochs")
+    min_updates: int = _option(
+        0, "phase 1: as many epochs more as this number of updates takes, where the data is small"
+    )
     batch_size: int = _option(256, "phase 1: users in a batch")
     learning_rate: float = _option(1e-3, "phase 1: Adam's learning rate")
     schedule: Literal["constant", "linear"] = _option(
@@ -230,8 +233,8 @@ class TrainConfig(_JsonConfig):
         minimum |= dict.fromkeys(
             (
                 "seed", "epochs", "learning_rate", "weight_decay", "grad_clip", "patience",
-                "align_weight", "tcl_weight", "tcl_margin", "rl_epochs", "rl_epoch_size",
-                "rl_learning_rate", "noise_scale", "clip", "kl_weight",
+                "min_updates", "align_weight", "tcl_weight", "tcl_margin", "rl_epochs",
+                "rl_epoch_size", "rl_learning_rate", "noise_scale", "clip", "kl_weight",
             ),
             0,
         )  # fmt: skip

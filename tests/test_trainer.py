@@ -287,6 +287,14 @@ def test_a_linear_schedule_ends_near_zero(prepared, make_model, tmp_path, monkey
     assert rates == [pytest.approx([rate] * 2) for rate in expected]
 
 
+def test_small_data_gets_more_epochs(prepared, make_model, tmp_path):
+    """Three updates make an epoch; zero epochs stay zero unless updates are asked for."""
+    for epochs, updates, expected in ((2, 0, 2), (2, 6, 2), (2, 7, 3), (0, 4, 2), (0, 0, 0)):
+        config = CONFIG.replace(epochs=epochs, min_updates=updates)
+        trainer = Trainer(make_model(prepared), prepared, config, "supervised", tmp_path)
+        assert trainer.schedule.epochs == expected
+
+
 def test_alignment_is_weighed_and_drawn_from_the_key(prepared, make_model, tmp_path):
     """It adds to the loss, and a run with the same seed repeats it."""
     config = CONFIG.replace(align_weight=0.5, align_pairs=40, epochs=1)

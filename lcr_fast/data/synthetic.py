@@ -56,7 +56,7 @@ class World:
     click_rate: float = 0.5  # share of searches with clicks
     max_clicks: int = 2
     popularity: float = 0.7  # exponent of the items' Zipf law within a topic
-    text_dim: int = 32
+    text_dim: int = 32  # 0 for ids alone
     text_noise: float = 0.5  # length of an item's own part beside its topic's unit vector
 
 
@@ -131,9 +131,15 @@ def generate(world: World | None = None) -> InteractionLog:
         f"{searches.height - n_relevant:,} noise",
     ]
     asked = np.array([(s.topic, s.occasion) for _, s in all_searches]).reshape(-1, 2)
-    text = _Text(world, asked)
+    text = _Text(world, asked) if world.text_dim else None
     return InteractionLog(
-        "synthetic", events, searches, clicks, notes, text.of_items, text.of_queries
+        "synthetic",
+        events,
+        searches,
+        clicks,
+        notes,
+        text and text.of_items,
+        text and text.of_queries,
     )
 
 

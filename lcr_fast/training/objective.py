@@ -6,6 +6,7 @@ that a resumed run needs no random state.
 
 import copy
 import logging
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -112,9 +113,11 @@ class Supervised(Objective):
     @property
     def schedule(self) -> Schedule:
         config = self.config
+        n_batches = math.ceil(len(self.batcher) / config.batch_size)
         return Schedule(
-            config.learning_rate, config.epochs, config.batch_size, 0, config.schedule == "linear"
-        )
+            config.learning_rate, max(config.epochs, math.ceil(config.min_updates / n_batches)),
+            config.batch_size, 0, config.schedule == "linear",
+        )  # fmt: skip
 
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         return list(self.model.named_parameters())
