@@ -189,9 +189,8 @@ class TrainConfig(_JsonConfig):
         "popularity", "where sampled negatives come from"
     )
     n_negatives: int = _option(4, "phase 1: sampled negatives a positive")
-    align_weight: float = _option(
-        0.0, "phase 1: weight of aligning queries with clicked items, and items with the next ones"
-    )
+    align_queries: float = _option(0.0, "phase 1: weight of aligning queries with clicked items")
+    align_items: float = _option(0.0, "phase 1: weight of aligning items with the next other ones")
     align_pairs: int = _option(256, "phase 1: pairs of each kind drawn for an update")
     tcl_weight: float = _option(0.1, "phase 1: weight of the target-aware contrastive loss")
     tcl_margin: float = _option(0.1, "TCL margin m")
@@ -233,8 +232,9 @@ class TrainConfig(_JsonConfig):
         minimum |= dict.fromkeys(
             (
                 "seed", "epochs", "learning_rate", "weight_decay", "grad_clip", "patience",
-                "min_updates", "align_weight", "tcl_weight", "tcl_margin", "rl_epochs",
-                "rl_epoch_size", "rl_learning_rate", "noise_scale", "clip", "kl_weight",
+                "min_updates", "align_queries", "align_items", "tcl_weight", "tcl_margin",
+                "rl_epochs", "rl_epoch_size", "rl_learning_rate", "noise_scale", "clip",
+                "kl_weight",
             ),
             0,
         )  # fmt: skip

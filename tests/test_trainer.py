@@ -21,8 +21,8 @@ from lcr_fast.training.trainer import CHECKPOINT, METRICS, MODEL, Trainer, make_
 
 # Three steps an epoch, in either phase.
 CONFIG = TrainConfig(
-    epochs=2, batch_size=100, learning_rate=1e-2, schedule="linear", align_weight=0.2,
-    align_pairs=30, rl_epochs=2, rl_epoch_size=24, rl_batch_size=8,
+    epochs=2, batch_size=100, learning_rate=1e-2, schedule="linear", align_queries=0.2,
+    align_items=0.3, align_pairs=30, rl_epochs=2, rl_epoch_size=24, rl_batch_size=8,
     rl_learning_rate=1e-3, rl_negatives=9, n_trajectories=4, noise_scale=0.5, inner_epochs=2,
     action="sampled",
 )  # fmt: skip
@@ -295,23 +295,15 @@ def test_small_data_gets_more_epochs(prepared, make_model, tmp_path):
         assert trainer.schedule.epochs == expected
 
 
-def test_alignment_is_weighed_and_drawn_from_the_key(prepared, make_model, tmp_path):
-    """It adds to the loss, and a run with the same seed repeats it."""
-    config = CONFIG.replace(align_weight=0.5, align_pairs=40, epochs=1)
-    runs = [
-        run(make_model, prepared, "supervised", tmp_path / str(i), config=config) for i in range(2)
-    ]
-    records = [trainer.progress.history[1] for trainer in runs]
-    parts = records[0]["rank_loss"] + 0.1 * records[0]["tcl"] + 0.5 * records[0]["alignment"]
-    assert records[0]["loss"] == pytest.approx(parts)
-    assert without_seconds(records[:1]) == without_seconds(records[1:])
-
-
-def test_alignment_moves_queries_towards_clicked_items(prepared, make_model, tmp_path):
-    config = CONFIG.replace(align_weight=10.0, epochs=6, schedule="constant")
+@pytest.mark.parametrize("kind", ["query", "item"])
+def test_alignment_brings_pairs_together(prepared, make_model, tmp_path, kind):
+    weights = {"align_queries": 10.0 * (kind == "query"), "align_items": 10.0 * (kind == "item")}
+    config = CONFIG.replace(epochs=6, schedule="constant", **weights)
     trainer = run(make_model, prepared, "supervised", tmp_path, config=config)
-    losses = [record["alignment"] for record in trainer.progress.history[1:]]
-    assert losses[-1] < 0.9 * losses[0]
+    losses = [record[f"{kind}_alignment"] for record in trainer.progress.history[1:]]
+    assert losses[-1] < losses[0] - 0.1
+    other = {"query": "item", "item": "query"}[kind]
+    assert f"{other}_alignment" not in trainer.progress.history[1]
 
 
 def test_the_loss_falls(prepared, make_model, tmp_path):
@@ -321,7 +313,8 @@ def test_the_loss_falls(prepared, make_model, tmp_path):
     history = trainer.progress.history
     assert history[-1]["loss"] < 0.9 * history[1]["loss"]
     for record in history[1:]:
-        parts = record["rank_loss"] + 0.1 * record["tcl"] + 0.2 * record["alignment"]
+        parts = record["rank_loss"] + 0.1 * record["tcl"]
+        parts += 0.2 * record["query_alignment"] + 0.3 * record["item_alignment"]
         assert record["loss"] == pytest.approx(parts)
 
 

@@ -132,15 +132,8 @@ def generate(world: World | None = None) -> InteractionLog:
     ]
     asked = np.array([(s.topic, s.occasion) for _, s in all_searches]).reshape(-1, 2)
     text = _Text(world, asked) if world.text_dim else None
-    return InteractionLog(
-        "synthetic",
-        events,
-        searches,
-        clicks,
-        notes,
-        text and text.of_items,
-        text and text.of_queries,
-    )
+    described = {} if text is None else {"item_text": text.of_items, "query_text": text.of_queries}
+    return InteractionLog("synthetic", events, searches, clicks, notes, **described)
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ class Supervised(Objective):
 
     def __init__(self, model: LCRSER, batcher: Batcher, config: TrainConfig) -> None:
         super().__init__(model, batcher, config)
-        self.pairs = training_pairs(batcher.data) if config.align_weight else None
+        self.pairs = training_pairs(batcher.data)
 
     @property
     def schedule(self) -> Schedule:
@@ -137,7 +137,7 @@ class Supervised(Objective):
         return self.batcher.gather(rows, *with_target(targets, negatives))
 
     def updates(self, batch: Batch, seed: int) -> Iterator[Update]:
-        """One update: L = L_rank + lambda L_TCL, and the weighted loss of alignment."""
+        """One update: L = L_rank + lambda L_TCL, and the weighted losses of alignment."""
         config, model = self.config, self.model
         model.train()
         model.dropout_seed = seed
@@ -164,33 +164,32 @@ class Supervised(Objective):
             )
             loss = loss + config.tcl_weight * contrast
             logs["tcl"] = contrast.item()
-        if self.pairs is not None:
-            aligned = self._alignment(np.random.default_rng([seed, 1]))
-            loss = loss + config.align_weight * aligned
-            logs["alignment"] = aligned.item()
+        for name, (weight, part) in self._alignments(np.random.default_rng([seed, 1])).items():
+            loss = loss + weight * part
+            logs[name] = part.item()
         yield Update(loss, logs)
 
-    def _alignment(self, rng: np.random.Generator) -> Tensor:
-        """Draw pairs and align both kinds: a scalar, 0 where the data has none."""
-        assert self.pairs is not None
-        model, pairs = self.model, self.pairs
+    def _alignments(self, rng: np.random.Generator) -> dict[str, tuple[float, Tensor]]:
+        """Draw pairs of each kind that counts and that the data has: weight and loss by name."""
+        config, model, pairs = self.config, self.model, self.pairs
         device = model.head.target_weight.device
 
         def draw(*sides: NDArray) -> list[Tensor]:
-            rows = rng.integers(len(sides[0]), size=self.config.align_pairs)
+            rows = rng.integers(len(sides[0]), size=config.align_pairs)
             return [torch.from_numpy(side[rows].astype(np.int64)).to(device) for side in sides]
 
-        loss = torch.zeros((), device=device)
-        if len(pairs.queries):
+        losses = {}
+        if config.align_queries and len(pairs.queries):
             queries, clicked = draw(pairs.queries, pairs.clicked)
-            terms = torch.from_numpy(self.batcher.terms(queries.cpu().numpy()))
-            asked = model.query_vectors(queries, terms.to(device))
-            loss = loss + alignment(asked, model.item_vectors(clicked), queries, clicked)
-        if len(pairs.items):
+            terms = torch.from_numpy(self.batcher.terms(queries.cpu().numpy())).to(device)
+            asked = model.query_vectors(queries, terms)
+            loss = alignment(asked, model.item_vectors(clicked), queries, clicked)
+            losses["query_alignment"] = (config.align_queries, loss)
+        if config.align_items and len(pairs.items):
             items, following = draw(pairs.items, pairs.following)
             vectors = model.item_vectors(items), model.item_vectors(following)
-            loss = loss + alignment(*vectors, items, following)
-        return loss
+            losses["item_alignment"] = (config.align_items, alignment(*vectors, items, following))
+        return losses
 
 
 class _Trajectories(Objective):
