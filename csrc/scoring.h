@@ -23,15 +23,16 @@ struct ScoringArgs {
   std::vector<const float*> weights;  // layer l: [widths[l], widths[l - 1]]; none: the dot head
   std::vector<const float*> biases;
   std::vector<int64_t> widths;  // the last is 1
+  bool dot;                     // add (z_r + z_s)^T e to the MLP; without an MLP it is the score
 
   int64_t inputs() const { return dim * (user == nullptr ? 3 : 4); }  // of the first layer
 };
 
 // Candidates of each user, rows of an item table, and the key of the head's dropout.
 struct CandidateArgs {
-  const float* items;   // [n, dim]
-  const int64_t* ids;   // [n_users, n_candidates], or [1, n_candidates] where step is 0
-  int64_t step;         // n_candidates or 0
+  const float* items;  // [n, dim]
+  const int64_t* ids;  // [n_users, n_candidates], or [1, n_candidates] where step is 0
+  int64_t step;        // n_candidates or 0
   int64_t n_candidates;
   const int64_t* dropout_rows;  // [n_users]; read where threshold > 0
   uint32_t threshold;           // rate in units of 2^-16

@@ -37,7 +37,7 @@ const int64_t* ids_below(const Tensor& t, const char* name, std::initializer_lis
 // States [B, N, L, D].
 ScoringArgs scoring_args(const Tensor& search, const Tensor& rec, const Tensor& search_lengths,
                          const Tensor& rec_lengths, const Tensor& user, const Tensor& target_weight,
-                         const Tensors& mlp_weights, const Tensors& mlp_biases) {
+                         const Tensors& mlp_weights, const Tensors& mlp_biases, bool dot) {
   check_cpu_level();
   check(search.dim() == 4 && rec.dim() == 4, "states must be [B, N, L, D]");
   ScoringArgs args{};
@@ -46,6 +46,7 @@ ScoringArgs scoring_args(const Tensor& search, const Tensor& rec, const Tensor& 
   args.dim = search.size(3);
   args.size[0] = search.size(2);
   args.size[1] = rec.size(2);
+  args.dot = dot;
   const int64_t B = args.n_users, N = args.n_trajectories, D = args.dim;
   args.states[0] = floats(search, "search", {B, N, args.size[0], D});
   args.states[1] = floats(rec, "rec", {B, N, args.size[1], D});
@@ -99,9 +100,9 @@ Tensor score_fwd(const Tensor& search, const Tensor& rec, const Tensor& search_l
                  const Tensor& rec_lengths, const Tensor& items, const Tensor& ids,
                  const Tensor& user, const Tensor& target_weight, Tensors mlp_weights,
                  Tensors mlp_biases, const Tensor& dropout_rows, int64_t dropout_threshold,
-                 int64_t dropout_seed) {
+                 int64_t dropout_seed, bool dot) {
   const ScoringArgs args = scoring_args(search, rec, search_lengths, rec_lengths, user,
-                                        target_weight, mlp_weights, mlp_biases);
+                                        target_weight, mlp_weights, mlp_biases, dot);
   const CandidateArgs candidates =
       candidate_args(args, items, ids, dropout_rows, dropout_threshold, dropout_seed);
   Tensor scores = torch::stable::new_empty(
@@ -118,9 +119,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensors, Tensors> score_bwd(
     const Tensor& dscores, const Tensor& search, const Tensor& rec, const Tensor& search_lengths,
     const Tensor& rec_lengths, const Tensor& items, const Tensor& ids, const Tensor& user,
     const Tensor& target_weight, Tensors mlp_weights, Tensors mlp_biases,
-    const Tensor& dropout_rows, int64_t dropout_threshold, int64_t dropout_seed) {
+    const Tensor& dropout_rows, int64_t dropout_threshold, int64_t dropout_seed, bool dot) {
   const ScoringArgs args = scoring_args(search, rec, search_lengths, rec_lengths, user,
-                                        target_weight, mlp_weights, mlp_biases);
+                                        target_weight, mlp_weights, mlp_biases, dot);
   const CandidateArgs candidates =
       candidate_args(args, items, ids, dropout_rows, dropout_threshold, dropout_seed);
   const int64_t C = candidates.n_candidates;
@@ -149,11 +150,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensors, Tensors> score_bwd(
 ScoringArgs catalogue_args(const Tensor& search, const Tensor& rec, const Tensor& search_lengths,
                            const Tensor& rec_lengths, const Tensor& user,
                            const Tensor& target_weight, const Tensors& mlp_weights,
-                           const Tensors& mlp_biases) {
+                           const Tensors& mlp_biases, bool dot) {
   check(search.dim() == 3 && rec.dim() == 3 && search.is_contiguous() && rec.is_contiguous(),
         "states must be contiguous [B, L, D]");
   return scoring_args(torch::stable::unsqueeze(search, 1), torch::stable::unsqueeze(rec, 1),
-                      search_lengths, rec_lengths, user, target_weight, mlp_weights, mlp_biases);
+                      search_lengths, rec_lengths, user, target_weight, mlp_weights, mlp_biases,
+                      dot);
 }
 
 ItemArgs item_args(const ScoringArgs& args, const Tensor& items, const Tensor& exclude) {
@@ -168,10 +170,11 @@ std::tuple<Tensor, Tensor> score_topk(const Tensor& search, const Tensor& rec,
                                       const Tensor& search_lengths, const Tensor& rec_lengths,
                                       const Tensor& items, const Tensor& user,
                                       const Tensor& target_weight, Tensors mlp_weights,
-                                      Tensors mlp_biases, int64_t k, const Tensor& exclude) {
+                                      Tensors mlp_biases, int64_t k, const Tensor& exclude,
+                                      bool dot) {
   check(k >= 1, "k must be at least 1, got ", k);
   const ScoringArgs args = catalogue_args(search, rec, search_lengths, rec_lengths, user,
-                                          target_weight, mlp_weights, mlp_biases);
+                                          target_weight, mlp_weights, mlp_biases, dot);
   const ItemArgs catalogue = item_args(args, items, exclude);
   Tensor ids = torch::stable::new_empty(search, {args.n_users, k}, ScalarType::Long);
   Tensor scores = torch::stable::new_empty(search, {args.n_users, k});
@@ -183,9 +186,9 @@ std::tuple<Tensor, Tensor> score_topk(const Tensor& search, const Tensor& rec,
 Tensor score_rank(const Tensor& search, const Tensor& rec, const Tensor& search_lengths,
                   const Tensor& rec_lengths, const Tensor& items, const Tensor& user,
                   const Tensor& target_weight, Tensors mlp_weights, Tensors mlp_biases,
-                  const Tensor& target, const Tensor& exclude) {
+                  const Tensor& target, const Tensor& exclude, bool dot) {
   const ScoringArgs args = catalogue_args(search, rec, search_lengths, rec_lengths, user,
-                                          target_weight, mlp_weights, mlp_biases);
+                                          target_weight, mlp_weights, mlp_biases, dot);
   const ItemArgs catalogue = item_args(args, items, exclude);
   const int64_t* wanted = ids_below(target, "target", {args.n_users}, items.size(0));
   Tensor rank = torch::stable::new_empty(search, {args.n_users}, ScalarType::Long);
@@ -199,16 +202,16 @@ Tensor score_rank(const Tensor& search, const Tensor& rec, const Tensor& search_
 #define LCR_WEIGHTS "Tensor user, Tensor target_weight, Tensor[] mlp_weights, Tensor[] mlp_biases"
 #define LCR_CANDIDATES                                   \
   LCR_STREAMS ", Tensor items, Tensor ids, " LCR_WEIGHTS \
-              ", Tensor dropout_rows, int dropout_threshold, int dropout_seed"
+              ", Tensor dropout_rows, int dropout_threshold, int dropout_seed, bool dot"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lcr_fast, m) {
   m.def("cpu_score_fwd(" LCR_CANDIDATES ") -> Tensor");
   m.def("cpu_score_bwd(Tensor dscores, " LCR_CANDIDATES
         ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[])");
   m.def("cpu_score_topk(" LCR_STREAMS ", Tensor items, " LCR_WEIGHTS
-        ", int k, Tensor exclude) -> (Tensor, Tensor)");
+        ", int k, Tensor exclude, bool dot) -> (Tensor, Tensor)");
   m.def("cpu_score_rank(" LCR_STREAMS ", Tensor items, " LCR_WEIGHTS
-        ", Tensor target, Tensor exclude) -> Tensor");
+        ", Tensor target, Tensor exclude, bool dot) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(lcr_fast, CPU, m) {
   m.impl("cpu_score_fwd", TORCH_BOX(&score_fwd));

@@ -126,7 +126,12 @@ class LCRConfig(_JsonConfig):
     cross_memory: Literal["post_msa", "step_input", "initial"] = _option(
         "post_msa", "the state of the other stream that cross-attention reads"
     )
-    score: Literal["mlp", "dot"] = _option("mlp", "head")
+    score: Literal["mlp", "dot", "mlp_dot"] = _option(
+        "mlp", "head: MLP, dot product, or the sum of both, which starts as the dot product"
+    )
+    readout: Literal["final", "mean"] = _option(
+        "final", "what the aggregation reads: h^(K), or its mean with h^(0)"
+    )
     mlp_hidden: tuple[int, ...] = _option((200, 80), "hidden widths of the MLP head")
     backend: Backend = _option("auto", "which implementation the ops use")
 
@@ -160,15 +165,23 @@ class TrainConfig(_JsonConfig):
 
     seed: int = _option(0, "seed of everything random")
     epochs: int = _option(20, "phase 1: most epochs")
+    min_updates: int = _option(
+        0, "phase 1: as many epochs more as this number of updates takes, where the data is small"
+    )
     batch_size: int = _option(256, "phase 1: users in a batch")
     learning_rate: float = _option(1e-3, "phase 1: Adam's learning rate")
+    schedule: Literal["constant", "linear"] = _option(
+        "constant", "phase 1: learning rate, constant or falling to 0 at the last epoch"
+    )
     weight_decay: float = _option(1e-2, "decoupled decay, on dense weights only")
     grad_clip: float = _option(1.0, "largest gradient norm; 0 means no clipping")
     precision: Literal["float32", "bfloat16"] = _option(
         "float32",
         "dtype of states and item vectors; weights, optimizer and losses stay float32",
     )
-    patience: int = _option(3, "epochs without a better validation NDCG@5 before stopping")
+    patience: int = _option(
+        3, "epochs without a better validation NDCG@5 before stopping, once it is above chance"
+    )
     rank_loss: Literal["bce", "softmax", "bpr"] = _option(
         "bce", "ranking loss L_rank: of phase 1, beside TCL, and alone of phase 2's control"
     )
@@ -176,6 +189,9 @@ class TrainConfig(_JsonConfig):
         "popularity", "where sampled negatives come from"
     )
     n_negatives: int = _option(4, "phase 1: sampled negatives a positive")
+    align_queries: float = _option(0.0, "phase 1: weight of aligning queries with clicked items")
+    align_items: float = _option(0.0, "phase 1: weight of aligning items with the next other ones")
+    align_pairs: int = _option(256, "phase 1: pairs of each kind drawn for an update")
     tcl_weight: float = _option(0.1, "phase 1: weight of the target-aware contrastive loss")
     tcl_margin: float = _option(0.1, "TCL margin m")
     tcl_distance: Literal["l2", "cosine"] = _option("l2", "TCL distance D")
@@ -204,6 +220,7 @@ class TrainConfig(_JsonConfig):
         minimum = dict.fromkeys(
             (
                 "batch_size",
+                "align_pairs",
                 "n_negatives",
                 "rl_batch_size",
                 "rl_negatives",
@@ -215,8 +232,9 @@ class TrainConfig(_JsonConfig):
         minimum |= dict.fromkeys(
             (
                 "seed", "epochs", "learning_rate", "weight_decay", "grad_clip", "patience",
-                "tcl_weight", "tcl_margin", "rl_epochs", "rl_epoch_size",
-                "rl_learning_rate", "noise_scale", "clip", "kl_weight",
+                "min_updates", "align_queries", "align_items", "tcl_weight", "tcl_margin",
+                "rl_epochs", "rl_epoch_size", "rl_learning_rate", "noise_scale", "clip",
+                "kl_weight",
             ),
             0,
         )  # fmt: skip

@@ -105,7 +105,8 @@ class _Head(nn.Module):
         # Starting from the identity, an event attends to candidates that resemble it.
         self.target_weight = nn.Parameter(torch.eye(d).repeat(2, 1, 1))
         widths = (d * (4 if config.user_embedding else 3), *config.mlp_hidden, 1)
-        n_linear = len(widths) - 1 if config.score == "mlp" else 0
+        n_linear = 0 if config.score == "dot" else len(widths) - 1
+        self.dot = config.score != "mlp"
         self.mlp_weights = nn.ParameterList(
             nn.Parameter(torch.empty(widths[i + 1], widths[i])) for i in range(n_linear)
         )
@@ -114,10 +115,13 @@ class _Head(nn.Module):
         )
         for weight in self.mlp_weights:
             _init_linear(weight)
+        if config.score == "mlp_dot":
+            # The MLP starts silent: what it adds to the match of vectors, it has to learn.
+            nn.init.zeros_(self.mlp_weights[-1])
 
     def weights(self) -> ScoringWeights:
         weights, biases = self.mlp_weights.parameters(), self.mlp_biases.parameters()
-        return ScoringWeights(self.target_weight, tuple(weights), tuple(biases))
+        return ScoringWeights(self.target_weight, tuple(weights), tuple(biases), self.dot)
 
 
 class LCRSER(nn.Module):
@@ -320,17 +324,29 @@ class LCRSER(nn.Module):
 
     @ranged("reason")
     def reason(self, h0: Streams, batch: Batch, target: Tensor | None = None) -> Reasoned:
-        """Run the K reasoning steps from h^(0): the final states, [B, L, D].
+        """Run the K reasoning steps from h^(0): what the aggregation reads, [B, L, D].
 
         With item vectors ``target`` [B, D] also what each step's states pool to at them.
         """
-        return reasoning.latent_reasoning(
+        reasoned = reasoning.latent_reasoning(
             *h0, batch.search_lengths, batch.rec_lengths, self.reasoning.weights(),
             self.config.steps,
             target_keys=None if target is None else self.target_keys(target).to(h0[0].dtype),
             dropout=self._dropout(batch), backend=self.config.backend,
             **self._reasoning_options(),
         )  # fmt: skip
+        return Reasoned(*self.read(h0, reasoned.streams), reasoned.pooled)
+
+    def read(self, h0: Streams, h: Streams) -> Streams:
+        """Give what the aggregation reads, from h^(0) and h^(K) (the config's ``readout``).
+
+        Their mean keeps the identity of the events, which K post-norm steps blur (our reading).
+        Trajectories, [B, N, L, D], share the h^(0) without noise.
+        """
+        if self.config.readout == "final" or not self.config.steps:
+            return h
+        search, rec = (0.5 * (_like(first, last) + last) for first, last in zip(h0, h, strict=True))
+        return search, rec
 
     def target_keys(self, vectors: Tensor) -> Tensor:
         """W_x e of both streams, at which states are pooled: [B, D] -> [B, 2, D]."""
@@ -370,12 +386,13 @@ class LCRSER(nn.Module):
     def rollout(
         self, h0: Streams, batch: Batch, n_trajectories: int, noise_scale: float, seed: int
     ) -> Reasoned:
-        """Reason from N noisy copies of h^(0) (paper, Eq. 14): final states [B, N, L, D]."""
-        return reasoning.rollout(
+        """Reason from N noisy copies of h^(0) (paper, Eq. 14): what is read, [B, N, L, D]."""
+        reasoned = reasoning.rollout(
             *h0, batch.search_lengths, batch.rec_lengths, batch.row, self.reasoning.weights(),
             self.config.steps, n_trajectories=n_trajectories, noise_scale=noise_scale, seed=seed,
             backend=self.config.backend, **self._reasoning_options(),
         )  # fmt: skip
+        return Reasoned(*self.read(h0, reasoned.streams), None)
 
     def score(self, h: Streams, batch: Batch, candidates: Tensor | None = None) -> Tensor:
         """Score candidates (default: the batch's) from final states.
@@ -449,7 +466,7 @@ class LCRSER(nn.Module):
         return self.score(self.final_states(batch), batch)
 
     def final_states(self, batch: Batch) -> Streams:
-        """Encode and reason: h^(K), (search, rec), [B, L, D]."""
+        """Encode and reason: what the aggregation reads, (search, rec), [B, L, D]."""
         return self.reason(self.encode(batch), batch).streams
 
     def states(self, batch: Batch) -> States:
@@ -515,7 +532,11 @@ class LCRSER(nn.Module):
             "latent_reasoning": reasoning.reasoning_backends(case),
             "score": scoring.scoring_backends(
                 scoring.ScoringCase(
-                    device, dtype, config.dim, config.mlp_hidden if config.score == "mlp" else None
+                    device,
+                    dtype,
+                    config.dim,
+                    None if config.score == "dot" else config.mlp_hidden,
+                    config.score != "mlp",
                 )
             ),
         }
@@ -577,6 +598,11 @@ def _masked_mean(vectors: Tensor, valid: Tensor) -> Tensor:
 def _align(x: Tensor, h: Streams) -> Tensor:
     """Insert a trajectory axis after the first where the states have one."""
     return x.unsqueeze(1) if h[0].ndim == 4 else x
+
+
+def _like(first: Tensor, last: Tensor) -> Tensor:
+    """Insert a trajectory axis into h^(0) where h^(K) has one."""
+    return first.unsqueeze(1) if last.ndim == 4 else first
 
 
 def seen_items(batch: Batch, exclude: Tensor | None = None) -> Tensor:

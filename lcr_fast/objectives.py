@@ -37,6 +37,27 @@ def rank_loss(scores: Tensor, target: Tensor, kind: str = "bce") -> Tensor:
     return loss.mean()
 
 
+@ranged("loss")
+def alignment(
+    left: Tensor,  # [n, D]
+    right: Tensor,  # [n, D]
+    left_ids: Tensor,  # [n]
+    right_ids: Tensor,  # [n]
+) -> Tensor:
+    """Bring the vectors of pairs together, against the other pairs' right sides: a scalar.
+
+        mean over i of  -log softmax_j( sqrt(D) left_i^T right_j )[i]
+
+    over the j = i and those with neither i's left nor its right id, which may be its partners too.
+    The factor gives the products the scale of scores, where an encoded vector has norm sqrt(D).
+    Our reading, after the same authors' UniSAR, which aligns queries with clicked items.
+    """
+    logits = left @ right.T * left.shape[-1] ** 0.5
+    same = (left_ids.unsqueeze(1) == left_ids) | (right_ids.unsqueeze(1) == right_ids)
+    same.fill_diagonal_(False)
+    return -logits.masked_fill(same, -torch.inf).log_softmax(-1).diagonal().mean()
+
+
 def distance(a: Tensor, b: Tensor, kind: str = "l2") -> Tensor:
     """Distance over the last axis: ``l2`` or ``cosine`` (1 - cosine)."""
     if kind == "l2":

@@ -304,6 +304,7 @@ def score(
 
         y(i) = MLP( z_r(i); z_s(i); e_i; e_u )       ReLU, dropout after each hidden layer
         y(i) = (z_r(i) + z_s(i))^T e_i               if the weights hold no MLP
+        y(i) = MLP(...) + (z_r(i) + z_s(i))^T e_i    if they hold one and ``dot`` (our reading)
 
     Returns [..., C] in the states' dtype.
     """
@@ -312,8 +313,10 @@ def score(
     z_s, _ = aggregate(search.to(acc), search_lengths, candidates, w_s)  # [..., C, D]
     z_r, _ = aggregate(rec.to(acc), rec_lengths, candidates, w_r)  # [..., C, D]
     items = candidates.to(acc)
+    dot = ((z_r + z_s) * items).sum(-1) if weights.dot or not weights.mlp_weights else None
     if not weights.mlp_weights:
-        return ((z_r + z_s) * items).sum(-1).to(search.dtype)
+        assert dot is not None
+        return dot.to(search.dtype)
     layers = [
         (w.to(acc), b.to(acc)) for w, b in zip(weights.mlp_weights, weights.mlp_biases, strict=True)
     ]
@@ -327,7 +330,8 @@ def score(
     for i, (w, b) in enumerate(layers[1:]):
         x = F.relu(x) if not masks else F.relu(x) * masks[i]
         x = F.linear(x, w, b)
-    return x.squeeze(-1).to(search.dtype)
+    y = x.squeeze(-1)
+    return (y if dot is None else y + dot).to(search.dtype)
 
 
 def _catalogue_scores(

@@ -57,3 +57,4 @@ class ScoringWeights(NamedTuple):
     target_weight: Tensor  # [2, D, D] W_s, W_r
     mlp_weights: tuple[Tensor, ...]  # [H1, 3D (+ D with a user vector)], [H2, H1], [1, H2]
     mlp_biases: tuple[Tensor, ...]  # [H1], [H2], [1]
+    dot: bool = False  # add (z_r + z_s)^T e to the MLP; without an MLP it is the score

@@ -24,6 +24,8 @@ def packed(weights):
     """Copy a weights tuple of tensors to float64 arrays, under the same names."""
 
     def array(value):
+        if isinstance(value, bool):
+            return value
         if isinstance(value, tuple):
             return [array(v) for v in value]
         return value.detach().double().numpy()
@@ -163,15 +165,16 @@ def aggregate(h, item, target_weight):
 def score(h, item, user, weights, drop=no_drop, candidate=0):
     """Score one item from the final states (search, rec) of one user."""
     z_s, z_r = (aggregate(h[x], item, weights.target_weight[x])[0] for x in (SEARCH, REC))
+    dot = (z_r + z_s) @ item
     if not len(weights.mlp_weights):
-        return (z_r + z_s) @ item
+        return dot
     x = np.concatenate([z_r, z_s, item] + ([] if user is None else [user]))
     last = len(weights.mlp_weights) - 1
     for i, (w, b) in enumerate(zip(weights.mlp_weights, weights.mlp_biases, strict=True)):
         x = w @ x + b
         if i < last:
             x = drop(i, candidate) * np.maximum(x, 0.0)
-    return x[0]
+    return x[0] + (dot if weights.dot else 0.0)
 
 
 class Model:
@@ -199,6 +202,7 @@ class Model:
             target_weight=self.tensors["head.target_weight"],
             mlp_weights=numbered("mlp_weights"),
             mlp_biases=numbered("mlp_biases"),
+            dot=self.config.score != "mlp",
         )
 
     def text_vector(self, kind, number):
@@ -285,7 +289,14 @@ class Model:
     def forward(self, batch, b, seed=None):
         """Scores [C] of user ``b``; with a seed, those of a training forward."""
         after, _ = self.reason(self.encode(batch, b, seed), batch, b, seed)
-        return self.scores(after[-1], batch, b, seed)
+        return self.scores(self.read(after[0], after[-1]), batch, b, seed)
+
+    def read(self, first, last):
+        """Give what the aggregation reads, (search, rec), from h^(0) and h^(K)."""
+        if self.config.readout == "final":
+            return last
+        pairs = (zip(*streams, strict=True) for streams in zip(first, last, strict=True))
+        return tuple([(u + v) / 2 for u, v in pair] for pair in pairs)
 
     def rollout(self, batch, b, trajectory, noise_scale, seed):
         """States of one noisy trajectory of user ``b``."""

@@ -25,6 +25,7 @@ CONFIGS = {
     "query ids, dot head": {
         "query_encoder": "id", "score": "dot", "user_embedding": False, "step_ffn": False,
     },
+    "MLP and dot, mean readout": {"score": "mlp_dot", "readout": "mean"},
     "text": {
         "item_text_dim": 5, "query_text_dim": 7, "step_embedding": True, "update": "search_first",
         "cross_memory": "step_input",
@@ -90,7 +91,7 @@ def test_training_scores_match_the_oracle_with_its_dropout(name):
     assert not torch.allclose(scores, model.eval()(batch))
 
 
-@pytest.mark.parametrize("name", ["default", "text", "base"])
+@pytest.mark.parametrize("name", ["default", "MLP and dot, mean readout", "text", "base"])
 def test_rollouts_match_the_oracle(name):
     """In training mode too, where dropout acts on the encoders alone."""
     model, batch = setup(**CONFIGS[name], dropout=0.3)
@@ -101,7 +102,8 @@ def test_rollouts_match_the_oracle(name):
     for b in range(len(batch)):
         for n in range(3):
             after, _ = twin.rollout(batch, b, n, 0.7, seed=99)
-            close(scores[b, n], twin.scores(after[-1], batch, b))
+            read = twin.read(twin.encode(batch, b), after[-1])
+            close(scores[b, n], twin.scores(read, batch, b))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -206,6 +208,24 @@ def test_candidates_may_be_permuted_and_candidate_0_scores_minus_infinity():
     order = torch.tensor([3, 2, 0, 4, 1])
     permuted = model(batch.replace(candidates=batch.candidates[:, order]))
     torch.testing.assert_close(permuted, scores[:, order], rtol=1e-12, atol=1e-12)
+
+
+def test_the_sum_of_both_heads_starts_as_the_dot_product():
+    """With the same seed the tables and the encoders of both models are the same."""
+    batch = setup()[1]
+    scores = []
+    for score in ("mlp_dot", "dot"):
+        torch.manual_seed(0)
+        model = LCRSER(CONFIG.replace(score=score, user_embedding=False)).eval()
+        scores.append(model(batch))
+    torch.testing.assert_close(*scores)
+
+
+def test_a_mean_readout_keeps_half_of_the_encoders_states():
+    model, batch = setup(readout="mean")
+    states = model.states(batch)
+    for first, last, read in zip(states.h[0], states.h[-1], model.final_states(batch), strict=True):
+        torch.testing.assert_close(read, (first + last) / 2)
 
 
 def test_tied_streams_may_be_swapped():

@@ -7,7 +7,7 @@ import torch
 
 import oracle
 from lcr_fast import LCRConfig, reference
-from lcr_fast.objectives import distance, rank_loss, tcl
+from lcr_fast.objectives import alignment, distance, rank_loss, tcl
 from lcr_fast.reference import States
 from lcr_fast.testing import random_streams, random_weights
 from lcr_fast.weights import REC, SEARCH
@@ -198,3 +198,32 @@ def test_a_user_with_an_empty_stream_gives_tcl_no_gradient(user):
 def test_tcl_without_steps_is_zero():
     states, lengths, target, weight = reasoned()
     assert tcl_of(States(states.h[:1], []), lengths, target, weight).item() == 0.0
+
+
+# -- alignment ------------------------------------------------------------------------------------
+
+
+def test_alignment_matches_a_loop():
+    """Pairs that share a side with pair i are no negatives of it."""
+    g = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(5, 6, generator=g, dtype=torch.float64) for _ in range(2))
+    left_ids, right_ids = [1, 2, 1, 3, 4], [7, 8, 9, 8, 6]
+    total = 0.0
+    for i in range(5):
+        logits = {
+            j: math.sqrt(6) * float(left[i] @ right[j])
+            for j in range(5)
+            if j == i or (left_ids[i] != left_ids[j] and right_ids[i] != right_ids[j])
+        }
+        total += math.log(sum(map(math.exp, logits.values()))) - logits[i]
+    got = alignment(left, right, torch.tensor(left_ids), torch.tensor(right_ids))
+    assert got.item() == pytest.approx(total / 5, rel=1e-12)
+
+
+def test_a_pair_without_negatives_has_no_gradient():
+    left, right = (torch.randn(3, 4, requires_grad=True) for _ in range(2))
+    ids = torch.tensor([5, 5, 5])
+    loss = alignment(left, right, ids, torch.arange(3))
+    gradients = torch.autograd.grad(loss, (left, right))
+    assert loss.item() == 0
+    assert not any(gradient.any() for gradient in gradients)

@@ -38,6 +38,7 @@ HEADS = {
     "mlp without user": {"user_embedding": False},
     "dot": {"score": "dot"},
     "three hidden layers": {"mlp_hidden": (40, 24, 9)},
+    "mlp and dot": {"score": "mlp_dot"},
 }
 
 
@@ -75,7 +76,7 @@ class Case:
         w = self.weights
         self.weights = ScoringWeights(
             w.target_weight.to(device), tuple(x.to(device) for x in w.mlp_weights),
-            tuple(x.to(device) for x in w.mlp_biases),
+            tuple(x.to(device) for x in w.mlp_biases), w.dot,
         )  # fmt: skip
         return self
 
@@ -86,6 +87,7 @@ class Case:
             t["target_weight"],
             tuple(t[f"weight {i}"] for i in range(n)),
             tuple(t[f"bias {i}"] for i in range(n)),
+            self.weights.dot,
         )
         return ops.score(
             t["search"], t["rec"], *self.lengths, t["candidates"], t.get("user"), weights,
@@ -147,11 +149,23 @@ def test_parity_of_scores_and_gradients(head, n_candidates):
     {"dim": 20, "max_search_len": 1, "max_rec_len": 40, "mlp_hidden": (7, 3)},
     {"trajectories": 4},
     {"trajectories": 3, "n_candidates": 130},
+    {"trajectories": 3, "n_candidates": 130, "score": "mlp_dot"},
     {"n_users": 1, "n_candidates": 300},
     {"n_users": 60, "n_candidates": 3},
 ], ids=str)  # fmt: skip
 def test_parity_in_other_shapes(changes):
     assert_matches(Case(**changes))
+
+
+def test_parity_of_a_single_layer_and_the_dot_product():
+    """The layer's row of scores is the one to which the dot product is added."""
+    case = Case("mlp and dot")
+    g = torch.Generator().manual_seed(1)
+    weights = (torch.randn(1, 128, generator=g),), (torch.randn(1, generator=g),)
+    case.weights = ScoringWeights(case.weights.target_weight, *weights, dot=True)
+    kept = {k: v for k, v in case.tensors.items() if not k.startswith(("weight", "bias"))}
+    case.tensors = kept | {"weight 0": weights[0][0], "bias 0": weights[1][0]}
+    assert_matches(case)
 
 
 @pytest.mark.parametrize("n_candidates", [3, 40, 150])
@@ -280,7 +294,7 @@ def test_registered_ops():
     ids = torch.randint(0, 9, (3, 4))
     arguments = (
         search[:, None], rec[:, None], *case.lengths, table, ids, t["user"], t["target_weight"],
-        *mlp, torch.arange(3), 1000, 7,
+        *mlp, torch.arange(3), 1000, 7, True,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.lcr_fast.cpu_score_fwd.default, arguments)
     torch.library.opcheck(
@@ -288,9 +302,11 @@ def test_registered_ops():
     )
     pass_ = (search, rec, *case.lengths, table, t["user"], t["target_weight"], *mlp)
     exclude = torch.randint(0, 9, (3, 2))
-    torch.library.opcheck(torch.ops.lcr_fast.cpu_score_topk.default, (*pass_, 4, exclude))
+    torch.library.opcheck(torch.ops.lcr_fast.cpu_score_topk.default, (*pass_, 4, exclude, True))
     target = torch.tensor([1, 0, 5])
-    torch.library.opcheck(torch.ops.lcr_fast.cpu_score_rank.default, (*pass_, target, exclude))
+    torch.library.opcheck(
+        torch.ops.lcr_fast.cpu_score_rank.default, (*pass_, target, exclude, True)
+    )
 
 
 def test_compiles_as_one_graph():
@@ -482,7 +498,7 @@ def exact_case(n_items=0, copies=False, **options) -> Case:
     w = case.weights
     case.weights = ScoringWeights(
         *((4 * x.detach()).round() if torch.is_tensor(x) else
-          tuple((4 * y.detach()).round() for y in x) for x in w)
+          tuple((4 * y.detach()).round() for y in x) for x in w[:3]), w.dot,
     )  # fmt: skip
     case.upstream = (4 * case.upstream).round()
     return case.to(DEVICE)
@@ -769,6 +785,15 @@ def test_auto_takes_cpp_for_float32_and_the_reference_for_float64():
     assert ops.choose_backend("score", "auto", scoring.scoring_backends(case)) == "cpp"
     exact = case._replace(dtype=torch.float64)
     assert ops.choose_backend("score", "auto", scoring.scoring_backends(exact)) == "reference"
+
+
+def test_triton_refuses_the_sum_of_both_heads():
+    pytest.importorskip("triton")
+    case = scoring.ScoringCase("cuda", torch.float32, 32, (40, 24), dot=True)
+    reason = scoring.scoring_backends(case)["triton"]
+    assert reason == "it does not add the dot product to an MLP"
+    alone = case._replace(hidden=None)
+    assert "MLP" not in (scoring.scoring_backends(alone)["triton"] or "")
 
 
 @pytest.mark.parametrize(("kibibytes", "dtype", "fits"), [

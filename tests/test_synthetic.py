@@ -54,6 +54,13 @@ def same(first, second) -> bool:
     return frames and np.array_equal(mine[1], theirs[1])
 
 
+def test_a_world_without_text_has_the_same_events():
+    bare = generate(dataclasses.replace(WORLD, text_dim=0))
+    assert bare.item_text is None
+    assert bare.query_text is None
+    assert bare.events.equals(generate(WORLD).events)
+
+
 def test_a_world_names_its_log():
     assert same(generate(WORLD), generate(WORLD))
     assert not same(generate(WORLD), generate(dataclasses.replace(WORLD, seed=1)))

@@ -21,7 +21,8 @@ from lcr_fast.training.trainer import CHECKPOINT, METRICS, MODEL, Trainer, make_
 
 # Three steps an epoch, in either phase.
 CONFIG = TrainConfig(
-    epochs=2, batch_size=100, learning_rate=1e-2, rl_epochs=2, rl_epoch_size=24, rl_batch_size=8,
+    epochs=2, batch_size=100, learning_rate=1e-2, schedule="linear", align_queries=0.2,
+    align_items=0.3, align_pairs=30, rl_epochs=2, rl_epoch_size=24, rl_batch_size=8,
     rl_learning_rate=1e-3, rl_negatives=9, n_trajectories=4, noise_scale=0.5, inner_epochs=2,
     action="sampled",
 )  # fmt: skip
@@ -226,10 +227,11 @@ def test_a_seed_names_a_run(prepared, make_model, whole, tmp_path, objective):
 @pytest.mark.parametrize(
     ("scores", "patience", "best"),
     [
-        pytest.param([0.1, 0.3, 0.25, 0.3], 2, 1, id="a-tie-is-no-better"),
+        pytest.param([0.3, 0.5, 0.45, 0.5], 2, 1, id="a-tie-is-no-better"),
         pytest.param([0.9, 0.1, 0.2], 2, 0, id="the-start-counts"),
-        pytest.param([0.1, 0.2, 0.1], 0, 1, id="no-patience"),
-        pytest.param([0.0, 0.0, 0.1, 0.0, 0.0], 2, 2, id="patience-starts-again"),
+        pytest.param([0.3, 0.5, 0.3], 0, 1, id="no-patience"),
+        pytest.param([0.3, 0.3, 0.5, 0.3, 0.3], 2, 2, id="patience-starts-again"),
+        pytest.param([0.0, 0.03, 0.0, 0.0, 0.5, 0.3, 0.3], 2, 4, id="a-plateau-at-chance-is-free"),
     ],
 )
 def test_early_stopping_restores_the_best(
@@ -252,6 +254,58 @@ def test_early_stopping_restores_the_best(
         assert torch.equal(tensor, saved[name]), name
 
 
+@pytest.mark.parametrize(
+    ("scores", "reason", "warning"),
+    [
+        ([0.3, 0.5, 0.4, 0.4], "after epoch 3: validation is no better since 2 epochs", None),
+        ([0.3, 0.5, 0.4, 0.6], "after epoch 3: the limit of 3 epochs", "was still rising"),
+        ([0.3, 0.4, 0.6, 0.5], "after epoch 3: the limit of 3 epochs", None),
+        ([0.0, 0.0, 0.01, 0.0], "after epoch 3: the limit of 3 epochs", "never rose above chance"),
+    ],
+)
+def test_the_end_has_a_reason(
+    prepared, make_model, tmp_path, monkeypatch, caplog, scores, reason, warning
+):
+    coming, lines = iter(scores), []
+    monkeypatch.setattr(module, "validation_score", lambda *_: next(coming))
+    config = CONFIG.replace(epochs=3, patience=2)
+    run(make_model, prepared, "supervised", tmp_path, config=config, report=lines.append)
+    assert lines[-1] == f"  supervised stopped {reason}"
+    assert [warning in record.message for record in caplog.records] == [True] * bool(warning)
+
+
+def test_a_linear_schedule_ends_near_zero(prepared, make_model, tmp_path, monkeypatch):
+    rates, original = [], Trainer._update
+
+    def recorded(self, loss):
+        rates.append([group["lr"] for group in self.optimizer.param_groups])
+        original(self, loss)
+
+    monkeypatch.setattr(Trainer, "_update", recorded)
+    run(make_model, prepared, "supervised", tmp_path, config=CONFIG)
+    expected = [CONFIG.learning_rate * (6 - i) / 6 for i in range(6)]
+    assert rates == [pytest.approx([rate] * 2) for rate in expected]
+
+
+def test_small_data_gets_more_epochs(prepared, make_model, tmp_path):
+    """Three updates make an epoch; zero epochs stay zero unless updates are asked for."""
+    for epochs, updates, expected in ((2, 0, 2), (2, 6, 2), (2, 7, 3), (0, 4, 2), (0, 0, 0)):
+        config = CONFIG.replace(epochs=epochs, min_updates=updates)
+        trainer = Trainer(make_model(prepared), prepared, config, "supervised", tmp_path)
+        assert trainer.schedule.epochs == expected
+
+
+@pytest.mark.parametrize("kind", ["query", "item"])
+def test_alignment_brings_pairs_together(prepared, make_model, tmp_path, kind):
+    weights = {"align_queries": 10.0 * (kind == "query"), "align_items": 10.0 * (kind == "item")}
+    config = CONFIG.replace(epochs=6, schedule="constant", **weights)
+    trainer = run(make_model, prepared, "supervised", tmp_path, config=config)
+    losses = [record[f"{kind}_alignment"] for record in trainer.progress.history[1:]]
+    assert losses[-1] < losses[0] - 0.1
+    other = {"query": "item", "item": "query"}[kind]
+    assert f"{other}_alignment" not in trainer.progress.history[1]
+
+
 def test_the_loss_falls(prepared, make_model, tmp_path):
     config = CONFIG.replace(epochs=6, patience=6, rank_loss="softmax", batch_size=50)
     model = make_model(prepared, dropout=0.0)
@@ -259,7 +313,9 @@ def test_the_loss_falls(prepared, make_model, tmp_path):
     history = trainer.progress.history
     assert history[-1]["loss"] < 0.9 * history[1]["loss"]
     for record in history[1:]:
-        assert record["loss"] == pytest.approx(record["rank_loss"] + 0.1 * record["tcl"])
+        parts = record["rank_loss"] + 0.1 * record["tcl"]
+        parts += 0.2 * record["query_alignment"] + 0.3 * record["item_alignment"]
+        assert record["loss"] == pytest.approx(parts)
 
 
 def losses(make_model, data, out, objective, n_steps, n_users, **changes) -> list[float]:

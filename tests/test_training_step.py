@@ -115,6 +115,44 @@ def slow_phase_1(policy, batch, config, negative=None):
     return sum(losses) / len(losses) + config.tcl_weight * tcl
 
 
+def slow_alignment(left, right, left_ids, right_ids):
+    """InfoNCE of pairs; those that share a side with a pair are no negatives of it."""
+    total, n = 0.0, len(left)
+    for i in range(n):
+        logits = {
+            j: math.sqrt(len(left[i])) * left[i] @ right[j]
+            for j in range(n)
+            if j == i or (left_ids[i] != left_ids[j] and right_ids[i] != right_ids[j])
+        }
+        total += math.log(sum(map(math.exp, logits.values()))) - logits[i]
+    return total / n
+
+
+def test_phase_1_aligns_both_kinds_of_pairs(prepared, make_model):
+    step = Step(
+        prepared, make_model, "supervised",
+        align_queries=0.4, align_items=0.3, align_pairs=7, tcl_weight=0.0,
+    )  # fmt: skip
+    config, batcher, pairs = step.config, step.objective.batcher, step.objective.pairs
+    rng = np.random.default_rng([SEED, 1])
+    asked, followed = (rng.integers(len(p), size=7) for p in (pairs.queries, pairs.items))
+
+    def slow(policy):
+        queries, clicked = pairs.queries[asked], pairs.clicked[asked]
+        items, following = pairs.items[followed], pairs.following[followed]
+        vectors = [policy.query(q, batcher.terms(q[None])[0].tolist()) for q in queries]
+        clicks, firsts, nexts = ([policy.item(i) for i in s] for s in (clicked, items, following))
+        return (
+            slow_phase_1(policy, step.batch, config)
+            + config.align_queries * slow_alignment(vectors, clicks, queries, clicked)
+            + config.align_items * slow_alignment(firsts, nexts, items, following)
+        )
+
+    for loss, logs in step.objective.updates(step.batch, SEED):
+        step.check(loss, slow)
+        assert {"query_alignment", "item_alignment"} <= logs.keys()
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -307,6 +345,8 @@ SWITCHES = {
     "grad_clip": (0.5, "", ()),
     "patience": (9, "", ()),
     "epochs": (9, "schedule", ("supervised",)),
+    "min_updates": (999, "schedule", ("supervised",)),
+    "schedule": ("linear", "schedule", ("supervised",)),
     "batch_size": (9, "schedule", ("supervised",)),
     "learning_rate": (0.5, "schedule", ("supervised",)),
     "rl_epochs": (9, "schedule", PHASE_2),
@@ -318,6 +358,9 @@ SWITCHES = {
     "rl_negatives": (5, "batch", PHASE_2),
     "precision": ("bfloat16", "updates", ALL),
     "rank_loss": ("softmax", "updates", ("supervised", "noisy")),
+    "align_queries": (0.7, "updates", ("supervised",)),
+    "align_items": (0.7, "updates", ("supervised",)),
+    "align_pairs": (9, "updates", ("supervised",)),
     "tcl_weight": (0.3, "updates", ("supervised",)),
     "tcl_margin": (0.3, "updates", ("supervised",)),
     "tcl_distance": ("cosine", "updates", ("supervised",)),
@@ -338,7 +381,7 @@ SWITCHES = {
 def outcome(data, make_model, name: str, **changes) -> dict[str, list]:
     """Collect what a config makes of an objective: schedule, batch, updates on a fixed batch."""
     model = make_model(data, dropout=0.3)
-    config = CONFIG.replace(**{"rl_negatives": 9, **changes})
+    config = CONFIG.replace(**{"rl_negatives": 9, "align_queries": 0.4, **changes})
     objective = OBJECTIVES[name](model, make_batcher(data, "train", model), config)
     drawn = objective.batch(np.arange(0, 120, 6), np.random.default_rng(0))
     fixed = random_batch(model.config, 6, 6, torch.Generator().manual_seed(0))

@@ -4,7 +4,6 @@
 // that a long list of candidates never meets the wide input of the MLP; likewise P_x = H_x W_x
 // gives the attention's logits from the bare item vectors. Both are made once a user where that
 // costs less.
-#include "../cpu_level.h"
 #include "../scoring.h"
 
 #include <algorithm>
@@ -50,6 +49,7 @@ struct Net {
         k(kernels()),
         dim(args.dim),
         mlp(!args.widths.empty()),
+        dot(!mlp || args.dot),
         hidden(mlp ? args.widths[0] : 0),
         inputs(args.inputs()),
         fold_keys(fold_keys),
@@ -103,6 +103,7 @@ struct Net {
   const ScoringKernels& k;
   const int64_t dim;
   const bool mlp;
+  const bool dot;
   const int64_t hidden;
   const int64_t inputs;
   const bool fold_keys, fold_layer;
@@ -124,16 +125,16 @@ struct Work {
     const ScoringArgs& a = net.a;
     for (int x : {kSearch, kRec}) alpha[x].resize(a.size[x] * ld);
     pooled.resize(2 * net.dim * ld);
-    products.resize(net.mlp ? 0 : std::max(a.size[0], a.size[1]) * ld);
+    products.resize(net.dot ? std::max(a.size[0], a.size[1]) * ld : 0);
     for (int64_t width : a.widths) layers.emplace_back(width * ld);
     if (!net.mlp) layers.emplace_back(ld);
   }
   const float* scores() const { return layers.back().data(); }
 
   int64_t ld;
-  Buffer alpha[2];            // [size, ld]
-  Buffer pooled;              // [2 dim, ld] z_r, z_s
-  Buffer products;            // [size, ld] H_x e, of the dot head
+  Buffer alpha[2];             // [size, ld]
+  Buffer pooled;               // [2 dim, ld] z_r, z_s
+  Buffer products;             // [size, ld] H_x e, of the dot product
   std::vector<Buffer> layers;  // [width, ld] after ReLU and dropout
 };
 
@@ -168,13 +169,13 @@ void score_tile(const Net& net, const Segment* segments, int64_t n_segments, int
   const ScoringKernels& k = net.k;
   const int64_t dim = net.dim, ld = work.ld;
   float* top = work.layers[0].data();
+  float* dots = work.layers.back().data();  // the last layer adds to them
   for (int64_t s = 0; s < n_segments; ++s) {
     const Segment& segment = segments[s];
     const int64_t at = segment.begin, size = segment.size;
-    if (net.mlp)
-      k.add_bias(items.first + at, segment.bias, ld, net.hidden, size, top + at);
-    else
-      std::fill_n(top + at, size, 0.0f);
+    if (net.dot) std::fill_n(dots + at, size, 0.0f);
+    // A single layer is the last too: its start replaces the zeros.
+    if (net.mlp) k.add_bias(items.first + at, segment.bias, ld, net.hidden, size, top + at);
     for (int x : {kSearch, kRec}) {
       const int64_t rows = net.length(x, segment.user);
       const float* h = net.states(x, segment.user, trajectory);
@@ -183,16 +184,16 @@ void score_tile(const Net& net, const Segment* segments, int64_t n_segments, int
       const float* right = net.fold_keys ? items.transposed : items.keys[x];
       k.gemm(rows, size, dim, {left, dim, 1}, right + at, ld, alpha, ld, nullptr, false, false);
       k.softmax(alpha, ld, rows, size);
-      if (!net.mlp) {
+      if (net.dot) {
         float* products = work.products.data() + at;
         k.gemm(rows, size, dim, {h, dim, 1}, items.transposed + at, ld, products, ld, nullptr,
                false, false);
-        k.column_dots(alpha, products, ld, rows, size, top + at, true);
-      } else if (net.fold_layer) {
+        k.column_dots(alpha, products, ld, rows, size, dots + at, true);
+      }
+      if (net.fold_layer)
         k.gemm(net.hidden, size, rows, {net.layer(segment.folded, x), 1, net.hidden}, alpha, ld,
                top + at, ld, nullptr, true, false);
-      }
-      if (!net.fold_layer)
+      else
         k.gemm(dim, size, rows, {h, 1, dim}, alpha, ld, work.pooled.data() + net.place(x) * ld + at,
                ld, nullptr, false, false);
     }
@@ -212,7 +213,7 @@ void score_tile(const Net& net, const Segment* segments, int64_t n_segments, int
                   static_cast<uint32_t>(candidates->dropout_rows[segments[s].user]),
                   candidates->seed, candidates->threshold);
     k.gemm(a.widths[l + 1], n, a.widths[l], {a.weights[l + 1], a.widths[l], 1}, x, ld,
-           work.layers[l + 1].data(), ld, a.biases[l + 1], false, l + 1 < last);
+           work.layers[l + 1].data(), ld, a.biases[l + 1], net.dot && l + 1 == last, l + 1 < last);
   }
 }
 
@@ -259,8 +260,8 @@ void score_cpu(const ScoringArgs& args, const CandidateArgs& candidates, float* 
   const Cut cut(args.n_users, C);
   const int64_t fold_floats = net.fold_floats();
   // Folded histories of a few groups at a time.
-  const int64_t block = std::max<int64_t>(
-      1, kFoldBytes / (4 * std::max<int64_t>(1, fold_floats * N * cut.users)));
+  const int64_t block =
+      std::max<int64_t>(1, kFoldBytes / (4 * std::max<int64_t>(1, fold_floats * N * cut.users)));
   Buffer folded;
   for (int64_t g0 = 0; g0 < cut.n_groups; g0 += block) {
     const int64_t g1 = std::min(cut.n_groups, g0 + block);
@@ -383,7 +384,7 @@ struct BackwardWork {
 };
 
 // Gradients of the hidden layers and of the pooled vectors, [n, 2 dim], from those of the scores,
-// which stand in the last of w.dlayers.
+// which stand in the last of w.dlayers. Leaves the pooled vectors, [n, 2 dim], in w.swapped.
 void head_bwd(const Net& net, int64_t n, float kept, BackwardWork& w, WeightSums& sums) {
   const ScoringArgs& a = net.a;
   const ScoringKernels& k = net.k;
@@ -405,6 +406,21 @@ void head_bwd(const Net& net, int64_t n, float kept, BackwardWork& w, WeightSums
          nullptr, true, false);
   k.gemm(n, width, net.hidden, {d, 1, ld}, a.weights[0], net.inputs, w.dpooled.data(), width,
          nullptr, false, false);
+}
+
+// Add the gradients through the dot product: to w.dpooled, and to ditems [n, dim]. The pooled
+// vectors [n, 2 dim] stand in w.swapped.
+void dot_bwd(int64_t dim, const Segment& s, const float* dscores, BackwardWork& w, float* ditems) {
+  for (int64_t c = s.begin; c < s.begin + s.size; ++c) {
+    const float dy = dscores[c - s.begin];
+    const float* z = &w.swapped[c * 2 * dim];
+    float* dz = &w.dpooled[c * 2 * dim];
+    for (int64_t d = 0; d < dim; ++d) {
+      ditems[c * dim + d] += dy * (z[d] + z[dim + d]);
+      dz[d] += dy * w.items[c * dim + d];
+      dz[dim + d] += dy * w.items[c * dim + d];
+    }
+  }
 }
 
 // Gradients of states and keys of one trajectory, from w.dpooled.
@@ -498,17 +514,10 @@ void score_bwd_cpu(const ScoringArgs& args, const CandidateArgs& candidates, con
               for (size_t i = 0; i < w.dfirst.size(); ++i) w.dfirst[i] += w.dlayers[0][i];
             } else {
               k.transpose(w.forward.pooled.data(), ld, 2 * D, n, w.swapped.data(), 2 * D);
-              for (const Segment& s : segments)
-                for (int64_t c = s.begin; c < s.begin + s.size; ++c) {
-                  const float dy = upstream(s)[c - s.begin];
-                  const float* z = &w.swapped[c * 2 * D];
-                  for (int64_t d = 0; d < D; ++d) {
-                    ditems[c * D + d] += dy * (z[d] + z[D + d]);
-                    w.dpooled[c * 2 * D + d] = w.dpooled[c * 2 * D + D + d] =
-                        dy * w.items[c * D + d];
-                  }
-                }
+              std::fill_n(w.dpooled.data(), n * 2 * D, 0.0f);
             }
+            if (net.dot)
+              for (const Segment& s : segments) dot_bwd(D, s, upstream(s), w, ditems);
             attention_bwd(net, segments, n, t, gradients, w);
           }
           for (int x : {kSearch, kRec}) {

@@ -117,9 +117,7 @@ class Batcher:
         start, search_lengths = _recent(data.search_offsets[users], search_end, self.max_search_len)
         width = self._width(search_lengths, self.max_search_len)
         queries, mask = padded(data.search_queries, start, search_lengths, width)
-        terms, _ = padded(
-            data.query_terms, *_rows(data.query_term_offsets, queries), self.max_terms
-        )
+        terms = self.terms(queries)
         searches = np.where(mask, start[:, None] + np.arange(width), 0)
         return {
             "search_queries": queries,
@@ -127,6 +125,11 @@ class Batcher:
             "search_clicks": self._clicks(searches, mask, times),
             "search_lengths": search_lengths,
         }
+
+    def terms(self, queries: NDArray) -> NDArray:
+        """Look up the terms of queries [...]: [..., max_terms], padded with 0."""
+        rows = _rows(self.data.query_term_offsets, queries)
+        return padded(self.data.query_terms, *rows, self.max_terms)[0]
 
     def _clicks(self, searches: NDArray, mask: NDArray, times: NDArray) -> NDArray:
         """Take the first clicks of searches [b, L] made before times [b]: [b, L, max_clicks]."""

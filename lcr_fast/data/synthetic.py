@@ -56,7 +56,7 @@ class World:
     click_rate: float = 0.5  # share of searches with clicks
     max_clicks: int = 2
     popularity: float = 0.7  # exponent of the items' Zipf law within a topic
-    text_dim: int = 32
+    text_dim: int = 32  # 0 for ids alone
     text_noise: float = 0.5  # length of an item's own part beside its topic's unit vector
 
 
@@ -131,10 +131,9 @@ def generate(world: World | None = None) -> InteractionLog:
         f"{searches.height - n_relevant:,} noise",
     ]
     asked = np.array([(s.topic, s.occasion) for _, s in all_searches]).reshape(-1, 2)
-    text = _Text(world, asked)
-    return InteractionLog(
-        "synthetic", events, searches, clicks, notes, text.of_items, text.of_queries
-    )
+    text = _Text(world, asked) if world.text_dim else None
+    described = {} if text is None else {"item_text": text.of_items, "query_text": text.of_queries}
+    return InteractionLog("synthetic", events, searches, clicks, notes, **described)
 
 
 @dataclass(frozen=True)

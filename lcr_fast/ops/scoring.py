@@ -40,6 +40,7 @@ class ScoringCase(NamedTuple):
     dtype: torch.dtype
     dim: int
     hidden: tuple[int, ...] | None  # widths of the MLP's hidden layers; None for the dot head
+    dot: bool = False  # is the dot product added to the MLP?
 
 
 def _triton_obstacle(case: ScoringCase) -> str | None:
@@ -49,6 +50,8 @@ def _triton_obstacle(case: ScoringCase) -> str | None:
 
     if case.hidden == ():
         return "it has no head of a single linear layer"
+    if case.hidden is not None and case.dot:
+        return "it does not add the dot product to an MLP"
     return kernels.obstacle(dim=case.dim, dtype=case.dtype, hidden=case.hidden or ())
 
 
@@ -77,16 +80,16 @@ _STREAMS = "Tensor search, Tensor rec, Tensor search_lengths, Tensor rec_lengths
 _WEIGHTS = "Tensor user, Tensor target_weight, Tensor[] mlp_weights, Tensor[] mlp_biases"
 _ARGUMENTS = (
     f"{_STREAMS}, Tensor items, Tensor ids, {_WEIGHTS}, "
-    "Tensor dropout_rows, int dropout_threshold, int dropout_seed"
+    "Tensor dropout_rows, int dropout_threshold, int dropout_seed, bool dot"
 )
 _SCHEMAS = {
     "score_fwd": f"({_ARGUMENTS}) -> Tensor",
     "score_bwd": f"(Tensor dscores, {_ARGUMENTS}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[])",
-    "score_topk": f"({_STREAMS}, Tensor items, {_WEIGHTS}, int k, Tensor exclude) "
-    "-> (Tensor, Tensor)",
-    "score_rank": f"({_STREAMS}, Tensor items, {_WEIGHTS}, Tensor target, Tensor exclude) "
-    "-> Tensor",
+    "score_topk": f"({_STREAMS}, Tensor items, {_WEIGHTS}, int k, Tensor exclude, "
+    "bool dot) -> (Tensor, Tensor)",
+    "score_rank": f"({_STREAMS}, Tensor items, {_WEIGHTS}, Tensor target, Tensor exclude, "
+    "bool dot) -> Tensor",
 }
 
 
@@ -112,7 +115,7 @@ def _score_bwd_fake(
 
 def _score_topk_fake(
     search, rec, search_lengths, rec_lengths, items, user, target_weight, mlp_weights, mlp_biases,
-    k, exclude,
+    k, exclude, dot,
 ):  # fmt: skip
     shape = (search.shape[0], k)
     return search.new_empty(shape, dtype=torch.int64), search.new_empty(shape)
@@ -120,7 +123,7 @@ def _score_topk_fake(
 
 def _score_rank_fake(
     search, rec, search_lengths, rec_lengths, items, user, target_weight, mlp_weights, mlp_biases,
-    target, exclude,
+    target, exclude, dot,
 ):  # fmt: skip
     return torch.empty_like(target)
 
@@ -129,7 +132,8 @@ def _triton_launcher(name: str):
     def launch(*args):
         from lcr_fast.kernels import scoring as kernels
 
-        return getattr(kernels, name)(*args)
+        # Without ``dot``, the last: with an MLP it is refused, without one it is the head.
+        return getattr(kernels, name)(*args[:-1])
 
     return launch
 
@@ -162,10 +166,11 @@ def _op(backend: str, name: str):
 
 
 class _Scalars(NamedTuple):
-    """The key of the head's dropout, in the order of the schema."""
+    """The key of the head's dropout and the head's flag, in the order of the schema."""
 
-    dropout_threshold: int = 0
-    dropout_seed: int = 0
+    dropout_threshold: int
+    dropout_seed: int
+    dot: bool
 
 
 class _Score(torch.autograd.Function):
@@ -280,7 +285,7 @@ def _choose(
     device, mlp = search.device.type, weights.mlp_weights
     case = ScoringCase(
         device, search.dtype, search.shape[-1],
-        tuple(w.shape[0] for w in mlp[:-1]) if mlp else None,
+        tuple(w.shape[0] for w in mlp[:-1]) if mlp else None, weights.dot,
     )  # fmt: skip
     # float64 is for exactness, not for speed.
     expected = {"cpu": "cpp", "cuda": "triton"}.get(device)
@@ -341,7 +346,8 @@ def score(
         candidates: item vectors [B, C, D], or [1, C, D] shared by all users; with ``ids`` the item
             table [T, D] that they are rows of.
         user: user vectors [B, D], or None.
-        weights: of any number of layers; without a layer the score is (z_r + z_s)^T e.
+        weights: of any number of layers; without a layer, or where ``dot`` adds it to the layers'
+            result, the score is (z_r + z_s)^T e.
         ids: int64 [B, C] or [1, C]. The gradient of the table is a tensor of its size, and two
             runs give the same bits.
         dropout: acts on the hidden layers, with states [B, L, D] only.
@@ -386,10 +392,10 @@ def score(
     inputs = _prepare(chosen, search, rec, search_lengths, rec_lengths, candidates, user, weights)
     states, (items, user, target_weight) = inputs[:4], inputs[4:7]
     mlp = (*inputs.mlp_weights, *inputs.mlp_biases)
-    rows, scalars = ids.new_empty(0), _Scalars()
+    rows, key = ids.new_empty(0), (0, 0)
     if dropout is not None:
-        rows = dropout.rows.contiguous()
-        scalars = _Scalars(dropout_threshold(dropout.rate), dropout.seed)
+        rows, key = dropout.rows.contiguous(), (dropout_threshold(dropout.rate), dropout.seed)
+    scalars = _Scalars(*key, weights.dot)
     ids = ids.contiguous()
     differentiable = (*states[:2], items, user, target_weight, *mlp)
     if torch.is_grad_enabled() and any(t.requires_grad for t in differentiable):
@@ -489,8 +495,9 @@ def score_topk(
     else:
         inputs = _prepare(chosen, search, rec, search_lengths, rec_lengths, items, user, weights)
         ids, scores = _op(chosen, "score_topk")(
-            *inputs[:7], list(inputs.mlp_weights), list(inputs.mlp_biases), k, exclude
-        )
+            *inputs[:7], list(inputs.mlp_weights), list(inputs.mlp_biases), k, exclude,
+            weights.dot,
+        )  # fmt: skip
     _raise_nan(scores.isnan().any(-1))
     return ids, scores.to(search.dtype)
 
@@ -538,7 +545,7 @@ def score_rank(
         inputs = _prepare(chosen, search, rec, search_lengths, rec_lengths, items, user, weights)
         rank = _op(chosen, "score_rank")(
             *inputs[:7], list(inputs.mlp_weights), list(inputs.mlp_biases), target.contiguous(),
-            exclude,
+            exclude, weights.dot,
         )  # fmt: skip
     _raise_nan(rank < 0)
     return rank.masked_fill(target == 0, 0)

@@ -300,6 +300,18 @@ def validation_score(model: LCRSER, batcher: Batcher, backend: str = "auto") -> 
     return float(rank_metrics(ranks)["ndcg@5"].mean()) if len(ranks) else 0.0
 
 
+def chance_level(batcher: Batcher) -> float:
+    """Give the validation score that a scorer without knowledge exceeds once in a thousand times.
+
+    Such a scorer puts the target at every rank alike: the mean of NDCG@5, and 3 standard errors.
+    """
+    n = len(batcher)
+    if not n:
+        return 0.0
+    gains = rank_metrics(np.arange(1, _stored(batcher.samples).shape[1] + 2))["ndcg@5"]
+    return float(gains.mean() + 3 * gains.std() / np.sqrt(n))
+
+
 @torch.inference_mode()
 def state_distances(model: LCRSER, data: PreparedData, split: str = "test") -> dict[str, Any]:
     """Distance of pooled states to the target per step (cf. the paper's Fig. 4 and 5).
@@ -360,7 +372,7 @@ def relevance_share(model: LCRSER, data: PreparedData, split: str = "test") -> R
         if not keep.any():
             continue
         target = model.item_vectors(batch.candidates[:, :1])
-        search = states.h[-1][SEARCH]
+        search = model.read(states.h[0], states.h[-1])[SEARCH]
         alpha = model.pool(search, batch.search_lengths, target, SEARCH)[1][:, 0]  # [B, L_s]
         n_relevant = relevant.sum(1)
         shares = [n_relevant / (n_relevant + noise.sum(1)), (alpha * relevant).sum(1)]

@@ -6,6 +6,7 @@ that a resumed run needs no random state.
 
 import copy
 import logging
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,8 +20,9 @@ from lcr_fast.batch import Batch
 from lcr_fast.config import TrainConfig
 from lcr_fast.data.batching import Batcher
 from lcr_fast.data.negatives import NegativeSampler
+from lcr_fast.data.pairs import training_pairs
 from lcr_fast.model import LCRSER
-from lcr_fast.objectives import rank_loss, tcl
+from lcr_fast.objectives import alignment, rank_loss, tcl
 from lcr_fast.reference import Streams
 from lcr_fast.training.evaluation import with_target
 
@@ -42,6 +44,7 @@ class Schedule(NamedTuple):
     epochs: int
     batch_size: int
     epoch_size: int  # samples drawn for an epoch; 0 means all
+    decay: bool = False  # does the learning rate fall to 0 at the last epoch?
 
 
 class Inputs(NamedTuple):
@@ -99,14 +102,22 @@ class Objective:
 
 
 class Supervised(Objective):
-    """Phase 1: ranking loss and TCL (:mod:`lcr_fast.objectives`)."""
+    """Phase 1: ranking loss, TCL and alignment (:mod:`lcr_fast.objectives`)."""
 
     phase = 1
+
+    def __init__(self, model: LCRSER, batcher: Batcher, config: TrainConfig) -> None:
+        super().__init__(model, batcher, config)
+        self.pairs = training_pairs(batcher.data)
 
     @property
     def schedule(self) -> Schedule:
         config = self.config
-        return Schedule(config.learning_rate, config.epochs, config.batch_size, 0)
+        n_batches = math.ceil(len(self.batcher) / config.batch_size)
+        return Schedule(
+            config.learning_rate, max(config.epochs, math.ceil(config.min_updates / n_batches)),
+            config.batch_size, 0, config.schedule == "linear",
+        )  # fmt: skip
 
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         return list(self.model.named_parameters())
@@ -126,7 +137,7 @@ class Supervised(Objective):
         return self.batcher.gather(rows, *with_target(targets, negatives))
 
     def updates(self, batch: Batch, seed: int) -> Iterator[Update]:
-        """One update: L = L_rank + lambda L_TCL."""
+        """One update: L = L_rank + lambda L_TCL, and the weighted losses of alignment."""
         config, model = self.config, self.model
         model.train()
         model.dropout_seed = seed
@@ -153,7 +164,32 @@ class Supervised(Objective):
             )
             loss = loss + config.tcl_weight * contrast
             logs["tcl"] = contrast.item()
+        for name, (weight, part) in self._alignments(np.random.default_rng([seed, 1])).items():
+            loss = loss + weight * part
+            logs[name] = part.item()
         yield Update(loss, logs)
+
+    def _alignments(self, rng: np.random.Generator) -> dict[str, tuple[float, Tensor]]:
+        """Draw pairs of each kind that counts and that the data has: weight and loss by name."""
+        config, model, pairs = self.config, self.model, self.pairs
+        device = model.head.target_weight.device
+
+        def draw(*sides: NDArray) -> list[Tensor]:
+            rows = rng.integers(len(sides[0]), size=config.align_pairs)
+            return [torch.from_numpy(side[rows].astype(np.int64)).to(device) for side in sides]
+
+        losses = {}
+        if config.align_queries and len(pairs.queries):
+            queries, clicked = draw(pairs.queries, pairs.clicked)
+            terms = torch.from_numpy(self.batcher.terms(queries.cpu().numpy())).to(device)
+            asked = model.query_vectors(queries, terms)
+            loss = alignment(asked, model.item_vectors(clicked), queries, clicked)
+            losses["query_alignment"] = (config.align_queries, loss)
+        if config.align_items and len(pairs.items):
+            items, following = draw(pairs.items, pairs.following)
+            vectors = model.item_vectors(items), model.item_vectors(following)
+            losses["item_alignment"] = (config.align_items, alignment(*vectors, items, following))
+        return losses
 
 
 class _Trajectories(Objective):

@@ -1,6 +1,7 @@
 """The training loop of every phase: early stopping, logs, atomic checkpoints, exact resume."""
 
 import json
+import logging
 import math
 import sys
 import time
@@ -19,9 +20,10 @@ from lcr_fast.data.prepared import PreparedData
 from lcr_fast.model import LCRSER
 from lcr_fast.profiling import range_
 from lcr_fast.storage import load_tensors, replacing, save_tensors
-from lcr_fast.training.evaluation import make_batcher, validation_score
+from lcr_fast.training.evaluation import chance_level, make_batcher, validation_score
 from lcr_fast.training.objective import OBJECTIVES, Objective, warn_if_sinking
 
+_LOG = logging.getLogger("lcr_fast")
 _CHECKPOINT_KIND = "checkpoint"
 _CHECKPOINT_SECONDS = 30.0  # between two checkpoints inside an epoch
 CHECKPOINT, MODEL, METRICS = "checkpoint.safetensors", "model.safetensors", "metrics.jsonl"
@@ -34,7 +36,7 @@ class Progress:
     epoch: int = 0  # epochs completed
     step: int = 0  # steps completed in the current one
     best: float = -1.0  # best validation NDCG@5
-    stale: int = 0  # epochs since
+    stale: int = 0  # epochs since, once the best is above chance
     seconds: float = 0.0
     finished: bool = False
     sums: dict[str, list[float]] = field(default_factory=dict)  # name -> [sum, count]
@@ -69,6 +71,7 @@ class Trainer:
         self.name = objective
         self.batcher = make_batcher(data, "train", model)
         self.validation = make_batcher(data, "valid", model)
+        self.chance = chance_level(self.validation)
         if not len(self.batcher):
             raise ValueError("the data has no training samples")
         self.objective: Objective = OBJECTIVES[objective](model, self.batcher, config)
@@ -97,13 +100,33 @@ class Trainer:
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(name in self._trained)
             self._start()
-            while progress.epoch < self.schedule.epochs and progress.stale < max(
-                self.config.patience, 1
-            ):
+            patience = max(self.config.patience, 1)
+            while progress.epoch < self.schedule.epochs and progress.stale < patience:
                 self._epoch()
+            self._explain_end(progress.stale >= patience)
             progress.finished = True
             self._save()
         return self.model.requires_grad_(True).eval()
+
+    def _explain_end(self, stale: bool) -> None:
+        progress = self.progress
+        if stale:
+            why = f"validation is no better since {progress.stale} epochs"
+        else:
+            why = f"the limit of {self.schedule.epochs} epochs"
+        self.report(f"  {self.name} stopped after epoch {progress.epoch}: {why}")
+        scores = [record["valid_ndcg@5"] for record in progress.history]
+        if progress.best <= self.chance:
+            _LOG.warning(
+                "%s: validation NDCG@5 never rose above chance (%.4f, at most %.4f without "
+                "knowledge): train longer or with a higher learning rate",
+                self.name, progress.best, self.chance,
+            )  # fmt: skip
+        elif not stale and len(scores) > 1 and scores[-1] == max(scores) > scores[-2]:
+            _LOG.warning(
+                "%s: validation was still rising at the limit of %d epochs: allow more",
+                self.name, self.schedule.epochs,
+            )  # fmt: skip
 
     def _start(self) -> None:
         """Count the starting model as epoch 0: a phase that only harms keeps what it was given."""
@@ -125,6 +148,8 @@ class Trainer:
         )
         with bar:
             while progress.step < n_steps:
+                if self.schedule.decay:
+                    self._decay((progress.epoch + progress.step / n_steps) / self.schedule.epochs)
                 start = progress.step * size
                 self.step(order[start : start + size], self._rng(1 + progress.step))
                 progress.step += 1
@@ -141,6 +166,11 @@ class Trainer:
         progress.sums = {}
         warn_if_sinking(means)
         self._validate(means)
+
+    def _decay(self, done: float) -> None:
+        """Lower the learning rate in proportion to the part of the run that is done."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.learning_rate * (1 - done)
 
     def step(self, rows: NDArray, rng: np.random.Generator) -> float:
         """Make the updates of one mini-batch of samples; return the last loss."""
@@ -182,7 +212,8 @@ class Trainer:
             self.best = {n: t.detach().clone() for n, t in self.model.state_dict().items()}
             self.model.save(self.out / MODEL)
         else:
-            progress.stale += 1
+            # Before there is anything to lose, a plateau is no reason to stop.
+            progress.stale += progress.best > self.chance
         progress.seconds += time.monotonic() - clock
         record = {"epoch": progress.epoch, **means, "valid_ndcg@5": score}
         progress.history.append({**record, "seconds": round(progress.seconds, 3)})
