@@ -162,7 +162,7 @@ def _garbage(program: _Program) -> Iterator[str]:
     products: list[tuple[int, dict[int, frozenset[int]]]] = []
     for place, known in _reaching(program):
         instruction = instructions[place]
-        if instruction.written and instruction.keeps_descriptor:
+        if instruction.keeps_descriptor and not instruction.makes_descriptor:
             sources[place] = {d for r in instruction.read for d in known.get(r, _NEVER)}
         if instruction.descriptors:
             products.append((place, {r: known.get(r, _NEVER) for r in instruction.descriptors}))

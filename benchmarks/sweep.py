@@ -1,0 +1,214 @@
+"""Time configurations of the Triton kernels on this GPU: what the tables in kernels/ choose from.
+
+    python benchmarks/sweep.py --compile 0/16 & ... python benchmarks/sweep.py --compile 15/16
+    python benchmarks/sweep.py --out FILE.jsonl
+
+The first line compiles a share of the configurations into Triton's cache, as most of the time is
+compilation; the second times all, a line of JSON each. ``--only`` takes a regular expression.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import harness
+import work
+from lcr_fast import ops
+from lcr_fast.kernels import reasoning_config, scoring
+from lcr_fast.ops.noise import Dropout
+from lcr_fast.testing import ReasoningCase, random_reasoning
+from lcr_fast.weights import ReasoningWeights
+
+Config = reasoning_config.Config
+Tiles = scoring._Tiles
+KINDS = {"half": "bf16", "tf32": "tf32", "tf32x3": "fp32"}  # and what the harness calls it
+STEPS, N_CANDIDATES, N_ITEMS = 5, 100, 20_000
+HEAD = (200, 80, 1)
+
+
+class Job(NamedTuple):
+    """A configuration of one op at one shape."""
+
+    op: str  # forward, backward, score
+    kind: str
+    dim: int
+    size: int  # events of each stream
+    config: Config | Tiles
+
+    def __str__(self) -> str:
+        config = ", ".join(f"{n}={v}" for n, v in self.config._asdict().items())
+        return f"{self.op} {self.kind} d={self.dim} L={self.size} {config}"
+
+
+def jobs() -> Iterator[Job]:
+    for kind in KINDS:
+        for dim in (32, 64, 128):
+            for size, slot in ((30, 32), (50, 64), (100, 128)):
+                for warps in (4, 8):
+                    for park in (0, 1, 2):
+                        for rows in sorted({slot, max(64, slot), 128}):
+                            config = Config(warps, park, rows)
+                            yield Job("forward", kind, dim, size, config)
+                            if park != 1:  # backward has no stream that is not at work
+                                yield Job("backward", kind, dim, size, config)
+            for candidates, hidden, warps in (
+                (16, 16, 4), (32, 16, 4), (32, 32, 4), (32, 32, 8), (64, 32, 4), (64, 32, 8),
+            ):  # fmt: skip
+                for stages in (1, 2):
+                    tiles = Tiles(candidates, 32, hidden, warps, stages)
+                    yield Job("score", kind, dim, 30, tiles)
+    for size in (30, 50):
+        for registers in (128, 168):
+            yield Job("forward", "half", 64, size, Config(4, registers=registers))
+
+
+# -- the calls ------------------------------------------------------------------------------------
+
+
+def _reasoning(job: Job, n_users: int) -> Callable[[], Any]:
+    dtype = harness.DTYPES[KINDS[job.kind]]
+    case = ReasoningCase(
+        dim=job.dim, search_len=job.size, rec_len=job.size, steps=STEPS, ffn_dim=job.dim,
+        pooled=False, padding=0.0, n_users=1,
+    )  # fmt: skip
+    inputs = random_reasoning(case).to(dtype, device="cuda").inputs
+    is_backward = job.op == "backward"
+    weights = ReasoningWeights(
+        *(inputs[name].requires_grad_(is_backward) for name in ReasoningWeights._fields)
+    )
+    search, rec = (
+        torch.randn(n_users, job.size, job.dim, device="cuda", dtype=dtype) for _ in range(2)
+    )
+    lengths = torch.full((n_users,), job.size, device="cuda")
+    if not is_backward:
+        return lambda: ops.latent_reasoning(
+            search, rec, lengths, lengths, weights, STEPS, n_heads=2, backend="triton"
+        )
+    dropout = Dropout(0.1, 1, torch.arange(n_users, device="cuda"))
+    keys = torch.randn(n_users, 2, job.dim, device="cuda", dtype=dtype)
+
+    def train():
+        reasoned = ops.latent_reasoning(
+            search, rec, lengths, lengths, weights, STEPS, n_heads=2, backend="triton",
+            target_keys=keys, dropout=dropout,
+        )  # fmt: skip
+        return torch.autograd.grad(reasoned, list(weights), [torch.ones_like(t) for t in reasoned])
+
+    return train
+
+
+def _scoring(job: Job, n_users: int) -> dict[str, Callable[[], Any]]:
+    dtype, D = harness.DTYPES[KINDS[job.kind]], job.dim
+    draw = functools.partial(torch.randn, device="cuda")
+    states = [draw(n_users, 1, job.size, D, dtype=dtype) for _ in range(2)]
+    lengths = [torch.full((n_users,), job.size, device="cuda")] * 2
+    items, user = draw(N_ITEMS + 1, D), draw(n_users, D)
+    widths = (4 * D, *HEAD)
+    matrices = [draw(o, i) * i**-0.5 for i, o in itertools.pairwise(widths)]
+    head = (draw(2, D, D) * D**-0.5, matrices, [draw(o) for o in HEAD])
+    ids = torch.randint(1, N_ITEMS, (n_users, N_CANDIDATES), device="cuda")
+    rows, dscores = torch.arange(n_users, device="cuda"), draw(n_users, 1, N_CANDIDATES)
+    few = [t[:32, 0] for t in states] + [n[:32] for n in lengths]
+    call = (*states, *lengths, items, ids, user, *head, rows, 0, 0)
+    return {
+        "score_fwd": lambda: scoring.score_fwd(*call),
+        "score_bwd": lambda: scoring.score_bwd(dscores.to(dtype), *call),
+        "catalogue_topk": lambda: scoring.catalogue_topk(
+            *few, items, user[:32], *head, 10, rows[:32, None]
+        ),
+    }
+
+
+# -- configured -----------------------------------------------------------------------------------
+
+
+def _configured(job: Job) -> Any:
+    """Let a job's configuration be chosen, whatever the tables say."""
+    if isinstance(job.config, Config):
+        forward = reasoning_config.config
+
+        def choose(which, *call):
+            # Backward is timed behind a forward pass as it is.
+            is_asked = (which == "fwd") == (job.op == "forward")
+            return job.config if is_asked else forward(which, *call)
+
+        return mock.patch.object(reasoning_config, "config", choose)
+    tiles = {key: (job.config,) * len(scoring.DIMS) for key in scoring._TILES}
+    return mock.patch.object(scoring, "_TILES", tiles)
+
+
+def run(job: Job, compile_only: bool) -> dict[str, Any]:
+    """Compile a job, or time it: milliseconds, or of backward microseconds a kernel."""
+    n_users = {"half": 8192}.get(job.kind, 2048) if job.op == "forward" else 1024
+    n_users = 64 if compile_only else n_users
+    with harness.multiplying_in(KINDS[job.kind]), _configured(job):
+        is_scoring = job.op == "score"
+        calls = _scoring(job, n_users) if is_scoring else {job.op: _reasoning(job, n_users)}
+        found: dict[str, Any] = {}
+        for name, call in calls.items():
+            call()
+            torch.cuda.synchronize()
+            if compile_only:
+                continue
+            if job.op == "backward":
+                with profile(activities=[ProfilerActivity.CUDA]) as trace:
+                    call()
+                    torch.cuda.synchronize()
+                found[name] = {
+                    event.key: round(event.self_device_time_total)
+                    for event in trace.key_averages()
+                    if event.key.endswith("_kernel") and "fwd" not in event.key
+                }
+            else:
+                times = harness.take_turns({name: harness.Variant(call)}, 10, 0.1, "cuda")[name]
+                found[name] = harness.summary(times)["median"] * 1e3
+    if job.op == "forward" and not compile_only:
+        lengths = torch.full((n_users,), job.size)
+        flops = work.reasoning_flops(lengths, lengths, job.dim, STEPS)
+        found["TFLOP/s"] = flops / found["forward"] / 1e9
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--compile", metavar="I/N", help="compile share I of N, and time nothing")
+    parser.add_argument("--out", type=Path, help="file of the times, else standard output")
+    parser.add_argument("--only", default="", help="a regular expression that jobs must contain")
+    arguments = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        sys.stderr.write("sweep: this torch sees no GPU\n")
+        return 2
+    chosen = [job for job in jobs() if re.search(arguments.only, str(job))]
+    if arguments.compile:
+        share, n_shares = map(int, arguments.compile.split("/"))
+        chosen = chosen[share::n_shares]
+    out = arguments.out.open("w") if arguments.out else sys.stdout
+    for job in chosen:
+        clock = time.monotonic()
+        try:
+            found = run(job, bool(arguments.compile))
+        except Exception as error:  # does not fit this GPU
+            found = {"error": f"{type(error).__name__}: {str(error)[:120]}"}
+        if not arguments.compile:
+            out.write(json.dumps({"job": str(job), **found}) + "\n")
+            out.flush()
+        elif "error" in found:
+            sys.stderr.write(f"{job}: {found['error']} ({time.monotonic() - clock:.0f} s)\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""Which ptxas assembles the kernels, and that nobody else's is touched."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+from lcr_fast.kernels import ptxas
+from lcr_fast.kernels.ptxas import NoPtxasError, Ptxas
+
+OLD = Ptxas("/old", (12, 8), "V12.8.93", "Triton's ptxas")
+NEWER = Ptxas("/newer", (12, 9), "V12.9.86", "Triton's ptxas-blackwell")
+NEWEST = Ptxas("/newest", (13, 1), "V13.1.80", "CUDA toolkit")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Return a function that says what is installed, and which CUDA the driver knows."""
+
+    def install(*tools: Ptxas, driver: tuple[int, int] | None = (13, 0)) -> None:
+        for name in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(ptxas, "at_hand", lambda: list(tools))
+        monkeypatch.setattr(ptxas, "driver_cuda", lambda: driver)
+        known = {tool.path: tool for tool in tools}
+        monkeypatch.setattr(
+            ptxas,
+            "find",
+            lambda path, origin: path in known and known[path]._replace(origin=origin),
+        )
+
+    return install
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_the_newest_that_the_driver_loads(machine, capability):
+    machine(OLD, NEWEST, NEWER)
+    assert ptxas.choose(capability) == NEWEST
+    machine(OLD, NEWEST, NEWER, driver=None)
+    assert ptxas.choose(capability) == NEWEST
+    machine(OLD, NEWEST, NEWER, driver=(12, 4))  # of one major release all are loaded
+    assert ptxas.choose(capability) == NEWER
+    machine(NEWER, NEWER._replace(path="/same"))
+    assert ptxas.choose(capability).path == "/newer"
+
+
+def test_a_bad_one_alone_is_an_obstacle_where_it_is_bad(machine):
+    machine(OLD)
+    assert ptxas.choose(80) == OLD
+    assert ptxas.obstacle(80) is None
+    with pytest.raises(NoPtxasError):
+        ptxas.choose(90)
+    sentence = ptxas.obstacle(90)
+    assert "12.9 or later" in sentence
+    assert "at hand: ptxas 12.8 (Triton's ptxas), and a driver of CUDA 13.0" in sentence
+    machine(OLD, NEWEST, driver=(12, 8))
+    assert "ptxas 13.1 (CUDA toolkit), and a driver of CUDA 12.8" in ptxas.obstacle(90)
+    machine()
+    assert "at hand: none" in ptxas.obstacle(80)
+
+
+def test_the_users_choice_stands(machine, monkeypatch):
+    machine(OLD, NEWEST)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "/old")
+    assert ptxas.choose(90) == OLD._replace(origin="TRITON_PTXAS_PATH")
+    assert ptxas.obstacle(90) is None
+    assert ptxas.warning(90).startswith("ptxas 12.8 (TRITON_PTXAS_PATH) is known to miscompile")
+    assert ptxas.warning(80) is None
+    assert ptxas.choose(100) == NEWEST  # Triton has another variable there
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "/newest")
+    assert ptxas.warning(90) is None
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "/nothing")
+    assert ptxas.obstacle(90) == (
+        "TRITON_PTXAS_PATH names /nothing, which is no ptxas that can be started"
+    )
+
+
+def test_a_choice_in_the_process_stands_too(machine, monkeypatch):
+    machine(OLD, NEWEST)
+    monkeypatch.setitem(vars(ptxas.knobs.nvidia), "ptxas", "/old")
+    assert ptxas.choose(90) == OLD._replace(origin="triton.knobs.nvidia.ptxas")
+
+
+def test_the_wheels_own_are_found():
+    found = {tool.origin: tool for tool in ptxas.at_hand()}
+    assert found["Triton's ptxas-blackwell"].release >= (12, 9)
+    assert found["Triton's ptxas"].version.startswith("V12.")
+    assert ptxas.find("/no/such/ptxas", "nowhere") is None
+    assert ptxas.find(sys.executable, "not ptxas") is None
+
+
+_COMPILE = """
+import json, os
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from lcr_fast.kernels import ptxas, resources
+
+name, variant = next(
+    (name, v) for name, v in resources.all_variants("sm_90") if "user_bwd-no-dot-bf16" in name
+)
+before = dict(os.environ)
+hook = knobs.runtime.add_stages_inspection_hook
+tools = [tool for tool in ptxas.at_hand() if tool.origin.startswith("Triton's")]
+ours = [resources.compile_variant(variant, "sm_90", tool) for tool in tools]
+plain = []
+compile_plainly = ptxas.compile_with
+ptxas.compile_with = lambda tool, source, target, options: plain.append(
+    triton.compile(source, target=target, options=options)
+)
+resources.compile_variant(variant, "sm_90", tools[0])
+try:
+    with ptxas._assembled_by(tools[0]):
+        raise ZeroDivisionError
+except ZeroDivisionError:
+    pass
+print(json.dumps({
+    "versions": [tool.version for tool in tools],
+    "compiled by": [kernel.metadata.ptxas for kernel in ours],
+    "hashes": [kernel.metadata.hash for kernel in [*ours, *plain]],
+    "plain names one": hasattr(plain[0].metadata, "ptxas"),
+    "environment": dict(os.environ) == before,
+    "hook": knobs.runtime.add_stages_inspection_hook is hook,
+}))
+"""
+
+
+def test_ours_are_keyed_by_their_ptxas_and_others_are_left_alone(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", _COMPILE], env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["compiled by"] == found["versions"]
+    assert len(set(found["versions"])) == 2
+    assert len(set(found["hashes"])) == 3
+    assert not found["plain names one"]
+    assert found["environment"]
+    assert found["hook"]
