@@ -18,4 +18,4 @@ class Variant(NamedTuple):
     kernel: Any  # a function under @triton.jit
     signature: dict[str, str]
     constexprs: dict[str, Any]
-    options: dict[str, int | None]  # some of LAUNCH_OPTIONS
+    options: dict[str, Any]  # some of LAUNCH_OPTIONS

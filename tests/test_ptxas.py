@@ -27,11 +27,11 @@ def machine(monkeypatch):
         monkeypatch.setattr(ptxas, "at_hand", lambda: list(tools))
         monkeypatch.setattr(ptxas, "driver_cuda", lambda: driver)
         known = {tool.path: tool for tool in tools}
-        monkeypatch.setattr(
-            ptxas,
-            "find",
-            lambda path, origin: path in known and known[path]._replace(origin=origin),
-        )
+
+        def find(path: str, origin: str) -> Ptxas | None:
+            return known[path]._replace(origin=origin) if path in known else None
+
+        monkeypatch.setattr(ptxas, "find", find)
 
     return install
 
