@@ -116,10 +116,15 @@ def multiplying_in(precision: str) -> Iterator[None]:
 
 
 def moved(value: Any, **where: Any) -> Any:
-    """Detach tensors in nested tuples and send them ``to(**where)``, a dtype only if they float."""
+    """Detach tensors in nested tuples and send them ``to(**where)``, a dtype only if they float.
+
+    What else is in the tuples stays as it is.
+    """
     if isinstance(value, Tensor):
         kept = where if value.is_floating_point() else {**where, "dtype": None}
         return value.detach().to(**kept)
+    if not isinstance(value, tuple | list):
+        return value
     parts = (moved(part, **where) for part in value)
     return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
 

@@ -29,9 +29,9 @@ _WIDTHS = (32, 64, 128)
 _MIN_HEAD = 16  # the least depth of a tensor-core dot
 _MAX_SIZE = 128  # events a stream: one slot must fit a tile
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Compute capabilities whose tensor cores read operands from shared memory. Elsewhere they wait in
-# registers; beyond so many numbers in two parts, ptxas spills kilobytes a thread.
-_READ_SHARED = (9, 10)
+# Compute capabilities where float32 operands are read from shared memory. Elsewhere they wait in
+# registers; beyond so many numbers in two parts, ptxas spills ten kilobytes a thread.
+_READ_SHARED = (9,)
 _MOST_IN_REGISTERS = 64 * 64
 
 

@@ -68,8 +68,8 @@ _CONFIGS = {
     ("recompute", "tf32x3", 128, 64, None): Config(4, 2),
     ("bwd", "tf32x3", 128, 32, None): Config(4, 2),
 }
-# On compute capability 10 the tiles of long histories exceed tensor memory; 16 warps do without,
-# and need as much shared memory as on capability 8.
+# On compute capability 10 float32 in two parts, long histories and wide gradients exceed tensor
+# memory; 16 warps do without, and need as much shared memory as on capability 8.
 _WITHOUT_TENSOR_MEMORY = Config(16, 2)
 # Most bytes of one head's tile [rows, D/H], both parts of a tf32x3 product counted, by the shared
 # memory that a program may have, for which products fit it whole.
@@ -100,7 +100,12 @@ def config(
     for major in (None, gpu.major):
         chosen = _CONFIGS.get((which, kind, D, slot, major), chosen)
     shared = gpu.shared
-    if gpu.major == 10 and slot > 64 and (D == 128 or which == "bwd"):
+    is_long, is_wide = slot > 64, D == 128
+    if gpu.major == 10 and (
+        kind == "tf32x3"
+        or (is_long and (is_wide or which == "bwd"))
+        or (is_wide and which == "bwd")
+    ):
         chosen, shared = _WITHOUT_TENSOR_MEMORY, min(shared, 163 << 10)
     number_bytes = dtype.itemsize * (2 if kind == "tf32x3" else 1)
     for rows in (max(slot, chosen.rows), max(slot, 32)):

@@ -163,7 +163,12 @@ def _garbage(program: _Program) -> Iterator[str]:
     for place, known in _reaching(program):
         instruction = instructions[place]
         if instruction.keeps_descriptor and not instruction.makes_descriptor:
-            sources[place] = {d for r in instruction.read for d in known.get(r, _NEVER)}
+            read = [known.get(register, _NEVER) for register in instruction.read]
+            is_cut = instruction.opcode.startswith("ULOP3") and any(
+                all(d != _ENTRY and instructions[d].operands[1:] == ["0x3fff"] for d in definitions)
+                for definitions in read
+            )
+            sources[place] = set() if is_cut else set().union(*read)
         if instruction.descriptors:
             products.append((place, {r: known.get(r, _NEVER) for r in instruction.descriptors}))
     for place, needed in products:

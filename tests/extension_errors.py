@@ -85,20 +85,21 @@ def scoring_arguments(states: Sequence[int]) -> dict[str, object]:
 
 
 def score(**changes: object) -> None:
-    dropout = {"dropout_rows": zeros(0), "dropout_threshold": 0, "dropout_seed": 0}
-    call("cpu_score_fwd", scoring_arguments((B, 1, L, D)) | dropout, changes)
+    more = {"dropout_rows": zeros(0), "dropout_threshold": 0, "dropout_seed": 0, "dot": False}
+    call("cpu_score_fwd", scoring_arguments((B, 1, L, D)) | more, changes)
 
 
 def topk(**changes: object) -> None:
     arguments = scoring_arguments((B, L, D))
     del arguments["ids"]
-    call("cpu_score_topk", arguments | {"k": 3, "exclude": zeros(B, 0, dtype=I64)}, changes)
+    arguments |= {"k": 3, "exclude": zeros(B, 0, dtype=I64), "dot": False}
+    call("cpu_score_topk", arguments, changes)
 
 
 def rank(**changes: object) -> None:
     arguments = scoring_arguments((B, L, D))
     del arguments["ids"]
-    arguments |= {"target": zeros(B, dtype=I64), "exclude": zeros(B, 0, dtype=I64)}
+    arguments |= {"target": zeros(B, dtype=I64), "exclude": zeros(B, 0, dtype=I64), "dot": False}
     call("cpu_score_rank", arguments, changes)
 
 

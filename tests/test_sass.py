@@ -68,6 +68,14 @@ def test_what_keeps_a_descriptor(step, is_good):
     assert (not found) == is_good, found
 
 
+def test_a_mask_may_be_in_a_register():
+    cut = ["UMOV UR30, 0x3fff", "ULOP3.LUT UR4, UR8, 0x2000000, UR30, 0xec, !UPT"]
+    before = [*_CONSTANTS, _ADDRESSES[1]]
+    assert not garbage_descriptors(listing(*before, *cut, _PRODUCT))
+    other = [cut[0].replace("0x3fff", "0x7fff"), cut[1]]
+    assert garbage_descriptors(listing(*before, *other, _PRODUCT))
+
+
 def test_only_paths_that_exist_count():
     skipped = [*_CONSTANTS, *_ADDRESSES, "BRA `(.L_x_2)", "ULDC UR4, c[0x0][0x210]", ".L_x_2:"]
     assert not garbage_descriptors(listing(*skipped, _PRODUCT))

@@ -6,7 +6,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -796,13 +795,10 @@ def test_triton_refuses_the_sum_of_both_heads():
     assert "MLP" not in (scoring.scoring_backends(alone)["triton"] or "")
 
 
-@pytest.mark.parametrize(("kibibytes", "dtype", "fits"), [
-    (163, torch.float32, False), (227, torch.float32, True), (163, torch.bfloat16, True),
-])  # fmt: skip
-def test_wide_float32_needs_much_shared_memory(monkeypatch, kibibytes, dtype, fits):
+def test_small_gpus_get_small_tiles():
     kernels = pytest.importorskip("lcr_fast.kernels.scoring")
-    gpu = types.SimpleNamespace(shared_memory_per_block_optin=kibibytes << 10)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: gpu)
-    reason = kernels.obstacle(dim=128, dtype=dtype, hidden=(200, 80))
-    assert reason is None if fits else "this GPU has 163 KiB" in reason
+    gpus = pytest.importorskip("lcr_fast.kernels.gpu")
+    case = (64, 100, 50, torch.float32, "tf32x3")
+    large = kernels._config("score_fwd", *case, gpus.GPUS["sm_80"])
+    small = kernels._config("score_fwd", *case, gpus.Gpu(8, 99 << 10))
+    assert (large["CANDIDATES"], small["CANDIDATES"]) == (64, 16)
