@@ -6,11 +6,16 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
+from lcr_fast import ops
+from lcr_fast.kernels import gpu as gpus
 from lcr_fast.kernels import ptxas
 from lcr_fast.kernels.ptxas import NoPtxasError, Ptxas
+from lcr_fast.ops import _triton, reasoning, scoring
+from lcr_fast.ops._dispatch import say_once
 
 OLD = Ptxas("/old", (12, 8), "V12.8.93", "Triton's ptxas")
 NEWER = Ptxas("/newer", (12, 9), "V12.9.86", "Triton's ptxas-blackwell")
@@ -83,6 +88,70 @@ def test_a_choice_in_the_process_stands_too(machine, monkeypatch):
     machine(OLD, NEWEST)
     monkeypatch.setitem(vars(ptxas.knobs.nvidia), "ptxas", "/old")
     assert ptxas.choose(90) == OLD._replace(origin="triton.knobs.nvidia.ptxas")
+
+
+@pytest.fixture
+def gpu(machine, monkeypatch):
+    """Return a function that plugs a GPU of a compute capability in."""
+
+    def plug(major: int, minor: int, *tools: Ptxas) -> None:
+        machine(*tools)
+        for function in (gpus.obstacle, gpus.ptxas_warning):
+            function.cache_clear()
+        monkeypatch.setattr(_triton, "_has_gpu", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(gpus, "_capability", lambda index: (major, minor))
+        monkeypatch.setattr(gpus, "gpu_of", lambda device: gpus.Gpu(major, 227 << 10))
+
+    yield plug
+    for function in (gpus.obstacle, gpus.ptxas_warning):
+        function.cache_clear()
+
+
+def reasoning_obstacle(dim: int = 64, dtype: torch.dtype = torch.float32) -> str | None:
+    case = reasoning.ReasoningCase("cuda", dtype, dim, 2, dim, 30, 30)
+    return reasoning.reasoning_backends(case)["triton"]
+
+
+def test_auto_runs_the_reference_where_only_a_bad_ptxas_is(gpu):
+    gpu(9, 0, OLD)
+    assert "12.9 or later" in reasoning_obstacle()
+    case = scoring.ScoringCase("cuda", torch.float32, 64, (200, 80))
+    backends = scoring.scoring_backends(case)
+    assert backends["triton"] == reasoning_obstacle()
+    assert ops.choose_backend("score", "auto", backends) == "reference"
+    with pytest.raises(ValueError, match=r"cannot serve score: it needs a ptxas of release 12\.9"):
+        ops.choose_backend("score", "triton", backends)
+    assert _triton.ptxas_in_use() is None
+
+
+def test_a_good_ptxas_is_named(gpu):
+    gpu(9, 0, OLD, NEWEST)
+    assert reasoning_obstacle() is None
+    assert _triton.ptxas_in_use() == "ptxas 13.1 (CUDA toolkit)"
+
+
+def test_an_old_gpu_is_refused(gpu):
+    gpu(7, 5, NEWEST)
+    assert reasoning_obstacle() == "it needs compute capability 8.0 or more, and GPU 0 has 7.5"
+
+
+def test_a_bad_choice_is_said_once(gpu, monkeypatch, caplog):
+    gpu(9, 0, OLD, NEWEST)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "/old")
+    say_once.cache_clear()
+    assert reasoning_obstacle() is None
+    assert reasoning_obstacle() is None
+    assert [record.message for record in caplog.records] == [ptxas.warning(90)]
+
+
+def test_wide_float32_needs_wgmma(gpu):
+    gpu(8, 0, NEWEST)
+    assert reasoning_obstacle(64) is None
+    assert "do not fit registers at width 128" in reasoning_obstacle(128)
+    assert reasoning_obstacle(128, torch.bfloat16) is None
+    gpu(9, 0, NEWEST)
+    assert reasoning_obstacle(128) is None
 
 
 def test_the_wheels_own_are_found():
