@@ -76,22 +76,22 @@ def users_choice(capability: int) -> tuple[str, str] | None:
     return (str(path), f"triton.knobs.nvidia.{knob}") if path else None
 
 
-def _toolkit_paths() -> Iterator[str]:
+def _toolkit_paths() -> Iterator[Path]:
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if root := os.environ.get(variable):
-            yield str(Path(root) / "bin" / "ptxas")
+            yield Path(root) / "bin" / "ptxas"
     for program in ("ptxas", "nvcc"):
         if path := shutil.which(program):
-            yield str(Path(path).resolve().with_name("ptxas"))
-    yield "/usr/local/cuda/bin/ptxas"
+            yield Path(path).resolve().with_name("ptxas")
+    yield Path("/usr/local/cuda/bin/ptxas")
 
 
 def at_hand() -> list[Ptxas]:
     """List every ptxas that is installed: those of Triton's wheel, then of CUDA toolkits."""
     wheel = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     places = {str(wheel / name): f"Triton's {name}" for name in ("ptxas-blackwell", "ptxas")}
-    for path in _toolkit_paths():
-        places.setdefault(path, f"CUDA toolkit, {path}")
+    for path in map(Path.resolve, _toolkit_paths()):  # links lead to the same one
+        places.setdefault(str(path), f"CUDA toolkit, {path}")
     return [tool for place in places.items() if (tool := find(*place))]
 
 
