@@ -1,0 +1,41 @@
+"""The sweep of configurations, without a GPU: what it would run, and that it is what runs."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import sweep
+from lcr_fast.kernels import reasoning_config, scoring
+from lcr_fast.kernels.gpu import GPUS
+
+
+def test_every_job_is_another_one():
+    names = [str(job) for job in sweep.jobs()]
+    assert len(set(names)) == len(names)
+    assert {job.op for job in sweep.jobs()} == {"forward", "backward", "score"}
+
+
+@pytest.mark.parametrize("op", ["forward", "backward"])
+def test_a_configuration_is_that_of_the_asked_pass_alone(op):
+    asked = sweep.Config(16, 2, 128)
+    case = (64, 2, 32, torch.float32, "tf32x3", GPUS["sm_90"])
+    with sweep._configured(sweep.Job(op, "tf32x3", 64, 30, asked)):
+        found = {which: reasoning_config.config(which, *case) for which in ("fwd", "bwd")}
+    assert (found["fwd"] == asked) == (op == "forward")
+    assert (found["bwd"] == asked) == (op == "backward")
+    assert reasoning_config.config("fwd", *case) != asked
+
+
+def test_tiles_are_the_asked_ones():
+    asked = sweep.Tiles(16, 32, 16, 8, 1)
+    case = ("score_fwd", 64, 100, 50, torch.float32, "tf32", GPUS["sm_90"])
+    with sweep._configured(sweep.Job("score", "tf32", 64, 30, asked)):
+        assert scoring._config(*case)["num_warps"] == 8
+    assert scoring._config(*case)["num_warps"] == 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys):
+    assert sweep.main([]) == 2
+    assert "no GPU" in capsys.readouterr().err
