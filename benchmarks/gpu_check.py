@@ -262,8 +262,8 @@ def merge(paths: Iterable[Path]) -> dict[str, Any]:
 
 def without_paths(text: str) -> str:
     """Leave out where this machine keeps the package and Python's, which says nothing elsewhere."""
-    text = text.replace(f"{ROOT}/", "")
-    return re.sub(r"(/[\w.+-]+)+/(site|dist)-packages/", "", text)
+    text = re.sub(r"(/[\w.+-]+)+/(site|dist)-packages/", "", text)
+    return text.replace(f"{ROOT}/", "")
 
 
 def result_name(versions: dict[str, str]) -> str:

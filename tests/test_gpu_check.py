@@ -130,7 +130,9 @@ def test_findings_in_the_kernels_of_others_are_told_apart(runner, names, status,
         assert "none in our kernels but in nvjet_sm90" in result.summary
 
 
-@pytest.mark.parametrize("options", [(), ("-n", "1")], ids=["plain", "xdist"])
+@pytest.mark.parametrize(
+    "options", [(), pytest.param(("-n", "1"), marks=pytest.mark.full)], ids=["plain", "xdist"]
+)
 def test_tests_that_failed_are_named_when_time_runs_out(runner, tmp_path, options):
     if options:
         pytest.importorskip("xdist")
@@ -142,7 +144,7 @@ def test_tests_that_failed_are_named_when_time_runs_out(runner, tmp_path, option
         "def test_c(): time.sleep(600)\n"
     )
     words = (sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *options, "test_a.py")
-    part = Part("tests", [[Command("test_a", words, is_pytest=True)]], seconds=12)
+    part = Part("tests", [[Command("test_a", words, is_pytest=True)]], seconds=8)
     result = run(runner, part)["tests"]
     assert result.status == TIMED_OUT
     assert "1 passed, 1 failed: test_a.py::test_a[an id, with D=1]" in result.summary
@@ -297,6 +299,7 @@ TINY = kernel_check.Sizes(
 
 
 @pytest.mark.gpu
+@pytest.mark.full
 @pytest.mark.parametrize("family", kernel_check.FAMILIES)
 def test_families_are_right(family, capsys):
     if torch.cuda.is_available():
