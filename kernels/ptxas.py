@@ -141,9 +141,9 @@ def choose(capability: int) -> Ptxas:
     if not good:
         names = ", ".join(map(str, tools)) or "none"
         known = f", and a driver of CUDA {driver[0]}.{driver[1]}" if driver else ""
+        least = f" of release {_FIRST_GOOD[0]}.{_FIRST_GOOD[1]} or later," if loadable else ""
         raise NoPtxasError(
-            f"it needs a ptxas of release {_FIRST_GOOD[0]}.{_FIRST_GOOD[1]} or later, whose code "
-            f"the driver can load; at hand: {names}{known}"
+            f"it needs a ptxas{least} whose code the driver can load; at hand: {names}{known}"
         )
     return max(good, key=lambda tool: tool.release)  # of equals the first
 

@@ -1010,7 +1010,7 @@ _POINTER_TYPES = {
     "search_lengths_ptr": "*i64", "rec_lengths_ptr": "*i64", "lengths_ptr": "*i64",
     "ids_ptr": "*i64", "rows_ptr": "*i64", "exclude_ptr": "*i64", "ceiling_ptr": "*i64",
     "target_ptr": "*i64", "keys_ptr": "*i64", "ahead_ptr": "*i64",
-    "softmax_ptr": "*fp32", "sums_ptr": "*fp32", "partial_ptr": "*fp32",
+    "softmax_ptr": "*fp32", "sums_ptr": "*fp32",
 }  # fmt: skip
 _SCALAR_TYPES = {"scale": "fp32", "seed": "i64"}
 
