@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 FORMAT = "lcr_fast prepared data"
 VERSION = 1
 MANIFEST = "manifest.json"
+_ENTRY = ("dtype", "shape", "sha256")  # what a manifest says of an array
 _CHUNK = 1 << 22  # bytes read at a time while hashing
 
 
@@ -35,8 +36,9 @@ def write_folder(
     """Write a folder of arrays so that ``out`` is either complete or untouched.
 
     ``fill`` saves the ``.npy`` files into the temporary sibling folder it is given; ``manifest`` is
-    completed with the format, its version and the checksum of every array. Raises ValueError if
-    ``out`` is occupied: only a prepared folder is replaced, and only with ``overwrite``.
+    completed with the format, its version, the checksum of every array and the fingerprint of them
+    all. Raises ValueError if ``out`` is occupied: only a prepared folder is replaced, and only with
+    ``overwrite``.
     """
     out = Path(out)
     require_free(out, overwrite)
@@ -46,7 +48,13 @@ def write_folder(
     try:
         fill(partial)
         arrays = {path.stem: _describe(path) for path in sorted(partial.glob("*.npy"))}
-        content = {"format": FORMAT, "version": VERSION, **manifest, "arrays": arrays}
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "fingerprint": fingerprint_of(arrays),
+            **manifest,
+            "arrays": arrays,
+        }
         (partial / MANIFEST).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         for path in partial.iterdir():
             _fsync(path)
@@ -73,7 +81,21 @@ def open_folder(
         name: _open_array(path / f"{name}.npy", entry, verify)
         for name, entry in manifest["arrays"].items()
     }
+    fingerprint = fingerprint_of(manifest["arrays"])
+    if manifest.setdefault("fingerprint", fingerprint) != fingerprint:
+        raise PreparedDataError(
+            f"{path / MANIFEST}: the fingerprint is not that of the arrays it lists"
+        )
     return arrays, manifest
+
+
+def fingerprint_of(entries: Mapping[str, Mapping[str, Any]]) -> str:
+    """Name the content of all arrays: SHA-256 of their names, dtypes, shapes and checksums.
+
+    ``entries`` are those of a manifest, so no array is read. Hexadecimal.
+    """
+    told = [[name, *(entries[name][key] for key in _ENTRY)] for name in sorted(entries)]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def require_free(out: str | os.PathLike, overwrite: bool) -> None:
@@ -150,7 +172,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _open_array(path: Path, entry: Any, verify: bool) -> NDArray:
-    if not isinstance(entry, dict) or not {"dtype", "shape", "sha256"} <= entry.keys():
+    if not isinstance(entry, dict) or not entry.keys() >= set(_ENTRY):
         raise PreparedDataError(f"{path}: its entry in the manifest is incomplete")
     if not path.is_file():
         raise PreparedDataError(f"{path}: missing")

@@ -194,6 +194,11 @@ class PreparedData:
             raise AttributeError(f"prepared data has no {name}") from None
 
     @property
+    def fingerprint(self) -> str:
+        """SHA-256 that names the content of all arrays, taken when they were prepared."""
+        return self.manifest["fingerprint"]
+
+    @property
     def n_users(self) -> int:
         return len(self.rec_offsets) - 2
 

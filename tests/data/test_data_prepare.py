@@ -1,5 +1,7 @@
 """prepare: splits, histories, counts and stored candidates against a plain reading of the log."""
 
+import json
+import re
 import signal
 import subprocess
 import sys
@@ -225,7 +227,9 @@ def test_same_log_and_seed_give_the_same_bytes(shop, tmp_path):
         for name, seed in (("a", 0), ("b", 0), ("c", 1))
     )
     assert first.manifest == again.manifest
+    assert first.fingerprint == PreparedData.open(tmp_path / "b").fingerprint
     assert not np.array_equal(first.test_negatives, other.test_negatives)
+    assert first.fingerprint != other.fingerprint
 
 
 @pytest.mark.parametrize("bad", [{"negatives": "hard"}, {"min_targets": 0}, {"n_negatives": -1}])
@@ -291,6 +295,28 @@ def test_summary_tells_sizes_and_notes(shop, tmp_path):
     assert "3 users" in text
     assert "test: 2 samples, 50.0% repeats" in text
     assert "made up" in text
+
+
+def test_the_fingerprint_names_the_content_of_every_array(shop, tmp_path):
+    data = prepare(shop, tmp_path / "out", n_negatives=2)
+
+    def fingerprint_with(**changes):
+        arrays = data.arrays | changes
+        out = folder.write_folder(
+            tmp_path / "again",
+            {"source": "another"},
+            lambda to: [np.save(to / f"{name}.npy", array) for name, array in arrays.items()],
+            overwrite=True,
+        )
+        return PreparedData.open(out, verify=False).fingerprint
+
+    assert re.fullmatch("[0-9a-f]{64}", data.fingerprint)
+    assert fingerprint_with() == data.fingerprint
+    for name, array in data.arrays.items():
+        if array.size:
+            changed = array.copy()
+            changed.flat[-1] ^= 1
+            assert fingerprint_with(**{name: changed}) != data.fingerprint, name
 
 
 class TestFolder:
@@ -414,6 +440,15 @@ class TestDamage:
         complaint = self.complaint(out)
         assert "manifest.json" in complaint
         assert message in complaint
+
+    def test_a_manifest_whose_fingerprint_is_of_other_arrays(self, out):
+        path = out / "manifest.json"
+        manifest = json.loads(path.read_text())
+        path.write_text(json.dumps(manifest | {"fingerprint": "0" * 64}))
+        assert "manifest.json: the fingerprint is not" in self.complaint(out, verify=False)
+        del manifest["fingerprint"]  # as written before there were any
+        path.write_text(json.dumps(manifest))
+        assert len(PreparedData.open(out).fingerprint) == 64
 
     @pytest.mark.parametrize(
         ("name", "change", "message"),
