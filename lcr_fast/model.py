@@ -163,6 +163,8 @@ class LCRSER(nn.Module):
         self.head = _Head(config)
         #: Key of the dropout masks in training mode; a trainer sets a new one every step.
         self.dropout_seed = 0
+        #: Fingerprint of the prepared data whose ids the model knows; saved with it.
+        self.data_fingerprint: str | None = None
         # An explicit backend that cannot serve this model must fail here, not mid-training.
         if config.backend != "auto":
             self._choices("cuda" if config.backend == "triton" else "cpu")
@@ -546,18 +548,24 @@ class LCRSER(nn.Module):
         }
 
     def save(self, path: str | Path) -> None:
-        """Write weights and config, but not text vectors, to one safetensors file, atomically."""
-        save_tensors(path, _KIND, self.state_dict(), self.config.to_dict())
+        """Write weights, config and data fingerprint, not text vectors, to one safetensors file.
+
+        It is replaced atomically and has a checksum; the same model gives the same bytes.
+        """
+        info = {"config": self.config.to_dict(), "data": self.data_fingerprint}
+        save_tensors(path, _KIND, self.state_dict(), info)
 
     @classmethod
     def load(cls, path: str | Path, *, device: str = "cpu", backend: str | None = None) -> "LCRSER":
-        """Read a model that :meth:`save` wrote, in its dtype; nothing in the file can run code.
+        """Read a model that :meth:`save` wrote, in its dtype and in evaluation mode.
 
-        ``backend`` overrides the saved one. Raises ValueError, in one sentence, on a missing,
-        truncated or foreign file, NaN weights, an unknown config key or tensors that do not fit.
+        Nothing in the file can run code; ``train()`` turns dropout on again. ``backend`` overrides
+        the saved one. Raises ValueError, in one sentence, on a missing, damaged or foreign file,
+        NaN weights, an unknown config key or tensors that do not fit.
         """
-        tensors, values = load_tensors(path, _KIND)
+        tensors, info = load_tensors(path, _KIND)
         try:
+            values = info["config"]
             config = LCRConfig.from_dict(
                 values if backend is None else {**values, "backend": backend}
             )
@@ -573,7 +581,8 @@ class LCRSER(nn.Module):
                     f"the file has {found.get(name)}"
                 )
         model.to(tensors["head.target_weight"].dtype).load_state_dict(tensors)
-        return model.to(device)
+        model.data_fingerprint = info["data"]
+        return model.to(device).eval()
 
 
 def _text_tensor(given: Any) -> Tensor:

@@ -1,73 +1,241 @@
-"""Tensors and JSON in one safetensors file, replaced atomically; nothing in it can run code."""
+"""Files that are whole or refused: replaced atomically, with a checksum; nothing can run code.
+
+Tensors and the JSON value beside them lie in one safetensors file, other values in JSON files. The
+same content always has the same bytes.
+"""
 
 import contextlib
+import errno
+import fcntl
+import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
+_PARTIAL = ".partial"  # how the name of a file ends that is not complete yet
+_CHUNK = 1 << 22  # bytes read at a time while hashing
+_NO_DIGEST = "0" * 64  # stands for the checksum where it is computed
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary file that takes ``path``'s place once it is complete and on disk.
 
-    A process killed at any moment leaves either the old file or the new one.
+    A process killed at any moment leaves either the old file or the new one, and perhaps a
+    temporary one, which the next that writes ``path`` removes. Raises OSError, naming ``path``,
+    where there is no room for it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    remove_abandoned(path.parent, f".{path.name}.*{_PARTIAL}")
+    handle, temporary = _create(path)
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        os.fsync(handle)
         temporary.chmod(0o644)
         temporary.replace(path)
+    except OSError as error:
+        # Of a write that fails the system does not say to which file.
+        error.filename = error.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _create(path: Path) -> tuple[int, Path]:
+    """Create a temporary file beside ``path``, locked as long as its handle is open."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent)
+        with contextlib.suppress(OSError):  # not every file system has locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if Path(name).exists():
+            return handle, Path(name)
+        os.close(handle)  # taken for abandoned before it was locked
+
+
+def remove_abandoned(folder: Path, pattern: str = f"**/.*{_PARTIAL}") -> None:
+    """Remove temporary files of processes that are gone: those that nobody has locked."""
+    for path in folder.glob(pattern):
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Make a folder and keep it to this process; ValueError where another one writes into it.
+
+    What processes that were killed have left half-written in it is removed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another process is writing into it") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF):
+                raise
+        remove_abandoned(folder)
+        yield
+    finally:
+        os.close(handle)
 
 
 def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], info: Any) -> None:
     """Write tensors and the JSON value ``info`` to ``path``, a file of the given ``kind``."""
-    from safetensors.torch import save_file
+    # Large elements first, so that each tensor is aligned.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    arrays = {name: tensors[name].detach().cpu().contiguous() for name in names}
+    header: dict[str, Any] = {
+        "__metadata__": {
+            "kind": kind,
+            "format_version": str(_FORMAT_VERSION),
+            "info": json.dumps(info),
+            "sha256": _NO_DIGEST,
+        }
+    }
+    end = 0
+    for name, array in arrays.items():
+        start, end = end, end + array.numel() * array.element_size()
+        header[name] = {
+            "dtype": _DTYPES[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [start, end],
+        }
+    parts = [array.reshape(-1).view(torch.uint8).numpy().data for array in arrays.values()]
+    digest = hashlib.sha256(_encode(header))
+    for part in parts:
+        digest.update(part)
+    header["__metadata__"]["sha256"] = digest.hexdigest()
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(_encode(header))
+        for part in parts:
+            file.write(part)
 
-    metadata = {"kind": kind, "format_version": str(_FORMAT_VERSION), "info": json.dumps(info)}
-    contiguous = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    with replacing(path) as temporary:
-        save_file(contiguous, temporary, metadata)
+
+def _encode(header: dict[str, Any]) -> bytes:
+    """Lay out the header of a safetensors file: its length, JSON, spaces up to 8 bytes."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], Any]:
     """Read what :func:`save_tensors` wrote; ValueError with one sentence on anything else."""
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file; expected a {kind} file of lcr_fast")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
-    if metadata.get("kind") != kind:
-        raise ValueError(f"{path}: not a {kind} file of lcr_fast (kind {metadata.get('kind')!r})")
-    if metadata.get("format_version") != str(_FORMAT_VERSION):
-        raise ValueError(
-            f"{path}: format version {metadata.get('format_version')!r}, this lcr_fast reads "
-            f"{_FORMAT_VERSION}"
-        )
+    with _opened(Path(path), kind) as (file, info):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: tensor {name!r} has NaN or infinite values")
+    return tensors, info
+
+
+def load_info(path: str | Path, kind: str) -> Any:
+    """Read the JSON value alone of a file of tensors, which is checked as a whole."""
+    with _opened(Path(path), kind) as (_, info):
+        return info
+
+
+@contextlib.contextmanager
+def _opened(path: Path, kind: str) -> Iterator[tuple[Any, Any]]:
+    """Open and check a file of tensors: it, and the JSON value in it."""
+    from safetensors import SafetensorError, safe_open
+
+    _require_file(path, kind)
     try:
-        return tensors, json.loads(metadata["info"])
-    except (KeyError, json.JSONDecodeError):
-        raise ValueError(f"{path}: a {kind} file that has no readable config") from None
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            _check_metadata(path, kind, metadata)
+            try:
+                info = json.loads(metadata["info"])
+            except (KeyError, ValueError):
+                raise ValueError(f"{path}: a {kind} file that has no readable config") from None
+            yield file, info
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
+
+
+def _require_file(path: Path, kind: str) -> None:
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder; expected a {kind} file of lcr_fast")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected a {kind} file of lcr_fast")
+
+
+def _check_metadata(path: Path, kind: str, metadata: dict[str, str]) -> None:
+    """Raise ValueError unless a safetensors file is of this kind, version and checksum."""
+    if metadata.get("kind") != kind:
+        raise ValueError(f"{path}: not a {kind} file of lcr_fast (kind {metadata.get('kind')!r})")
+    _check_version(path, metadata.get("format_version"))
+    claimed = metadata.get("sha256", "")
+    with path.open("rb") as file:
+        if len(claimed) != len(_NO_DIGEST) or _digest(file, claimed) != claimed:
+            raise ValueError(f"{path}: damaged, its content has another checksum than it says")
+
+
+def _check_version(path: Path, version: Any) -> None:
+    if str(version) == "1":
+        raise ValueError(
+            f"{path}: format version 1, which has no checksum, so damage would not show; this "
+            f"lcr_fast reads {_FORMAT_VERSION}: make it again"
+        )
+    if str(version) != str(_FORMAT_VERSION):
+        raise ValueError(
+            f"{path}: format version {version!r}, this lcr_fast reads {_FORMAT_VERSION}"
+        )
+
+
+def _digest(file: IO[bytes], claimed: str) -> str:
+    """SHA-256 of a safetensors file with zeros in place of the checksum that it claims."""
+    size = file.read(8)
+    header = file.read(int.from_bytes(size, "little"))
+    digest = hashlib.sha256(size + header.replace(claimed.encode(), _NO_DIGEST.encode(), 1))
+    while chunk := file.read(_CHUNK):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def save_json(path: str | Path, kind: str, value: dict[str, Any]) -> None:
+    """Write a JSON object, with its ``kind``, format version and checksum, to ``path``."""
+    value = {"kind": kind, "format_version": _FORMAT_VERSION, **value}
+    with replacing(path) as temporary:
+        text = json.dumps({"sha256": _json_digest(value), **value}, indent=1)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def load_json(path: str | Path, kind: str) -> dict[str, Any]:
+    """Read what :func:`save_json` wrote; ValueError with one sentence on anything else."""
+    path = Path(path)
+    _require_file(path, kind)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path}: damaged, not valid JSON") from None
+    if not isinstance(value, dict) or value.get("kind") != kind:
+        raise ValueError(f"{path}: damaged, or not a {kind} file of this lcr_fast")
+    _check_version(path, value.get("format_version"))
+    if value.pop("sha256", None) != _json_digest(value):
+        raise ValueError(f"{path}: damaged, its content has another checksum than it says")
+    del value["kind"], value["format_version"]
+    return value
+
+
+def _json_digest(value: dict[str, Any]) -> str:
+    # Parsed first, so that a tuple is the list as which it will be read.
+    parsed = json.loads(json.dumps(value))
+    return hashlib.sha256(json.dumps(parsed, sort_keys=True).encode()).hexdigest()

@@ -2,6 +2,9 @@
 
 import ast
 import json
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +13,8 @@ import torch
 from safetensors import safe_open
 
 import lcr_fast
-from lcr_fast import LCRSER, LCRConfig
-from lcr_fast.storage import load_tensors, save_tensors
+from lcr_fast import LCRSER, LCRConfig, storage
+from lcr_fast.storage import claimed, load_json, load_tensors, replacing, save_json, save_tensors
 from lcr_fast.testing import random_batch, random_model
 
 CONFIG = LCRConfig(
@@ -56,7 +59,7 @@ def test_round_trip_is_bit_equal(tmp_path, changes, dtype):
 
 def test_a_loaded_model_scores_and_trains_like_the_saved_one(model, path):
     batch = random_batch(CONFIG, 5, 3, torch.Generator().manual_seed(1))
-    loaded = LCRSER.load(path).eval()
+    loaded = LCRSER.load(path)
     assert torch.equal(loaded(batch), model(batch))
     before = path.read_bytes()
     loaded(batch).sum().backward()
@@ -73,7 +76,7 @@ def test_the_backend_may_be_overridden(path):
 def rewrite(path, change, kind="model"):
     """Write the file again with other tensors or another config."""
     tensors, info = load_tensors(path, "model")
-    change(tensors, info)
+    change(tensors, info["config"])
     save_tensors(path, kind, tensors, info)
 
 
@@ -85,16 +88,27 @@ def foreign(path):
     safetensors.torch.save_file({"weight": torch.ones(3)}, path)
 
 
-def other_version(path):
+def other_version(version):
+    """Save as another version of this package would, without a checksum before version 2."""
+
+    def change(path):
+        with safe_open(path, framework="pt") as file:
+            metadata = {**file.metadata(), "format_version": version}
+        if version == "1":
+            del metadata["sha256"]
+        tensors, _ = load_tensors(path, "model")
+        safetensors.torch.save_file(tensors, path, metadata)
+
+    return change
+
+
+def by_other_hands(path):
+    """Write what this package would, with another's tool: the same values, other bytes."""
     with safe_open(path, framework="pt") as file:
-        metadata = {**file.metadata(), "format_version": "99"}
+        metadata = file.metadata()
     tensors, _ = load_tensors(path, "model")
+    tensors["rec_position"] += 1
     safetensors.torch.save_file(tensors, path, metadata)
-
-
-def without_config(path):
-    tensors, _ = load_tensors(path, "model")
-    safetensors.torch.save_file(tensors, path, {"kind": "model", "format_version": "1"})
 
 
 def set_value(name, value):
@@ -113,8 +127,9 @@ BROKEN = {
     r"not a model file of lcr_fast \(kind 'checkpoint'\)": lambda path: rewrite(
         path, lambda tensors, info: None, "checkpoint"
     ),
-    "format version '99', this lcr_fast reads 1": other_version,
-    "has no readable config": without_config,
+    "format version '99', this lcr_fast reads 2": other_version("99"),
+    "format version 1, which has no checksum, so damage would not show": other_version("1"),
+    "damaged, its content has another checksum than it says": by_other_hands,
     "tensor 'rec_position' has NaN or infinite": set_value("rec_position", torch.nan),
     "tensor 'head.target_weight' has NaN or infinite": set_value("head.target_weight", torch.inf),
     "tensor 'rec_position' should have shape": lambda path: rewrite(
@@ -146,22 +161,49 @@ def test_a_broken_file_is_refused_in_one_sentence(path, message):
 
 
 def test_a_folder_is_not_a_model(tmp_path):
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match="a folder; expected a model file"):
         LCRSER.load(tmp_path)
+
+
+def test_a_loaded_model_evaluates_and_a_fresh_one_trains(model, path):
+    """As torch has it: dropout only where it was asked for."""
+    batch = random_batch(CONFIG, 5, 3, torch.Generator().manual_seed(1))
+    assert LCRSER(CONFIG).training
+    loaded = LCRSER.load(path)
+    assert not any(module.training for module in loaded.modules())
+    scores = loaded(batch)
+    assert not torch.equal(loaded.train()(batch), scores)
+    assert torch.equal(loaded.eval()(batch), scores)
+
+
+def test_the_same_model_has_the_same_bytes(model, path):
+    saved = path.read_bytes()
+    LCRSER.load(path).save(path)
+    assert path.read_bytes() == saved
+    with torch.no_grad():
+        model.rec_position[0, 0] += 1e-3
+    model.save(path)
+    assert path.read_bytes() != saved
+
+
+def test_the_file_names_its_data(model, path):
+    assert LCRSER.load(path).data_fingerprint is None
+    model.data_fingerprint = "that"
+    model.save(path)
+    assert LCRSER.load(path).data_fingerprint == "that"
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=repr)
 def test_a_save_that_fails_half_way_leaves_the_old_file(monkeypatch, model, path, error):
     before = path.read_bytes()
 
-    def fail(tensors, filename, metadata):
-        Path(filename).write_bytes(b"half of a file")
+    def fail(handle):
         raise error
 
     with torch.no_grad():
         model.rec_position.add_(1)
     with monkeypatch.context() as patch:
-        patch.setattr(safetensors.torch, "save_file", fail)
+        patch.setattr(storage.os, "fsync", fail)
         with pytest.raises(type(error)):
             model.save(path)
     assert path.read_bytes() == before
@@ -174,7 +216,109 @@ def test_a_save_that_fails_half_way_leaves_the_old_file(monkeypatch, model, path
 def test_the_file_holds_plain_json_beside_the_tensors(path):
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    assert LCRConfig.from_dict(json.loads(metadata["info"])) == CONFIG
+    assert LCRConfig.from_dict(json.loads(metadata["info"])["config"]) == CONFIG
+
+
+def test_any_byte_is_checked(path):
+    """Spaces of the header too, which no reader of the format would look at."""
+    whole = path.read_bytes()
+    for place in (*range(0, len(whole), 41), whole.index(b" " * 2), len(whole) - 1):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=r"model\.safetensors: ") as caught:
+            LCRSER.load(path)
+        assert "\n" not in str(caught.value)
+    path.write_bytes(whole)
+    LCRSER.load(path)
+
+
+# -- JSON, room and litter -----------------------------------------------------------------------
+
+VALUE = {"title": "a", "shape": (1, 2), "mean": float("nan"), "rows": [{"n": 3, "mean": 0.25}]}
+
+
+def test_json_is_read_as_it_was_written(tmp_path):
+    path = tmp_path / "value.json"
+    save_json(path, "thing", VALUE)
+    read = load_json(path, "thing")
+    assert read.pop("mean") != read.get("mean")  # NaN
+    assert read == {"title": "a", "shape": [1, 2], "rows": VALUE["rows"]}
+    saved = path.read_bytes()
+    save_json(path, "thing", VALUE)
+    assert path.read_bytes() == saved
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("0.25", "0.35", "damaged, its content has another checksum"),
+        ('"n": 3', '"m": 3', "damaged, its content has another checksum"),
+        ('"thing"', '"other"', "damaged, or not a thing file"),
+        ('"format_version": 2', '"format_version": 1', "format version 1, which has no checksum"),
+        ("}", "", "damaged, not valid JSON"),
+    ],
+)
+def test_damaged_json_is_refused(tmp_path, old, new, message):
+    path = tmp_path / "value.json"
+    save_json(path, "thing", VALUE)
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        load_json(path, "thing")
+
+
+def test_no_room_is_said_of_the_file(model, path):
+    """The limit of a file's size fails as a full disk does: in the middle of a write."""
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            model.save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.filename == str(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+_CHILD = """
+import os, signal, sys
+from lcr_fast.storage import replacing
+with replacing(sys.argv[1]) as path:
+    path.write_text("half")
+    print("written", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_only_what_is_abandoned_is_removed(tmp_path):
+    path = tmp_path / "file"
+    with subprocess.Popen(
+        [sys.executable, "-c", _CHILD, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout.readline() == b"written\n"
+        with replacing(path) as mine:
+            mine.write_text("mine")
+            assert len(list(tmp_path.iterdir())) == 2  # the child lives, and so its file
+        child.kill()
+        child.wait()
+    assert len(list(tmp_path.iterdir())) == 2
+    with replacing(path) as again:
+        again.write_text("again")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    with claimed(tmp_path / "run"):
+        other = claimed(tmp_path / "run")
+        with pytest.raises(ValueError, match="run: another process is writing into it"):
+            other.__enter__()
+        litter = tmp_path / "run" / "lcr" / ".model.safetensors.x1y2.partial"
+        litter.parent.mkdir()
+        litter.write_text("half")
+        (litter.parent / ".mine").write_text("mine")
+    with claimed(tmp_path / "run"):
+        assert [p.name for p in litter.parent.iterdir()] == [".mine"]
 
 
 def test_nothing_in_the_package_unpickles():
