@@ -1,11 +1,15 @@
 """Command line ``lcr-fast``: prepare data, train, evaluate, compare, recommend, study, and more."""
 
 import argparse
+import contextlib
 import csv
+import io
+import itertools
 import json
 import logging
 import sys
 import typing
+from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -37,13 +41,21 @@ _SECTIONS: dict[str, type] = {"model": LCRConfig, "train": TrainConfig}
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; bad input ends it with one sentence and exit code 2."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # The ids of the data are any text, whatever the terminal's locale can spell.
+        sys.stdout.reconfigure(encoding="utf-8")
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
+        sys.stdout.flush()
     except BrokenPipeError:
         # The interpreter would complain once more when it flushes stdout.
         sys.stderr.close()
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"lcr-fast {arguments.command}: {where}{error.strerror or error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except ValueError as error:
         print(f"lcr-fast {arguments.command}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except FloatingPointError as error:
@@ -61,10 +73,17 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
+def _version() -> str:
+    from lcr_fast import __version__
+
+    return __version__
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="lcr-fast", description="Latent cross reasoning for search-aware recommendation."
     )
+    parser.add_argument("--version", action="version", version=f"lcr-fast {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_prepare(commands)
     _add_train(commands)
@@ -130,7 +149,7 @@ def _add_prepare(commands: Any) -> None:
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument(
         "--backend",
         choices=typing.get_args(typing.get_type_hints(LCRConfig)["backend"]),
@@ -151,7 +170,31 @@ def _add_train(commands: Any) -> None:
         default=["base", "lcr", "tcl", "rl"],
         help="what to train, among base, lcr, tcl, rl, control; rl brings tcl and control along",
     )
+    _add_protocols(parser)
     _add_job_options(parser, SYNTHETIC_DEFAULTS)
+
+
+def _add_protocols(parser: argparse.ArgumentParser) -> None:
+    from lcr_fast.training.evaluation import PROTOCOLS
+
+    parser.add_argument(
+        "--protocols", nargs="+", choices=PROTOCOLS, default=list(PROTOCOLS),
+        help="what targets are ranked among, where the data has it",
+    )  # fmt: skip
+
+
+def _add_catalogue_users(parser: argparse.ArgumentParser) -> None:
+    from lcr_fast.training.evaluation import CATALOGUE_SECONDS
+
+    parser.add_argument(
+        "--catalogue-users", type=int, metavar="N",
+        help="test users ranked in the whole catalogue, the same for every model; 0 for all; "
+        f"default: as many as take some {CATALOGUE_SECONDS} s a model on two cores",
+    )  # fmt: skip
+
+
+def _add_any_data(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument("--any-data", action="store_true", help=help)
 
 
 def _add_job_options(parser: argparse.ArgumentParser, defaults: dict[str, dict]) -> None:
@@ -159,6 +202,8 @@ def _add_job_options(parser: argparse.ArgumentParser, defaults: dict[str, dict])
     parser.add_argument("--data", type=Path, help="prepared data; default: synthetic")
     parser.add_argument("--out", type=Path, help="folder to write; default: the next runs/NAME-N")
     parser.add_argument("--resume", action="store_true", help="continue the job in --out")
+    _add_any_data(parser, "resume although the models in --out are of other data")
+    _add_catalogue_users(parser)
     parser.add_argument(
         "--config", type=Path, help='JSON file {"model": {...}, "train": {...}}; flags override it'
     )
@@ -239,12 +284,19 @@ def _flags(kind: type) -> dict[str, dict[str, Any]]:
 
 
 def _add_evaluate(commands: Any) -> None:
+    from lcr_fast.training.ranks import CUTS
+
     parser = _command(
         commands, "evaluate", _evaluate, "evaluate a saved model",
         "Print ranking metrics with 95 % bootstrap intervals, by candidate set and kind of target.",
     )  # fmt: skip
     _add_model_arguments(parser)
     parser.add_argument("--split", choices=("valid", "test"), default="test")
+    _add_protocols(parser)
+    _add_catalogue_users(parser)
+    parser.add_argument(
+        "-k", type=int, nargs="+", default=list(CUTS), metavar="K", help="cuts of HR@k and NDCG@k"
+    )
     parser.add_argument("--csv", type=Path, help="also write every number to this file")
 
 
@@ -255,6 +307,8 @@ def _add_baselines(commands: Any) -> None:
         "the test users, by candidate set and kind of target. Nothing is trained.",
     )  # fmt: skip
     parser.add_argument("--data", type=Path, required=True, help="prepared data")
+    _add_protocols(parser)
+    _add_catalogue_users(parser)
     parser.add_argument("--csv", type=Path, help="also write every number to this file")
 
 
@@ -273,7 +327,8 @@ def _add_compare(commands: Any) -> None:
         "model in it; without --than two of them",
     )  # fmt: skip
     parser.add_argument("--than", metavar="RUN", type=Path, nargs="+", help="the second group")
-    parser.add_argument("--metric", default="ndcg@5", help="hr@k, ndcg@k (k 1, 5, 10, 20) or mrr")
+    parser.add_argument("--metric", default="ndcg@5", help="hr@k, ndcg@k or mrr")
+    _add_any_data(parser, "compare although the runs are of other prepared data")
     parser.add_argument("--csv", type=Path, help="also write every number to this file")
 
 
@@ -290,6 +345,7 @@ def _add_recommend(commands: Any) -> None:
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", type=Path, help="a model.safetensors")
     parser.add_argument("--data", type=Path, required=True, help="prepared data")
+    _add_any_data(parser, "use the model although it was trained on other data")
     _add_run_options(parser)
 
 
@@ -325,8 +381,16 @@ def _set_threads(arguments: argparse.Namespace) -> None:
         device = torch.device(arguments.device)
     except RuntimeError as error:
         raise ValueError(f"--device: {str(error).splitlines()[0]}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this torch sees no GPU")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {arguments.device!r}")
+    if device.type == "cuda":
+        n = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not n:
+            raise ValueError(f"--device {arguments.device}: this torch sees no GPU")
+        if (device.index or 0) >= n:
+            raise ValueError(
+                f"--device {arguments.device}: this torch sees {n} GPUs, from cuda:0 on"
+            )
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
@@ -382,8 +446,8 @@ def _train(arguments: argparse.Namespace) -> None:
     from lcr_fast.experiments.comparison import run_comparison, with_requirements
 
     with_requirements(arguments.variants)
-    job = _open_job(arguments, {} if arguments.data else SYNTHETIC_DEFAULTS)
-    _print_results(job, run_comparison(job, arguments.variants))
+    with _open_job(arguments, {} if arguments.data else SYNTHETIC_DEFAULTS) as job:
+        _print_results(job, run_comparison(job, arguments.variants))
 
 
 def _study_rl(arguments: argparse.Namespace) -> None:
@@ -395,8 +459,8 @@ def _study_rl(arguments: argparse.Namespace) -> None:
     axes = [parse_axis(axis) for axis in arguments.axes]
     if not (axes or arguments.rewards):
         raise ValueError("nothing to study: name a reward or an axis")
-    job = _open_job(arguments, _study_defaults(arguments), "study-rl-")
-    _print_results(job, run_rl_study(job, n_seeds, arguments.rewards, axes))
+    with _open_job(arguments, _study_defaults(arguments), "study-rl-") as job:
+        _print_results(job, run_rl_study(job, n_seeds, arguments.rewards, axes))
 
 
 def _study_paper(arguments: argparse.Namespace) -> None:
@@ -405,8 +469,8 @@ def _study_paper(arguments: argparse.Namespace) -> None:
     n_seeds = _n_seeds(arguments)
     for steps in arguments.all_steps:
         LCRConfig(steps=steps)
-    job = _open_job(arguments, _study_defaults(arguments), "study-paper-")
-    _print_results(job, run_paper_study(job, n_seeds, arguments.all_steps))
+    with _open_job(arguments, _study_defaults(arguments), "study-paper-") as job:
+        _print_results(job, run_paper_study(job, n_seeds, arguments.all_steps))
 
 
 def _n_seeds(arguments: argparse.Namespace) -> int:
@@ -422,35 +486,41 @@ def _study_defaults(arguments: argparse.Namespace) -> dict[str, dict]:
     return {"model": defaults["model"], "train": {**defaults["train"], **quick}}
 
 
-def _open_job(arguments: argparse.Namespace, defaults: dict[str, dict], prefix: str = "") -> Any:
-    """Read the configs, open or make the data and the folder; return a Job."""
+@contextlib.contextmanager
+def _open_job(
+    arguments: argparse.Namespace, defaults: dict[str, dict], prefix: str = ""
+) -> Iterator[Any]:
+    """Read the configs, open or make the data, claim the folder; yield a Job."""
     from lcr_fast.data.prepared import PreparedData
     from lcr_fast.experiments.comparison import Job, fit_config
     from lcr_fast.model import LCRSER
+    from lcr_fast.storage import claimed
+    from lcr_fast.training.evaluation import PROTOCOLS
 
     _set_threads(arguments)
     configs = _configs(arguments, defaults)
     # Fails where the backend cannot serve it, before a file is written.
     LCRSER(configs["model"]).backend_report(arguments.device)
-    if arguments.data:
-        data = PreparedData.open(arguments.data)
-        out = _out_folder(arguments, prefix + arguments.data.resolve().name)
-    else:
-        out = _out_folder(arguments, prefix + "synthetic")
-        small = {"n_users": _QUICK_USERS} if vars(arguments).get("quick") else {}
-        data = _synthetic_data(out / "data", configs["train"].seed, arguments.resume, **small)
-    print(data.summary())
-    print(f"writing to {out}")
-    out.mkdir(parents=True, exist_ok=True)
-    return Job(
-        data,
-        fit_config(data, configs["model"]),
-        configs["train"],
-        out,
-        device=arguments.device,
-        resume=arguments.resume,
-        report=lambda line: print(line, flush=True),
-    )
+    data = PreparedData.open(arguments.data) if arguments.data else None
+    name = arguments.data.resolve().name if arguments.data else "synthetic"
+    with _out_folder(arguments, prefix + name) as out, claimed(out):
+        if data is None:
+            small = {"n_users": _QUICK_USERS} if vars(arguments).get("quick") else {}
+            data = _synthetic_data(out / "data", configs["train"].seed, arguments.resume, **small)
+        print(data.summary())
+        print(f"writing to {out}")
+        yield Job(
+            data,
+            fit_config(data, configs["model"]),
+            configs["train"],
+            out,
+            device=arguments.device,
+            resume=arguments.resume,
+            any_data=arguments.any_data,
+            protocols=vars(arguments).get("protocols", PROTOCOLS),
+            catalogue_users=arguments.catalogue_users,
+            report=lambda line: print(line, flush=True),
+        )
 
 
 def _print_results(job: Any, tables: str) -> None:
@@ -468,31 +538,57 @@ def _synthetic_data(folder: Path, seed: int, resume: bool, **world: int):
     return prepare(log, folder, seed=seed)
 
 
-def _out_folder(arguments: argparse.Namespace, name: str) -> Path:
-    if arguments.out is None:
+@contextlib.contextmanager
+def _out_folder(arguments: argparse.Namespace, name: str) -> Iterator[Path]:
+    """Choose and make the folder of a job; one that is still empty at an error goes again."""
+    out = arguments.out
+    if out is None:
         if arguments.resume:
             raise ValueError("--resume needs --out, the folder of the job to continue")
-        number = 1
-        while Path("runs", f"{name}-{number}").exists():
-            number += 1
-        return Path("runs", f"{name}-{number}")
-    if not arguments.resume and arguments.out.is_dir() and any(arguments.out.iterdir()):
-        raise ValueError(f"{arguments.out} is not empty: continue with --resume, or name another")
-    return arguments.out
+        out = _next_folder(Path("runs"), name)
+    elif not arguments.resume and out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty: continue with --resume, or name another")
+    existed = arguments.out is not None and out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        yield out
+    finally:
+        if not existed:
+            with contextlib.suppress(OSError):  # it holds something
+                out.rmdir()
+
+
+def _next_folder(parent: Path, name: str) -> Path:
+    """Make the first folder ``name-1``, ``name-2``, ... that nobody has made."""
+    parent.mkdir(exist_ok=True)
+    for number in itertools.count(1):
+        with contextlib.suppress(FileExistsError):
+            folder = parent / f"{name}-{number}"
+            folder.mkdir()
+            return folder
+    raise AssertionError("unreachable")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from tabulate import tabulate
 
     from lcr_fast.data.prepared import PreparedData
-    from lcr_fast.experiments.comparison import load_model, write_rows
+    from lcr_fast.experiments.comparison import load_model, protocol_titles, write_rows
     from lcr_fast.training.evaluation import rank_model
 
     _set_threads(arguments)
+    if min(arguments.k) < 1:
+        raise ValueError(f"-k must be at least 1, got {min(arguments.k)}")
     data = PreparedData.open(arguments.data)
-    model = load_model(arguments.model, data, arguments.device, arguments.backend)
+    model = load_model(
+        arguments.model, data, arguments.device, arguments.backend, any_data=arguments.any_data
+    )
     print(model.backend_report())
-    rows = rank_model(model, data, arguments.split, backend=model.config.backend).rows()
+    ranks = rank_model(
+        model, data, arguments.split, backend=model.config.backend, **_ranking(arguments)
+    )
+    rows = ranks.rows(sorted(set(arguments.k)))
+    titles = protocol_titles(ranks.n_negatives)
     for protocol in dict.fromkeys(row["protocol"] for row in rows):
         mine = [row for row in rows if row["protocol"] == protocol and row["n"]]
         groups = dict.fromkeys(row["targets"] for row in mine)
@@ -505,7 +601,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             for metric in dict.fromkeys(row["metric"] for row in mine)
         }
         counts = [next(r["n"] for r in mine if r["targets"] == g) for g in groups]
-        headers = [protocol, *(f"{g} (n={n:,})" for g, n in zip(groups, counts, strict=True))]
+        headers = [
+            titles[protocol],
+            *(f"{g} (n={n:,})" for g, n in zip(groups, counts, strict=True)),
+        ]
         lines = [[metric, *cells] for metric, cells in table.items()]
         print("\n" + tabulate(lines, headers, tablefmt="github", disable_numparse=True))
     if arguments.csv:
@@ -516,10 +615,14 @@ def _baselines(arguments: argparse.Namespace) -> None:
     from lcr_fast.data.prepared import PreparedData
     from lcr_fast.experiments.comparison import baseline_results, result_tables, write_results
 
-    results = baseline_results(PreparedData.open(arguments.data))
+    results = baseline_results(PreparedData.open(arguments.data), **_ranking(arguments))
     print("\n\n".join(result_tables(results, {})))
     if arguments.csv:
         write_results(arguments.csv, results)
+
+
+def _ranking(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"protocols": arguments.protocols, "catalogue_users": arguments.catalogue_users}
 
 
 def _compare(arguments: argparse.Namespace) -> None:
@@ -531,12 +634,12 @@ def _compare(arguments: argparse.Namespace) -> None:
         if len(first) != 2:
             raise ValueError(f"two runs, or two groups with --than between them; got {len(first)}")
         first, second = first[:1], first[1:]
-    found = compare_runs(first, second)
+    found = compare_runs(first, second, arguments.metric, any_data=arguments.any_data)
     names = " less ".join(" ".join(map(str, group)) for group in (first, second))
-    print(comparison_tables(found, names, arguments.metric))
+    print(comparison_tables(found, names))
     if arguments.csv:
         write_rows(arguments.csv, [
-            {"model": name, **row} for name, rows in found.items() for row in rows
+            {"model": name, **row} for name, rows in found.models.items() for row in rows
         ])  # fmt: skip
 
 
@@ -547,7 +650,9 @@ def _recommend(arguments: argparse.Namespace) -> None:
 
     _set_threads(arguments)
     data = PreparedData.open(arguments.data)
-    model = load_model(arguments.model, data, arguments.device, arguments.backend)
+    model = load_model(
+        arguments.model, data, arguments.device, arguments.backend, any_data=arguments.any_data
+    )
     lines = recommend(model, data, arguments.users, arguments.k)
     writer = csv.writer(sys.stdout)
     writer.writerow(("user", "rank", "item", "score"))

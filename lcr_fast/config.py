@@ -180,7 +180,10 @@ class TrainConfig(_JsonConfig):
         "dtype of states and item vectors; weights, optimizer and losses stay float32",
     )
     patience: int = _option(
-        3, "epochs without a better validation NDCG@5 before stopping, once it is above chance"
+        3, "epochs without a better validation before stopping, once it is above chance"
+    )
+    valid_metric: str = _option(
+        "ndcg@5", "what validation chooses by: hr@k, ndcg@k, mrr, or a sum as for reward"
     )
     rank_loss: Literal["bce", "softmax", "bpr"] = _option(
         "bce", "ranking loss L_rank: of phase 1, beside TCL, and alone of phase 2's control"
@@ -241,7 +244,9 @@ class TrainConfig(_JsonConfig):
         self._check(minimum, {"seed": 2**63 - 1})
         if self.temperature <= 0:
             raise ValueError(f"TrainConfig.temperature must be positive, got {self.temperature}")
-        try:
-            parse_reward(self.reward)
-        except ValueError as error:
-            raise ValueError(f"TrainConfig.{error}") from None
+        for name in ("reward", "valid_metric"):
+            try:
+                parse_reward(getattr(self, name))
+            except ValueError as error:
+                text = str(error).removeprefix("reward")
+                raise ValueError(f"TrainConfig.{name}{text}") from None

@@ -6,7 +6,10 @@ import dataclasses
 import io
 import json
 import re
+import resource
+import runpy
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import matplotlib.image
 import numpy as np
@@ -14,13 +17,14 @@ import polars as pl
 import pytest
 import torch
 
+import lcr_fast
 from lcr_fast import cli
 from lcr_fast.config import LCRConfig, TrainConfig
 from lcr_fast.data import synthetic
 from lcr_fast.data.prepared import PreparedData
 from lcr_fast.experiments.comparison import VARIANTS, with_requirements
 from lcr_fast.ops import _triton
-from lcr_fast.storage import load_tensors
+from lcr_fast.storage import claimed, load_tensors
 from lcr_fast.training.baselines import TITLES
 from lcr_fast.training.objective import Supervised
 from lcr_fast.training.ranks import RANKS, Ranks, differences
@@ -90,11 +94,15 @@ def test_help_lists_the_commands(capsys):
             "seed n-negatives negatives min-targets min-history min-rec-history "
             "min-search-history overwrite",
         ),
-        ("train", "data out resume variants config device backend threads"),
-        ("evaluate", "data split csv device backend threads"),
-        ("baselines", "data csv"),
-        ("compare", "than metric csv"),
-        ("recommend", "data users device backend threads"),
+        (
+            "train",
+            "data out resume any-data variants protocols catalogue-users config device backend "
+            "threads",
+        ),
+        ("evaluate", "data any-data split protocols catalogue-users csv device backend threads"),
+        ("baselines", "data protocols catalogue-users csv"),
+        ("compare", "than metric any-data csv"),
+        ("recommend", "data any-data users device backend threads"),
     ],
 )
 def test_help_names_every_flag(capsys, command, flags):
@@ -106,6 +114,20 @@ def test_help_names_every_flag(capsys, command, flags):
     named = set(re.findall(r"--([a-z0-9-]+)", help_of(capsys, command)))
     assert named.issuperset(wanted)
     assert not named.intersection(name.replace("_", "-") for name in cli._FROM_DATA)
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"lcr-fast {lcr_fast.__version__}\n"
+
+
+def test_the_package_runs_as_a_module(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["lcr_fast", "--version"])
+    with pytest.raises(SystemExit):
+        runpy.run_module("lcr_fast", run_name="__main__")
+    assert capsys.readouterr().out.startswith("lcr-fast ")
 
 
 # -- a whole job ---------------------------------------------------------------------------------
@@ -328,7 +350,7 @@ def test_compare_two_models_and_groups_of_seeds(job, second):
         (["RUN", "RUN", "--than", "RUN"], "compared in pairs, a pair a seed: got 2 and 1"),
         (["RUN", "NOWHERE"], "nowhere: no ranks.safetensors there"),
         (["RUN", "RUN/base"], "no model in common: base, lcr, tcl, rl, control and one model"),
-        (["RUN", "RUN", "--metric", "auc"], "metric must be one of hr@1, "),
+        (["RUN", "RUN", "--metric", "auc"], "metric must be hr@k, ndcg@k or mrr, got 'auc'"),
         (["RUN/base", "BROKEN"], "ranks.safetensors: not a complete safetensors file"),
         (["RUN/base", "OTHER"], "rank other samples: runs must be of the same prepared data"),
     ],
@@ -508,6 +530,9 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has 
         (["--variants", "base", "ltr"], "base, lcr, tcl, rl, control, got 'ltr'"),
         (["--threads", "0"], "--threads must be at least 1, got 0"),
         (["--device", "abacus"], "abacus"),
+        (["--device", "meta"], "--device must be cpu, cuda or cuda:N, got 'meta'"),
+        (["--device", "mps"], "--device must be cpu, cuda or cuda:N, got 'mps'"),
+        (["--valid-metric", "auc"], "TrainConfig.valid_metric must be hr@k, ndcg@k, mrr or a sum"),
         (["--config", "nowhere.json"], "nowhere.json"),
         (["--config", '{"model": {"dims": 8}}'], "no field 'dims'; did you mean 'dim'?"),
         (["--config", '{"train": {"epoch": 8}}'], "no field 'epoch'; did you mean 'epochs'?"),
@@ -534,6 +559,60 @@ def test_train_refuses(capsys, monkeypatch, job, tmp_path, options, message, sou
     assert is_untouched(out)
 
 
+# Faults of the data and the config together, which phase 2 or validation would meet last.
+@pytest.mark.parametrize(
+    ("variants", "options", "message"),
+    [
+        (["rl"], ["--rl-negatives", "500"], r"rl_negatives must be at most \d+ for this data"),
+        (["base", "rl"], ["--rl-negatives", "500"], r"whose user '\d+' has no more unseen items"),
+        (["base"], ["--negatives", "in_batch", "--batch-size", "1"], "batch_size of at least 2"),
+        (["base"], ["--catalogue-users", "-1"], "catalogue_users must be at least 1, or 0"),
+    ],
+)
+def test_train_checks_everything_first(capsys, job, tmp_path, variants, options, message):
+    out = tmp_path / "out"
+    argv = ["--data", job / "data", "--out", out, *TINY, "--variants", *variants, *options]
+    assert re.search(message, fails(capsys, "train", *argv))
+    assert is_untouched(out)
+
+
+def test_studies_check_every_value_first(capsys, job, tmp_path):
+    out = tmp_path / "out"
+    argv = ["rl", "--data", job / "data", "--out", out, *TINY, "--axes", "rl_negatives=5,500"]
+    assert "rl_negatives must be at most" in fails(capsys, "study", *argv)
+    assert is_untouched(out)
+
+
+def test_jobs_side_by_side_choose_other_folders(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: cli._next_folder(tmp_path / "runs", "data"), range(8)))
+    assert sorted(folders) == [tmp_path / "runs" / f"data-{i}" for i in range(1, 9)]
+
+
+def test_a_folder_has_one_job(capsys, job, second):
+    argv = ["--data", job / "data", "--out", second, "--resume", *TINY, "--seed", "1"]
+    with claimed(second):
+        line = fails(capsys, "train", *argv, "--variants", "base")
+    assert "another process is writing into it" in line
+
+
+def test_a_full_disk_ends_in_one_line_and_resumes(capsys, job, second, tmp_path):
+    """A limit on the size of files fails as a full disk does, here at the first model."""
+    argv = ["--data", job / "data", "--out", tmp_path / "run", *TINY, "--seed", "1"]
+    argv += ["--variants", "base"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        line = fails(capsys, "train", *argv)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert re.search(r"run/base/model\.safetensors: File too large$", line)
+    assert not any((tmp_path / "run" / "base").iterdir())
+    run("train", *argv, "--resume")
+    mine, theirs = (folder / "base" / "model.safetensors" for folder in (tmp_path / "run", second))
+    assert mine.read_bytes() == theirs.read_bytes()
+
+
 def test_train_refuses_an_occupied_folder(capsys, job, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     argv = ["train", "--data", job / "data", "--out", tmp_path, *TINY]
@@ -549,6 +628,158 @@ def test_resume_refuses_another_job(capsys, job, tmp_path):
     shutil.copytree(job / "run", tmp_path / "run")
     argv = ["train", "--data", job / "data", "--out", tmp_path / "run", "--resume", *TINY]
     assert "config differs in n_layers" in fails(capsys, *argv, "--n-layers", "2")
+
+
+def test_resume_goes_on_with_what_has_not_begun(job, second, tmp_path):
+    """Phase 2's settings before it begins, and more epochs: as if they had been given at once."""
+    out = shutil.copytree(second, tmp_path / "run")
+    changes = ["--rl-negatives", "5", "--epochs", "2", "--seed", "1", "--variants", "base"]
+    changes += ["--protocols", "sampled"]
+    argv = ["--data", job / "data", *TINY, *changes]
+    text = run("train", "--out", out, "--resume", *argv)
+    assert "resuming with epochs 1 -> 2, rl_negatives 9 -> 5; kept and gone on from: base" in text
+    run("train", "--out", tmp_path / "whole", *argv)
+    for name in ("base/model.safetensors", "base/ranks.safetensors", "results.csv"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    text = run("train", "--out", out, "--resume", *argv)
+    assert "already evaluated" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rl-negatives", "5"], "config differs in rl_negatives"),  # phase 2 has begun
+        (["--epochs", "2"], "config differs in epochs"),  # phase 2 has begun from it
+        (["--rl-epochs", "0"], "config differs in rl_epochs"),  # one is done
+        (["--seed", "4"], "config differs in seed"),
+    ],
+)
+def test_resume_refuses_to_change_what_was_done(capsys, job, tmp_path, options, message):
+    out = shutil.copytree(job / "run", tmp_path / "run")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    argv = ["train", "--data", job / "data", "--out", out, "--resume", *TINY, *options]
+    assert message in fails(capsys, *argv)
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["job.json", "base/evaluation.json", "base/ranks.safetensors"])
+def test_damaged_results_are_not_read_back(capsys, job, second, tmp_path, name):
+    out = shutil.copytree(second, tmp_path / "run")
+    rewrite(out / name, lambda b: b.__setitem__(len(b) * 3 // 4, b[len(b) * 3 // 4] ^ 1))
+    argv = ["train", "--data", job / "data", "--out", out, "--resume", *TINY, "--seed", "1"]
+    assert f"{name}: " in fails(capsys, *argv, "--variants", "base")
+
+
+# -- which data ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def other_data(job):
+    """Prepare the same log with other negatives: data of the same size."""
+    run("prepare", "synthetic", job / "world.json", job / "other", "--seed", "5")
+    return job / "other"
+
+
+@pytest.mark.parametrize("command", ["evaluate", "recommend"])
+def test_a_model_knows_its_data(capsys, job, other_data, command):
+    argv = [command, job / "run" / "lcr" / "model.safetensors", "--data", other_data]
+    assert "it is of other prepared data (--any-data" in fails(capsys, *argv)
+    assert len(run(*argv, "--any-data").splitlines()) > 9
+
+
+def test_a_job_knows_its_data(capsys, job, second, other_data, tmp_path):
+    out = shutil.copytree(second, tmp_path / "run")
+    argv = ["train", "--data", other_data, "--out", out, "--resume", *TINY, "--seed", "1"]
+    argv += ["--variants", "base", "--protocols", "sampled"]
+    assert "cannot resume, it is of other prepared data" in fails(capsys, *argv)
+    for name in ("job.json", "base/evaluation.json"):
+        (out / name).unlink()
+        assert "cannot resume, it is of other prepared data" in fails(capsys, *argv)
+    assert "1 target + 99" in run(*argv, "--any-data")
+
+
+def test_runs_know_their_data(capsys, job, second, tmp_path):
+    ranks = Ranks.load(job / "run" / "base" / RANKS)
+    dataclasses.replace(ranks, data="other").save(tmp_path / "other" / RANKS)
+    argv = ["compare", second / "base", tmp_path / "other"]
+    assert "it is of other prepared data" in fails(capsys, *argv)
+    assert run(*argv, "--any-data").count("| model ") == 4
+
+
+# -- what is ranked, and how it is called --------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def few(job):
+    """Prepare the same log with 20 negatives a target."""
+    run("prepare", "synthetic", job / "world.json", job / "few", "--n-negatives", "20")
+    return job / "few"
+
+
+def test_labels_say_how_many_negatives_there_are(job, few, tmp_path):
+    model = job / "run" / "lcr" / "model.safetensors"
+    out, sampled = tmp_path / "run", ["--protocols", "sampled"]
+    for text in (
+        run("baselines", "--data", few, *sampled),
+        run("evaluate", model, "--data", few, "--any-data", *sampled),
+        run("train", "--data", few, "--out", out, *TINY, "--variants", "base", *sampled),
+        run("compare", out / "base", out / "baselines" / "recency"),
+    ):
+        assert "1 target + 20 sampled negatives" in text
+        assert "99" not in re.sub(r"[\d.,]*\.\d+|n=\d+", "", text)
+
+
+@pytest.mark.parametrize("n", [5, 0])
+def test_the_catalogue_is_ranked_for_so_many(job, n):
+    n_users = len(PreparedData.open(job / "data").split("test"))
+    text = run("baselines", "--data", job / "data", "--catalogue-users", n)
+    main = text.splitlines()[2]
+    if n:
+        assert "NDCG@10, catalogue (n=5)" in main
+        assert f"seen items masked, 5 of {n_users} users, the same for every model" in text
+        assert re.search(r"\| popularity .*\] .*\[", text)  # both with an interval
+    else:
+        assert "NDCG@10, catalogue  " in main
+        assert " of " not in text.split("whole catalogue")[1].splitlines()[0]
+
+
+def test_protocols_and_cuts_are_chosen(job, tmp_path):
+    model, path = job / "run" / "lcr" / "model.safetensors", tmp_path / "numbers.csv"
+    text = run(
+        "evaluate",
+        model,
+        "--data",
+        job / "data",
+        "--protocols",
+        "catalogue",
+        "-k",
+        3,
+        "--csv",
+        path,
+    )
+    rows = read_csv(path.read_text())
+    assert {row["protocol"] for row in rows} == {"catalogue"}
+    assert {row["metric"] for row in rows} == {"hr@3", "ndcg@3", "mrr"}
+    assert "sampled" not in text
+    text = run("baselines", "--data", job / "data", "--protocols", "catalogue")
+    assert text.startswith("Test, 24 users, whole catalogue, seen items masked, [95 %")
+
+
+def test_compare_measures_any_cut(job, second):
+    text = run("compare", second / "base", job / "run" / "base", "--metric", "hr@50")
+    assert text.startswith("HR@50, ")
+    mine, theirs = (Ranks.load(folder / "base" / RANKS) for folder in (second, job / "run"))
+    better = [ranks.by_protocol["sampled"] <= 50 for ranks in (mine, theirs)]
+    assert f"| {better[0].mean() - better[1].mean():+.3f} [" in re.sub(" +", " ", text)
+
+
+def test_a_locale_does_not_change_what_is_written(job, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stream)
+    monkeypatch.setattr(PreparedData, "items", {i: f"ä{i}" for i in range(999)})
+    model = job / "run" / "lcr" / "model.safetensors"
+    cli.main(["recommend", str(model), "--data", str(job / "data"), "-k", "1"])
+    assert "ä".encode() in stream.buffer.getvalue()
 
 
 def test_a_diverging_run_ends_in_one_line(capsys, job, tmp_path, monkeypatch):
@@ -590,7 +821,7 @@ def test_data_without_test_samples_is_refused(capsys, job, tmp_path, command):
     world = job / "world.json"
     run("prepare", "synthetic", world, tmp_path / "data", "--min-targets", "99")
     out, model = tmp_path / "out", job / "run" / "lcr" / "model.safetensors"
-    argv = ["--out", out, *TINY] if command == "train" else [model, "--csv", out]
+    argv = ["--out", out, *TINY] if command == "train" else [model, "--csv", out, "--any-data"]
     assert "no test samples" in fails(capsys, command, *argv, "--data", tmp_path / "data")
     assert is_untouched(out)
 
@@ -605,6 +836,8 @@ def test_data_without_test_samples_is_refused(capsys, job, tmp_path, command):
         ),
         (lambda m: m.write_text("weights"), "not a complete safetensors file"),
         (lambda m: m.unlink(), "no such file"),
+        (lambda m: (m.unlink(), m.mkdir()), "model.safetensors: a folder; expected a model file"),
+        (lambda m: rewrite(m, lambda b: b.__setitem__(-9, b[-9] ^ 1)), "damaged, its content"),
         (lambda m: shutil.copy(m.parent / "checkpoint.safetensors", m), "not a model file"),
     ],
 )

@@ -8,7 +8,6 @@ import pytest
 from lcr_fast.data.prepared import PreparedData
 from lcr_fast.training.ranks import (
     CUTS,
-    METRICS,
     RANKS,
     Interval,
     Ranks,
@@ -18,6 +17,8 @@ from lcr_fast.training.ranks import (
     rank_metrics,
     samples_digest,
 )
+
+METRICS = tuple(rank_metrics(np.ones(1)))
 
 # -- metrics and intervals -----------------------------------------------------------------------
 

@@ -7,11 +7,12 @@ job can be resumed: what is finished is read back.
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from tabulate import tabulate
 
@@ -19,21 +20,37 @@ from lcr_fast.config import LCRConfig, TrainConfig
 from lcr_fast.data.prepared import PreparedData
 from lcr_fast.experiments import plots
 from lcr_fast.model import LCRSER
-from lcr_fast.storage import replacing
+from lcr_fast.storage import load_info, load_json, replacing, save_json
 from lcr_fast.training import evaluation
 from lcr_fast.training.baselines import TITLES
 from lcr_fast.training.diversity import list_diversity
 from lcr_fast.training.ranks import RANKS, Ranks, differences
-from lcr_fast.training.trainer import METRICS, MODEL, Trainer
+from lcr_fast.training.trainer import (
+    CHECKPOINT,
+    CHECKPOINT_KIND,
+    METRICS,
+    MODEL,
+    OTHER_DATA,
+    PHASE_2,
+    Trainer,
+    check_trainable,
+    phase_1_fields,
+    resume_conflicts,
+)
 
 Report = Callable[[str], None]
 _EVALUATION, _JOB = "evaluation.json", "job.json"
+_EVALUATION_KIND, _JOB_KIND = "evaluation", "job"
 BASE, BASELINES = "base", "baselines"  # the variant that tables compare to; a folder of a job
-PROTOCOL_TITLES = {
-    "sampled": "1 target + 99 sampled negatives",
-    "impressions": "items shown with the target",
-    "catalogue": "whole catalogue, seen items masked",
-}
+
+
+def protocol_titles(n_negatives: int | str) -> dict[str, str]:
+    """Say what each protocol ranks a target among, in the order of the tables."""
+    return {
+        "sampled": f"1 target + {n_negatives} sampled negatives",
+        "impressions": "items shown with the target",
+        "catalogue": "whole catalogue, seen items masked",
+    }
 
 
 class Variant(NamedTuple):
@@ -104,27 +121,28 @@ def attach_text(model: LCRSER, data: PreparedData) -> LCRSER:
     return model
 
 
-def load_model(path: Path, data: PreparedData, device: str, backend: str | None = None) -> LCRSER:
+def load_model(
+    path: Path,
+    data: PreparedData,
+    device: str,
+    backend: str | None = None,
+    *,
+    any_data: bool = False,
+) -> LCRSER:
     """Load a saved model and check that it is one of this data.
 
-    Raises ValueError where the catalogue is another one.
+    Raises ValueError where the catalogue is another one, and without ``any_data`` where anything
+    else of the data differs from what the model was trained on.
     """
     model = LCRSER.load(path, device=device, backend=backend)
     if model.config.n_items != data.n_items:
         raise ValueError(
             f"{path}: the model knows {model.config.n_items} items, the data has {data.n_items}"
         )
+    if not any_data and model.data_fingerprint != data.manifest.get("fingerprint"):
+        known = OTHER_DATA if model.data_fingerprint else "it does not say of which data it is"
+        raise ValueError(f"{path}: {known}")
     return attach_text(model, data)
-
-
-# What a cell can hold beside its training history and its ranks, and how it is measured.
-_MEASURES: dict[str, Callable[[LCRSER, PreparedData], Any]] = {
-    "rows": lambda model, data: evaluation.rank_model(model, data).rows(),
-    "distances": evaluation.state_distances,
-    "relevance": lambda model, data: evaluation.relevance_share(model, data)._asdict(),
-    "searches": evaluation.search_effects,
-    "diversity": lambda model, data: list_diversity(model, data)._asdict(),
-}
 
 
 @dataclass(frozen=True)
@@ -140,17 +158,66 @@ class Job:
     out: Path
     device: str = "cpu"
     resume: bool = False
+    any_data: bool = False  # resume although the folder's models are of other data
+    protocols: Sequence[str] = evaluation.PROTOCOLS
+    catalogue_users: int | None = None  # as evaluation.catalogue_rows takes it
     report: Report = lambda line: None
     measures: tuple[str, ...] = ("distances", "relevance", "searches")
     last_measures: tuple[str, ...] = ()  # of phase 2's last weights too, whatever validation keeps
 
+    @property
+    def ranking(self) -> dict[str, Any]:
+        """How test users are ranked: options of :func:`evaluation.rank_split`."""
+        return {"protocols": list(self.protocols), "catalogue_users": self.catalogue_users}
+
+    def check(self, objectives: Iterable[str]) -> None:
+        """Raise ValueError, before anything is written, where training or evaluation would fail."""
+        if not len(self.data.split("test")):
+            raise ValueError("the data has no test samples")
+        evaluation.catalogue_rows(self.data, "test", self.catalogue_users)
+        check_trainable(self.data, self.train, objectives)
+
     def open(self) -> None:
-        """Note down the configs, or raise ValueError where a job with others is resumed."""
-        job = {"model": self.model.to_dict(), "train": self.train.to_dict()}
-        if self.resume and (self.out / _JOB).is_file():
-            _check_same_job(self.out / _JOB, job)
-        with replacing(self.out / _JOB) as path:
-            path.write_text(json.dumps(job, indent=2), encoding="utf-8")
+        """Note down data and configs, or raise ValueError where a job with others is resumed."""
+        job = {
+            "data": self.data.manifest.get("fingerprint"),
+            "model": self.model.to_dict(),
+            "train": self.train.to_dict(),
+        }
+        path = self.out / _JOB
+        if self.resume and path.is_file():
+            self._check_same_job(load_json(path, _JOB_KIND), job)
+        save_json(path, _JOB_KIND, job)
+
+    def _check_same_job(self, saved: dict[str, Any], job: dict[str, Any]) -> None:
+        """Raise ValueError where what was trained would not be what the configs say now.
+
+        No table may mix two data sets, nor two configs. What has not begun may change.
+        """
+        if not self.any_data and saved["data"] != job["data"]:
+            raise ValueError(f"{self.out}: cannot resume, {OTHER_DATA}")
+        checkpoints = sorted(self.out.rglob(CHECKPOINT))
+        runs = [load_info(path, CHECKPOINT_KIND) for path in checkpoints]
+        changed = {
+            section: [
+                f for f, value in _plain(job[section]).items() if saved[section].get(f) != value
+            ]
+            for section in ("model", "train")
+        }
+        if not runs or not (changed["model"] or changed["train"]):
+            return
+        in_phase_2 = any(info["objective"] != "supervised" for info in runs)
+        now = {f: _plain(job["train"])[f] for f in changed["train"]}
+        refused = [*changed["model"]]
+        # Phase 2 starts from what phase 1 came to, so that is final then.
+        refused += [f for f in now if in_phase_2 and f not in PHASE_2]
+        refused += [f for info in runs for f in resume_conflicts(info, {**info["train"], **now})]
+        if refused:
+            names = ", ".join(dict.fromkeys(refused))
+            raise ValueError(f"{self.out / _JOB}: cannot resume, the config differs in {names}")
+        changes = ", ".join(f"{f} {saved['train'].get(f)} -> {value}" for f, value in now.items())
+        kept = ", ".join(str(path.parent.relative_to(self.out)) for path in checkpoints)
+        self.report(f"resuming with {changes}; kept and gone on from: {kept}")
 
     def cell(
         self,
@@ -171,56 +238,97 @@ class Job:
         self.report(f"{title}:")
         last = set(self.last_measures) if objective != "supervised" else set()
         folder = self.out / name
+        training = self.train.replace(**train or {})
+        values = training.to_dict()
+        of = {
+            "data": self.data.manifest.get("fingerprint"),
+            "train": phase_1_fields(values) if objective == "supervised" else values,
+            "ranking": self.ranking,
+        }
         if self.resume and (folder / _EVALUATION).is_file() and (folder / RANKS).is_file():
-            result = json.loads((folder / _EVALUATION).read_text(encoding="utf-8"))
-            if result.keys() >= set(self.measures) and result["last"].keys() >= last:
+            result = load_json(folder / _EVALUATION, _EVALUATION_KIND)
+            if not self.any_data and result["of"]["data"] != of["data"]:
+                raise ValueError(f"{folder / _EVALUATION}: cannot resume, {OTHER_DATA}")
+            complete = result.keys() >= set(self.measures) and result["last"].keys() >= last
+            if complete and result["of"] == _plain(of) | {"data": result["of"]["data"]}:
                 self.report("  already evaluated")
                 return result | {"ranks": Ranks.load(folder / RANKS)}
-        training = self.train.replace(**train or {})
         if start:
-            network = load_model(self.out / start / MODEL, self.data, self.device)
+            network = load_model(
+                self.out / start / MODEL, self.data, self.device, any_data=self.any_data
+            )
         else:
             torch.manual_seed(training.seed)
             network = LCRSER(self.model.replace(**model or {})).to(self.device)
             network = attach_text(network, self.data)
         trainer = Trainer(
-            network, self.data, training, objective, folder, resume=self.resume, report=self.report
-        )
+            network, self.data, training, objective, folder,
+            resume=self.resume, any_data=self.any_data, report=self.report,
+        )  # fmt: skip
         network = trainer.train()
-        measured_last = {name: _MEASURES[name](network, self.data) for name in sorted(last)}
+        measured_last = {name: _MEASURES[name](network, self) for name in sorted(last)}
         network = trainer.run()
-        ranks = evaluation.rank_model(network, self.data)
+        ranks = evaluation.rank_model(network, self.data, **self.ranking)
         ranks.save(folder / RANKS)
         result = {
             "title": title,
             "seconds": trainer.progress.seconds,
             "history": trainer.progress.history,
             "rows": ranks.rows(),
-            **{name: _MEASURES[name](network, self.data) for name in self.measures},
+            **{name: _MEASURES[name](network, self) for name in self.measures},
             "last": measured_last,
+            "of": of,
         }
-        with replacing(folder / _EVALUATION) as path:
-            path.write_text(json.dumps(result), encoding="utf-8")
+        save_json(folder / _EVALUATION, _EVALUATION_KIND, result)
         self.report(f"  {folder / MODEL}, {folder / METRICS}")
         return result | {"ranks": ranks}
 
 
-def baseline_results(data: PreparedData) -> dict[str, dict[str, Any]]:
-    """Evaluate every baseline on the test users: results as those of :meth:`Job.cell`, by name."""
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    """Give a dictionary as JSON reads it back: a tuple in it as a list."""
+    return json.loads(json.dumps(value))
+
+
+# What a cell can hold beside its training history and its ranks, and how it is measured.
+_MEASURES: dict[str, Callable[[LCRSER, Job], Any]] = {
+    "rows": lambda model, job: evaluation.rank_model(model, job.data, **job.ranking).rows(),
+    "distances": lambda model, job: evaluation.state_distances(model, job.data),
+    "relevance": lambda model, job: evaluation.relevance_share(model, job.data)._asdict(),
+    "searches": lambda model, job: evaluation.search_effects(
+        model, job.data, protocols=job.protocols
+    ),
+    "diversity": lambda model, job: list_diversity(model, job.data)._asdict(),
+}
+
+
+def baseline_results(data: PreparedData, **ranking: Any) -> dict[str, dict[str, Any]]:
+    """Evaluate every baseline on the test users: results as those of :meth:`Job.cell`, by name.
+
+    ``ranking`` are options of :func:`evaluation.rank_split`.
+    """
     return {
         name: {"title": TITLES[name], "ranks": ranks, "rows": ranks.rows()}
-        for name, ranks in evaluation.rank_baselines(data).items()
+        for name, ranks in evaluation.rank_baselines(data, **ranking).items()
     }
+
+
+def validation_scores(result: dict[str, Any]) -> list[float]:
+    """List what validation said of the start and after each epoch of a cell."""
+    return [
+        next(value for name, value in record.items() if name.startswith("valid_"))
+        for record in result["history"]
+    ]
 
 
 def run_comparison(job: Job, variants: list[str]) -> str:
     """Train, evaluate and compare; write the results to the job's folder, return the tables."""
-    results = baseline_results(job.data)
+    cells = {name: VARIANTS[name] for name in with_requirements(variants)}
+    job.check(variant.objective for variant in cells.values())
     job.open()
+    results = baseline_results(job.data, **job.ranking)
     for name, result in results.items():
         result["ranks"].save(job.out / BASELINES / name / RANKS)
-    for name in with_requirements(variants):
-        variant = VARIANTS[name]
+    for name, variant in cells.items():
         results[name] = job.cell(
             name, variant.title, variant.objective, start=variant.start,
             model=variant.model_changes, train=variant.train_changes,
@@ -241,23 +349,13 @@ def run_comparison(job: Job, variants: list[str]) -> str:
     return tables
 
 
-def _check_same_job(path: Path, job: dict[str, dict[str, Any]]) -> None:
-    """Raise ValueError where a job is resumed with other configs: no table may mix two of them."""
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    ours = json.loads(json.dumps(job))
-    changed = [
-        key
-        for section, values in ours.items()
-        for key, value in values.items()
-        if saved[section].get(key) != value
-    ]
-    if changed:
-        raise ValueError(f"{path}: cannot resume, the config differs in {', '.join(changed)}")
-
-
 def _value(result: dict[str, Any], protocol: str, targets: str, metric: str) -> dict | None:
     key = {"protocol": protocol, "targets": targets, "metric": metric}
     return next((r for r in result["rows"] if all(r[k] == v for k, v in key.items())), None)
+
+
+def _count(result: dict[str, Any], protocol: str) -> int:
+    return (_value(result, protocol, "all", "mrr") or {}).get("n", 0)
 
 
 def _cell(row: dict | None, interval: bool = False, sign: str = "") -> str:
@@ -290,23 +388,34 @@ def result_tables(
 
     ``changes`` are the rows of :func:`~lcr_fast.training.ranks.differences` to Base, by model.
     """
-    protocols = {r["protocol"] for r in next(iter(results.values()))["rows"]}
-    tables = [_main_table(results)]
+    ranks = next(iter(results.values()))["ranks"]
+    titles = {
+        protocol: _of_some(title, ranks, protocol)
+        for protocol, title in protocol_titles(ranks.n_negatives).items()
+        if protocol in ranks.by_protocol
+    }
+    tables = [_main_table(results, titles)]
     compared = {
         name: {"title": results[name]["title"], "rows": rows} for name, rows in changes.items()
     }
-    for protocol, title in PROTOCOL_TITLES.items():
-        if protocol in protocols:
-            tables.append(f"NDCG@5, {title}:\n\n" + strata_table(results, protocol))
-            if compared:
-                tables.append(
-                    f"NDCG@5 less that of {results[BASE]['title']}, user by user, {title}:\n\n"
-                    + strata_table(compared, protocol, sign="+")
-                )
-    return tables + _search_tables(results)
+    for protocol, title in titles.items():
+        tables.append(f"NDCG@5, {title}:\n\n" + strata_table(results, protocol))
+        if compared:
+            tables.append(
+                f"NDCG@5 less that of {results[BASE]['title']}, user by user, {title}:\n\n"
+                + strata_table(compared, protocol, sign="+")
+            )
+    return tables + _search_tables(results, titles)
 
 
-def _search_tables(results: dict[str, dict[str, Any]]) -> list[str]:
+def _of_some(title: str, ranks: Ranks, protocol: str) -> str:
+    """Add to a title how many users it is about, where the catalogue is not ranked for all."""
+    n, n_all = int((ranks.by_protocol[protocol] > 0).sum()), len(ranks.by_protocol[protocol])
+    some = protocol == "catalogue" and n < n_all
+    return f"{title}, {n:,} of {n_all:,} users, the same for every model" if some else title
+
+
+def _search_tables(results: dict[str, dict[str, Any]], titles: dict[str, str]) -> list[str]:
     """Lay out what a user's own searches are worth to every model, a table a protocol."""
     effects = {
         f"{name}-{than}": {"title": f"{result['title']}, {title}", "rows": result["searches"][than]}
@@ -318,14 +427,20 @@ def _search_tables(results: dict[str, dict[str, Any]]) -> list[str]:
     return [
         "NDCG@5 with a user's own searches less that of the same model with others, users that "
         f"searched, {title}:\n\n" + strata_table(effects, protocol, sign="+")
-        for protocol, title in PROTOCOL_TITLES.items()
+        for protocol, title in titles.items()
         if protocol in protocols
     ]
 
 
-def _main_table(results: dict[str, dict[str, Any]]) -> str:
+def _main_table(results: dict[str, dict[str, Any]], titles: dict[str, str]) -> str:
     columns = ("hr@1", "hr@5", "ndcg@5", "ndcg@10", "mrr")
-    headers = ["model", *(name.upper() for name in columns), "NDCG@10, catalogue"]
+    main, first = next(iter(titles)), next(iter(results.values()))
+    headers = ["model", *(name.upper() for name in columns)]
+    ranked = (first["ranks"].by_protocol.get("catalogue", np.ones(1)) > 0).all()
+    with_catalogue = main != "catalogue" and "catalogue" in titles
+    if with_catalogue:
+        n = _count(first, "catalogue")
+        headers.append("NDCG@10, catalogue" if ranked else f"NDCG@10, catalogue (n={n:,})")
     trained = any("seconds" in result for result in results.values())
     if trained:
         headers.append("seconds")
@@ -340,10 +455,10 @@ def _main_table(results: dict[str, dict[str, Any]]) -> str:
     for result in results.values():
         row = [result["title"]]
         row += [
-            _cell(_value(result, "sampled", "all", name), interval=name == "ndcg@5")
-            for name in columns
+            _cell(_value(result, main, "all", name), interval=name == "ndcg@5") for name in columns
         ]
-        row.append(_cell(_value(result, "catalogue", "all", "ndcg@10")))
+        if with_catalogue:
+            row.append(_cell(_value(result, "catalogue", "all", "ndcg@10"), interval=not ranked))
         if trained:
             row.append(f"{result['seconds']:.0f}" if "seconds" in result else "")
         if with_truth:
@@ -352,8 +467,7 @@ def _main_table(results: dict[str, dict[str, Any]]) -> str:
                 share = shares.get(name, float("nan"))
                 row.append(f"{share:.3f}" if share == share else "")
         rows.append(row)
-    n = next(iter(results.values()))["rows"][0]["n"]
-    title = f"Test, {n:,} users, 1 target + 99 sampled negatives, [95 % bootstrap interval]:\n\n"
+    title = f"Test, {_count(first, main):,} users, {titles[main]}, [95 % bootstrap interval]:\n\n"
     return title + tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 

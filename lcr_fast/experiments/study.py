@@ -27,12 +27,15 @@ from lcr_fast.experiments.comparison import (
     Job,
     attach_text,
     baseline_results,
+    protocol_titles,
+    validation_scores,
     write_rows,
 )
 from lcr_fast.model import LCRSER
 from lcr_fast.storage import replacing
 from lcr_fast.training.evaluation import make_batcher, with_target
 from lcr_fast.training.ranks import Interval, across_seeds
+from lcr_fast.training.trainer import PHASE_2, check_trainable
 
 REWARDS = ("hr@1", "hr@5", "ndcg@5", "ndcg@10", "mrr", "0.5*hr@1+0.5*ndcg@10")
 AXES: dict[str, tuple[float, ...]] = {
@@ -44,10 +47,6 @@ STEPS = (0, 1, 2, 3, 4, 5)
 _MEASURES = ("distances", "relevance", "diversity")
 # Fields of phase 2 that its control knows nothing of.
 _POLICY = ("reward", "action", "kl", "kl_weight", "clip", "temperature")
-_PHASE_2 = (
-    *_POLICY, "n_trajectories", "noise_scale", "inner_epochs", "rl_epochs", "rl_epoch_size",
-    "rl_batch_size", "rl_learning_rate", "rl_negatives", "rl_trainable",
-)  # fmt: skip
 _DIVERSITY = ("entropy", "coverage", "tail")
 _METRICS = ("hr@1", "hr@5", "ndcg@5", "ndcg@10", "mrr")
 
@@ -61,8 +60,8 @@ def parse_axis(text: str) -> tuple[str, tuple[Any, ...]]:
     Raises ValueError for another name, and for a value that the config refuses.
     """
     name, given, values = text.partition("=")
-    if name not in _PHASE_2:
-        raise ValueError(f"an axis must be one of {', '.join(_PHASE_2)}, got {name!r}")
+    if name not in PHASE_2:
+        raise ValueError(f"an axis must be one of {', '.join(PHASE_2)}, got {name!r}")
     if not given:
         if name not in AXES:
             raise ValueError(f"axis {name} has no usual values: write {name}=V,V,...")
@@ -87,13 +86,14 @@ class _Cells:
         )
         self.seeds = [job.train.seed + i for i in range(n_seeds)]
         self.results: dict[tuple[int, str], dict[str, Any]] = {}
+        self.job.check(kind.objective for kind in VARIANTS.values())
         self.job.open()
 
     def _resolve(self, variant: str, change: Change) -> tuple[str, dict[str, Any]]:
         """Find what a cell really is, so that it is the same cell on whatever axis it lies."""
         defaults = {**self.job.model.to_dict(), **self.job.train.to_dict()}
         supervised = VARIANTS[variant].start is None
-        ignored = _PHASE_2 if supervised else _POLICY if variant == "control" else ()
+        ignored = PHASE_2 if supervised else _POLICY if variant == "control" else ()
         change = {
             key: value
             for key, value in change.items()
@@ -160,7 +160,7 @@ def _numbers(result: dict[str, Any]) -> Numbers:
         numbers |= {prefix + name: rows["sampled", name] for name in _METRICS}
         numbers[prefix + "catalogue_ndcg@10"] = rows.get(("catalogue", "ndcg@10"), math.nan)
         numbers |= {prefix + key: part["diversity"][key] for key in _DIVERSITY}
-    scores = [record["valid_ndcg@5"] for record in result["history"]]
+    scores = validation_scores(result)
     numbers["kept"] = float(max(scores) > scores[0])  # validation kept an epoch, not the start
     return numbers | {"seconds": result["seconds"]}
 
@@ -189,12 +189,17 @@ def _table(rows: list[list[str]], headers: list[str]) -> str:
 def _finish(out: Path, cells: _Cells, title: str, parts: list[str], rows: list[dict]) -> str:
     n = len(cells.seeds)
     spread = "one seed, so no interval" if n == 1 else f"mean [95 % t-interval] over {n} seeds"
-    text = "\n\n".join([f"{title}, test, 1 target + 99 sampled negatives; {spread}.", *parts])
+    candidates = protocol_titles(_n_negatives(cells.job))["sampled"]
+    text = "\n\n".join([f"{title}, test, {candidates}; {spread}.", *parts])
     cells.write(out / "cells.csv")
     write_rows(out / "results.csv", rows)
     with replacing(out / "results.md") as path:
         path.write_text(text + "\n", encoding="utf-8")
     return text
+
+
+def _n_negatives(job: Job) -> int:
+    return job.data.test_negatives.shape[1]
 
 
 # -- phase 2 --------------------------------------------------------------------------------------
@@ -208,9 +213,12 @@ def run_rl_study(
     Writes ``cells.csv`` (every number of every model), ``results.csv`` (across seeds),
     ``results.md`` and a plot an axis. The default value of a field always belongs to its axis.
     """
-    cells = _Cells(job, n_seeds)
     axes = [("reward", tuple(rewards)), *axes] if rewards else list(axes)
     axes = [(name, _with_default(values, getattr(job.train, name))) for name, values in axes]
+    for name, values in axes:
+        for value in values:
+            check_trainable(job.data, job.train.replace(**{name: value}), ("grpo", "noisy"))
+    cells = _Cells(job, n_seeds)
     for seed in cells.seeds:
         for name, values in axes:
             for value in values:
@@ -229,13 +237,14 @@ def run_rl_study(
             for variant, title in (("rl", "RL"), ("control", "control"), ("tcl", "no RL"))
         }
         plots.intervals(name, values, series, job.out / f"{name}.png")
-    return _finish(job.out, cells, "Phase 2", [*parts, _LEGEND], rows)
+    legend = _LEGEND.format(n_negatives=_n_negatives(job))
+    return _finish(job.out, cells, "Phase 2", [*parts, legend], rows)
 
 
 _LEGEND = """All but the last two columns are of the weights after the last epoch, so that harm
 shows. RL - no RL, RL - control: paired differences in NDCG@5. entropy: of the softmax over the
-1 + 99 candidates, in nats. coverage: share of the items that stand in at least one user's top 10
-of the catalogue; tail: share of the places in these lists that the 80 % least popular items take.
+1 + {n_negatives} candidates, in nats. coverage: share of the items that stand in at least one user's top 10 of the
+catalogue; tail: share of the places in these lists that the 80 % least popular items take.
 chosen: NDCG@5 of the weights that validation chose; kept: in how many seeds these were not the
 start."""
 
@@ -351,7 +360,7 @@ def _ablation_table(cells: _Cells) -> str:
     headers = ["model", *(m.upper() for m in _METRICS), "NDCG@10, catalogue", "NDCG@5, gain"]
     shown = [*(("sampled", metric) for metric in _METRICS), ("catalogue", "ndcg@10")]
     rows = []
-    for result in baseline_results(cells.job.data).values():
+    for result in baseline_results(cells.job.data, **cells.job.ranking).values():
         means = {
             (row["protocol"], row["metric"]): row["mean"]
             for row in result["rows"]

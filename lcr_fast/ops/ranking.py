@@ -118,7 +118,7 @@ def ranking_metrics(
 
     """
     _check_choice("reduce", reduce, _REDUCTIONS)
-    names = tuple(metrics)
+    names = _metric_names(metrics)
     values = _rank(
         scores,
         target,
@@ -239,7 +239,7 @@ def catalogue_metrics(
     :func:`ranking_metrics`.
     """
     _check_choice("reduce", reduce, _REDUCTIONS)
-    names = tuple(metrics)
+    names = _metric_names(metrics)
     values = _rank_catalogue(
         users,
         items,
@@ -435,6 +435,12 @@ def _pack(rows: dict[str, Tensor], names: tuple[str, ...], output: int) -> Tenso
 
 def _rank_dtype(rank: Tensor, ties: str) -> Tensor:
     return rank if ties == "average" else rank.nan_to_num(nan=-1.0).long()
+
+
+def _metric_names(metrics: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(metrics, str):  # whose letters would be taken for names
+        raise ValueError(f"metrics must be a sequence of names, ({metrics!r},), got a text")
+    return tuple(metrics)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

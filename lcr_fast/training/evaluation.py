@@ -1,12 +1,14 @@
 """Ranking evaluation: three candidate sets, kinds of targets, and looks inside a model."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
 from lcr_fast.batch import Batch
 from lcr_fast.data.batching import Batcher
@@ -16,11 +18,15 @@ from lcr_fast.objectives import distance
 from lcr_fast.ops.ranking import target_rank
 from lcr_fast.reference import pool_steps
 from lcr_fast.training.baselines import TITLES, Baselines
-from lcr_fast.training.ranks import Ranks, differences, rank_metrics, samples_digest
+from lcr_fast.training.ranks import Ranks, differences, samples_digest, weighted_metric
 from lcr_fast.weights import REC, SEARCH
 
 PROTOCOLS = ("sampled", "catalogue", "impressions")
 _CATALOGUE_BLOCK = 2048
+CATALOGUE_SECONDS = 120
+# Pairs of a user and an item that a model of width 64 scores in a second on two cores. Not timed
+# when it is used: all models of a table, on any machine, rank the same users.
+_CATALOGUE_RATE = 1_000_000
 
 # Scores of candidates [B, C], or [1, C] shared by the batch: [B, C].
 Score = Callable[[Tensor], Tensor]
@@ -90,20 +96,32 @@ def rank_targets(
     device: torch.device | str = "cpu",
     batch_size: int = 256,
     backend: str = "auto",
+    rows: NDArray[np.int64] | None = None,
 ) -> NDArray[np.int64]:
-    """Rank every target of a split, from 1, ties against it; 0 where there is nothing to rank.
+    """Rank targets of a split, from 1, ties against them; 0 where there is nothing to rank.
 
-    - ``sampled``: the target and the 99 stored negatives;
+    - ``sampled``: the target and its stored negatives;
     - ``catalogue``: every item, without those the user has seen (the target always stays);
     - ``impressions``: the items shown with the target, 0 where the data has none.
+
+    ``rows`` are the samples to rank, all of them by default; the others stay 0. Over the catalogue
+    a progress bar shows on a terminal.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
     samples = batcher.samples
     ranks = np.zeros(len(samples), dtype=np.int64)
-    with torch.inference_mode():
-        for start in range(0, len(samples), batch_size):
-            rows = np.arange(start, min(start + batch_size, len(samples)))
+    chosen = np.arange(len(samples)) if rows is None else rows
+    bar = tqdm(
+        total=len(chosen),
+        desc="ranking in the catalogue",
+        unit="user",
+        leave=False,
+        disable=protocol != "catalogue" or not sys.stderr.isatty(),
+    )
+    with bar, torch.inference_mode():
+        for start in range(0, len(chosen), batch_size):
+            rows = chosen[start : start + batch_size]
             if protocol == "impressions":
                 rows, candidates, columns = _shown(samples, rows)
                 if not len(rows):
@@ -126,6 +144,7 @@ def rank_targets(
                 scores = score(batch.candidates)
                 rank = target_rank(scores, batch.target, excluded=excluded, backend=backend)
             ranks[rows] = rank.cpu().numpy()
+            bar.update(len(rows))
     return ranks
 
 
@@ -137,8 +156,14 @@ def with_target(targets: NDArray, negatives: NDArray | None) -> tuple[NDArray, N
 
 
 def _stored(samples: Samples) -> NDArray:
+    """Give the stored negatives [n, N]; ValueError where there are none to rank a target among."""
     if samples.negatives is None:
         raise ValueError("only valid and test have stored negatives")
+    if not samples.negatives.shape[1]:
+        raise ValueError(
+            "the data has no evaluation negatives, among which every model would be perfect: "
+            "prepare it with --n-negatives of at least 1, or leave the protocol sampled out"
+        )
     return samples.negatives
 
 
@@ -212,28 +237,53 @@ def rank_split(
     split: str = "test",
     *,
     model: LCRSER | None = None,
-    protocols: tuple[str, ...] = PROTOCOLS,
+    protocols: Sequence[str] = PROTOCOLS,
+    catalogue_users: int | None = None,
     search_of: NDArray | None = None,
     device: torch.device | str = "cpu",
     backend: str = "auto",
 ) -> Ranks:
-    """Rank every target of a split by every protocol that the data has candidates for.
+    """Rank the targets of a split by every protocol that the data has candidates for.
 
+    In the catalogue ``catalogue_users`` of them are ranked, as :func:`catalogue_rows` says.
     ``search_of`` gives samples the searches of others, as :func:`make_batcher` says. Raises
     ValueError for a split without samples.
     """
     batcher = make_batcher(data, split, model, search_of)
     if not len(batcher):
         raise ValueError(f"the data has no {split} samples")
+    some = catalogue_rows(data, split, catalogue_users)
     ranks = {
-        protocol: rank_targets(scorer, batcher, protocol, device=device, backend=backend)
+        protocol: rank_targets(
+            scorer, batcher, protocol, device=device, backend=backend,
+            rows=some if protocol == "catalogue" else None,
+        )
         for protocol in protocols
-    }
+    }  # fmt: skip
     return Ranks(
         samples_digest(data, split),
         strata(data, split),
         {protocol: found for protocol, found in ranks.items() if found.any()},
+        batcher.samples.negatives.shape[1] if batcher.samples.negatives is not None else 0,
+        data.manifest.get("fingerprint"),
     )
+
+
+def catalogue_rows(data: PreparedData, split: str, n: int | None = None) -> NDArray[np.int64]:
+    """Choose the samples of a split that are ranked in the whole catalogue: rows, in their order.
+
+    ``n`` of them, 0 for all; by default as many as two cores rank in ``CATALOGUE_SECONDS``. The
+    choice is random but always the same, and that of a smaller n is part of that of a larger one.
+    Raises ValueError for a negative n.
+    """
+    n_samples = len(data.split(split))
+    if n is None:
+        n = max(CATALOGUE_SECONDS * _CATALOGUE_RATE // data.n_items, 1)
+    elif n < 0:
+        raise ValueError(f"catalogue_users must be at least 1, or 0 for all, got {n}")
+    elif not n:
+        n = n_samples
+    return np.sort(np.random.default_rng(0).permutation(n_samples)[:n])
 
 
 def rank_model(model: LCRSER, data: PreparedData, split: str = "test", **options: Any) -> Ranks:
@@ -249,10 +299,13 @@ def rank_model(model: LCRSER, data: PreparedData, split: str = "test", **options
     )
 
 
-def rank_baselines(data: PreparedData, split: str = "test") -> dict[str, Ranks]:
-    """Rank with every baseline of :mod:`lcr_fast.training.baselines`, by name."""
+def rank_baselines(data: PreparedData, split: str = "test", **options: Any) -> dict[str, Ranks]:
+    """Rank with every baseline of :mod:`lcr_fast.training.baselines`, by name.
+
+    Options as :func:`rank_split`.
+    """
     baselines = Baselines(data, split)
-    return {name: rank_split(baselines.scorer(name), data, split) for name in TITLES}
+    return {name: rank_split(baselines.scorer(name), data, split, **options) for name in TITLES}
 
 
 def exchanged_searches(data: PreparedData, split: str = "test", seed: int = 0) -> NDArray:
@@ -274,7 +327,10 @@ def _searched(data: PreparedData, split: str) -> NDArray[np.bool_]:
 
 
 def search_effects(
-    model: LCRSER, data: PreparedData, split: str = "test"
+    model: LCRSER,
+    data: PreparedData,
+    split: str = "test",
+    protocols: Sequence[str] = PROTOCOLS,
 ) -> dict[str, list[dict[str, Any]]]:
     """Measure what a user's own searches are worth to a model that is not trained anew.
 
@@ -283,32 +339,39 @@ def search_effects(
     the catalogue, where each would cost as much as the whole evaluation.
     """
     exchanged = exchanged_searches(data, split)
+    protocols = [name for name in protocols if name != "catalogue"]
     own, others, none = (
-        rank_model(
-            model, data, split, protocols=("sampled", "impressions"), search_of=search_of
-        ).restricted(_searched(data, split))
+        rank_model(model, data, split, protocols=protocols, search_of=search_of).restricted(
+            _searched(data, split)
+        )
         for search_of in (None, exchanged, np.full(len(exchanged), -1))
     )
     return {"others": differences([(own, others)]), "none": differences([(own, none)])}
 
 
-def validation_score(model: LCRSER, batcher: Batcher, backend: str = "auto") -> float:
-    """NDCG@5 over 1 + 99 candidates, the number that selects models."""
+def validation_score(
+    model: LCRSER, batcher: Batcher, metric: str = "ndcg@5", backend: str = "auto"
+) -> float:
+    """Mean of a metric over the target and its stored negatives, the number that selects models.
+
+    ``metric`` as in :func:`~lcr_fast.training.ranks.weighted_metric`.
+    """
     model.eval()
     device = model.head.target_weight.device
     ranks = rank_targets(model_scorer(model), batcher, "sampled", device=device, backend=backend)
-    return float(rank_metrics(ranks)["ndcg@5"].mean()) if len(ranks) else 0.0
+    return float(weighted_metric(ranks, metric).mean()) if len(ranks) else 0.0
 
 
-def chance_level(batcher: Batcher) -> float:
+def chance_level(batcher: Batcher, metric: str = "ndcg@5") -> float:
     """Give the validation score that a scorer without knowledge exceeds once in a thousand times.
 
-    Such a scorer puts the target at every rank alike: the mean of NDCG@5, and 3 standard errors.
+    Such a scorer puts the target at every rank alike: the metric's mean, and 3 standard errors.
+    Raises ValueError where the data has no negatives to rank a target among.
     """
     n = len(batcher)
     if not n:
         return 0.0
-    gains = rank_metrics(np.arange(1, _stored(batcher.samples).shape[1] + 2))["ndcg@5"]
+    gains = weighted_metric(np.arange(1, _stored(batcher.samples).shape[1] + 2), metric)
     return float(gains.mean() + 3 * gains.std() / np.sqrt(n))
 
 

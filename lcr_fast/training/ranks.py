@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from lcr_fast.data.prepared import PreparedData
+from lcr_fast.reference import parse_reward
 from lcr_fast.storage import load_tensors, save_tensors
 
 RANKS = "ranks.safetensors"
@@ -23,19 +24,31 @@ _DRAWS = 1000
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
-def rank_metrics(ranks: NDArray) -> dict[str, NDArray]:
-    """HR@k, NDCG@k and MRR of every ranked target (rank > 0): [n] arrays.
+def rank_metrics(ranks: NDArray, cuts: Sequence[int] = CUTS) -> dict[str, NDArray]:
+    """HR@k and NDCG@k for each cut k, and MRR, of every ranked target (rank > 0): [n] arrays.
 
     With one relevant item HR@k = [rank <= k], NDCG@k = HR@k / log2(rank + 1), MRR = 1 / rank.
     """
     ranks = ranks[ranks > 0].astype(np.float64)
     gain = 1 / np.log2(ranks + 1)
-    metrics = {f"hr@{k}": (ranks <= k).astype(np.float64) for k in CUTS}
-    metrics |= {f"ndcg@{k}": np.where(ranks <= k, gain, 0.0) for k in CUTS}
+    metrics = {f"hr@{k}": (ranks <= k).astype(np.float64) for k in cuts}
+    metrics |= {f"ndcg@{k}": np.where(ranks <= k, gain, 0.0) for k in cuts}
     return metrics | {"mrr": 1 / ranks}
 
 
-METRICS = tuple(rank_metrics(np.ones(1)))
+def weighted_metric(ranks: NDArray, metric: str) -> NDArray:
+    """Measure every ranked target by ``hr@k``, ``ndcg@k``, ``mrr`` or a weighted sum of them: [n].
+
+    Raises ValueError for anything else.
+    """
+    terms = parse_reward(metric)
+    measured = rank_metrics(ranks, cuts_of(name for _, name in terms))
+    return np.sum([weight * measured[name] for weight, name in terms], 0)
+
+
+def cuts_of(metrics: Iterable[str]) -> tuple[int, ...]:
+    """List the cuts k of metrics, each once."""
+    return tuple(dict.fromkeys(int(k) for _, at, k in (m.partition("@") for m in metrics) if at))
 
 
 class Interval(NamedTuple):
@@ -100,13 +113,18 @@ def samples_digest(data: PreparedData, split: str) -> str:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks of one split's targets by protocol, from 1; 0 where there is nothing to rank."""
+    """The ranks of one split's targets by protocol, from 1; 0 where a target is not ranked.
+
+    That is where there is nothing to rank it among, or where only some are ranked.
+    """
 
     samples: str  # samples_digest of the split
     groups: dict[str, NDArray[np.bool_]]  # kinds of targets: members [n]
     by_protocol: dict[str, NDArray[np.int64]]  # [n]
+    n_negatives: int = 0  # beside the target in the protocol "sampled"
+    data: str | None = None  # fingerprint of the prepared data
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self, cuts: Sequence[int] = CUTS) -> list[dict[str, Any]]:
         """Measure by protocol, group and metric: rows of these with mean, low, high and n.
 
         The intervals are those of :func:`bootstrap`.
@@ -114,9 +132,10 @@ class Ranks:
         rows = []
         for protocol, ranks in self.by_protocol.items():
             for group, member in self.groups.items():
-                values = _metric_columns(ranks[member])
+                measured = rank_metrics(ranks[member], cuts)
+                values = np.stack(list(measured.values()), 1)
                 intervals = _intervals(values, _bootstrap_means(values))
-                for metric, interval in zip(METRICS, intervals, strict=True):
+                for metric, interval in zip(measured, intervals, strict=True):
                     key = {"protocol": protocol, "targets": group, "metric": metric}
                     rows.append({**key, **interval._asdict()})
         return rows
@@ -131,8 +150,14 @@ class Ranks:
         tensors |= {f"rank.{name}": torch.from_numpy(r) for name, r in self.by_protocol.items()}
         tensors = {n: t if t.dtype == torch.bool else t.int() for n, t in tensors.items()}
         # A safetensors file keeps no order.
-        names = {"groups": list(self.groups), "protocols": list(self.by_protocol)}
-        save_tensors(path, _KIND, tensors, {"samples": self.samples, **names})
+        info = {
+            "samples": self.samples,
+            "groups": list(self.groups),
+            "protocols": list(self.by_protocol),
+            "n_negatives": self.n_negatives,
+            "data": self.data,
+        }
+        save_tensors(path, _KIND, tensors, info)
 
     @classmethod
     def load(cls, path: Path) -> "Ranks":
@@ -142,11 +167,9 @@ class Ranks:
             info["samples"],
             {name: tensors[f"group.{name}"].numpy() for name in info["groups"]},
             {name: tensors[f"rank.{name}"].long().numpy() for name in info["protocols"]},
+            info["n_negatives"],
+            info["data"],
         )
-
-
-def _metric_columns(ranks: NDArray) -> NDArray:
-    return np.stack(list(rank_metrics(ranks).values()), 1)
 
 
 class Difference(NamedTuple):
@@ -161,41 +184,72 @@ class Difference(NamedTuple):
     seeds: int
 
 
-def differences(pairs: Sequence[tuple[Ranks, Ranks]]) -> list[dict[str, Any]]:
+def differences(
+    pairs: Sequence[tuple[Ranks, Ranks]], cuts: Sequence[int] = CUTS
+) -> list[dict[str, Any]]:
     """Compare first to second ranks user by user, a pair a seed: rows as :meth:`Ranks.rows`.
 
-    A row holds protocol, targets, metric and a :class:`Difference`. Over users: the percentile
-    bootstrap of each user's difference, averaged over the pairs that have the same samples; pairs
-    of other samples are resampled on their own. Over seeds: Student's t of the pairs' means.
-    Raises ValueError where the two of a pair rank different samples.
+    A row holds protocol, targets, metric and a :class:`Difference`, over the targets that both of a
+    pair rank and the protocols that all have. Over users: the percentile bootstrap of each user's
+    difference, averaged over the pairs that have the same samples; pairs of other samples are
+    resampled on their own. Over seeds: Student's t of the pairs' means. Raises ValueError where the
+    two of a pair rank different samples.
     """
     for first, second in pairs:
         if first.samples != second.samples:
             raise ValueError("the ranks are not of the same samples")
     rows = []
     first = pairs[0][0]
+    metrics = tuple(rank_metrics(np.ones(1), cuts))
     for protocol in first.by_protocol:
+        if not all(protocol in ranks.by_protocol for pair in pairs for ranks in pair):
+            continue
+        both = _ranked_by_all(pairs, protocol)
         for group in first.groups:
-            columns = [_difference_columns(*pair, protocol, group) for pair in pairs]
-            for metric, values in zip(METRICS, _differences(pairs, columns), strict=True):
+            columns = [
+                _difference_columns(*pair, protocol, group, both[pair[0].samples], cuts)
+                for pair in pairs
+            ]
+            for metric, values in zip(metrics, _differences(pairs, columns), strict=True):
                 key = {"protocol": protocol, "targets": group, "metric": metric}
                 rows.append({**key, **values._asdict()})
     return rows
 
 
-def _difference_columns(first: Ranks, second: Ranks, protocol: str, group: str) -> NDArray:
-    """Differences of all metrics, user by user: [n, M]."""
-    if protocol not in second.by_protocol:
-        raise ValueError(f"the ranks are not of the same samples: only one has {protocol}")
-    mine, theirs = (ranks.by_protocol[protocol][ranks.groups[group]] for ranks in (first, second))
-    return _metric_columns(mine) - _metric_columns(theirs)
+def _ranked_by_all(
+    pairs: Sequence[tuple[Ranks, Ranks]], protocol: str
+) -> dict[str, NDArray[np.bool_]]:
+    """Mark the targets that all ranks of the same samples rank: masks [n] by samples."""
+    marks: dict[str, NDArray[np.bool_]] = {}
+    for ranks in (ranks for pair in pairs for ranks in pair):
+        ranked = ranks.by_protocol[protocol] > 0
+        marks[ranks.samples] = marks.get(ranks.samples, True) & ranked
+    return marks
+
+
+def _difference_columns(
+    first: Ranks,
+    second: Ranks,
+    protocol: str,
+    group: str,
+    ranked: NDArray[np.bool_],
+    cuts: Sequence[int],
+) -> NDArray:
+    """Differences of all metrics, user by user, of the ``ranked`` targets: [n, M]."""
+    kept = ranked & first.groups[group]
+    mine, theirs = (
+        np.stack(list(rank_metrics(ranks.by_protocol[protocol][kept], cuts).values()), 1)
+        for ranks in (first, second)
+    )
+    return mine - theirs
 
 
 def _differences(pairs: Sequence[tuple[Ranks, Ranks]], columns: list[NDArray]) -> list[Difference]:
     of_samples: dict[str, list[NDArray]] = {}
     for (first, _), values in zip(pairs, columns, strict=True):
         of_samples.setdefault(first.samples, []).append(values)
-    means = np.zeros((_DRAWS, len(METRICS)))
+    n_metrics = columns[0].shape[1]
+    means = np.zeros((_DRAWS, n_metrics))
     n = 0
     for seed, group in enumerate(of_samples.values()):
         values = np.mean(group, 0)
@@ -203,7 +257,7 @@ def _differences(pairs: Sequence[tuple[Ranks, Ranks]], columns: list[NDArray]) -
         n += len(values)
     low, high = np.quantile(means, [0.025, 0.975], axis=0)
     found = []
-    for column in range(len(METRICS)):
+    for column in range(n_metrics):
         seeds = [float(v[:, column].mean()) if len(v) else math.nan for v in columns]
         spread = across_seeds(seeds)
         found.append(

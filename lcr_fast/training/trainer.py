@@ -1,13 +1,15 @@
 """The training loop of every phase: early stopping, logs, atomic checkpoints, exact resume."""
 
+import functools
 import json
 import logging
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +26,83 @@ from lcr_fast.training.evaluation import chance_level, make_batcher, validation_
 from lcr_fast.training.objective import OBJECTIVES, Objective, warn_if_sinking
 
 _LOG = logging.getLogger("lcr_fast")
-_CHECKPOINT_KIND = "checkpoint"
+CHECKPOINT_KIND = "checkpoint"
+OTHER_DATA = "it is of other prepared data (--any-data uses it all the same)"
 _CHECKPOINT_SECONDS = 30.0  # between two checkpoints inside an epoch
 CHECKPOINT, MODEL, METRICS = "checkpoint.safetensors", "model.safetensors", "metrics.jsonl"
+_CHECK_BLOCK = 4096  # samples whose seen items are counted at a time
+# Fields that phase 1 does not read.
+PHASE_2 = (
+    "reward", "action", "kl", "kl_weight", "clip", "temperature", "n_trajectories", "noise_scale",
+    "inner_epochs", "rl_epochs", "rl_epoch_size", "rl_batch_size", "rl_learning_rate",
+    "rl_negatives", "rl_trainable",
+)  # fmt: skip
+# Fields that say nothing but when to stop, by phase.
+_LIMITS = {1: ("epochs", "min_updates", "patience"), 2: ("rl_epochs", "patience")}
+
+
+def check_trainable(data: PreparedData, config: TrainConfig, objectives: Iterable[str]) -> None:
+    """Raise ValueError where training would fail, or choose its model blindly, later on."""
+    samples = data.split("train")
+    if not len(samples):
+        raise ValueError("the data has no training samples")
+    chance_level(make_batcher(data, "valid", None), config.valid_metric)
+    phases = {OBJECTIVES[name].phase for name in objectives}
+    left, user = _fewest_unseen(data)
+    if 1 in phases and config.negatives == "in_batch":
+        if config.batch_size < 2:
+            raise ValueError("negatives=in_batch needs a batch_size of at least 2, got 1")
+    elif 1 in phases and not left:
+        raise ValueError(
+            f"user {user!r} has seen all {data.n_items} items before a target, so nothing is left "
+            "to be a negative; prepare the data without that user"
+        )
+    if 2 in phases and config.rl_negatives > left:
+        raise ValueError(
+            f"rl_negatives must be at most {left} for this data, whose user {user!r} has no more "
+            f"unseen items before a target, got {config.rl_negatives}"
+        )
+
+
+@functools.lru_cache(maxsize=1)  # one model after the other is trained on the same data
+def _fewest_unseen(data: PreparedData) -> tuple[int, str]:
+    """Find the training sample with the fewest items left to be negatives: how many, whose."""
+    samples = data.split("train")
+    counts = []
+    for start in range(0, len(samples), _CHECK_BLOCK):
+        rows = slice(start, start + _CHECK_BLOCK)
+        users, items, times = samples.users[rows], samples.items[rows], samples.times[rows]
+        offsets, _ = data.seen_before(users, times)
+        counts.append(np.diff(offsets) + ~data.has_seen(users, items, times))  # and the target
+    taken = np.concatenate(counts)
+    most = int(taken.argmax())
+    return data.n_items - int(taken[most]), data.users[int(samples.users[most])]
+
+
+def phase_1_fields(train: dict[str, Any]) -> dict[str, Any]:
+    """Leave out of a config's values what phase 1 does not read."""
+    return {name: value for name, value in train.items() if name not in PHASE_2}
+
+
+def resume_conflicts(info: dict[str, Any], train: dict[str, Any]) -> list[str]:
+    """Name the fields whose new values contradict what a run has done already.
+
+    ``info`` is that of its checkpoint, ``train`` its config's new values. When to stop may change,
+    as long as it lies ahead and no learning rate depends on it.
+    """
+    phase = OBJECTIVES[info["objective"]].phase
+    saved, progress = info["train"], Progress(**info["progress"])
+    if phase == 1:
+        saved, train = phase_1_fields(saved), phase_1_fields(train)
+    changed = [f for f in sorted(saved.keys() | train.keys()) if saved.get(f) != train.get(f)]
+    falling = phase == 1 and saved["schedule"] != "constant" and (progress.epoch or progress.step)
+    limits = ("patience",) if falling else _LIMITS[phase]
+    conflicts = [name for name in changed if name not in limits]
+    limit = "epochs" if phase == 1 else "rl_epochs"
+    if limit in changed and not (phase == 1 and train["min_updates"]):
+        done = progress.epoch + (progress.step > 0)
+        conflicts += [limit] * (train[limit] < done and limit not in conflicts)
+    return conflicts
 
 
 @dataclass
@@ -35,7 +111,7 @@ class Progress:
 
     epoch: int = 0  # epochs completed
     step: int = 0  # steps completed in the current one
-    best: float = -1.0  # best validation NDCG@5
+    best: float = -1.0  # best validation score
     stale: int = 0  # epochs since, once the best is above chance
     seconds: float = 0.0
     finished: bool = False
@@ -47,13 +123,15 @@ class Trainer:
     """Train a model on prepared data by one objective.
 
     ``objective`` is ``supervised`` (phase 1), ``grpo`` (phase 2) or ``noisy`` (phase 2's control).
-    The folder ``out`` receives the best model by validation NDCG@5 (``model.safetensors``), a
-    checkpoint, and one JSON line an epoch in ``metrics.jsonl``; a TensorBoard log too where
-    TensorBoard is installed. Files are replaced atomically, so a killed run leaves the last good
-    ones. With ``resume`` a run continues from its checkpoint, bit for bit on CPU with the same
-    number of threads (on which sums of torch's own ops may depend).
+    The folder ``out`` receives the best model by the config's ``valid_metric``
+    (``model.safetensors``), a checkpoint, and one JSON line an epoch in ``metrics.jsonl``; a
+    TensorBoard log too where TensorBoard is installed. Files are replaced atomically, so a killed
+    run leaves the last good ones. With ``resume`` a run continues from its checkpoint, bit for bit
+    on CPU with the same number of threads (on which sums of torch's own ops may depend). It may go
+    on for longer than it was to: what the config says of when to stop may change.
 
-    Raises ValueError where there is nothing to train on, and on a checkpoint of another run.
+    Raises ValueError where the data cannot be trained on, and on a checkpoint of another run or,
+    without ``any_data``, of other data.
     """
 
     def __init__(
@@ -65,15 +143,17 @@ class Trainer:
         out: str | Path,
         *,
         resume: bool = False,
+        any_data: bool = False,
         report: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.model, self.config, self.out, self.report = model, config, Path(out), report
         self.name = objective
+        self.metric = f"valid_{config.valid_metric}"
+        check_trainable(data, config, [objective])
+        model.data_fingerprint = data.manifest.get("fingerprint")
         self.batcher = make_batcher(data, "train", model)
         self.validation = make_batcher(data, "valid", model)
-        self.chance = chance_level(self.validation)
-        if not len(self.batcher):
-            raise ValueError("the data has no training samples")
+        self.chance = chance_level(self.validation, config.valid_metric)
         self.objective: Objective = OBJECTIVES[objective](model, self.batcher, config)
         self.schedule = self.objective.schedule
         trained = self.objective.parameters()
@@ -85,7 +165,7 @@ class Trainer:
         self.best: dict[str, Tensor] = {}
         self.out.mkdir(parents=True, exist_ok=True)
         if resume and (self.out / CHECKPOINT).is_file():
-            self._load()
+            self._load(any_data)
 
     def run(self) -> LCRSER:
         """Train to the end, restore the best weights into the model and return it."""
@@ -100,13 +180,18 @@ class Trainer:
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(name in self._trained)
             self._start()
-            patience = max(self.config.patience, 1)
-            while progress.epoch < self.schedule.epochs and progress.stale < patience:
+            while self._goes_on():
                 self._epoch()
-            self._explain_end(progress.stale >= patience)
+            self._explain_end(self._is_stale())
             progress.finished = True
             self._save()
         return self.model.requires_grad_(True).eval()
+
+    def _goes_on(self) -> bool:
+        return self.progress.epoch < self.schedule.epochs and not self._is_stale()
+
+    def _is_stale(self) -> bool:
+        return self.progress.stale >= max(self.config.patience, 1)
 
     def _explain_end(self, stale: bool) -> None:
         progress = self.progress
@@ -115,12 +200,12 @@ class Trainer:
         else:
             why = f"the limit of {self.schedule.epochs} epochs"
         self.report(f"  {self.name} stopped after epoch {progress.epoch}: {why}")
-        scores = [record["valid_ndcg@5"] for record in progress.history]
+        scores = [record[self.metric] for record in progress.history]
         if progress.best <= self.chance:
             _LOG.warning(
-                "%s: validation NDCG@5 never rose above chance (%.4f, at most %.4f without "
+                "%s: validation %s never rose above chance (%.4f, at most %.4f without "
                 "knowledge): train longer or with a higher learning rate",
-                self.name, progress.best, self.chance,
+                self.name, self.config.valid_metric, progress.best, self.chance,
             )  # fmt: skip
         elif not stale and len(scores) > 1 and scores[-1] == max(scores) > scores[-2]:
             _LOG.warning(
@@ -206,7 +291,9 @@ class Trainer:
     def _validate(self, means: dict[str, float]) -> None:
         progress = self.progress
         clock = time.monotonic()
-        score = validation_score(self.model, self.validation, self.model.config.backend)
+        score = validation_score(
+            self.model, self.validation, self.config.valid_metric, self.model.config.backend
+        )
         if score > progress.best:
             progress.best, progress.stale = score, 0
             self.best = {n: t.detach().clone() for n, t in self.model.state_dict().items()}
@@ -215,7 +302,7 @@ class Trainer:
             # Before there is anything to lose, a plateau is no reason to stop.
             progress.stale += progress.best > self.chance
         progress.seconds += time.monotonic() - clock
-        record = {"epoch": progress.epoch, **means, "valid_ndcg@5": score}
+        record = {"epoch": progress.epoch, **means, self.metric: score}
         progress.history.append({**record, "seconds": round(progress.seconds, 3)})
         shown = "  ".join(f"{name} {value:.4f}" for name, value in list(record.items())[1:])
         self.report(f"  {self.name} epoch {progress.epoch}: {shown}")
@@ -233,7 +320,7 @@ class Trainer:
         """Rewrite the metrics log, so that it agrees with the checkpoint that follows."""
         with replacing(self.out / METRICS) as path:
             lines = (json.dumps(record) + "\n" for record in self.progress.history)
-            path.write_text("".join(lines))
+            path.write_text("".join(lines), encoding="utf-8")
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -254,26 +341,30 @@ class Trainer:
         tensors |= {f"reference.{name}": t for name, t in frozen.items()}
         info = {
             "objective": self.name,
+            "data": self.model.data_fingerprint,
             "model": self.model.config.to_dict(),
             "train": self.config.to_dict(),
             "progress": asdict(self.progress),
             "n_updates": self.objective.n_updates,
         }
-        save_tensors(self.out / CHECKPOINT, _CHECKPOINT_KIND, tensors, info)
+        save_tensors(self.out / CHECKPOINT, CHECKPOINT_KIND, tensors, info)
 
-    def _load(self) -> None:
+    def _load(self, any_data: bool) -> None:
         path = self.out / CHECKPOINT
-        tensors, info = load_tensors(path, _CHECKPOINT_KIND)
+        tensors, info = load_tensors(path, CHECKPOINT_KIND)
         if info["objective"] != self.name:
             raise ValueError(
                 f"{path}: cannot resume {self.name}, the checkpoint is of {info['objective']}"
             )
-        for key, config in (("model", self.model.config), ("train", self.config)):
-            saved, ours = info[key], json.loads(config.to_json())
-            changed = [f for f in sorted(saved.keys() | ours.keys()) if saved.get(f) != ours.get(f)]
-            if changed:
+        if not any_data and info["data"] != self.model.data_fingerprint:
+            raise ValueError(f"{path}: cannot resume, {OTHER_DATA}")
+        saved, ours = info["model"], json.loads(self.model.config.to_json())
+        changed = {"model": [f for f in sorted(ours) if saved.get(f) != ours[f]]}
+        changed["train"] = resume_conflicts(info, json.loads(self.config.to_json()))
+        for key, names in changed.items():
+            if names:
                 raise ValueError(
-                    f"{path}: cannot resume, the {key} config differs in {', '.join(changed)}"
+                    f"{path}: cannot resume, the {key} config differs in {', '.join(names)}"
                 )
 
         def part(prefix: str) -> dict[str, Tensor]:
@@ -291,6 +382,7 @@ class Trainer:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.progress = Progress(**info["progress"])
+        self.progress.finished &= not self._goes_on()
 
 
 def _seed(rng: np.random.Generator) -> int:
