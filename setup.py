@@ -1,10 +1,13 @@
 """Build lcr_fast._C, the C++/CUDA extension; all else about the package is in pyproject.toml.
 
-The CPU operators are always built. The CUDA ones are added where the installed torch is a CUDA
-build and nvcc is found; LCR_FAST_BUILD=cpu|cuda overrides that.
+The CPU operators are built, and the CUDA ones too where the installed torch is a CUDA build and
+nvcc is found; LCR_FAST_BUILD=cpu|cuda overrides that. LCR_FAST_BUILD=none builds nothing, which
+needs no compiler: everything then runs on the slower reference.
 """
 
 import os
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +15,13 @@ from setuptools import setup
 
 try:
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+    from torch.utils.cpp_extension import (
+        CUDA_HOME,
+        BuildExtension,
+        CppExtension,
+        CUDAExtension,
+        get_cxx_compiler,
+    )
 except ImportError as error:
     raise SystemExit(
         "lcr_fast compiles against the installed PyTorch: install torch first, then run\n"
@@ -24,11 +33,32 @@ TORCH_API = "0x020a000000000000"  # torch 2.10: the first with torch::stable::pa
 CUDA_ARCHS = "8.0;9.0+PTX"
 
 
-def with_cuda() -> bool:
-    """Whether to build the CUDA operators."""
+def extensions() -> list:
+    """Describe what to build: nothing, or lcr_fast._C for the CPU or for both devices."""
     choice = os.environ.get("LCR_FAST_BUILD", "auto")
-    if choice not in ("auto", "cpu", "cuda"):
-        raise SystemExit(f"LCR_FAST_BUILD must be auto, cpu or cuda, got {choice!r}")
+    if choice not in ("auto", "cpu", "cuda", "none"):
+        raise SystemExit(f"LCR_FAST_BUILD must be auto, cpu, cuda or none, got {choice!r}")
+    return [] if choice == "none" else [extension(with_cuda(choice))]
+
+
+class Build(BuildExtension):
+    """Look for a compiler first: torch would end in a traceback."""
+
+    def build_extensions(self) -> None:
+        command = [*shlex.split(get_cxx_compiler()), "-std=c++20", "-fsyntax-only", "-xc++", "-"]
+        try:
+            subprocess.run(command, input=b"#include <bit>\n", capture_output=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            raise SystemExit(
+                f"lcr_fast: no C++20 compiler ({shlex.join(command[:1])} does not work): install "
+                "one (such as g++ 11 or clang 14), name it by CXX, or set LCR_FAST_BUILD=none to "
+                "run everything on the slower reference"
+            ) from None
+        super().build_extensions()
+
+
+def with_cuda(choice: str) -> bool:
+    """Whether to build the CUDA operators."""
     available = torch.version.cuda is not None and CUDA_HOME is not None
     if choice == "cuda" and not available:
         raise SystemExit(
@@ -38,7 +68,7 @@ def with_cuda() -> bool:
     return available and choice != "cpu"
 
 
-def extension():
+def extension(cuda: bool):
     """Describe lcr_fast._C: stable ABI on both sides, so one binary serves many versions."""
     csrc = Path("csrc")
     sources = sorted(map(str, [*csrc.glob("*.cpp"), *csrc.glob("cpu/*.cpp")]))
@@ -61,7 +91,7 @@ def extension():
         "extra_link_args": [f"-Wl,--version-script={exports}"] if sys.platform == "linux" else [],
     }
     cuda_sources = sorted(map(str, csrc.glob("cuda/*.cu")))
-    if not cuda_sources or not with_cuda():
+    if not cuda_sources or not cuda:
         return CppExtension("lcr_fast._C", sources, extra_compile_args={"cxx": cxx}, **common)
     # Without a visible GPU torch cannot guess the architectures.
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
@@ -77,7 +107,7 @@ def extension():
 
 
 setup(
-    ext_modules=[extension()],
-    cmdclass={"build_ext": BuildExtension},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -745,18 +745,8 @@ def test_the_catalogue_is_ranked_for_so_many(job, n):
 
 def test_protocols_and_cuts_are_chosen(job, tmp_path):
     model, path = job / "run" / "lcr" / "model.safetensors", tmp_path / "numbers.csv"
-    text = run(
-        "evaluate",
-        model,
-        "--data",
-        job / "data",
-        "--protocols",
-        "catalogue",
-        "-k",
-        3,
-        "--csv",
-        path,
-    )
+    argv = ["evaluate", model, "--data", job / "data", "--csv", path]
+    text = run(*argv, "--protocols", "catalogue", "-k", 3)
     rows = read_csv(path.read_text())
     assert {row["protocol"] for row in rows} == {"catalogue"}
     assert {row["metric"] for row in rows} == {"hr@3", "ndcg@3", "mrr"}

@@ -1,7 +1,9 @@
 """Evaluation against a slow oracle that sorts explicit lists, and by hand-made cases."""
 
 import dataclasses
+import io
 import math
+import re
 
 import numpy as np
 import polars as pl
@@ -17,6 +19,7 @@ from lcr_fast.training import evaluation
 from lcr_fast.training.baselines import TITLES, Baselines
 from lcr_fast.training.evaluation import (
     PROTOCOLS,
+    catalogue_rows,
     exchanged_searches,
     make_batcher,
     model_scorer,
@@ -29,7 +32,7 @@ from lcr_fast.training.evaluation import (
     strata,
     with_target,
 )
-from lcr_fast.training.ranks import rank_metrics
+from lcr_fast.training.ranks import differences, rank_metrics
 from lcr_fast.weights import REC, SEARCH
 
 
@@ -152,6 +155,37 @@ def test_nan_scores_are_refused(data):
                 make_batcher(data, "test", None),
                 protocol,
             )
+
+
+def test_some_users_are_ranked_in_the_catalogue(data, model, monkeypatch):
+    whole = rank_model(model, data, catalogue_users=0)
+    some, fewer = (rank_model(model, data, catalogue_users=n) for n in (7, 4))
+    chosen, part = (ranks.by_protocol["catalogue"] > 0 for ranks in (some, fewer))
+    assert chosen.sum() == 7
+    assert part.sum() == (part & chosen).sum() == 4
+    # Another batch may round otherwise, and swap near equals.
+    gap = whole.by_protocol["catalogue"][chosen] - some.by_protocol["catalogue"][chosen]
+    assert np.abs(gap).max() <= 1
+    assert np.array_equal(some.by_protocol["sampled"], whole.by_protocol["sampled"])
+    rows = {(r["protocol"], r["targets"]): r["n"] for r in some.rows() if r["metric"] == "mrr"}
+    assert (rows["catalogue", "all"], rows["sampled", "all"]) == (7, len(chosen))
+    # A pair is compared where both are ranked.
+    rows = [r for r in differences([(some, fewer)]) if r["targets"] == "all"]
+    assert {r["n"] for r in rows if r["protocol"] == "catalogue"} == {4}
+    monkeypatch.setattr(evaluation, "CATALOGUE_SECONDS", 3)
+    monkeypatch.setattr(evaluation, "_CATALOGUE_RATE", data.n_items)
+    assert len(catalogue_rows(data, "test")) == 3
+
+
+def test_ranking_the_catalogue_shows_how_long_it_takes(data, model, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", terminal)
+    batcher = make_batcher(data, "test", model)
+    rank_targets(model_scorer(model), batcher, "sampled", batch_size=5)
+    assert not terminal.getvalue()
+    rank_targets(model_scorer(model), batcher, "catalogue", batch_size=5)
+    assert re.search(r"ranking in the catalogue: +\d+%.*/\d+ \[.*<", terminal.getvalue())
 
 
 def test_unknown_protocol(data):

@@ -96,6 +96,28 @@ def test_kernels_cannot_be_imported_twice(monkeypatch):
     assert importlib.import_module("lcr_fast.kernels").__name__ == "lcr_fast.kernels"
 
 
+@pytest.mark.parametrize(
+    ("build", "code", "message"),
+    [
+        ("auto", 1, "no C++20 compiler (/bin/false does not work): install one"),
+        pytest.param("none", 0, "", marks=pytest.mark.full),
+        pytest.param("gpu", 1, "must be auto, cpu, cuda or none", marks=pytest.mark.full),
+    ],
+)
+def test_without_a_compiler_a_build_says_so_or_is_left_out(tmp_path, build, code, message):
+    pytest.importorskip("setuptools")
+    folders = ("--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "objects"))
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "build_ext", *folders],
+        cwd=ROOT, env=os.environ | {"CXX": "/bin/false", "LCR_FAST_BUILD": build},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not any(tmp_path.rglob("*"))
+
+
 # -- backends -------------------------------------------------------------------------------------
 
 AVAILABLE = {"triton": "it needs a GPU", "cpp": None, "reference": None}

@@ -1,5 +1,6 @@
 """Trainer: exact resume, early stopping, what is trained, what is logged, what is refused."""
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -16,6 +17,7 @@ from lcr_fast.data.prepared import PreparedData
 from lcr_fast.model import LCRSER
 from lcr_fast.storage import load_tensors
 from lcr_fast.training import trainer as module
+from lcr_fast.training.evaluation import model_scorer, rank_model, rank_targets
 from lcr_fast.training.objective import OBJECTIVES, Grpo, Supervised, warn_if_sinking
 from lcr_fast.training.trainer import CHECKPOINT, METRICS, MODEL, Trainer, make_optimizer
 
@@ -209,6 +211,71 @@ def test_resume_refuses_another_run(prepared, make_model, whole, objective, trai
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_finished_run_goes_on_when_it_may(prepared, make_model, tmp_path, objective):
+    """More epochs later are more epochs at once, bit for bit, where no learning rate falls."""
+    config = CONFIG.replace(schedule="constant", patience=9)
+    short = config.replace(**{"epochs" if objective == "supervised" else "rl_epochs": 1})
+    run(make_model, prepared, objective, tmp_path / "run", config=short)
+    again = {"seed": 9, "config": config, "resume": True}
+    run(make_model, prepared, objective, tmp_path / "run", **again)
+    run(make_model, prepared, objective, tmp_path / "whole", config=config)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_more_patience_lets_a_stopped_run_go_on(prepared, make_model, tmp_path, monkeypatch):
+    scores = [0.9, *[0.5] * 9]
+    config = CONFIG.replace(epochs=5, patience=2, schedule="constant")
+    for patience, n_epochs in ((2, 2), (3, 3), (1, 3)):
+        monkeypatch.setattr(module, "validation_score", lambda *_: scores.pop(0))
+        changed = config.replace(patience=patience)
+        trainer = run(make_model, prepared, "supervised", tmp_path, config=changed, resume=True)
+        assert trainer.progress.epoch == n_epochs
+
+
+@pytest.mark.parametrize(
+    ("objective", "saved", "changes", "conflicts"),
+    [
+        ("supervised", {}, {"rl_negatives": 5, "reward": "mrr"}, []),
+        ("supervised", {}, {"epochs": 9, "patience": 9}, []),
+        ("supervised", {}, {"epochs": 2}, []),
+        ("supervised", {}, {"epochs": 1}, ["epochs"]),  # the second has begun
+        ("supervised", {"schedule": "linear"}, {"epochs": 9, "patience": 1}, ["epochs"]),
+        (
+            "supervised",
+            {},
+            {"batch_size": 7, "valid_metric": "mrr"},
+            ["batch_size", "valid_metric"],
+        ),
+        ("grpo", {}, {"rl_epochs": 3}, []),
+        ("grpo", {}, {"rl_epochs": 1, "rl_negatives": 5}, ["rl_negatives", "rl_epochs"]),
+    ],
+)
+def test_only_what_lies_ahead_may_change(objective, saved, changes, conflicts):
+    train = CONFIG.replace(schedule="constant").replace(**saved).to_dict()
+    progress = dataclasses.asdict(module.Progress(epoch=1, step=2))
+    info = {"objective": objective, "train": train, "progress": progress}
+    assert module.resume_conflicts(info, {**train, **changes}) == conflicts
+
+
+def test_a_checkpoint_knows_its_data(prepared, make_model, whole):
+    other = PreparedData(prepared.arrays, {**prepared.manifest, "fingerprint": "other"})
+    options = {"resume": True, "config": CONFIG}
+    with pytest.raises(ValueError, match=r"it is of other prepared data \(--any-data"):
+        run(make_model, other, "supervised", whole / "supervised", **options)
+    run(make_model, other, "supervised", whole / "supervised", **options, any_data=True)
+
+
+def test_any_metric_may_choose(prepared, make_model, tmp_path):
+    config = CONFIG.replace(valid_metric="0.5*hr@3+mrr")
+    trainer = run(make_model, prepared, "supervised", tmp_path, config=config)
+    ranks = rank_targets(model_scorer(trainer.model), trainer.validation, "sampled")
+    expected = (0.5 * (ranks <= 3) + 1 / ranks).mean()
+    assert trainer.progress.best == pytest.approx(expected)
+    scores = [record["valid_0.5*hr@3+mrr"] for record in trainer.progress.history]
+    assert max(scores) == trainer.progress.best
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_seed_names_a_run(prepared, make_model, whole, tmp_path, objective):
     run(make_model, prepared, objective, tmp_path / "same")
     assert_same_run(tmp_path / "same", whole / objective)
@@ -388,6 +455,35 @@ def test_metrics_agree_with_the_checkpoint(whole, objective):
     assert records == info["progress"]["history"]
     assert [record["epoch"] for record in records] == [0, 1, 2]
     assert max(record["valid_ndcg@5"] for record in records) == info["progress"]["best"]
+
+
+def test_every_user_needs_enough_unseen_items(prepared):
+    """The fewest unseen items of a training sample, target apart, are the most negatives."""
+    samples = prepared.split("train")
+    left = min(
+        prepared.n_items - len(seen_by(prepared, u, t) | {int(i)})
+        for u, i, t in zip(samples.users, samples.items, samples.times, strict=True)
+    )
+    module.check_trainable(prepared, CONFIG.replace(rl_negatives=left), OBJECTIVES)
+    with pytest.raises(ValueError, match=f"rl_negatives must be at most {left} for this data"):
+        module.check_trainable(prepared, CONFIG.replace(rl_negatives=left + 1), OBJECTIVES)
+    module.check_trainable(prepared, CONFIG.replace(rl_negatives=left + 1), ["supervised"])
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_no_negatives_are_refused(prepared, make_model, tmp_path, split):
+    """One candidate would be ranked first by every model."""
+    name = f"{split}_negatives"
+    none = PreparedData(
+        prepared.arrays | {name: prepared.arrays[name][:, :0]}, prepared.manifest
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="no evaluation negatives, among which every model"):
+        if split == "valid":
+            run(make_model, none, "supervised", tmp_path / "run")
+        else:
+            rank_model(make_model(none), none)
+    assert not (tmp_path / "run").exists()
+    assert "sampled" not in rank_model(make_model(none), none, protocols=["catalogue"]).by_protocol
 
 
 def test_nothing_to_train_on(prepared, make_model, tmp_path):

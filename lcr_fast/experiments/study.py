@@ -243,10 +243,10 @@ def run_rl_study(
 
 _LEGEND = """All but the last two columns are of the weights after the last epoch, so that harm
 shows. RL - no RL, RL - control: paired differences in NDCG@5. entropy: of the softmax over the
-1 + {n_negatives} candidates, in nats. coverage: share of the items that stand in at least one user's top 10 of the
-catalogue; tail: share of the places in these lists that the 80 % least popular items take.
-chosen: NDCG@5 of the weights that validation chose; kept: in how many seeds these were not the
-start."""
+1 + {n_negatives} candidates, in nats. coverage: share of the items that stand in at least one
+user's top 10 of the catalogue; tail: share of the places in these lists that the 80 % least popular
+items take. chosen: NDCG@5 of the weights that validation chose; kept: in how many seeds these were
+not the start."""
 
 
 def _with_default(values: tuple[Any, ...], default: Any) -> tuple[Any, ...]:
