@@ -296,8 +296,17 @@ def test_distances_and_latency_are_listed(paper):
         ("1", "0"), ("1", "1"), ("256", "0"), ("256", "1")
     ]  # fmt: skip
     for row in latency:
-        assert float(row["ms"]) > 0
-        assert (float(row["ratio"]) == 1.0) == (row["steps"] == "0")
+        assert 0 < float(row["low"]) <= float(row["ms"]) <= float(row["high"])
+        assert float(row["ratio_low"]) <= float(row["ratio"]) <= float(row["ratio_high"])
+        assert (float(row["ratio_high"]) == float(row["ratio_low"])) == (row["steps"] == "0")
+        assert int(row["rounds"]) >= 100
+
+
+def test_the_interval_of_a_median_holds_it():
+    """For any law, in some 95 of 100 cases."""
+    rng = np.random.default_rng(0)
+    found = [study._median(rng.lognormal(0, 2, 100)) for _ in range(300)]
+    assert 0.9 <= np.mean([low <= 1 <= high for _, low, high, _ in found]) <= 0.99
 
 
 # -- the command line ----------------------------------------------------------------------------

@@ -240,12 +240,7 @@ def test_more_patience_lets_a_stopped_run_go_on(prepared, make_model, tmp_path, 
         ("supervised", {}, {"epochs": 2}, []),
         ("supervised", {}, {"epochs": 1}, ["epochs"]),  # the second has begun
         ("supervised", {"schedule": "linear"}, {"epochs": 9, "patience": 1}, ["epochs"]),
-        (
-            "supervised",
-            {},
-            {"batch_size": 7, "valid_metric": "mrr"},
-            ["batch_size", "valid_metric"],
-        ),
+        ("supervised", {}, {"seed": 7, "valid_metric": "mrr"}, ["seed", "valid_metric"]),
         ("grpo", {}, {"rl_epochs": 3}, []),
         ("grpo", {}, {"rl_epochs": 1, "rl_negatives": 5}, ["rl_negatives", "rl_epochs"]),
     ],
@@ -477,11 +472,12 @@ def test_no_negatives_are_refused(prepared, make_model, tmp_path, split):
     none = PreparedData(
         prepared.arrays | {name: prepared.arrays[name][:, :0]}, prepared.manifest
     )  # fmt: skip
+    refused = {
+        "valid": lambda: run(make_model, none, "supervised", tmp_path / "run"),
+        "test": lambda: rank_model(make_model(none), none),
+    }[split]
     with pytest.raises(ValueError, match="no evaluation negatives, among which every model"):
-        if split == "valid":
-            run(make_model, none, "supervised", tmp_path / "run")
-        else:
-            rank_model(make_model(none), none)
+        refused()
     assert not (tmp_path / "run").exists()
     assert "sampled" not in rank_model(make_model(none), none, protocols=["catalogue"]).by_protocol
 

@@ -305,6 +305,16 @@ def _finish(figure, run: Run, path: Path) -> None:
     save_figure(figure, path)
 
 
+def _legend_above(plot, n_columns: int, figure=None) -> None:
+    """Put a panel's labels above it, or above all panels of a figure: they would hide points."""
+    lines = plot.get_legend_handles_labels()
+    if figure is not None:
+        figure.legend(*lines, loc="outside upper center", ncols=n_columns, fontsize="small")
+        return
+    above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
+    plot.legend(*lines, **above, ncols=n_columns, fontsize="x-small", frameon=False)
+
+
 def _draw_speed_up(run: Run, group: str, series: dict[str, dict], path: Path) -> None:
     figure, axes = new_figure(len(series), width=4.5)
     for plot, (axis, lines) in zip(axes, series.items(), strict=True):
@@ -323,9 +333,12 @@ def _draw_speed_up(run: Run, group: str, series: dict[str, dict], path: Path) ->
         plot.axhline(1.0, color="black", linewidth=0.8)
         if axis in "BNC":
             plot.set_xscale("log", base=2)
+        measured = sorted({entry.axes[axis] for entry in some})
+        plot.set_xticks(measured, [f"{value:,}" for value in measured])
+        plot.minorticks_off()
         plot.set_xlabel(axis)
         plot.grid(alpha=0.3)
-        plot.legend(fontsize="x-small")
+        _legend_above(plot, 2)
     axes[0].set_ylabel("times longer than lcr_fast")
     figure.suptitle(group)
     _finish(figure, run, path)
@@ -357,9 +370,9 @@ def _draw_roofline(run: Run, entries: list[Entry], path: Path) -> None:
     plot.set_yscale("log")
     plot.set_xlabel("FLOPs a byte that must be moved (by formula)")
     plot.set_ylabel("GFLOP/s")
-    plot.set_title("Roofline")
+    figure.suptitle("Roofline")
     plot.grid(alpha=0.3)
-    plot.legend()
+    _legend_above(plot, 2)
     _finish(figure, run, path)
 
 
@@ -382,10 +395,10 @@ def _draw_latency(run: Run, requests: list[Entry], path: Path) -> None:
         plot.set_xlabel("reasoning steps K")
         plot.set_ylabel("ms a request")
         plot.set_yscale("log")
-        plot.xaxis.get_major_locator().set_params(integer=True)
+        plot.set_xticks(sorted({entry.axes.get("K", 0) for entry in entries}))
         plot.set_title(", ".join(["Latency of one request", *_dtype_of(entries)]))
         plot.grid(alpha=0.3)
-        plot.legend(fontsize="small")
+    _legend_above(axes[len(axes) // 2], len(names), figure)
     _finish(figure, run, path)
 
 

@@ -312,14 +312,6 @@ def baseline_results(data: PreparedData, **ranking: Any) -> dict[str, dict[str, 
     }
 
 
-def validation_scores(result: dict[str, Any]) -> list[float]:
-    """List what validation said of the start and after each epoch of a cell."""
-    return [
-        next(value for name, value in record.items() if name.startswith("valid_"))
-        for record in result["history"]
-    ]
-
-
 def run_comparison(job: Job, variants: list[str]) -> str:
     """Train, evaluate and compare; write the results to the job's folder, return the tables."""
     cells = {name: VARIANTS[name] for name in with_requirements(variants)}

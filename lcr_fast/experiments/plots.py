@@ -1,19 +1,19 @@
 """PNG plots of comparisons and studies; matplotlib is imported only here, without a display."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lcr_fast.storage import replacing
 from lcr_fast.training.baselines import TITLES
 from lcr_fast.training.ranks import Interval
+from lcr_fast.training.trainer import VALIDATION, validation_scores
 
 Results = dict[str, dict[str, Any]]
 _COLOURS = {
     **dict.fromkeys(TITLES, "#999999"), "base": "#4477aa", "lcr": "#ee6677", "tcl": "#228833",
     "rl": "#aa3377", "control": "#ccbb44",
 }  # fmt: skip
-_SERIES_COLOURS = ("#aa3377", "#ccbb44", "#228833", "#4477aa")
 
 
 def new_figure(n_columns: int = 1, width: float = 6.0):
@@ -23,25 +23,33 @@ def new_figure(n_columns: int = 1, width: float = 6.0):
     return figure, figure.subplots(1, n_columns, squeeze=False)[0]
 
 
+def _legend(figure, axis, n_columns: int) -> None:
+    """Put the labels of one panel above all of them, where they hide no data."""
+    lines = axis.get_legend_handles_labels()
+    figure.legend(*lines, loc="outside upper center", ncols=n_columns, fontsize="small")
+
+
 def save_figure(figure, path: Path) -> None:
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
 
 def learning_curves(results: Results, path: Path) -> None:
-    """Draw validation NDCG@5 against seconds of training, phase 2 after the phase before it."""
+    """Draw what validation said against seconds of training, phase 2 after the phase before it."""
     figure, (axis,) = new_figure(width=7.0)
     end_of_tcl = results["tcl"]["seconds"] if "tcl" in results else 0.0
     for name, result in results.items():
         offset = end_of_tcl if name in ("rl", "control") else 0.0
         x = [offset + record["seconds"] for record in result["history"]]
-        y = [record["valid_ndcg@5"] for record in result["history"]]
+        y = validation_scores(result)
         axis.plot(x, y, marker="o", markersize=3, color=_COLOURS[name], label=result["title"])
     axis.set_xlabel("seconds of training")
-    axis.set_ylabel("validation NDCG@5 (1 + 99)")
-    axis.set_title("Learning curves")
+    first = next(iter(results.values()))
+    metric = next(key for key in first["history"][0] if key.startswith(VALIDATION))
+    metric = metric.removeprefix(VALIDATION).upper()
+    axis.set_ylabel(f"validation {metric} (1 + {first['ranks'].n_negatives})")
     axis.grid(alpha=0.3)
-    axis.legend()
+    _legend(figure, axis, 3)
     save_figure(figure, path)
 
 
@@ -63,13 +71,14 @@ def target_distances(results: Results, path: Path) -> None:
     axes[0].set_ylabel("distance to the target item")
     axes[0].plot([], [], color="black", marker="o", label="after cross-attention, h")
     axes[0].plot([], [], color="black", marker="x", linestyle=":", label="before it, a")
-    axes[0].legend(fontsize="small")
+    _legend(figure, axes[0], 4)
     save_figure(figure, path)
 
 
 def metric_bars(results: Results, path: Path) -> None:
     """Draw NDCG@5 with confidence intervals, by candidate set."""
-    titles = {"sampled": "1 + 99", "catalogue": "whole catalogue", "impressions": "impressions"}
+    n = next(iter(results.values()))["ranks"].n_negatives
+    titles = {"sampled": f"1 + {n}", "catalogue": "whole catalogue", "impressions": "impressions"}
     rows = {
         (name, row["protocol"]): row
         for name, result in results.items()
@@ -82,7 +91,7 @@ def metric_bars(results: Results, path: Path) -> None:
         for place, (name, result) in enumerate(results.items()):
             row = rows[name, protocol]
             axis.barh(place, row["mean"], color=_COLOURS[name], label=result["title"])
-            axis.plot([row["low"], row["high"]], [place, place], color="black")
+            axis.hlines(place, row["low"], row["high"], color="black")
         axis.set_yticks(range(len(results)), [r["title"].strip() for r in results.values()])
         axis.invert_yaxis()
         axis.set_xlabel("test NDCG@5")
@@ -93,40 +102,49 @@ def metric_bars(results: Results, path: Path) -> None:
 
 
 def intervals(
-    axis: str, values: Sequence[Any], series: dict[str, dict[str, list[Interval]]], path: Path
+    axis: str,
+    values: Sequence[Any],
+    series: dict[str, dict[str, list[Interval]]],
+    titles: Mapping[str, str],
+    path: Path,
 ) -> None:
     """Draw metrics against the values of one setting, evenly spaced, with intervals.
 
-    ``series`` holds, by title and metric, one interval a value; a panel a metric.
+    ``series`` holds, by variant and metric, one interval a value; ``titles`` says what a variant is
+    called. A panel a metric. Lines join numbers; between names there is nothing to join.
     """
     metrics = list(next(iter(series.values())))
     figure, panels = new_figure(len(metrics), width=4.5)
     names = [str(value) for value in values]
     slanted = max(map(len, names)) > 6
+    line = "-" if all(isinstance(value, (int, float)) for value in values) else "none"
     for panel, metric in zip(panels, metrics, strict=True):
-        for place, (title, by_metric) in enumerate(series.items()):
+        for place, (variant, by_metric) in enumerate(series.items()):
             points = by_metric[metric]
             x = [i + 0.06 * (place - 1) for i in range(len(points))]  # side by side, not hidden
-            colour = _SERIES_COLOURS[place]
-            panel.plot(x, [p.mean for p in points], marker="o", color=colour, label=title)
+            colour = _COLOURS[variant]
+            y = [p.mean for p in points]
+            panel.plot(x, y, linestyle=line, marker="o", color=colour, label=titles[variant])
             panel.vlines(x, [p.low for p in points], [p.high for p in points], color=colour)
         panel.set_xticks(range(len(names)), names, rotation=30 if slanted else 0)
         panel.set_xlabel(axis)
         panel.set_title(metric)
         panel.grid(alpha=0.3)
-    lines = panels[0].get_legend_handles_labels()
-    figure.legend(*lines, loc="outside upper center", ncols=len(series), fontsize="small")
+    _legend(figure, panels[0], len(series))
     save_figure(figure, path)
 
 
 def latencies(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw the time of a forward against K, a panel a number of users."""
+    """Draw the median time of a forward against K with its interval, a panel a number of users."""
     users = list(dict.fromkeys(row["users"] for row in rows))
     figure, panels = new_figure(len(users), width=4.5)
     for panel, n in zip(panels, users, strict=True):
         mine = [row for row in rows if row["users"] == n]
-        panel.plot([r["steps"] for r in mine], [r["ms"] for r in mine], marker="o")
+        steps = [r["steps"] for r in mine]
+        panel.plot(steps, [r["ms"] for r in mine], linestyle="none", marker="o")
+        panel.vlines(steps, [r["low"] for r in mine], [r["high"] for r in mine])
         panel.set_ylim(bottom=0)
+        panel.set_xticks(steps)
         panel.set_xlabel("reasoning steps K")
         panel.set_ylabel("ms a forward")
         panel.set_title(f"{n} user{'s' * (n > 1)}")

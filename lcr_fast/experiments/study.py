@@ -8,7 +8,6 @@ noisy trajectories under the ranking loss L_rank alone. Differences are paired: 
 
 import dataclasses
 import math
-import statistics
 import time
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tabulate import tabulate
 
 from lcr_fast.batch import Batch
@@ -28,14 +28,13 @@ from lcr_fast.experiments.comparison import (
     attach_text,
     baseline_results,
     protocol_titles,
-    validation_scores,
     write_rows,
 )
 from lcr_fast.model import LCRSER
 from lcr_fast.storage import replacing
 from lcr_fast.training.evaluation import make_batcher, with_target
 from lcr_fast.training.ranks import Interval, across_seeds
-from lcr_fast.training.trainer import PHASE_2, check_trainable
+from lcr_fast.training.trainer import PHASE_2, check_trainable, validation_scores
 
 REWARDS = ("hr@1", "hr@5", "ndcg@5", "ndcg@10", "mrr", "0.5*hr@1+0.5*ndcg@10")
 AXES: dict[str, tuple[float, ...]] = {
@@ -229,14 +228,15 @@ def run_rl_study(
         parts.append(f"### {name}\n\n{_axis_table(cells, name, values)}")
         rows += _axis_rows(cells, name, values)
         metrics = ["ndcg@5", "hr@1", "mrr"] + ["entropy", "tail"] * (name == "reward")
+        titles = {"rl": "RL", "control": "control", "tcl": "no RL"}
         series = {
-            title: {
+            variant: {
                 m: [_interval(cells.numbers(variant, {name: v}), "last_" + m) for v in values]
                 for m in metrics
             }
-            for variant, title in (("rl", "RL"), ("control", "control"), ("tcl", "no RL"))
+            for variant in titles
         }
-        plots.intervals(name, values, series, job.out / f"{name}.png")
+        plots.intervals(name, values, series, titles, job.out / f"{name}.png")
     legend = _LEGEND.format(n_negatives=_n_negatives(job))
     return _finish(job.out, cells, "Phase 2", [*parts, legend], rows)
 
@@ -327,13 +327,13 @@ def run_paper_study(job: Job, n_seeds: int, steps: Sequence[int] = STEPS) -> str
                 cells.train(seed, variant, {"steps": k})
     titles = {"tcl": "without RL", "rl": "with RL", "control": "control: L_rank, same noise"}
     series = {
-        title: {
+        variant: {
             m: [_interval(cells.numbers(variant, {"steps": k}), m) for k in steps]
             for m in ("ndcg@5", "ndcg@10")
         }
-        for variant, title in titles.items()
+        for variant in titles
     }
-    plots.intervals("reasoning steps K", steps, series, job.out / "steps.png")
+    plots.intervals("reasoning steps K", steps, series, titles, job.out / "steps.png")
     distances = _mean_distances(cells)
     plots.target_distances(distances, job.out / "target_distance.png")
     latencies = forward_latency(job, steps)
@@ -351,7 +351,10 @@ def run_paper_study(job: Job, n_seeds: int, steps: Sequence[int] = STEPS) -> str
         "### Does search help? NDCG@5 with a user's own searches less that of the same model with "
         "others, users that searched\n\n" + _search_table(cells),
         "### Distance to the target per step (cf. Fig. 4 and 5)\n\n" + _distance_table(distances),
-        "### Latency of a forward, 100 candidates (cf. Table 4)\n\n" + _latency_table(latencies),
+        "### Latency of a forward, 100 candidates (cf. Table 4)\n\n"
+        + _latency_table(latencies)
+        + "\n\nMedians [95 % interval] of times and of ratios to the first row, turn by turn; they "
+        "are this machine's, and differ on others.",
     ]
     return _finish(job.out, cells, "The paper's ablation", parts, _paper_rows(cells, steps))
 
@@ -460,11 +463,12 @@ def _distance_table(distances: dict[str, dict[str, Any]]) -> str:
 
 
 def forward_latency(
-    job: Job, steps: Sequence[int], users: Sequence[int] = (1, 256), n_rounds: int = 20
+    job: Job, steps: Sequence[int], users: Sequence[int] = (1, 256), n_rounds: int = 100
 ) -> list[dict[str, Any]]:
     """Time a forward over 100 candidates of test users, K by K.
 
-    The variants take turns, on several batches; medians. ``ratio`` is to the smallest K.
+    The variants take turns, on several batches, so what disturbs one disturbs all. ``ms`` is a
+    median with its 95 % interval, and so is ``ratio``, a turn's time to that of the smallest K.
     """
     data, device = job.data, torch.device(job.device)
     models = {}
@@ -496,14 +500,23 @@ def forward_latency(
                     seconds = run(model, batches[turn % 4])
                     if turn > 1:
                         times[k].append(seconds)
-            medians = {k: statistics.median(t) for k, t in times.items()}
-            base = medians[min(medians)]
-            rows += [
-                {"users": n, "steps": k, "ms": 1000 * t, "ratio": t / base,
-                 "backend": _reasoning_backend(models[k])}
-                for k, t in medians.items()
-            ]  # fmt: skip
+            for k, mine in times.items():
+                ms = _median(np.array(mine) * 1000)
+                ratio = _median(np.array(mine) / np.array(times[min(times)]))
+                rows.append({
+                    "users": n, "steps": k, "ms": ms.mean, "low": ms.low, "high": ms.high,
+                    "ratio": ratio.mean, "ratio_low": ratio.low, "ratio_high": ratio.high,
+                    "rounds": n_rounds, "backend": _reasoning_backend(models[k]),
+                })  # fmt: skip
     return rows
+
+
+def _median(values: NDArray) -> Interval:
+    """Median of repeated times [n] with its 95 % interval: of order statistics, for any law."""
+    ordered, n = np.sort(values), len(values)
+    reach = 0.98 * math.sqrt(n)  # 1.96 standard deviations of the count below the median
+    low, high = max(math.floor(n / 2 - reach), 0), min(math.ceil(n / 2 + reach), n - 1)
+    return Interval(float(np.median(values)), float(ordered[low]), float(ordered[high]), n)
 
 
 def _reasoning_backend(model: LCRSER) -> str:
@@ -522,6 +535,9 @@ def _latency_table(latencies: list[dict[str, Any]]) -> str:
         row = [str(k)]
         for n in users:
             found = by_key[n, k]
-            row += [f"{found['ms']:.2f}", f"{found['ratio']:.2f}x"]
+            row += [
+                f"{found['ms']:.2f} [{found['low']:.2f}, {found['high']:.2f}]",
+                f"{found['ratio']:.2f}x [{found['ratio_low']:.2f}, {found['ratio_high']:.2f}]",
+            ]
         rows.append([*row, found["backend"]])
     return _table(rows, [*headers, "reasoning on"])

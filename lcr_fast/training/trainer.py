@@ -6,7 +6,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from lcr_fast.training.objective import OBJECTIVES, Objective, warn_if_sinking
 
 _LOG = logging.getLogger("lcr_fast")
 CHECKPOINT_KIND = "checkpoint"
+VALIDATION = "valid_"  # how the name of the validation metric begins in a record of the history
 OTHER_DATA = "it is of other prepared data (--any-data uses it all the same)"
 _CHECKPOINT_SECONDS = 30.0  # between two checkpoints inside an epoch
 CHECKPOINT, MODEL, METRICS = "checkpoint.safetensors", "model.safetensors", "metrics.jsonl"
@@ -148,7 +149,7 @@ class Trainer:
     ) -> None:
         self.model, self.config, self.out, self.report = model, config, Path(out), report
         self.name = objective
-        self.metric = f"valid_{config.valid_metric}"
+        self.metric = VALIDATION + config.valid_metric
         check_trainable(data, config, [objective])
         model.data_fingerprint = data.manifest.get("fingerprint")
         self.batcher = make_batcher(data, "train", model)
@@ -383,6 +384,14 @@ class Trainer:
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.progress = Progress(**info["progress"])
         self.progress.finished &= not self._goes_on()
+
+
+def validation_scores(result: Mapping[str, Any]) -> list[float]:
+    """List what validation said of the start and after each epoch, from a result's ``history``."""
+    return [
+        next(value for name, value in record.items() if name.startswith(VALIDATION))
+        for record in result["history"]
+    ]
 
 
 def _seed(rng: np.random.Generator) -> int:
