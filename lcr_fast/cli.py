@@ -370,6 +370,12 @@ def _bench_report(arguments: argparse.Namespace) -> None:
         print("\n" + ("\n".join(map(str, files)) or "no plots: too few cases differ by one axis"))
 
 
+def _check_csv(arguments: argparse.Namespace) -> None:
+    """Raise ValueError where --csv cannot be written, before what it would hold is computed."""
+    if arguments.csv and arguments.csv.is_dir():
+        raise ValueError(f"--csv {arguments.csv}: a folder; name a file in it")
+
+
 def _set_threads(arguments: argparse.Namespace) -> None:
     import torch
 
@@ -577,6 +583,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from lcr_fast.training.evaluation import rank_model
 
     _set_threads(arguments)
+    _check_csv(arguments)
     if min(arguments.k) < 1:
         raise ValueError(f"-k must be at least 1, got {min(arguments.k)}")
     data = PreparedData.open(arguments.data)
@@ -615,6 +622,7 @@ def _baselines(arguments: argparse.Namespace) -> None:
     from lcr_fast.data.prepared import PreparedData
     from lcr_fast.experiments.comparison import baseline_results, result_tables, write_results
 
+    _check_csv(arguments)
     results = baseline_results(PreparedData.open(arguments.data), **_ranking(arguments))
     print("\n\n".join(result_tables(results, {})))
     if arguments.csv:
@@ -629,6 +637,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     from lcr_fast.experiments.compare import compare_runs, comparison_tables
     from lcr_fast.experiments.comparison import write_rows
 
+    _check_csv(arguments)
     first, second = arguments.runs, arguments.than
     if second is None:
         if len(first) != 2:

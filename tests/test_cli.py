@@ -23,11 +23,14 @@ from lcr_fast.config import LCRConfig, TrainConfig
 from lcr_fast.data import synthetic
 from lcr_fast.data.prepared import PreparedData
 from lcr_fast.experiments.comparison import VARIANTS, with_requirements
+from lcr_fast.model import LCRSER
 from lcr_fast.ops import _triton
 from lcr_fast.storage import claimed, load_tensors
 from lcr_fast.training.baselines import TITLES
+from lcr_fast.training.evaluation import rank_model
 from lcr_fast.training.objective import Supervised
 from lcr_fast.training.ranks import RANKS, Ranks, differences
+from lcr_fast.training.serving import recommend
 from lcr_fast.training.trainer import CHECKPOINT, Trainer
 
 WORLD = synthetic.World(n_users=24, n_topics=16)
@@ -753,6 +756,27 @@ def test_protocols_and_cuts_are_chosen(job, tmp_path):
     assert "sampled" not in text
     text = run("baselines", "--data", job / "data", "--protocols", "catalogue")
     assert text.startswith("Test, 24 users, whole catalogue, seen items masked, [95 %")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "baselines", "compare"])
+def test_a_folder_is_no_csv(capsys, monkeypatch, job, tmp_path, command):
+    """Known before anything is computed."""
+    monkeypatch.setattr(PreparedData, "open", None)
+    argv = {"evaluate": ["MODEL", "--data", "DATA"], "baselines": ["--data", "DATA"]}
+    line = fails(capsys, command, *argv.get(command, ["RUN", "RUN"]), "--csv", tmp_path)
+    assert "a folder; name a file in it" in line
+
+
+def test_a_text_is_no_list(job):
+    """Its letters would be taken for users, protocols and metrics: of user 17, 1 and 7."""
+    data = PreparedData.open(job / "data")
+    model = LCRSER.load(job / "run" / "lcr" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"users must be a sequence of ids, \['17'\], got a text"):
+        recommend(model, data, "17")
+    with pytest.raises(ValueError, match=r"protocols must be a sequence of names, \['sampled'\]"):
+        rank_model(model, data, protocols="sampled")
+    with pytest.raises(ValueError, match=r"metrics must be a sequence of names, \('hr@10',\)"):
+        lcr_fast.ranking_metrics(torch.rand(1, 3), torch.tensor([0]), metrics="hr@10")
 
 
 def test_compare_measures_any_cut(job, second):

@@ -249,6 +249,8 @@ def rank_split(
     ``search_of`` gives samples the searches of others, as :func:`make_batcher` says. Raises
     ValueError for a split without samples.
     """
+    if isinstance(protocols, str):
+        raise ValueError(f"protocols must be a sequence of names, [{protocols!r}], got a text")
     batcher = make_batcher(data, split, model, search_of)
     if not len(batcher):
         raise ValueError(f"the data has no {split} samples")

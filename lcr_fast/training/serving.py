@@ -26,6 +26,8 @@ def recommend(
     particular. Raises ValueError, before anything is computed, for a user that the data does not
     know.
     """
+    if isinstance(users, str):  # whose letters would be taken for users
+        raise ValueError(f"users must be a sequence of ids, [{users!r}], got a text")
     if users is None:
         numbers = np.arange(1, data.n_users + 1)
     else:
