@@ -120,12 +120,13 @@ def _scoring(job: Job, n_users: int) -> dict[str, Callable[[], Any]]:
     ids = torch.randint(1, N_ITEMS, (n_users, N_CANDIDATES), device="cuda")
     rows, dscores = torch.arange(n_users, device="cuda"), draw(n_users, 1, N_CANDIDATES)
     few = [t[:32, 0] for t in states] + [n[:32] for n in lengths]
-    call = (*states, *lengths, items, ids, user, *head, rows, 0, 0)
+    dot = False  # is the dot product added?
+    call = (*states, *lengths, items, ids, user, *head, rows, 0, 0, dot)
     return {
         "score_fwd": lambda: scoring.score_fwd(*call),
         "score_bwd": lambda: scoring.score_bwd(dscores.to(dtype), *call),
         "catalogue_topk": lambda: scoring.catalogue_topk(
-            *few, items, user[:32], *head, 10, rows[:32, None]
+            *few, items, user[:32], *head, 10, rows[:32, None], dot
         ),
     }
 

@@ -5,6 +5,7 @@ For candidate i of a user, its vector e, streams x (search s, recommendation r) 
     k_x = W_x e;   p_xj = softmax_j( k_x . h_j );   z_x = sum_j p_xj h_j     (0 without an event)
     mlp: t1 = W1 [z_r; z_s; e; u] + b1;   t2 = W2 m1 relu(t1) + b2;   y = w3 . m2 relu(t2) + b3
     dot: y = (z_r + z_s) . e                                  m1, m2: dropout, 0 or 1 / (1 - rate)
+    mlp_dot: the sum of both y
 
 Forward: one program scores one tile of candidates of one user, for a run of trajectories, which
 share k_x. Events and hidden units are read in blocks, the softmax is the running one, and of the
@@ -13,6 +14,7 @@ hidden layer no more than one block of columns exists at a time. Nothing is stor
 Backward, with g = dy and everything recomputed:
 
     dt2 = g w3 m2 [t2 > 0];   dt1 = W2^T dt2 m1 [t1 > 0];   [dz_r; dz_s; de; du] = W1^T dt1
+    dot: dz_x += g e;   de += g (z_r + z_s)
     dl_xj = p_xj (dz_x . h_j - dz_x . z_x);   dk_x = sum_j dl_xj h_j;   de += W_x^T dk_x
     dh_j = sum_i p_xj dz_x + dl_xj k_x
     dW1 = dt1 [z_r; z_s; e; u]^T;   dW2 = dt2 (m1 relu(t1))^T;   dW_x = dk_x e^T
@@ -89,7 +91,7 @@ def _score_fwd_kernel(
     search_size, rec_size, ids_stride, n_trajectories, n_candidates,
     n_run,  # trajectories of a program
     threshold, scale, seed,
-    D: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, SITE: tl.constexpr,
+    D: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, DOT: tl.constexpr, SITE: tl.constexpr,
     HAS_USER: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     CANDIDATES: tl.constexpr, EVENTS: tl.constexpr, H1_BLOCK: tl.constexpr, H2_TILE: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
@@ -121,7 +123,7 @@ def _score_fwd_kernel(
         y = head(
             z_r, z_s, e, user_ptr + b * D, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr, b3_ptr,
             seed, row, c, threshold, scale,
-            D, H1, H2, H1_BLOCK, H2_TILE, SITE, HAS_USER, DROPOUT, PRECISION,
+            D, H1, H2, DOT, H1_BLOCK, H2_TILE, SITE, HAS_USER, DROPOUT, PRECISION,
         )  # fmt: skip
         tl.store(
             scores_ptr + bn * n_candidates + c,
@@ -149,7 +151,7 @@ def _head_tensors(mlp_weights: list[Tensor], mlp_biases: list[Tensor], absent: T
 
 
 def _constants(
-    dim: int, dtype: torch.dtype, user: Tensor, mlp_weights: list[Tensor], threshold: int
+    dim: int, dtype: torch.dtype, user: Tensor, mlp_weights: list[Tensor], threshold: int, dot: bool
 ) -> dict[str, Any]:
     """Compile-time constants that describe the call, not its launch."""
     h1, h2 = (w.shape[0] for w in mlp_weights[:2]) if mlp_weights else (0, 0)
@@ -157,6 +159,7 @@ def _constants(
         "D": dim,
         "H1": h1,
         "H2": h2,
+        "DOT": dot or h1 == 0,
         "H2_TILE": max(16, triton.next_power_of_2(h2)),
         "SITE": _HEAD_SITES,
         "HAS_USER": user.numel() > 0 and h1 > 0,
@@ -244,11 +247,13 @@ def score_fwd(
     dropout_rows: Tensor,
     dropout_threshold: int,
     dropout_seed: int,
+    dot: bool,
 ) -> Tensor:
     """Score the items ``ids`` [B, C], or [1, C] for all users: [B, N, C] in the states' dtype.
 
     search [B, N, L_s, D], rec [B, N, L_r, D], lengths [B], items [T, D], user [B, D] or empty.
-    Dropout, of a threshold in units of 2^-16, needs N = 1 and ``dropout_rows`` int64 [B].
+    Dropout, of a threshold in units of 2^-16, needs N = 1 and ``dropout_rows`` int64 [B]. ``dot``
+    adds the dot product to the MLP; without an MLP it is the score anyway.
     """
     n_users, n_trajectories, _, dim = search.shape
     n_candidates = ids.shape[1]
@@ -256,7 +261,7 @@ def score_fwd(
     if not scores.numel():
         return scores
     search, rec, ids = search.contiguous(), rec.contiguous(), ids.contiguous()
-    constants = _constants(dim, search.dtype, user, mlp_weights, dropout_threshold)
+    constants = _constants(dim, search.dtype, user, mlp_weights, dropout_threshold, dot)
     config = _config(
         "score_fwd", dim, n_candidates, max(search.shape[2], rec.shape[2]), search.dtype,
         constants["PRECISION"], gpu_of(search.device),
@@ -305,7 +310,7 @@ def _head_bwd_kernel(
     sums_ptr,  # [programs, H1 + 2 H2] sums over the tile: dt1, dt2, dy relu(t2)
     search_size, rec_size, ids_stride, n_trajectories, n_candidates,
     n_rows, first_user, threshold, scale, seed,
-    D: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, SITE: tl.constexpr,
+    D: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, DOT: tl.constexpr, SITE: tl.constexpr,
     HAS_USER: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     CANDIDATES: tl.constexpr, EVENTS: tl.constexpr, H1_BLOCK: tl.constexpr, H2_TILE: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
@@ -347,11 +352,10 @@ def _head_bwd_kernel(
     tl.store(rec_softmax_ptr + n_rows + r, inverse, mask=inside)
 
     dy = tl.load(dscores_ptr + bn * n_candidates + c, mask=inside, other=0.0).to(tl.float32)
-    if H1 == 0:
-        dz_s = dy[:, None] * e.to(tl.float32)
-        dz_r = dz_s
-        de = dy[:, None] * (z_s.to(tl.float32) + z_r.to(tl.float32))
-    else:
+    dz_r = tl.zeros([CANDIDATES, D], tl.float32)
+    dz_s = tl.zeros([CANDIDATES, D], tl.float32)
+    de = tl.zeros([CANDIDATES, D], tl.float32)
+    if H1 > 0:
         row = tl.load(rows_ptr + b) if DROPOUT else b
         _store_tile(inputs_ptr, r, axis, 3 * D, z_r, inside, D)
         _store_tile(inputs_ptr + D, r, axis, 3 * D, z_s, inside, D)
@@ -375,9 +379,6 @@ def _head_bwd_kernel(
         _store_tile(dt2_ptr + row_0 * H2, r, outputs, H2, dt2, inside, H2)
         dt2 = dt2.to(DTYPE)
 
-        dz_r = tl.zeros([CANDIDATES, D], tl.float32)
-        dz_s = tl.zeros([CANDIDATES, D], tl.float32)
-        de = tl.zeros([CANDIDATES, D], tl.float32)
         for first in range(0, H1, H1_BLOCK):
             units = first + tl.arange(0, H1_BLOCK)
             t1, w_r, w_s, w_e = first_layer(
@@ -398,6 +399,11 @@ def _head_bwd_kernel(
             dz_r = product(dt1, w_r, PRECISION, dz_r)
             dz_s = product(dt1, w_s, PRECISION, dz_s)
             de = product(dt1, w_e, PRECISION, de)
+    if DOT:  # last: tensor cores truncate what they add to, with every block
+        dz = dy[:, None] * e.to(tl.float32)
+        dz_r += dz
+        dz_s += dz
+        de += dy[:, None] * (z_s.to(tl.float32) + z_r.to(tl.float32))
 
     dz_r, dz_s = dz_r.to(DTYPE), dz_s.to(DTYPE)
     _store_tile(dinputs_ptr, r, axis, 3 * D, dz_r, inside, D)
@@ -595,6 +601,7 @@ def score_bwd(
     dropout_rows: Tensor,
     dropout_threshold: int,
     dropout_seed: int,
+    dot: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
     """Differentiate :func:`score_fwd`, for dscores [B, N, C].
 
@@ -612,7 +619,7 @@ def score_bwd(
         )
     )  # fmt: skip
     head = _head_tensors(mlp_weights, mlp_biases, target_weight)
-    constants = _constants(dim, dtype, user, mlp_weights, dropout_threshold)
+    constants = _constants(dim, dtype, user, mlp_weights, dropout_threshold, dot)
     h1, h2, precision = constants["H1"], constants["H2"], constants["PRECISION"]
     sizes = (dim, n_candidates, max(n_search, n_rec), dtype, precision, gpu_of(search.device))
     head_config = _config("head_bwd", *sizes)
@@ -712,7 +719,7 @@ def _score_items(
     ids, valid,  # [P]
     items_ptr, search_ptr, search_length, rec_ptr, rec_length, user_ptr,  # of one user
     target_weight_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr, b3_ptr,
-    D: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, HAS_USER: tl.constexpr,
+    D: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, DOT: tl.constexpr, HAS_USER: tl.constexpr,
     PRECISION: tl.constexpr, EVENTS: tl.constexpr, H1_BLOCK: tl.constexpr, H2_TILE: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -727,7 +734,7 @@ def _score_items(
     z_r, _, _ = attend(keys, rec_ptr, rec_length, D, EVENTS, PRECISION)
     y = head(
         z_r, z_s, e, user_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr, b3_ptr, 0, 0, ids, 0, 1.0,
-        D, H1, H2, H1_BLOCK, H2_TILE, 0, HAS_USER, False, PRECISION,
+        D, H1, H2, DOT, H1_BLOCK, H2_TILE, 0, HAS_USER, False, PRECISION,
     )  # fmt: skip
     return y.to(DTYPE)
 
@@ -750,7 +757,7 @@ def _catalogue_topk_kernel(
     exclude_ptr, ceiling_ptr,  # [B, X], [B]: only keys below the ceiling count
     keys_ptr,  # [B, splits, k] int64, in no order
     search_size, rec_size, n_rows, n_excluded, n_users, k, tiles_per_split,
-    D: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, HAS_USER: tl.constexpr,
+    D: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, DOT: tl.constexpr, HAS_USER: tl.constexpr,
     PRECISION: tl.constexpr, ITEMS: tl.constexpr, EVENTS: tl.constexpr, H1_BLOCK: tl.constexpr,
     H2_TILE: tl.constexpr, KEY_BLOCK: tl.constexpr, K_TILE: tl.constexpr, X_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -776,7 +783,7 @@ def _catalogue_topk_kernel(
             ids, valid, items_ptr, search_ptr + b * search_size * D, search_length,
             rec_ptr + b * rec_size * D, rec_length, user_ptr + b * D,
             target_weight_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr, b3_ptr,
-            D, H1, H2, HAS_USER, PRECISION, EVENTS, H1_BLOCK, H2_TILE, KEY_BLOCK,
+            D, H1, H2, DOT, HAS_USER, PRECISION, EVENTS, H1_BLOCK, H2_TILE, KEY_BLOCK,
         )  # fmt: skip
         n_nan += tl.sum((valid & (scores != scores)).to(tl.int32), 0)
         keys = _sort_keys(scores, ids)
@@ -813,7 +820,7 @@ def _catalogue_rank_kernel(
     target_ptr, exclude_ptr,  # [B], [B, X] without repetitions
     ahead_ptr,  # [B, splits] int64, hugely negative where there was a NaN
     search_size, rec_size, n_rows, n_excluded, n_users, tiles_per_split,
-    D: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, HAS_USER: tl.constexpr,
+    D: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, DOT: tl.constexpr, HAS_USER: tl.constexpr,
     PRECISION: tl.constexpr, ITEMS: tl.constexpr, EVENTS: tl.constexpr, H1_BLOCK: tl.constexpr,
     H2_TILE: tl.constexpr, KEY_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -848,7 +855,7 @@ def _catalogue_rank_kernel(
             ids, valid, items_ptr, search_ptr + b * search_size * D, search_length,
             rec_ptr + b * rec_size * D, rec_length, user_ptr + b * D,
             target_weight_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr, b3_ptr,
-            D, H1, H2, HAS_USER, PRECISION, EVENTS, H1_BLOCK, H2_TILE, KEY_BLOCK,
+            D, H1, H2, DOT, HAS_USER, PRECISION, EVENTS, H1_BLOCK, H2_TILE, KEY_BLOCK,
         ).to(tl.float32)  # fmt: skip
         goal = tl.where(is_goal, tl.max(scores, 0), goal)
         n_nan += tl.sum((valid & (scores != scores)).to(tl.int32), 0)
@@ -879,9 +886,9 @@ def _catalogue_config(
 
 
 def _catalogue_constants(
-    dim: int, dtype: torch.dtype, user: Tensor, mlp_weights: list[Tensor]
+    dim: int, dtype: torch.dtype, user: Tensor, mlp_weights: list[Tensor], dot: bool
 ) -> dict[str, Any]:
-    constants = _constants(dim, dtype, user, mlp_weights, 0)
+    constants = _constants(dim, dtype, user, mlp_weights, 0, dot)
     return {name: v for name, v in constants.items() if name not in ("SITE", "DROPOUT")}
 
 
@@ -904,6 +911,7 @@ def catalogue_topk(
     mlp_biases: list[Tensor],
     k: int,
     exclude: Tensor,
+    dot: bool,
 ) -> tuple[Tensor, Tensor]:
     """Find the k best rows of ``items`` [I + 1, D] but row 0: ids and scores [B, k].
 
@@ -915,7 +923,7 @@ def catalogue_topk(
     n_users, _, dim = search.shape
     n_rows = items.shape[0]
     head = _head_tensors(mlp_weights, mlp_biases, target_weight)
-    constants = _catalogue_constants(dim, search.dtype, user, mlp_weights)
+    constants = _catalogue_constants(dim, search.dtype, user, mlp_weights, dot)
     n_events = max(search.shape[1], rec.shape[1])
     gpu = gpu_of(search.device)
     config = _catalogue_config(dim, n_events, search.dtype, constants["PRECISION"], gpu)
@@ -969,6 +977,7 @@ def catalogue_rank(
     mlp_biases: list[Tensor],
     target: Tensor,
     exclude: Tensor,
+    dot: bool,
 ) -> Tensor:
     """Count, for each user, the items that come before ``target``, from 1: int64 [B].
 
@@ -980,7 +989,7 @@ def catalogue_rank(
     ahead = target.new_zeros(n_users, 0)
     if n_users and n_rows > 1:
         head = _head_tensors(mlp_weights, mlp_biases, target_weight)
-        constants = _catalogue_constants(dim, search.dtype, user, mlp_weights)
+        constants = _catalogue_constants(dim, search.dtype, user, mlp_weights, dot)
         n_events = max(search.shape[1], rec.shape[1])
         gpu = gpu_of(search.device)
         config = _catalogue_config(dim, n_events, search.dtype, constants["PRECISION"], gpu)
@@ -1028,10 +1037,20 @@ def _variant(name: str, kernel, dtype: torch.dtype, constants: dict[str, Any]) -
 
 
 def variants(arch: str) -> Iterator[Variant]:
-    """Yield what a model with the default head launches, in training (C 5) and in phase 2 (C 100).
+    """Yield what a model launches, in training (C 5) and in phase 2 (C 100).
 
-    L is the longer history, k the length of a list.
+    L is the longer history, k the length of a list. Names that say no head are of ``mlp`` with a
+    user vector; ``mlp_dot``, at the default width, is without one.
     """
+    for variant in _variants_of_one_head(arch):
+        yield variant
+        if variant.constexprs["D"] == 64 and variant.constexprs.get("DOT") is False:
+            name = variant.name.replace("-", "-mlp_dot-", 1)
+            both = variant.constexprs | {"DOT": True, "HAS_USER": False}
+            yield variant._replace(name=name, constexprs=both)
+
+
+def _variants_of_one_head(arch: str) -> Iterator[Variant]:
     gpu = GPUS[arch]
     shapes = ((32, 20), (64, 30), (64, 50), (128, 200))
     for dtype, precision in (
@@ -1044,12 +1063,13 @@ def variants(arch: str) -> Iterator[Variant]:
             layers = [torch.empty(n, device="meta") for n in (200, 80)]
             for n_candidates, threshold in ((5, 6554), (100, 0)):
                 sizes = (dim, n_candidates, n_events, dtype, precision, gpu)
-                call = _constants(dim, dtype, user, layers, threshold) | {"PRECISION": precision}
+                call = _constants(dim, dtype, user, layers, threshold, False)
+                call["PRECISION"] = precision
                 suffix = f"{kind}-d{dim}-L{n_events}-C{n_candidates}"
                 forward = call | _config("score_fwd", *sizes)
                 yield _variant(f"score_fwd-{suffix}", _score_fwd_kernel, dtype, forward)
                 if n_candidates == 100:
-                    dot = forward | {"H1": 0, "HAS_USER": False}
+                    dot = forward | {"H1": 0, "DOT": True, "HAS_USER": False}
                     yield _variant(f"score_fwd-dot-{suffix}", _score_fwd_kernel, dtype, dot)
                 backward = call | _config("head_bwd", *sizes)
                 yield _variant(f"head_bwd-{suffix}", _head_bwd_kernel, dtype, backward)

@@ -174,14 +174,14 @@ def head(
     z_r, z_s, e,  # [P, D]: float32, float32, states' dtype
     user_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr, b3_ptr,
     seed, row, positions, threshold, scale,
-    D: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, H1_BLOCK: tl.constexpr,
+    D: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, DOT: tl.constexpr, H1_BLOCK: tl.constexpr,
     H2_TILE: tl.constexpr, SITE: tl.constexpr, HAS_USER: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Score a tile of candidates, [P] in float32. H1 = 0 is the dot product."""
-    if H1 == 0:
+    """Score a tile of candidates, [P] in float32: the MLP if H1 > 0, the dot product if DOT."""
+    if DOT:  # first: z in float32 need not wait for the MLP
         y = tl.sum((z_r + z_s) * e.to(tl.float32), 1)
-    else:
+    if H1 > 0:
         t2 = second_layer(
             z_r.to(e.dtype), z_s.to(e.dtype), e, user_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr,
             seed, row, positions, threshold, scale,
@@ -193,5 +193,6 @@ def head(
             x = tl.where(bits >= threshold, x * scale, 0.0)
         outputs = tl.arange(0, H2_TILE)
         w3 = tl.load(w3_ptr + outputs, mask=outputs < H2, other=0.0).to(tl.float32)
-        y = tl.sum(x * w3[None, :], 1) + tl.load(b3_ptr).to(tl.float32)
+        mlp = tl.sum(x * w3[None, :], 1) + tl.load(b3_ptr).to(tl.float32)
+        y = y + mlp if DOT else mlp
     return y

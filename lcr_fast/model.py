@@ -538,7 +538,6 @@ class LCRSER(nn.Module):
                     dtype,
                     config.dim,
                     None if config.score == "dot" else config.mlp_hidden,
-                    config.score != "mlp",
                 )
             ),
         }

@@ -284,28 +284,36 @@ def test_nothing_of_the_size_of_the_hidden_layers_is_kept():
     assert all(t.dtype == torch.int64 and t.numel() <= 600 for t in new)  # the ids
 
 
-def test_registered_ops():
-    case = Case(n_users=3, n_candidates=4, dim=8, mlp_hidden=(6, 5))
-    t = {k: v.requires_grad_(False) for k, v in case.tensors.items()}
+def check_registered_ops(prefix: str, case: Case):
+    """Hold a backend's four ops to torch's rules, with the head that adds the dot product."""
+    forward, backward, topk, rank = (
+        getattr(torch.ops.lcr_fast, f"{prefix}_score_{name}").default
+        for name in ("fwd", "bwd", "topk", "rank")
+    )
+    t = {k: v.nan_to_num() for k, v in case.tensors.items()}
+    n_users, dim = t["user"].shape
+    device = t["user"].device
     mlp = [t[f"weight {i}"] for i in range(3)], [t[f"bias {i}"] for i in range(3)]
-    search, rec = t["search"].nan_to_num(), t["rec"].nan_to_num()
-    table = torch.randn(9, 8)
-    ids = torch.randint(0, 9, (3, 4))
+    table = torch.randn(9, dim, device=device)
+    ids = torch.randint(0, 9, (n_users, 4), device=device)
     arguments = (
-        search[:, None], rec[:, None], *case.lengths, table, ids, t["user"], t["target_weight"],
-        *mlp, torch.arange(3), 1000, 7, True,
+        t["search"][:, None], t["rec"][:, None], *case.lengths, table, ids, t["user"],
+        t["target_weight"], *mlp, torch.arange(n_users, device=device), 1000, 7, True,
     )  # fmt: skip
-    torch.library.opcheck(torch.ops.lcr_fast.cpu_score_fwd.default, arguments)
-    torch.library.opcheck(
-        torch.ops.lcr_fast.cpu_score_bwd.default, (torch.randn(3, 1, 4), *arguments)
-    )
-    pass_ = (search, rec, *case.lengths, table, t["user"], t["target_weight"], *mlp)
-    exclude = torch.randint(0, 9, (3, 2))
-    torch.library.opcheck(torch.ops.lcr_fast.cpu_score_topk.default, (*pass_, 4, exclude, True))
-    target = torch.tensor([1, 0, 5])
-    torch.library.opcheck(
-        torch.ops.lcr_fast.cpu_score_rank.default, (*pass_, target, exclude, True)
-    )
+    torch.library.opcheck(forward, arguments)
+    upstream = torch.randn(n_users, 1, 4, device=device)
+    torch.library.opcheck(backward, (upstream, *arguments))
+    pass_ = (
+        t["search"], t["rec"], *case.lengths, table, t["user"], t["target_weight"], *mlp,
+    )  # fmt: skip
+    exclude = torch.randint(0, 9, (n_users, 2), device=device)
+    torch.library.opcheck(topk, (*pass_, 4, exclude, True))
+    target = torch.tensor([1, 0, 5], device=device)[:n_users]
+    torch.library.opcheck(rank, (*pass_, target, exclude, True))
+
+
+def test_registered_ops():
+    check_registered_ops("cpu", Case(n_users=3, dim=8, mlp_hidden=(6, 5)))
 
 
 def test_compiles_as_one_graph():
@@ -531,6 +539,7 @@ def assert_kernels_match(case: Case, dtype=torch.float32, **options):
 @on_triton
 @pytest.mark.parametrize(("head", "n_candidates"), [
     ("mlp", 1), ("mlp", 5), ("mlp", 37), ("mlp without user", 5), ("dot", 5), ("dot", 37),
+    ("mlp and dot", 37),
 ])  # fmt: skip
 def test_triton_parity_of_scores_and_gradients(head, n_candidates):
     n_users = 12 if n_candidates < 20 else 6
@@ -544,6 +553,7 @@ def test_triton_parity_of_scores_and_gradients(head, n_candidates):
     {"dim": 64, "n_users": 7},
     {"dim": 128, "n_users": 5, "mlp_hidden": (20, 4)},
     {"max_search_len": 0, "n_candidates": 17},
+    {"trajectories": 3, "n_users": 5, "score": "mlp_dot", "user_embedding": False},
 ], ids=str)  # fmt: skip
 def test_triton_parity_in_other_shapes(changes):
     assert_kernels_match(kernel_case(**changes))
@@ -551,10 +561,12 @@ def test_triton_parity_in_other_shapes(changes):
 
 @triton_installed
 @pytest.mark.skipif(GPU, reason="a GPU has tensor cores")
-@pytest.mark.parametrize("precision", ["highest", "high"])
-def test_triton_parity_with_the_rounding_of_tensor_cores(monkeypatch, precision):
+@pytest.mark.parametrize(("head", "precision"), [
+    ("mlp", "highest"), ("mlp", "high"), ("mlp and dot", "highest"),
+])  # fmt: skip
+def test_triton_parity_with_the_rounding_of_tensor_cores(monkeypatch, head, precision):
     with tensor_core.multiplying(monkeypatch, precision):
-        case = kernel_case(trajectories=1)
+        case = kernel_case(head, trajectories=1)
         fused, exact = case.run("triton"), case.run("reference", torch.float64)
         if precision == "highest":
             assert_kernels_match(case)
@@ -564,17 +576,17 @@ def test_triton_parity_with_the_rounding_of_tensor_cores(monkeypatch, precision)
 
 @on_triton
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("changes", [{}, {"trajectories": 3}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"trajectories": 3}, {"score": "mlp_dot"}], ids=str)
 def test_triton_parity_of_halves(changes, dtype):
     assert_kernels_match(kernel_case(**changes), dtype)
 
 
 @on_triton
-@pytest.mark.parametrize("n_candidates", [5, 19])
-def test_triton_parity_with_dropout(n_candidates):
+@pytest.mark.parametrize(("head", "n_candidates"), [("mlp", 5), ("mlp", 19), ("mlp and dot", 5)])
+def test_triton_parity_with_dropout(head, n_candidates):
     rows = torch.tensor([5, 2**40 + 1, 0, 7, 7, 3], device=DEVICE)
     dropout = Dropout(0.3, 2**60 + 5, rows)
-    assert_kernels_match(kernel_case(n_candidates=n_candidates), dropout=dropout)
+    assert_kernels_match(kernel_case(head, n_candidates=n_candidates), dropout=dropout)
 
 
 @on_triton
@@ -650,6 +662,11 @@ def test_triton_reads_no_padding_and_keeps_only_its_inputs():
 
 
 @on_triton
+def test_triton_registered_ops():
+    check_registered_ops("triton", Case(n_users=1, mlp_hidden=(6, 5)).to(DEVICE))
+
+
+@on_triton
 def test_triton_serves_no_user_and_no_candidate():
     assert kernel_case(n_users=0).run("triton")["scores"].shape == (0, 5)
     for name, value in kernel_case(n_candidates=0).run("triton").items():
@@ -657,12 +674,14 @@ def test_triton_serves_no_user_and_no_candidate():
 
 
 @on_triton
-@pytest.mark.parametrize(("n_items", "copies"), [(1, False), (150, True)])
-def test_triton_topk_is_a_full_sort(n_items, copies, monkeypatch):
+@pytest.mark.parametrize(("head", "n_items", "copies"), [
+    ("mlp", 1, False), ("mlp", 150, True), ("mlp and dot", 40, True),
+])  # fmt: skip
+def test_triton_topk_is_a_full_sort(head, n_items, copies, monkeypatch):
     """Of equal scores the lower id first, whichever tile, split or pass each is found in."""
     from lcr_fast.kernels import scoring as kernels
 
-    case = exact_case(n_items=n_items, copies=copies)
+    case = exact_case(n_items=n_items, copies=copies, head=head)
     scores = all_scores(case, "triton")
     tensors = {**case.tensors, "candidates": case.tensors["table"]}
     ids = torch.arange(1, n_items + 1, device=DEVICE)[None]
@@ -684,9 +703,11 @@ def test_triton_topk_is_a_full_sort(n_items, copies, monkeypatch):
 
 
 @on_triton
-@pytest.mark.parametrize("copies", [False, True])
-def test_triton_ranks_are_counted(copies):
-    case = exact_case(n_items=150, copies=copies)
+@pytest.mark.parametrize(("head", "copies"), [
+    ("mlp", False), ("mlp", True), ("mlp and dot", True),
+])  # fmt: skip
+def test_triton_ranks_are_counted(head, copies):
+    case = exact_case(n_items=150, copies=copies, head=head)
     tensors = {**case.tensors, "candidates": case.tensors["table"]}
     scores = case.call("reference", tensors, ids=torch.arange(151, device=DEVICE)[None])
     target = torch.tensor([0, 150, 17, 9, 1, 16])  # 9 is excluded
@@ -784,15 +805,6 @@ def test_auto_takes_cpp_for_float32_and_the_reference_for_float64():
     assert ops.choose_backend("score", "auto", scoring.scoring_backends(case)) == "cpp"
     exact = case._replace(dtype=torch.float64)
     assert ops.choose_backend("score", "auto", scoring.scoring_backends(exact)) == "reference"
-
-
-def test_triton_refuses_the_sum_of_both_heads():
-    pytest.importorskip("triton")
-    case = scoring.ScoringCase("cuda", torch.float32, 32, (40, 24), dot=True)
-    reason = scoring.scoring_backends(case)["triton"]
-    assert reason == "it does not add the dot product to an MLP"
-    alone = case._replace(hidden=None)
-    assert "MLP" not in (scoring.scoring_backends(alone)["triton"] or "")
 
 
 def test_small_gpus_get_small_tiles():

@@ -40,7 +40,6 @@ class ScoringCase(NamedTuple):
     dtype: torch.dtype
     dim: int
     hidden: tuple[int, ...] | None  # widths of the MLP's hidden layers; None for the dot head
-    dot: bool = False  # is the dot product added to the MLP?
 
 
 def _triton_obstacle(case: ScoringCase) -> str | None:
@@ -50,8 +49,6 @@ def _triton_obstacle(case: ScoringCase) -> str | None:
 
     if case.hidden == ():
         return "it has no head of a single linear layer"
-    if case.hidden is not None and case.dot:
-        return "it does not add the dot product to an MLP"
     return kernels.obstacle(dim=case.dim, dtype=case.dtype, hidden=case.hidden or ())
 
 
@@ -132,8 +129,7 @@ def _triton_launcher(name: str):
     def launch(*args):
         from lcr_fast.kernels import scoring as kernels
 
-        # Without ``dot``, the last: with an MLP it is refused, without one it is the head.
-        return getattr(kernels, name)(*args[:-1])
+        return getattr(kernels, name)(*args)
 
     return launch
 
@@ -285,7 +281,7 @@ def _choose(
     device, mlp = search.device.type, weights.mlp_weights
     case = ScoringCase(
         device, search.dtype, search.shape[-1],
-        tuple(w.shape[0] for w in mlp[:-1]) if mlp else None, weights.dot,
+        tuple(w.shape[0] for w in mlp[:-1]) if mlp else None,
     )  # fmt: skip
     # float64 is for exactness, not for speed.
     expected = {"cpu": "cpp", "cuda": "triton"}.get(device)
