@@ -34,10 +34,11 @@ from lcr_fast.testing import (
     reasoning_baseline,
     run_reasoning,
 )
-from lcr_fast.weights import ReasoningWeights
+from lcr_fast.weights import ReasoningWeights, ScoringWeights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 K = 5  # of the best items
+HEADS = ("mlp", "mlp_dot")
 # Items on either side of a rank, in units of the reference's own error.
 _RANK_MARGIN = 4.0
 
@@ -112,7 +113,7 @@ def rollout(setting: Setting) -> None:
 class _Scoring(NamedTuple):
     states: tuple[Tensor, Tensor, Tensor, Tensor]
     user: Tensor
-    weights: tuple
+    weights: ScoringWeights
     table: Tensor  # [I + 1, D]
     upstream: Tensor  # [B, C]
 
@@ -120,12 +121,12 @@ class _Scoring(NamedTuple):
         return type(self)(*harness.moved(tuple(self), **where))
 
 
-def _draw_scoring(sizes: Sizes) -> _Scoring:
+def _draw_scoring(sizes: Sizes, head: str) -> _Scoring:
     n_users = sizes.n_users
     generator = torch.Generator().manual_seed(0)
     config = LCRConfig(
         dim=sizes.dim, max_search_len=sizes.search_len, max_rec_len=sizes.rec_len,
-        mlp_hidden=sizes.hidden,
+        mlp_hidden=sizes.hidden, score=head,
     )  # fmt: skip
 
     def normal(*shape: int) -> Tensor:
@@ -156,27 +157,32 @@ def scoring(setting: Setting) -> None:
         search, rec, *lengths = drawn.states
         candidates = drawn.table[1 : C + 1].expand(len(search), C, -1)
         leaves = [t.detach().requires_grad_() for t in (search, rec, candidates, drawn.user)]
-        matrix, *layers = drawn.weights
-        parts = [matrix, *layers[0], *layers[1]]
+        matrix, mlp_weights, mlp_biases, dot = drawn.weights
+        parts = [matrix, *mlp_weights, *mlp_biases]
         parts = [w.detach().requires_grad_() for w in parts]
-        n = len(layers[0])
-        weights = type(drawn.weights)(parts[0], tuple(parts[1 : n + 1]), tuple(parts[n + 1 :]))
+        n = len(mlp_weights)
+        weights = ScoringWeights(parts[0], tuple(parts[1 : n + 1]), tuple(parts[n + 1 :]), dot)
         scores = ops.score(*leaves[:2], *lengths, *leaves[2:], weights, backend=backend)
         gradients = torch.autograd.grad(scores, [*leaves, *parts], drawn.upstream)
         names = ["search", "rec", "candidates", "user", "target weight"]
         names += [f"{kind} {i}" for kind in ("weight", "bias") for i in range(n)]
         return {"scores": scores.detach(), **dict(zip(names, gradients, strict=True))}
 
-    drawn = _draw_scoring(setting.sizes)
-    found = run(drawn.to(dtype=setting.dtype, device=setting.device), "triton")
-    exact, eager = _exact_and_eager(run, drawn, setting.dtype)
-    for name, truth in exact.items():
-        assert_parity(name, found[name].cpu(), eager[name], truth, factor=3)
+    for head in HEADS:
+        drawn = _draw_scoring(setting.sizes, head)
+        found = run(drawn.to(dtype=setting.dtype, device=setting.device), "triton")
+        exact, eager = _exact_and_eager(run, drawn, setting.dtype)
+        for name, truth in exact.items():
+            assert_parity(f"{head} {name}", found[name].cpu(), eager[name], truth, factor=3)
 
 
 def catalogue(setting: Setting) -> None:
     """Require that the best items have the best scores, and that a rank counts those before it."""
-    drawn = _draw_scoring(setting.sizes)
+    for head in HEADS:
+        _check_catalogue(setting, _draw_scoring(setting.sizes, head))
+
+
+def _check_catalogue(setting: Setting, drawn: _Scoring) -> None:
     n_users = len(drawn.user)
     exclude = torch.arange(2 * n_users).view(n_users, 2)
     target = torch.arange(1, n_users + 1) * (setting.sizes.n_items // (n_users + 1))
