@@ -385,9 +385,9 @@ def _set_threads(arguments: argparse.Namespace) -> None:
         torch.set_num_threads(arguments.threads)
     try:
         device = torch.device(arguments.device)
-    except RuntimeError as error:
-        raise ValueError(f"--device: {str(error).splitlines()[0]}") from None
-    if device.type not in ("cpu", "cuda"):
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device must be cpu, cuda or cuda:N, got {arguments.device!r}")
     if device.type == "cuda":
         n = torch.cuda.device_count() if torch.cuda.is_available() else 0

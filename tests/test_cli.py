@@ -532,7 +532,7 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has 
         (["--frobnicate"], "--frobnicate"),
         (["--variants", "base", "ltr"], "base, lcr, tcl, rl, control, got 'ltr'"),
         (["--threads", "0"], "--threads must be at least 1, got 0"),
-        (["--device", "abacus"], "abacus"),
+        (["--device", "abacus"], "--device must be cpu, cuda or cuda:N, got 'abacus'"),
         (["--device", "meta"], "--device must be cpu, cuda or cuda:N, got 'meta'"),
         (["--device", "mps"], "--device must be cpu, cuda or cuda:N, got 'mps'"),
         (["--valid-metric", "auc"], "TrainConfig.valid_metric must be hr@k, ndcg@k, mrr or a sum"),

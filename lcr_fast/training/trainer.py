@@ -206,7 +206,7 @@ class Trainer:
             _LOG.warning(
                 "%s: validation %s never rose above chance (%.4f, at most %.4f without "
                 "knowledge): train longer or with a higher learning rate",
-                self.name, self.config.valid_metric, progress.best, self.chance,
+                self.name, self.config.valid_metric.upper(), progress.best, self.chance,
             )  # fmt: skip
         elif not stale and len(scores) > 1 and scores[-1] == max(scores) > scores[-2]:
             _LOG.warning(
