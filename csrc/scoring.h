@@ -69,7 +69,8 @@ struct ItemArgs {
 void score_topk_cpu(const ScoringArgs& args, const ItemArgs& items, int64_t k, int64_t* ids,
                     float* scores, const Parallel& parallel);
 // The place of target [n_users] (0: none), ties before it: rank [n_users]; -1 for a NaN score.
+// bonus [n_users] is added to the target's score alone.
 void score_rank_cpu(const ScoringArgs& args, const ItemArgs& items, const int64_t* target,
-                    int64_t* rank, const Parallel& parallel);
+                    const float* bonus, int64_t* rank, const Parallel& parallel);
 
 }  // namespace lcr_fast

@@ -186,13 +186,14 @@ std::tuple<Tensor, Tensor> score_topk(const Tensor& search, const Tensor& rec,
 Tensor score_rank(const Tensor& search, const Tensor& rec, const Tensor& search_lengths,
                   const Tensor& rec_lengths, const Tensor& items, const Tensor& user,
                   const Tensor& target_weight, Tensors mlp_weights, Tensors mlp_biases,
-                  const Tensor& target, const Tensor& exclude, bool dot) {
+                  const Tensor& target, const Tensor& bonus, const Tensor& exclude, bool dot) {
   const ScoringArgs args = catalogue_args(search, rec, search_lengths, rec_lengths, user,
                                           target_weight, mlp_weights, mlp_biases, dot);
   const ItemArgs catalogue = item_args(args, items, exclude);
   const int64_t* wanted = ids_below(target, "target", {args.n_users}, items.size(0));
   Tensor rank = torch::stable::new_empty(search, {args.n_users}, ScalarType::Long);
-  score_rank_cpu(args, catalogue, wanted, rank.mutable_data_ptr<int64_t>(), parallel);
+  score_rank_cpu(args, catalogue, wanted, floats(bonus, "bonus", {args.n_users}),
+                 rank.mutable_data_ptr<int64_t>(), parallel);
   return rank;
 }
 
@@ -211,7 +212,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lcr_fast, m) {
   m.def("cpu_score_topk(" LCR_STREAMS ", Tensor items, " LCR_WEIGHTS
         ", int k, Tensor exclude, bool dot) -> (Tensor, Tensor)");
   m.def("cpu_score_rank(" LCR_STREAMS ", Tensor items, " LCR_WEIGHTS
-        ", Tensor target, Tensor exclude, bool dot) -> Tensor");
+        ", Tensor target, Tensor bonus, Tensor exclude, bool dot) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(lcr_fast, CPU, m) {
   m.impl("cpu_score_fwd", TORCH_BOX(&score_fwd));

@@ -817,7 +817,7 @@ def _catalogue_rank_kernel(
     search_ptr, rec_ptr, search_lengths_ptr, rec_lengths_ptr,  # [B, L, D] x 2, [B] x 2
     items_ptr, user_ptr,  # [I + 1, D], [B, D]
     target_weight_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr, b3_ptr,
-    target_ptr, exclude_ptr,  # [B], [B, X] without repetitions
+    target_ptr, bonus_ptr, exclude_ptr,  # [B] x 2, [B, X] without repetitions
     ahead_ptr,  # [B, splits] int64, hugely negative where there was a NaN
     search_size, rec_size, n_rows, n_excluded, n_users, tiles_per_split,
     D: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, DOT: tl.constexpr, HAS_USER: tl.constexpr,
@@ -829,6 +829,7 @@ def _catalogue_rank_kernel(
     search_length = tl.minimum(tl.load(search_lengths_ptr + b), search_size).to(tl.int32)
     rec_length = tl.minimum(tl.load(rec_lengths_ptr + b), rec_size).to(tl.int32)
     target = tl.load(target_ptr + b).to(tl.int32)
+    bonus = tl.load(bonus_ptr + b)
     goal = tl.zeros([1], tl.float32)
     n_ahead = 0
     n_nan = 0
@@ -857,7 +858,7 @@ def _catalogue_rank_kernel(
             target_weight_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr, b3_ptr,
             D, H1, H2, DOT, HAS_USER, PRECISION, EVENTS, H1_BLOCK, H2_TILE, KEY_BLOCK,
         ).to(tl.float32)  # fmt: skip
-        goal = tl.where(is_goal, tl.max(scores, 0), goal)
+        goal = tl.where(is_goal, tl.max(scores, 0) + bonus, goal)
         n_nan += tl.sum((valid & (scores != scores)).to(tl.int32), 0)
         ahead = valid & (ids != target) & (scores >= goal) & (scores > float("-inf"))
         count = tl.sum(ahead.to(tl.int32), 0)
@@ -976,13 +977,15 @@ def catalogue_rank(
     mlp_weights: list[Tensor],
     mlp_biases: list[Tensor],
     target: Tensor,
+    bonus: Tensor,
     exclude: Tensor,
     dot: bool,
 ) -> Tensor:
     """Count, for each user, the items that come before ``target``, from 1: int64 [B].
 
     1 + the number of rows of ``items`` [I + 1, D], but row 0, the target and those in ``exclude``
-    [B, X], with a score above -inf and not below the target's. -1 where a score is NaN.
+    [B, X], with a score above -inf and not below the target's plus
+    ``bonus`` [B]. -1 where a score is NaN.
     """
     n_users, _, dim = search.shape
     n_rows = items.shape[0]
@@ -1004,7 +1007,8 @@ def catalogue_rank(
             _catalogue_rank_kernel[(n_users * n_splits,)](
                 search.contiguous(), rec.contiguous(), search_lengths.contiguous(),
                 rec_lengths.contiguous(), items.contiguous(), user.contiguous(),
-                target_weight.contiguous(), *head, target.contiguous(), exclude, ahead,
+                target_weight.contiguous(), *head, target.contiguous(), bonus.contiguous(),
+                exclude, ahead,
                 search.shape[1], rec.shape[1], n_rows, exclude.shape[1], n_users, per_split,
                 **constants, **config,
             )  # fmt: skip
@@ -1019,7 +1023,7 @@ _POINTER_TYPES = {
     "search_lengths_ptr": "*i64", "rec_lengths_ptr": "*i64", "lengths_ptr": "*i64",
     "ids_ptr": "*i64", "rows_ptr": "*i64", "exclude_ptr": "*i64", "ceiling_ptr": "*i64",
     "target_ptr": "*i64", "keys_ptr": "*i64", "ahead_ptr": "*i64",
-    "softmax_ptr": "*fp32", "sums_ptr": "*fp32",
+    "softmax_ptr": "*fp32", "sums_ptr": "*fp32", "bonus_ptr": "*fp32",
 }  # fmt: skip
 _SCALAR_TYPES = {"scale": "fp32", "seed": "i64"}
 

@@ -129,8 +129,11 @@ class LCRConfig(_JsonConfig):
     score: Literal["mlp", "dot", "mlp_dot"] = _option(
         "mlp", "head: MLP, dot product, or the sum of both, which starts as the dot product"
     )
-    readout: Literal["final", "mean"] = _option(
-        "final", "what the aggregation reads: h^(K), or its mean with h^(0)"
+    readout: float = _option(
+        1.0, "share of h^(K) in what the aggregation reads, from 0 to 1; the rest is h^(0)"
+    )
+    seen_bonus: bool = _option(
+        False, "learned bonuses of candidates among the searches' clicks, among the events read"
     )
     mlp_hidden: tuple[int, ...] = _option((200, 80), "hidden widths of the MLP head")
     backend: Backend = _option("auto", "which implementation the ops use")
@@ -141,10 +144,11 @@ class LCRConfig(_JsonConfig):
             (
                 "n_users", "n_queries", "n_terms", "ffn_dim", "steps", "max_search_len",
                 "max_rec_len", "max_clicks", "dropout", "item_text_dim", "query_text_dim",
+                "readout",
             ),
             0,
         )  # fmt: skip
-        self._check(minimum, {"dropout": 0.99})
+        self._check(minimum, {"dropout": 0.99, "readout": 1.0})
         if self.dim % self.n_heads:
             raise ValueError(
                 f"LCRConfig.n_heads must divide dim, got {self.n_heads} heads for dim {self.dim}"
@@ -184,6 +188,9 @@ class TrainConfig(_JsonConfig):
     )
     valid_metric: str = _option(
         "ndcg@5", "what validation chooses by: hr@k, ndcg@k, mrr, or a sum as for reward"
+    )
+    select_readout: bool = _option(
+        True, "phase 1: choose the model's readout by validation, once the steps are trained"
     )
     rank_loss: Literal["bce", "softmax", "bpr"] = _option(
         "bce", "ranking loss L_rank: of phase 1, beside TCL, and alone of phase 2's control"

@@ -97,7 +97,7 @@ def _reasoning_shapes(config: LCRConfig) -> dict[str, tuple[int, ...]]:
 
 
 class _Head(nn.Module):
-    """Parameters of the target-aware aggregation and the MLP."""
+    """Parameters of the target-aware aggregation, the MLP and the bonus of seen items."""
 
     def __init__(self, config: LCRConfig) -> None:
         super().__init__()
@@ -107,6 +107,7 @@ class _Head(nn.Module):
         widths = (d * (4 if config.user_embedding else 3), *config.mlp_hidden, 1)
         n_linear = 0 if config.score == "dot" else len(widths) - 1
         self.dot = config.score != "mlp"
+        self.seen_bonus = nn.Parameter(torch.zeros(2)) if config.seen_bonus else None
         self.mlp_weights = nn.ParameterList(
             nn.Parameter(torch.empty(widths[i + 1], widths[i])) for i in range(n_linear)
         )
@@ -340,14 +341,15 @@ class LCRSER(nn.Module):
         return Reasoned(*self.read(h0, reasoned.streams), reasoned.pooled)
 
     def read(self, h0: Streams, h: Streams) -> Streams:
-        """Give what the aggregation reads, from h^(0) and h^(K) (the config's ``readout``).
+        """Give what the aggregation reads: (1 - s) h^(0) + s h^(K), s the config's ``readout``.
 
-        Their mean keeps the identity of the events, which K post-norm steps blur (our reading).
-        Trajectories, [B, N, L, D], share the h^(0) without noise.
+        The paper's is s = 1. Less keeps more of the events' identity, which K post-norm steps blur
+        (our reading). Trajectories, [B, N, L, D], share the h^(0) without noise.
         """
-        if self.config.readout == "final" or not self.config.steps:
+        share = self.config.readout
+        if share == 1 or not self.config.steps:
             return h
-        search, rec = (0.5 * (_like(first, last) + last) for first, last in zip(h0, h, strict=True))
+        search, rec = (_like(a, b).lerp(b, share) for a, b in zip(h0, h, strict=True))
         return search, rec
 
     def target_keys(self, vectors: Tensor) -> Tensor:
@@ -406,8 +408,8 @@ class LCRSER(nn.Module):
         if self.item_text_projection is None:
             scores = self._score(h, batch, self.item_embedding.weight, ids)
         else:
-            scores = self.score_vectors(h, batch, self.item_vectors(ids))
-        return scores.masked_fill(_align(ids == 0, h), -math.inf)
+            scores = self._score(h, batch, self.item_vectors(ids), None)
+        return self._finish(scores, batch, ids)
 
     def pool(
         self, states: Tensor, lengths: Tensor, candidates: Tensor, stream: int
@@ -417,8 +419,28 @@ class LCRSER(nn.Module):
         return scoring.aggregate(states, lengths, candidates, weight)
 
     def score_vectors(self, h: Streams, batch: Batch, vectors: Tensor) -> Tensor:
-        """Score item vectors [B, C, D], or [1, C, D] shared by all users: [B, (N,) C]."""
-        return self._score(h, batch, vectors, None)
+        """Score the batch's candidates by their item vectors [B, C, D]: [B, (N,) C].
+
+        As :meth:`score` without ``candidates``, for vectors that are at hand already.
+        """
+        return self._finish(self._score(h, batch, vectors, None), batch, batch.candidates)
+
+    def _finish(self, scores: Tensor, batch: Batch, ids: Tensor) -> Tensor:
+        """Add the bonus of seen items, and set padding to -inf; scores [B, (N,) C]."""
+        bonus, padding = self._bonus(batch, ids), ids == 0
+        if scores.ndim == 3:
+            bonus, padding = None if bonus is None else bonus.unsqueeze(1), padding.unsqueeze(1)
+        if bonus is not None:
+            scores = scores + bonus.to(scores.dtype)
+        return scores.masked_fill(padding, -math.inf)
+
+    def _bonus(self, batch: Batch, ids: Tensor) -> Tensor | None:
+        """Give what items [B, C] gain by standing in the histories that are read: [B, C]."""
+        if self.head.seen_bonus is None:
+            return None
+        # The factor lets one number keep pace with vectors of D that learn at the same rate.
+        bonus = self.head.seen_bonus * self.config.dim
+        return reference.seen_bonus(ids, read_items(batch, self.config.max_clicks), bonus)
 
     @ranged("score")
     def _score(self, h: Streams, batch: Batch, candidates: Tensor, ids: Tensor | None) -> Tensor:
@@ -445,21 +467,19 @@ class LCRSER(nn.Module):
             self.user_vectors(batch.user), self.head.weights(),
         )  # fmt: skip
 
-    def top_items(
-        self, h: Streams, batch: Batch, k: int, exclude: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Find the k best items of the catalogue from final states: see :func:`ops.score_topk`."""
-        return scoring.score_topk(
-            *self._catalogue(h, batch), k, exclude=exclude, backend=self.config.backend
-        )
-
     def target_rank(
         self, h: Streams, batch: Batch, target: Tensor, exclude: Tensor | None = None
     ) -> Tensor:
-        """Rank ``target`` [B] in the catalogue from final states: see :func:`ops.score_rank`."""
+        """Rank ``target`` [B] in the catalogue from final states: see :func:`ops.score_rank`.
+
+        Other items compete without the bonus of seen ones: ``exclude`` those.
+        """
+        bonus = self._bonus(batch, target.unsqueeze(1))
         return scoring.score_rank(
-            *self._catalogue(h, batch), target, exclude=exclude, backend=self.config.backend
-        )
+            *self._catalogue(h, batch), target,
+            bonus=None if bonus is None else bonus.squeeze(1), exclude=exclude,
+            backend=self.config.backend,
+        )  # fmt: skip
 
     # -- public API -----------------------------------------------------------------------------
 
@@ -501,7 +521,11 @@ class LCRSER(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            return self.top_items(self.final_states(batch), batch, k, seen_items(batch, exclude))
+            # No item that remains has been seen, so none has a bonus.
+            return scoring.score_topk(
+                *self._catalogue(self.final_states(batch), batch), k,
+                exclude=seen_items(batch, exclude), backend=self.config.backend,
+            )  # fmt: skip
         finally:
             self.train(was_training)
 
@@ -613,11 +637,16 @@ def _like(first: Tensor, last: Tensor) -> Tensor:
     return first.unsqueeze(1) if last.ndim == 4 else first
 
 
-def seen_items(batch: Batch, exclude: Tensor | None = None) -> Tensor:
-    """Items that a user of the batch has seen, [B, X], padded with 0."""
-    lengths = torch.arange(batch.rec_items.shape[1], device=batch.device)
-    rec = batch.rec_items * (lengths < batch.rec_lengths.unsqueeze(1))
+def read_items(batch: Batch, max_clicks: int) -> Streams:
+    """Items of a batch's valid events, padded with 0: clicked [B, L_s * n], and read [B, L_r]."""
     searches = torch.arange(batch.search_clicks.shape[1], device=batch.device)
     valid = (searches < batch.search_lengths.unsqueeze(1)).unsqueeze(-1)
-    parts = [rec, (batch.search_clicks * valid).flatten(1)]
-    return torch.cat(parts if exclude is None else [*parts, exclude], 1)
+    clicked = (batch.search_clicks[..., :max_clicks] * valid).flatten(1)
+    events = torch.arange(batch.rec_items.shape[1], device=batch.device)
+    return clicked, batch.rec_items * (events < batch.rec_lengths.unsqueeze(1))
+
+
+def seen_items(batch: Batch, exclude: Tensor | None = None) -> Tensor:
+    """Items that a user of the batch has seen, [B, X], padded with 0."""
+    parts = read_items(batch, batch.search_clicks.shape[2])
+    return torch.cat(parts if exclude is None else (*parts, exclude), 1)

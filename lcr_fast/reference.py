@@ -334,6 +334,28 @@ def score(
     return (y if dot is None else y + dot).to(search.dtype)
 
 
+def seen_bonus(
+    candidates: Tensor,  # [B or 1, C] ids, 0 is padding
+    seen: Streams,  # clicked ids [B, n_s] and ids of events [B, n_r], padded with 0
+    bonus: Tensor,  # [2]
+) -> Tensor:
+    """Add up what candidates gain by standing in the histories (our reading): [B, C].
+
+        bonus_s [i was clicked] + bonus_r [i is an event]
+
+    The steps know the item of an event by the likeness of vectors alone, which is little where an
+    item has few training events.
+    """
+    total = bonus.new_zeros(())
+    for gain, items in zip(bonus, seen, strict=True):
+        # One more column, of padding: no list is empty.
+        ordered = F.pad(items, (1, 0)).sort(1).values
+        wanted = candidates.expand(len(items), -1).contiguous()
+        place = torch.searchsorted(ordered, wanted).clamp(max=ordered.shape[1] - 1)
+        total = total + gain * ((ordered.gather(1, place) == wanted) & (wanted > 0))
+    return total
+
+
 def _catalogue_scores(
     search: Tensor, rec: Tensor, search_lengths: Tensor, rec_lengths: Tensor, items: Tensor,
     user: Tensor | None, weights: ScoringWeights,
@@ -401,6 +423,7 @@ def score_rank(
     user: Tensor | None,  # [B, D]
     weights: ScoringWeights,
     target: Tensor,  # [B] ids
+    bonus: Tensor,  # [B] added to the target's score alone
     exclude: Tensor,  # [B, X] ids; those outside 1..I are nothing
 ) -> Tensor:
     """Find the target's place among all items, from 1, ties before it: [B], -1 for a NaN score.
@@ -417,6 +440,7 @@ def score_rank(
         value = scores.gather(1, (goal - ids[0]).clamp(0, len(ids) - 1))
         of_target = torch.where(found.unsqueeze(1), value, of_target)
         bad = bad | scores.isnan().any(1)
+    of_target = of_target + bonus.unsqueeze(1)
     ahead = torch.zeros_like(target)
     for ids, scores in _catalogue_scores(*arguments):
         competes = ~_listed(ids, torch.cat((exclude, goal), 1)) & (scores > -torch.inf)

@@ -99,7 +99,8 @@ def topk(**changes: object) -> None:
 def rank(**changes: object) -> None:
     arguments = scoring_arguments((B, L, D))
     del arguments["ids"]
-    arguments |= {"target": zeros(B, dtype=I64), "exclude": zeros(B, 0, dtype=I64), "dot": False}
+    arguments |= {"target": zeros(B, dtype=I64), "bonus": zeros(B)}
+    arguments |= {"exclude": zeros(B, 0, dtype=I64), "dot": False}
     call("cpu_score_rank", arguments, changes)
 
 

@@ -280,11 +280,22 @@ class Model:
         return np.array(
             [
                 score(h, self.item(i), self.user(batch, b), weights, drop, column)
+                + self.bonus(batch, b, i)
                 if i
                 else -math.inf
                 for column, i in enumerate(batch.candidates[b].tolist())
             ]
         )
+
+    def bonus(self, batch, b, item):
+        """Give what a candidate gains by standing in the histories of user ``b``."""
+        if not self.config.seen_bonus:
+            return 0.0
+        searches = batch.search_clicks[b, : int(batch.search_lengths[b])].tolist()
+        clicked = {i for clicks in searches for i in clicks[: self.config.max_clicks]}
+        events = set(batch.rec_items[b, : int(batch.rec_lengths[b])].tolist())
+        gains = self.tensors["head.seen_bonus"]
+        return self.config.dim * ((item in clicked) * gains[0] + (item in events) * gains[1])
 
     def forward(self, batch, b, seed=None):
         """Scores [C] of user ``b``; with a seed, those of a training forward."""
@@ -293,10 +304,9 @@ class Model:
 
     def read(self, first, last):
         """Give what the aggregation reads, (search, rec), from h^(0) and h^(K)."""
-        if self.config.readout == "final":
-            return last
+        share = self.config.readout
         pairs = (zip(*streams, strict=True) for streams in zip(first, last, strict=True))
-        return tuple([(u + v) / 2 for u, v in pair] for pair in pairs)
+        return tuple([(1 - share) * u + share * v for u, v in pair] for pair in pairs)
 
     def rollout(self, batch, b, trajectory, noise_scale, seed):
         """States of one noisy trajectory of user ``b``."""

@@ -25,7 +25,9 @@ CONFIGS = {
     "query ids, dot head": {
         "query_encoder": "id", "score": "dot", "user_embedding": False, "step_ffn": False,
     },
-    "MLP and dot, mean readout": {"score": "mlp_dot", "readout": "mean"},
+    "MLP and dot, mean readout, bonus": {
+        "score": "mlp_dot", "readout": 0.5, "seen_bonus": True,
+    },
     "text": {
         "item_text_dim": 5, "query_text_dim": 7, "step_embedding": True, "update": "search_first",
         "cross_memory": "step_input",
@@ -91,7 +93,7 @@ def test_training_scores_match_the_oracle_with_its_dropout(name):
     assert not torch.allclose(scores, model.eval()(batch))
 
 
-@pytest.mark.parametrize("name", ["default", "MLP and dot, mean readout", "text", "base"])
+@pytest.mark.parametrize("name", ["default", "MLP and dot, mean readout, bonus", "text", "base"])
 def test_rollouts_match_the_oracle(name):
     """In training mode too, where dropout acts on the encoders alone."""
     model, batch = setup(**CONFIGS[name], dropout=0.3)
@@ -221,11 +223,31 @@ def test_the_sum_of_both_heads_starts_as_the_dot_product():
     torch.testing.assert_close(*scores)
 
 
-def test_a_mean_readout_keeps_half_of_the_encoders_states():
-    model, batch = setup(readout="mean")
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_the_readout_is_a_share_of_the_last_states(share):
+    model, batch = setup(readout=share)
     states = model.states(batch)
     for first, last, read in zip(states.h[0], states.h[-1], model.final_states(batch), strict=True):
-        torch.testing.assert_close(read, (first + last) / 2)
+        torch.testing.assert_close(read, (1 - share) * first + share * last)
+
+
+def test_candidates_gain_by_standing_in_the_histories_that_are_read():
+    model, batch = setup(n_users=1, n_candidates=5, seen_bonus=True, max_clicks=1)
+    batch = batch.replace(
+        rec_items=torch.tensor([[3, 4, 5]]), rec_lengths=torch.tensor([2]),
+        search_clicks=torch.tensor([[[4, 7], [6, 0], [8, 0]]]), search_lengths=torch.tensor([2]),
+        search_queries=torch.zeros(1, 3, dtype=torch.int64),
+        search_terms=torch.zeros(1, 3, 2, dtype=torch.int64),
+        candidates=torch.tensor([[3, 4, 5, 6, 7, 8]]),
+    )  # fmt: skip
+    scores = {}
+    for gains in ((0.0, 0.0), (0.5, 2.0)):
+        with torch.no_grad():
+            model.head.seen_bonus.copy_(torch.tensor(gains))
+        scores[gains] = model(batch)
+    # 5 and 8 stand behind a length, 7 is the second click of a search.
+    gained = model.config.dim * torch.tensor([[2.0, 2.5, 0.0, 0.5, 0.0, 0.0]])
+    torch.testing.assert_close(scores[0.5, 2.0] - scores[0.0, 0.0], gained.to(scores[0.0, 0.0]))
 
 
 def test_tied_streams_may_be_swapped():
@@ -287,6 +309,26 @@ def test_every_parameter_gets_a_finite_gradient(name):
         if parameter.numel() and not unused:
             assert torch.isfinite(parameter.grad).all(), key
             assert parameter.grad.any(), key
+
+
+# -- the catalogue --------------------------------------------------------------------------------
+
+
+def test_a_target_is_ranked_with_its_bonus_among_unseen_items():
+    model, batch = setup(seen_bonus=True)
+    h, seen = model.final_states(batch), seen_items(batch)
+    ids = torch.arange(1, model.config.n_items + 1)
+    scores = model.score(h, batch, ids.expand(len(batch), -1))
+    bare = scores - model._bonus(batch, ids.expand(len(batch), -1))
+    moved = False
+    for target in ids.tolist():
+        ranks = model.target_rank(h, batch, torch.full((len(batch),), target), seen)
+        for b, rank in enumerate(ranks.tolist()):
+            rivals = [i for i in ids.tolist() if i != target and i not in seen[b].tolist()]
+            ahead = sum(scores[b, i - 1] >= scores[b, target - 1] for i in rivals)
+            assert rank == 1 + ahead
+            moved |= bool(ahead != sum(bare[b, i - 1] >= bare[b, target - 1] for i in rivals))
+    assert moved
 
 
 # -- recommend ------------------------------------------------------------------------------------

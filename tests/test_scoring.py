@@ -309,7 +309,8 @@ def check_registered_ops(prefix: str, case: Case):
     exclude = torch.randint(0, 9, (n_users, 2), device=device)
     torch.library.opcheck(topk, (*pass_, 4, exclude, True))
     target = torch.tensor([1, 0, 5], device=device)[:n_users]
-    torch.library.opcheck(rank, (*pass_, target, exclude, True))
+    bonus = torch.randn(n_users, device=device)
+    torch.library.opcheck(rank, (*pass_, target, bonus, exclude, True))
 
 
 def test_registered_ops():
@@ -387,14 +388,17 @@ def test_ranks_are_counted(n_items, copies, backend):
     case = catalogue_case(n_items, copies=copies)
     scores = all_scores(case, backend)
     g = torch.Generator().manual_seed(1)
-    for _ in range(4):
+    for with_bonus in (False, True) * 2:
         target = torch.randint(1, n_items + 1, (6,), generator=g)
         target[0], target[3] = 0, 9  # none; one that is excluded
-        rank = case.catalogue(ops.score_rank, target, exclude=EXCLUDED, backend=backend)
+        bonus = torch.randn(6, generator=g) if with_bonus else None
+        rank = case.catalogue(
+            ops.score_rank, target, bonus=bonus, exclude=EXCLUDED, backend=backend
+        )
         assert rank[0] == 0
         for b in range(1, 6):
             out = {0, *EXCLUDED[b].tolist(), int(target[b])}
-            wanted = scores[b, target[b]]
+            wanted = scores[b, target[b]] + (0 if bonus is None else bonus[b])
             ahead = [i for i in range(1, n_items + 1) if i not in out and scores[b, i] >= wanted]
             assert rank[b] == 1 + len(ahead)
 
@@ -711,13 +715,16 @@ def test_triton_ranks_are_counted(head, copies):
     tensors = {**case.tensors, "candidates": case.tensors["table"]}
     scores = case.call("reference", tensors, ids=torch.arange(151, device=DEVICE)[None])
     target = torch.tensor([0, 150, 17, 9, 1, 16])  # 9 is excluded
+    bonus = torch.tensor([0.0, 0.0, 1.0, 0.0, -2.0, 0.5])
     rank = case.catalogue(
-        ops.score_rank, target.to(DEVICE), exclude=EXCLUDED.to(DEVICE), backend="triton"
-    )
+        ops.score_rank, target.to(DEVICE), bonus=bonus.to(DEVICE), exclude=EXCLUDED.to(DEVICE),
+        backend="triton",
+    )  # fmt: skip
     assert rank[0] == 0
     for b in range(1, 6):
         out = {0, *EXCLUDED[b].tolist(), int(target[b])}
-        ahead = [i for i in range(1, 151) if i not in out and scores[b, i] >= scores[b, target[b]]]
+        wanted = scores[b, target[b]] + bonus[b]
+        ahead = [i for i in range(1, 151) if i not in out and scores[b, i] >= wanted]
         assert rank[b] == 1 + len(ahead)
 
 

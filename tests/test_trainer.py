@@ -306,7 +306,7 @@ def test_early_stopping_restores_the_best(
         return next(coming)
 
     monkeypatch.setattr(module, "validation_score", scripted)
-    config = CONFIG.replace(epochs=20, patience=patience)
+    config = CONFIG.replace(epochs=20, patience=patience, select_readout=False)
     trainer = run(make_model, prepared, "supervised", tmp_path, config=config)
     assert next(coming, None) is None
     assert trainer.progress.best == scores[best]
@@ -330,10 +330,29 @@ def test_the_end_has_a_reason(
 ):
     coming, lines = iter(scores), []
     monkeypatch.setattr(module, "validation_score", lambda *_: next(coming))
-    config = CONFIG.replace(epochs=3, patience=2)
+    config = CONFIG.replace(epochs=3, patience=2, select_readout=False)
     run(make_model, prepared, "supervised", tmp_path, config=config, report=lines.append)
     assert lines[-1] == f"  supervised stopped {reason}"
     assert [warning in record.message for record in caplog.records] == [True] * bool(warning)
+
+
+@pytest.mark.parametrize(
+    ("objective", "select", "steps", "chosen"),
+    [
+        ("supervised", True, 2, 0.5),  # of equal scores the larger share
+        ("supervised", False, 2, 1.0), ("supervised", True, 0, 1.0), ("noisy", True, 2, 1.0),
+    ],
+)  # fmt: skip
+def test_validation_chooses_the_readout(
+    prepared, make_model, tmp_path, monkeypatch, objective, select, steps, chosen
+):
+    scores = {0.0: 0.1, 0.25: 0.3, 0.5: 0.3, 0.75: 0.2, 1.0: 0.25}
+    monkeypatch.setattr(module, "validation_score", lambda model, *_: scores[model.config.readout])
+    config = CONFIG.replace(epochs=1, rl_epochs=1, select_readout=select)
+    model = make_model(prepared, steps=steps)
+    trainer = run(make_model, prepared, objective, tmp_path, config=config, model=model)
+    assert trainer.model.config.readout == chosen
+    assert LCRSER.load(tmp_path / MODEL).config.readout == chosen
 
 
 def test_a_linear_schedule_ends_near_zero(prepared, make_model, tmp_path, monkeypatch):

@@ -347,6 +347,7 @@ SWITCHES = {
     "epochs": (9, "schedule", ("supervised",)),
     "min_updates": (999, "schedule", ("supervised",)),
     "schedule": ("linear", "schedule", ("supervised",)),
+    "select_readout": (False, "", ()),
     "batch_size": (9, "schedule", ("supervised",)),
     "learning_rate": (0.5, "schedule", ("supervised",)),
     "rl_epochs": (9, "schedule", PHASE_2),

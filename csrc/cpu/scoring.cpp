@@ -724,7 +724,7 @@ void score_topk_cpu(const ScoringArgs& args, const ItemArgs& items, int64_t k, i
 }
 
 void score_rank_cpu(const ScoringArgs& args, const ItemArgs& items, const int64_t* target,
-                    int64_t* rank, const Parallel& parallel) {
+                    const float* bonus, int64_t* rank, const Parallel& parallel) {
   std::vector<float> goal(args.n_users);
   std::fill_n(rank, args.n_users, 1);
   stream(
@@ -743,7 +743,7 @@ void score_rank_cpu(const ScoringArgs& args, const ItemArgs& items, const int64_
             const float* row = items.items + target[own.user] * net.dim;
             prepare_items(net, &row, 1, kLd, et.data(), nullptr, first.data());
             score_tile(net, &own, 1, 1, 0, 0, {et.data(), {}, first.data()}, nullptr, work);
-            goal[own.user] = work.scores()[0];
+            goal[own.user] = work.scores()[0] + bonus[own.user];
           }
         });
       },

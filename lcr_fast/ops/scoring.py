@@ -85,8 +85,8 @@ _SCHEMAS = {
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[])",
     "score_topk": f"({_STREAMS}, Tensor items, {_WEIGHTS}, int k, Tensor exclude, "
     "bool dot) -> (Tensor, Tensor)",
-    "score_rank": f"({_STREAMS}, Tensor items, {_WEIGHTS}, Tensor target, Tensor exclude, "
-    "bool dot) -> Tensor",
+    "score_rank": f"({_STREAMS}, Tensor items, {_WEIGHTS}, Tensor target, Tensor bonus, "
+    "Tensor exclude, bool dot) -> Tensor",
 }
 
 
@@ -120,7 +120,7 @@ def _score_topk_fake(
 
 def _score_rank_fake(
     search, rec, search_lengths, rec_lengths, items, user, target_weight, mlp_weights, mlp_biases,
-    target, exclude, dot,
+    target, bonus, exclude, dot,
 ):  # fmt: skip
     return torch.empty_like(target)
 
@@ -509,6 +509,7 @@ def score_rank(
     weights: ScoringWeights,
     target: Tensor,
     *,
+    bonus: Tensor | None = None,
     exclude: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -516,15 +517,21 @@ def score_rank(
 
     ``target`` int64 [B] holds ids; 0 is no target and gets place 0. Items that score as high as the
     target come before it; the target competes even where ``exclude`` names it. Its score is the
-    very number that the pass over the catalogue gives it. The other arguments, and what raises,
-    are those of :func:`score_topk`; a target outside 0..I is a ValueError on the CPU. Compiled, a
-    NaN gives place -1.
+    very number that the pass over the catalogue gives it, plus ``bonus`` [B] where there is one.
+    The other arguments, and what raises, are those of :func:`score_topk`; a target outside 0..I is
+    a ValueError on the CPU. Compiled, a NaN gives place -1.
     """
     exclude = _check_catalogue(search, items, exclude)
     _check(search, rec, search_lengths, rec_lengths, items, user, weights)
     if target.shape != search.shape[:1] or target.dtype != torch.int64:
         raise ValueError(
             f"target must be int64 [{search.shape[0]}], got {target.dtype} {list(target.shape)}"
+        )
+    if bonus is None:
+        bonus = torch.zeros_like(target, dtype=torch.float32)
+    elif bonus.shape != target.shape or not bonus.is_floating_point():
+        raise ValueError(
+            f"bonus must be floats [{search.shape[0]}], got {bonus.dtype} {list(bonus.shape)}"
         )
     if not target.is_cuda and not torch.compiler.is_compiling():
         outside = (target < 0) | (target >= len(items))
@@ -535,13 +542,13 @@ def score_rank(
     chosen = _choose("score_rank", backend, search, rec, user, weights)
     if chosen == "reference":
         rank = reference.score_rank(
-            search, rec, search_lengths, rec_lengths, items, user, weights, target, exclude
+            search, rec, search_lengths, rec_lengths, items, user, weights, target, bonus, exclude
         )
     else:
         inputs = _prepare(chosen, search, rec, search_lengths, rec_lengths, items, user, weights)
         rank = _op(chosen, "score_rank")(
             *inputs[:7], list(inputs.mlp_weights), list(inputs.mlp_biases), target.contiguous(),
-            exclude, weights.dot,
+            bonus.float().contiguous(), exclude, weights.dot,
         )  # fmt: skip
     _raise_nan(rank < 0)
     return rank.masked_fill(target == 0, 0)

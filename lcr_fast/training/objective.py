@@ -150,7 +150,6 @@ class Supervised(Objective):
         else:
             vectors = self.low(model.item_vectors(batch.candidates))
             scores = _high(model.score_vectors(reasoned.streams, batch, vectors))
-            scores = scores.masked_fill(batch.candidates == 0, -torch.inf)
         loss = rank_loss(scores, batch.target, config.rank_loss)
         logs = {"rank_loss": loss.item()}
         if target is not None and reasoned.pooled is not None:
@@ -243,8 +242,7 @@ class _Trajectories(Objective):
         model.eval()
         config = self.config
         reasoned = model.rollout(inputs.h0, batch, config.n_trajectories, config.noise_scale, seed)
-        scores = _high(model.score_vectors(reasoned.streams, batch, inputs.candidates))
-        return scores.masked_fill((batch.candidates == 0).unsqueeze(1), -torch.inf)
+        return _high(model.score_vectors(reasoned.streams, batch, inputs.candidates))
 
 
 class NoisySupervised(_Trajectories):

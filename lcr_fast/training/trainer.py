@@ -30,6 +30,7 @@ CHECKPOINT_KIND = "checkpoint"
 VALIDATION = "valid_"  # how the name of the validation metric begins in a record of the history
 OTHER_DATA = "it is of other prepared data (--any-data uses it all the same)"
 _CHECKPOINT_SECONDS = 30.0  # between two checkpoints inside an epoch
+_READOUTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 CHECKPOINT, MODEL, METRICS = "checkpoint.safetensors", "model.safetensors", "metrics.jsonl"
 _CHECK_BLOCK = 4096  # samples whose seen items are counted at a time
 # Fields that phase 1 does not read.
@@ -116,6 +117,7 @@ class Progress:
     stale: int = 0  # epochs since, once the best is above chance
     seconds: float = 0.0
     finished: bool = False
+    readout: float | None = None  # chosen by validation at the end
     sums: dict[str, list[float]] = field(default_factory=dict)  # name -> [sum, count]
     history: list[dict[str, float]] = field(default_factory=list)  # one record an epoch
 
@@ -148,6 +150,7 @@ class Trainer:
         report: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.model, self.config, self.out, self.report = model, config, Path(out), report
+        self._given = model.config  # the readout may change
         self.name = objective
         self.metric = VALIDATION + config.valid_metric
         check_trainable(data, config, [objective])
@@ -184,8 +187,12 @@ class Trainer:
             while self._goes_on():
                 self._epoch()
             self._explain_end(self._is_stale())
+            if self.objective.phase == 1 and self.config.select_readout and self.model.config.steps:
+                self._select_readout()
             progress.finished = True
             self._save()
+        if progress.readout is not None:
+            self._read(progress.readout)
         return self.model.requires_grad_(True).eval()
 
     def _goes_on(self) -> bool:
@@ -193,6 +200,25 @@ class Trainer:
 
     def _is_stale(self) -> bool:
         return self.progress.stale >= max(self.config.patience, 1)
+
+    def _select_readout(self) -> None:
+        """Let validation say how much of h^(K) is read: steps that only harm are left out."""
+        model, found = self.model, {}
+        last = {name: t.clone() for name, t in model.state_dict().items()}
+        model.load_state_dict(self.best)
+        for share in _READOUTS:
+            self._read(share)
+            found[share] = self._score()
+        best = max(found, key=lambda share: (found[share], share))
+        self._read(best)
+        self.progress.readout = best
+        model.save(self.out / MODEL)
+        model.load_state_dict(last)
+        shown = ", ".join(f"{share:g}: {score:.4f}" for share, score in found.items())
+        self.report(f"  readout {best:g}, the share of h^(K), by validation {self.config.valid_metric} ({shown})")
+
+    def _read(self, share: float) -> None:
+        self.model.config = self.model.config.replace(readout=share)
 
     def _explain_end(self, stale: bool) -> None:
         progress = self.progress
@@ -289,12 +315,15 @@ class Trainer:
             total, count = self.progress.sums.get(name, (0.0, 0))
             self.progress.sums[name] = [total + value, count + 1]
 
+    def _score(self) -> float:
+        return validation_score(
+            self.model, self.validation, self.config.valid_metric, self.model.config.backend
+        )
+
     def _validate(self, means: dict[str, float]) -> None:
         progress = self.progress
         clock = time.monotonic()
-        score = validation_score(
-            self.model, self.validation, self.config.valid_metric, self.model.config.backend
-        )
+        score = self._score()
         if score > progress.best:
             progress.best, progress.stale = score, 0
             self.best = {n: t.detach().clone() for n, t in self.model.state_dict().items()}
@@ -343,7 +372,7 @@ class Trainer:
         info = {
             "objective": self.name,
             "data": self.model.data_fingerprint,
-            "model": self.model.config.to_dict(),
+            "model": self._given.to_dict(),
             "train": self.config.to_dict(),
             "progress": asdict(self.progress),
             "n_updates": self.objective.n_updates,
@@ -359,7 +388,7 @@ class Trainer:
             )
         if not any_data and info["data"] != self.model.data_fingerprint:
             raise ValueError(f"{path}: cannot resume, {OTHER_DATA}")
-        saved, ours = info["model"], json.loads(self.model.config.to_json())
+        saved, ours = info["model"], json.loads(self._given.to_json())
         changed = {"model": [f for f in sorted(ours) if saved.get(f) != ours[f]]}
         changed["train"] = resume_conflicts(info, json.loads(self.config.to_json()))
         for key, names in changed.items():
@@ -404,9 +433,9 @@ def make_optimizer(
     """AdamW with decay on dense weights only, and the parameters' names in its numbering.
 
     Embedding rows that no batch touches would shrink towards each other until their scores tie;
-    positions, norms and biases have nothing to gain from decay.
+    positions, norms, biases and bonuses have nothing to gain from decay.
     """
-    spared = ("embedding", "position", "bias", "norm")
+    spared = ("embedding", "position", "bias", "norm", "bonus")
     dense = [(n, p) for n, p in parameters if not any(part in n for part in spared)]
     rest = [(n, p) for n, p in parameters if any(part in n for part in spared)]
     groups = [
