@@ -27,7 +27,8 @@ from lcr_fast.model import LCRSER
 
 _WORLD = synthetic.World(n_users=24, n_topics=16, n_targets=14)
 _MODEL = LCRConfig(
-    dim=8, steps=2, max_search_len=4, max_rec_len=5, max_clicks=2, mlp_hidden=(8,)
+    dim=8, steps=2, max_search_len=4, max_rec_len=5, max_clicks=2, mlp_hidden=(8,),
+    user_embedding=True,
 )  # fmt: skip
 
 _FULL = os.environ.get("FULL") == "1"

@@ -347,7 +347,7 @@ def test_sampled_actions_give_the_gradient_of_the_expected_reward(reward, k):
 
 CONFIG = LCRConfig(
     n_items=9, n_users=3, n_terms=5, dim=4, n_heads=2, ffn_dim=3, steps=2, max_search_len=2,
-    max_rec_len=3, max_clicks=2, mlp_hidden=(4, 3),
+    max_rec_len=3, max_clicks=2, mlp_hidden=(4, 3), user_embedding=True,
 )  # fmt: skip
 # What the fused backends serve; small, as an interpreter may run it.
 FUSED = CONFIG.replace(dim=32, ffn_dim=32, steps=1, mlp_hidden=(16, 16))

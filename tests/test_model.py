@@ -13,7 +13,7 @@ from lcr_fast.weights import REC, SEARCH
 
 CONFIG = LCRConfig(
     n_items=12, n_users=3, n_queries=4, n_terms=6, dim=6, n_heads=3, ffn_dim=4, steps=2,
-    max_search_len=3, max_rec_len=4, max_clicks=2, mlp_hidden=(9, 5),
+    max_search_len=3, max_rec_len=4, max_clicks=2, mlp_hidden=(9, 5), user_embedding=True,
 )  # fmt: skip
 CONFIGS = {
     "default": {},
@@ -25,8 +25,8 @@ CONFIGS = {
     "query ids, dot head": {
         "query_encoder": "id", "score": "dot", "user_embedding": False, "step_ffn": False,
     },
-    "MLP and dot, mean readout, bonus": {
-        "score": "mlp_dot", "readout": 0.5, "seen_bonus": True,
+    "MLP alone, mean readout, no bonus": {
+        "score": "mlp", "readout": 0.5, "seen_bonus": False,
     },
     "text": {
         "item_text_dim": 5, "query_text_dim": 7, "step_embedding": True, "update": "search_first",
@@ -93,7 +93,7 @@ def test_training_scores_match_the_oracle_with_its_dropout(name):
     assert not torch.allclose(scores, model.eval()(batch))
 
 
-@pytest.mark.parametrize("name", ["default", "MLP and dot, mean readout, bonus", "text", "base"])
+@pytest.mark.parametrize("name", ["default", "MLP alone, mean readout, no bonus", "text", "base"])
 def test_rollouts_match_the_oracle(name):
     """In training mode too, where dropout acts on the encoders alone."""
     model, batch = setup(**CONFIGS[name], dropout=0.3)
@@ -252,7 +252,7 @@ def test_candidates_gain_by_standing_in_the_histories_that_are_read():
 
 def test_tied_streams_may_be_swapped():
     """Searches that are clicks alone, positions and weights tied: the streams are the same."""
-    model, batch = setup(score="dot", max_search_len=4, max_clicks=1)
+    model, batch = setup(score="dot", seen_bonus=False, max_search_len=4, max_clicks=1)
     with torch.no_grad():
         for part in (model.encoder, model.reasoning):
             for p in part.parameters():
@@ -370,7 +370,7 @@ def integer_head(model: LCRSER) -> None:
 @torch.no_grad()
 def test_recommend_is_a_full_sort(monkeypatch, k, ties, with_exclude):
     monkeypatch.setattr(reference, "_CATALOGUE_BLOCK", 5)
-    model, batch = setup(n_items=23)
+    model, batch = setup(n_items=23, score="mlp")
     if ties:
         integer_head(model)
     generator = torch.Generator().manual_seed(1)

@@ -18,7 +18,7 @@ from lcr_fast.weights import REC, SEARCH
 
 TINY = LCRConfig(
     n_items=5, dim=6, n_heads=3, ffn_dim=4, steps=2, max_search_len=3, max_rec_len=5,
-    mlp_hidden=(5, 3),
+    mlp_hidden=(5, 3), score="mlp", user_embedding=True,
 )  # fmt: skip
 SHAPES = {
     "D=6 H=3": {},

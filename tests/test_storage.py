@@ -19,7 +19,7 @@ from lcr_fast.testing import random_batch, random_model
 
 CONFIG = LCRConfig(
     n_items=9, n_users=2, n_terms=4, dim=4, steps=2, max_search_len=2, max_rec_len=3,
-    mlp_hidden=(5, 3),
+    mlp_hidden=(5, 3), user_embedding=True,
 )  # fmt: skip
 
 

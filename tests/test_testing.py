@@ -62,8 +62,9 @@ def test_assert_parity_accepts_empty_results_and_wants_a_float64_oracle():
 
 
 CONFIG = LCRConfig(
-    n_items=20, n_users=3, n_terms=9, dim=4, max_search_len=3, max_rec_len=5, max_clicks=2
-)
+    n_items=20, n_users=3, n_terms=9, dim=4, max_search_len=3, max_rec_len=5, max_clicks=2,
+    user_embedding=True,
+)  # fmt: skip
 
 
 def test_random_batch_has_the_corners_and_fits_the_config():

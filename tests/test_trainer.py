@@ -425,7 +425,7 @@ def test_a_fused_backend_gives_the_reference_its_curve(
         if torch.cuda.is_available():
             pytest.skip("the model of this test lives on the CPU, which needs the interpreter")
     # A small MLP before training has dead units: scores tie but for rounding, which picks actions.
-    shape = {"dim": 32, "ffn_dim": 32, "n_heads": 2, "score": "dot"}
+    shape = {"dim": 32, "ffn_dim": 32, "n_heads": 2, "score": "dot", "seen_bonus": False}
     fused, eager = (
         losses(
             make_model,
@@ -519,10 +519,12 @@ def test_weight_decay_touches_dense_weights_only(prepared, make_model, tmp_path)
     states = {}
     for decay in (0.0, 0.5):
         out = tmp_path / str(decay)
-        run(make_model, prepared, "supervised", out, config=config.replace(weight_decay=decay))
+        model = make_model(prepared, score="mlp")  # no layer of which starts at 0
+        decayed = config.replace(weight_decay=decay)
+        run(make_model, prepared, "supervised", out, config=decayed, model=model)
         states[decay] = load_tensors(out / CHECKPOINT, "checkpoint")[0]
     for name, _ in make_model(prepared).named_parameters():
-        spared = any(part in name for part in ("embedding", "position", "bias", "norm"))
+        spared = any(part in name for part in ("embedding", "position", "bias", "norm", "bonus"))
         same = torch.equal(*(state[f"model.{name}"] for state in states.values()))
         assert same == spared, name
 

@@ -21,13 +21,13 @@ from lcr_fast.training.objective import OBJECTIVES
 
 SEED = 0x1234567_89ABCDEF
 CONFIG = TrainConfig(
-    tcl_weight=0.7, tcl_margin=0.2, n_trajectories=4, noise_scale=1.0, reward="ndcg@5", clip=0.02,
+    rank_loss="bce", schedule="constant", align_queries=0.0, tcl_weight=0.7, tcl_margin=0.2, n_trajectories=4, noise_scale=1.0, reward="ndcg@5", clip=0.02,
     kl_weight=0.8, temperature=0.6, inner_epochs=3,
 )  # fmt: skip
 _MODEL = {
     "dim": 4, "n_heads": 2, "ffn_dim": 3, "steps": 2, "max_search_len": 2, "max_rec_len": 3,
     "max_clicks": 2, "mlp_hidden": (4, 3), "dropout": 0.3, "item_text_dim": 0, "query_text_dim": 0,
-    "backend": "reference",
+    "backend": "reference", "score": "mlp",
 }  # fmt: skip
 
 
