@@ -38,6 +38,8 @@ class Step:
         self.config = CONFIG.replace(**changes)
         generator = torch.Generator().manual_seed(0)
         self.model = random_model(make_model(data, **_MODEL).config, generator)
+        with torch.no_grad():
+            self.model.head.seen_bonus.mul_(0.1)  # or it alone would decide
         batcher = make_batcher(data, "train", self.model)
         self.objective = OBJECTIVES[name](self.model, batcher, self.config)
         self.trained = dict(self.objective.parameters())
