@@ -49,6 +49,8 @@ class Step:
             parameter.requires_grad_(True)
         batch = random_batch(self.model.config, n_users, 6, generator)
         batch.candidates[1, 4:] = 0
+        batch.candidates[0, 1], batch.candidates[0, 3] = batch.rec_items[0, 0], batch.rec_items[0, 2]
+        assert batch.rec_lengths[0] == 3
         # Phase 1 pools at column 0, where the target of every batch stands.
         target = batch.target * 0 if name == "supervised" else batch.target.clamp(max=3)
         self.batch = batch.replace(target=target)
