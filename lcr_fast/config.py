@@ -112,7 +112,7 @@ class LCRConfig(_JsonConfig):
     max_search_len: int = _option(30, "most recent searches that are read")
     max_rec_len: int = _option(30, "most recent recommendation events that are read")
     max_clicks: int = _option(5, "clicked items read per search")
-    dropout: float = _option(0.1, "dropout on every sublayer's output and in the head")
+    dropout: float = _option(0.2, "dropout on every sublayer's output and in the head")
     query_encoder: Literal["terms", "id"] = _option(
         "terms", "a query's vector: its terms' mean or its id's"
     )
