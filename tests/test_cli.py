@@ -37,7 +37,7 @@ WORLD = synthetic.World(n_users=24, n_topics=16)
 TINY = [
     *("--epochs", "1", "--rl-epochs", "1", "--rl-epoch-size", "16", "--rl-negatives", "9"),
     *("--dim", "8", "--steps", "1", "--mlp-hidden", "8", "--n-trajectories", "2"),
-    *("--max-search-len", "4", "--max-rec-len", "5", "--no-user-embedding"),
+    *("--max-search-len", "4", "--max-rec-len", "5", "--schedule", "constant"),
 ]
 COMMANDS = (
     "prepare", "train", "evaluate", "baselines", "compare", "recommend", "study", "bench-report",

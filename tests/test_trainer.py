@@ -224,7 +224,7 @@ def test_a_finished_run_goes_on_when_it_may(prepared, make_model, tmp_path, obje
 
 def test_more_patience_lets_a_stopped_run_go_on(prepared, make_model, tmp_path, monkeypatch):
     scores = [0.9, *[0.5] * 9]
-    config = CONFIG.replace(epochs=5, patience=2, schedule="constant")
+    config = CONFIG.replace(epochs=5, patience=2, schedule="constant", select_readout=False)
     for patience, n_epochs in ((2, 2), (3, 3), (1, 3)):
         monkeypatch.setattr(module, "validation_score", lambda *_: scores.pop(0))
         changed = config.replace(patience=patience)

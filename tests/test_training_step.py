@@ -352,6 +352,7 @@ SWITCHES = {
     "min_updates": (999, "schedule", ("supervised",)),
     "schedule": ("linear", "schedule", ("supervised",)),
     "select_readout": (False, "", ()),
+    "valid_metric": ("mrr", "", ()),
     "batch_size": (9, "schedule", ("supervised",)),
     "learning_rate": (0.5, "schedule", ("supervised",)),
     "rl_epochs": (9, "schedule", PHASE_2),
