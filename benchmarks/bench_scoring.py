@@ -42,7 +42,9 @@ def repeated_history(search, rec, search_lengths, rec_lengths, candidates, user,
 
 
 def make_inputs(B: int, generator: torch.Generator, device: str, dtype: torch.dtype):
-    config = LCRConfig(n_items=1, n_users=1, dim=D, max_search_len=L, max_rec_len=L)
+    config = LCRConfig(
+        n_users=1, dim=D, max_search_len=L, max_rec_len=L, score="mlp", user_embedding=True
+    )
     weights = random_weights(config, generator, torch.float32)[2]
     search, rec = (torch.randn(B, L, D, generator=generator) for _ in range(2))
     lengths = torch.full((B,), L)

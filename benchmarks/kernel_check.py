@@ -126,7 +126,7 @@ def _draw_scoring(sizes: Sizes, head: str) -> _Scoring:
     generator = torch.Generator().manual_seed(0)
     config = LCRConfig(
         dim=sizes.dim, max_search_len=sizes.search_len, max_rec_len=sizes.rec_len,
-        mlp_hidden=sizes.hidden, score=head,
+        mlp_hidden=sizes.hidden, score=head, user_embedding=True, seen_bonus=False,
     )  # fmt: skip
 
     def normal(*shape: int) -> Tensor:

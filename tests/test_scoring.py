@@ -46,6 +46,7 @@ class Case:
 
     def __init__(self, head="mlp", n_users=6, n_candidates=5, trajectories=0, seed=0, **changes):
         options = {"dim": 32, "max_search_len": 9, "max_rec_len": 14, "mlp_hidden": (56, 24)}
+        options |= {"score": "mlp", "user_embedding": True, "seen_bonus": False}
         config = LCRConfig(n_items=9, n_users=9, **(options | HEADS[head] | changes))
         g = torch.Generator().manual_seed(seed)
         self.weights = random_weights(config, g, torch.float32)[2]

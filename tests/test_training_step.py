@@ -21,8 +21,9 @@ from lcr_fast.training.objective import OBJECTIVES
 
 SEED = 0x1234567_89ABCDEF
 CONFIG = TrainConfig(
-    rank_loss="bce", schedule="constant", align_queries=0.0, tcl_weight=0.7, tcl_margin=0.2, n_trajectories=4, noise_scale=1.0, reward="ndcg@5", clip=0.02,
-    kl_weight=0.8, temperature=0.6, inner_epochs=3,
+    rank_loss="bce", schedule="constant", align_queries=0.0, tcl_weight=0.7, tcl_margin=0.2,
+    n_trajectories=4, noise_scale=1.0, reward="ndcg@5", clip=0.02, kl_weight=0.8, temperature=0.6,
+    inner_epochs=3,
 )  # fmt: skip
 _MODEL = {
     "dim": 4, "n_heads": 2, "ffn_dim": 3, "steps": 2, "max_search_len": 2, "max_rec_len": 3,
@@ -49,7 +50,7 @@ class Step:
             parameter.requires_grad_(True)
         batch = random_batch(self.model.config, n_users, 6, generator)
         batch.candidates[1, 4:] = 0
-        batch.candidates[0, 1], batch.candidates[0, 3] = batch.rec_items[0, 0], batch.rec_items[0, 2]
+        batch.candidates[0, 1:4:2] = batch.rec_items[0, :3:2]
         assert batch.rec_lengths[0] == 3
         # Phase 1 pools at column 0, where the target of every batch stands.
         target = batch.target * 0 if name == "supervised" else batch.target.clamp(max=3)

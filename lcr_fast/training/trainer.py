@@ -215,7 +215,8 @@ class Trainer:
         model.save(self.out / MODEL)
         model.load_state_dict(last)
         shown = ", ".join(f"{share:g}: {score:.4f}" for share, score in found.items())
-        self.report(f"  readout {best:g}, the share of h^(K), by validation {self.config.valid_metric} ({shown})")
+        metric = self.config.valid_metric
+        self.report(f"  readout {best:g}, the share of h^(K), by validation {metric} ({shown})")
 
     def _read(self, share: float) -> None:
         self.model.config = self.model.config.replace(readout=share)
