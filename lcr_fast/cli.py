@@ -163,8 +163,9 @@ def _add_train(commands: Any) -> None:
     parser.add_argument(
         "--variants",
         nargs="+",
-        default=["base", "lcr", "tcl", "rl"],
-        help="what to train, among base, lcr, tcl, rl, control; rl brings tcl and control along",
+        default=["base", "lcr", "nosearch", "tcl", "rl"],
+        help="what to train, among base, lcr, nosearch (LCR without searches), tcl, rl, control; "
+        "rl brings tcl and control along",
     )
     _add_protocols(parser)
     _add_job_options(parser, SYNTHETIC_DEFAULTS)

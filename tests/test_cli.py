@@ -150,8 +150,12 @@ def test_a_job_writes_its_tables(job, texts):
     for heading, part in zip(parts[::2], parts[1::2], strict=True):
         rows = [line.split("|")[1].strip() for line in part.splitlines()[2:]]
         if "own searches" in heading:
-            kinds = ("those of other users", "none")
-            assert rows == [f"{title}, {kind}" for title in titles for kind in kinds]
+            expected = []
+            for name, variant in VARIANTS.items():
+                kinds = ["those of other users", "none"] * variant.searches
+                kinds += ["none, as trained"] * (name == "lcr")
+                expected += [f"{variant.title}, {kind}" for kind in kinds]
+            assert rows == expected
         else:
             assert rows == [*TITLES.values(), *titles["user by user" in heading :]], heading
     rows = read_csv((job / "run" / "results.csv").read_text())
@@ -178,7 +182,9 @@ def test_only_what_has_tcl_is_trained_with_a_weight_of_it(job):
         weights[variant] = info["train"]["tcl_weight"]
         logged = {key for record in info["progress"]["history"] for key in record}
         assert ("tcl" in logged) == (weights[variant] > 0)
-    assert weights == {"base": 0.0, "lcr": 0.0, "tcl": 0.1, "rl": 0.0, "control": 0.0}
+    assert weights == {
+        "base": 0.0, "lcr": 0.0, "nosearch": 0.0, "tcl": 0.1, "rl": 0.0, "control": 0.0,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", ["base", "rl"])
@@ -352,7 +358,10 @@ def test_compare_two_models_and_groups_of_seeds(job, second):
         (["RUN", "RUN", "RUN"], "got 3"),
         (["RUN", "RUN", "--than", "RUN"], "compared in pairs, a pair a seed: got 2 and 1"),
         (["RUN", "NOWHERE"], "nowhere: no ranks.safetensors there"),
-        (["RUN", "RUN/base"], "no model in common: base, lcr, tcl, rl, control and one model"),
+        (
+            ["RUN", "RUN/base"],
+            "no model in common: base, lcr, nosearch, tcl, rl, control and one model",
+        ),
         (["RUN", "RUN", "--metric", "auc"], "metric must be hr@k, ndcg@k or mrr, got 'auc'"),
         (["RUN/base", "BROKEN"], "ranks.safetensors: not a complete safetensors file"),
         (["RUN/base", "OTHER"], "rank other samples: runs must be of the same prepared data"),
@@ -530,7 +539,7 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has 
         (["--action", "best"], "best"),
         (["--dim", "wide"], "wide"),
         (["--frobnicate"], "--frobnicate"),
-        (["--variants", "base", "ltr"], "base, lcr, tcl, rl, control, got 'ltr'"),
+        (["--variants", "base", "ltr"], "base, lcr, nosearch, tcl, rl, control, got 'ltr'"),
         (["--threads", "0"], "--threads must be at least 1, got 0"),
         (["--device", "abacus"], "--device must be cpu, cuda or cuda:N, got 'abacus'"),
         (["--device", "meta"], "--device must be cpu, cuda or cuda:N, got 'meta'"),

@@ -244,6 +244,28 @@ def test_validation_score(data, model):
 # -- searches ------------------------------------------------------------------------------------
 
 
+def test_data_without_searches_is_the_same_but_for_them(data):
+    other = data.without_searches()
+    assert len(other.search_times) == len(other.click_items) == 0
+    batches = []
+    for each in (data, other):
+        batcher = make_batcher(each, "test", None)
+        rows = np.arange(len(batcher))
+        batches.append(batcher.gather(rows, *with_target(batcher.samples.items, None)))
+    for name, left in vars(batches[0]).items():
+        if not name.startswith("search"):
+            assert torch.equal(left, getattr(batches[1], name)), name
+    assert batches[0].search_lengths.any()
+    assert not batches[1].search_lengths.any()
+    samples = data.split("test")
+    for theirs, ours in zip(
+        other.seen_before(samples.users, samples.times),
+        data.seen_before(samples.users, samples.times),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(theirs, ours)
+
+
 def test_searches_are_exchanged_among_those_who_searched(data):
     samples = data.split("test")
     searched = samples.search_end > data.search_offsets[samples.users]
@@ -280,7 +302,7 @@ def test_only_the_searches_are_those_of_another(data, model):
 
 def test_effects_of_searches_are_paired_differences(data, model):
     effects = search_effects(model, data)
-    searched = evaluation._searched(data, "test")
+    searched = evaluation.searched(data, "test")
     ranks = {
         name: rank_targets(model_scorer(model), make_batcher(data, "test", model, of), "sampled")
         for name, of in (

@@ -16,7 +16,7 @@ import torch
 from lcr_fast import cli
 from lcr_fast.config import TrainConfig
 from lcr_fast.experiments import study
-from lcr_fast.experiments.comparison import Job
+from lcr_fast.experiments.comparison import VARIANTS, Job
 from lcr_fast.experiments.study import parse_axis
 from lcr_fast.model import LCRSER
 from lcr_fast.storage import load_tensors
@@ -37,7 +37,7 @@ RL_CELLS = {
     "tcl", "rl", "control", "rl,reward=mrr", "rl,kl_weight=0.0", "rl,n_trajectories=3",
     "control,n_trajectories=3",
 }  # fmt: skip
-PAPER_CELLS = {"base", "lcr", "tcl", "rl", "control", "rl,steps=0", "control,steps=0"}
+PAPER_CELLS = {*VARIANTS, "rl,steps=0", "control,steps=0"}
 
 
 def run(*argv) -> str:

@@ -8,7 +8,7 @@ job can be resumed: what is finished is read back.
 import csv
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +42,7 @@ Report = Callable[[str], None]
 _EVALUATION, _JOB = "evaluation.json", "job.json"
 _EVALUATION_KIND, _JOB_KIND = "evaluation", "job"
 BASE, BASELINES = "base", "baselines"  # the variant that tables compare to; a folder of a job
+NO_SEARCHES = "nosearch"  # the variant that says what searches are worth
 
 
 def protocol_titles(n_negatives: int | str) -> dict[str, str]:
@@ -61,6 +62,7 @@ class Variant(NamedTuple):
     start: str | None  # the variant whose model is the starting point; None: a fresh one
     steps: bool  # latent reasoning or K = 0
     tcl: bool  # TCL in its own loss
+    searches: bool = True  # trained and evaluated with searches to read
 
     @property
     def model_changes(self) -> dict[str, Any]:
@@ -76,6 +78,9 @@ class Variant(NamedTuple):
 VARIANTS = {
     "base": Variant("Base (K=0)", "supervised", None, steps=False, tcl=False),
     "lcr": Variant("LCR", "supervised", None, steps=True, tcl=False),
+    NO_SEARCHES: Variant(
+        "LCR, no searches", "supervised", None, steps=True, tcl=False, searches=False
+    ),
     "tcl": Variant("LCR+TCL", "supervised", None, steps=True, tcl=True),
     "rl": Variant("LCR+TCL+RL", "grpo", "tcl", steps=True, tcl=False),
     "control": Variant("Control: L_rank, same noise", "noisy", "tcl", steps=True, tcl=False),
@@ -228,13 +233,21 @@ class Job:
         start: str | None = None,
         model: dict[str, Any] | None = None,
         train: dict[str, Any] | None = None,
+        searches: bool = True,
     ) -> dict[str, Any]:
         """Train from the cell ``start`` or from scratch, evaluate, and return all results.
 
-        ``model`` and ``train`` change the job's configs. With ``resume`` what is finished is read
+        ``model`` and ``train`` change the job's configs; without ``searches`` there are none to
+        read. With ``resume`` what is finished is read
         back. The result holds ``ranks``, :class:`~lcr_fast.training.ranks.Ranks` of the test users,
         and what they are worth as ``rows``.
         """
+        if not searches:
+            without = replace(
+                self, data=self.data.without_searches(),
+                measures=tuple(name for name in self.measures if name != "searches"),
+            )  # fmt: skip
+            return without.cell(name, title, objective, start=start, model=model, train=train)
         self.report(f"{title}:")
         last = set(self.last_measures) if objective != "supervised" else set()
         folder = self.out / name
@@ -323,8 +336,12 @@ def run_comparison(job: Job, variants: list[str]) -> str:
     for name, variant in cells.items():
         results[name] = job.cell(
             name, variant.title, variant.objective, start=variant.start,
-            model=variant.model_changes, train=variant.train_changes,
+            model=variant.model_changes, train=variant.train_changes, searches=variant.searches,
         )  # fmt: skip
+    if NO_SEARCHES in results and "searches" in results.get("lcr", {}):
+        searched = evaluation.searched(job.data, "test")
+        pair = [results[name]["ranks"].restricted(searched) for name in ("lcr", NO_SEARCHES)]
+        results["lcr"]["searches"]["training"] = differences([(pair[0], pair[1])])
     changes = _differences(results)
     tables = "\n\n".join(result_tables(results, changes))
     write_results(job.out / "results.csv", results)
@@ -413,8 +430,11 @@ def _search_tables(results: dict[str, dict[str, Any]], titles: dict[str, str]) -
         f"{name}-{than}": {"title": f"{result['title']}, {title}", "rows": result["searches"][than]}
         for name, result in results.items()
         if "searches" in result
-        for than, title in (("others", "those of other users"), ("none", "none"))
-    }
+        for than, title in (
+            ("others", "those of other users"), ("none", "none"), ("training", "none, as trained"),
+        )
+        if than in result["searches"]
+    }  # fmt: skip
     protocols = {row["protocol"] for effect in effects.values() for row in effect["rows"]}
     return [
         "NDCG@5 with a user's own searches less that of the same model with others, users that "

@@ -12,7 +12,7 @@ from lcr_fast.training.trainer import VALIDATION, validation_scores
 Results = dict[str, dict[str, Any]]
 _COLOURS = {
     **dict.fromkeys(TITLES, "#999999"), "base": "#4477aa", "lcr": "#ee6677", "tcl": "#228833",
-    "rl": "#aa3377", "control": "#ccbb44",
+    "rl": "#aa3377", "control": "#ccbb44", "nosearch": "#66ccee",
 }  # fmt: skip
 
 

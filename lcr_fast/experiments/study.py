@@ -98,7 +98,8 @@ class _Cells:
             for key, value in change.items()
             if key not in ignored and value != defaults[key]
         }
-        if variant == "base" or (supervised and not change.get("steps", defaults["steps"])):
+        no_steps = supervised and not change.get("steps", defaults["steps"])
+        if variant == "base" or (no_steps and VARIANTS[variant].searches):
             return "base", {}
         return variant, change
 
@@ -128,6 +129,7 @@ class _Cells:
             key[1], f"seed {seed}, {kind.title}{shown}", kind.objective,
             start=None if kind.start is None else self.name(kind.start, change),
             model=model | kind.model_changes, train=training | kind.train_changes,
+            searches=kind.searches,
         )  # fmt: skip
 
     def numbers(self, variant: str, change: Change) -> list[Numbers]:
@@ -404,7 +406,7 @@ def _search_table(cells: _Cells) -> str:
     """Lay out what a user's own searches are worth to each model of the ablation."""
     groups = ("all", "repeat", "new")
     rows = []
-    for variant in _ABLATION:
+    for variant in (name for name in _ABLATION if VARIANTS[name].searches):
         found = [cells.results[seed, cells.name(variant, {})]["searches"] for seed in cells.seeds]
         for than, title in (("others", "those of other users"), ("none", "none")):
             means = [

@@ -317,12 +317,12 @@ def exchanged_searches(data: PreparedData, split: str = "test", seed: int = 0) -
     """
     samples = data.split(split)
     search_of = np.arange(len(samples))
-    order = np.random.default_rng(seed).permutation(np.flatnonzero(_searched(data, split)))
+    order = np.random.default_rng(seed).permutation(np.flatnonzero(searched(data, split)))
     search_of[order] = np.roll(order, 1)
     return search_of
 
 
-def _searched(data: PreparedData, split: str) -> NDArray[np.bool_]:
+def searched(data: PreparedData, split: str) -> NDArray[np.bool_]:
     """Mark the samples of a split whose history has a search: [n]."""
     samples = data.split(split)
     return samples.search_end > data.search_offsets[samples.users]
@@ -344,7 +344,7 @@ def search_effects(
     protocols = [name for name in protocols if name != "catalogue"]
     own, others, none = (
         rank_model(model, data, split, protocols=protocols, search_of=search_of).restricted(
-            _searched(data, split)
+            searched(data, split)
         )
         for search_of in (None, exchanged, np.full(len(exchanged), -1))
     )
