@@ -46,7 +46,9 @@ class Scorers:
 
     def __init__(self, K: int, precision: str, device: str) -> None:
         sizes = {"n_items": 20_000, "n_users": 1000, "n_terms": 5000}
-        config = LCRConfig(**sizes, dim=D, steps=K, max_search_len=L, max_rec_len=L)
+        config = LCRConfig(
+            **sizes, dim=D, steps=K, max_search_len=L, max_rec_len=L, **harness.PLAIN_READING
+        )
         generator = torch.Generator().manual_seed(0)
         self.eager = random_model(config.replace(backend="reference"), generator, torch.float32)
         self.ours = LCRSER(config).eval()

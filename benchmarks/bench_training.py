@@ -41,11 +41,15 @@ def data(tmp_path_factory):
 )  # fmt: skip
 def test_training_step(benchmark, race, data, device, small, tmp_path, steps, objective, precision):
     users = 8 if small else BATCH[device, objective]
-    options = TrainConfig(precision="bfloat16" if precision == "bf16" else "float32")
+    options = TrainConfig(
+        n_negatives=4, align_queries=0.0,
+        precision="bfloat16" if precision == "bf16" else "float32",
+    )  # fmt: skip
 
     def make_step(backend: str):
         torch.manual_seed(0)
-        config = fit_config(data, LCRConfig(steps=steps, max_clicks=2, backend=backend))
+        plain = LCRConfig(steps=steps, max_clicks=2, backend=backend, **harness.PLAIN_READING)
+        config = fit_config(data, plain)
         model = attach_text(LCRSER(config), data).to(device)
         trainer = Trainer(model, data, options, objective, tmp_path / backend)
         rng = np.random.default_rng(0)

@@ -186,7 +186,7 @@ class TrainConfig(_JsonConfig):
         "dtype of states and item vectors; weights, optimizer and losses stay float32",
     )
     patience: int = _option(
-        5, "epochs without a better validation before stopping, once it is above chance"
+        15, "epochs without a better validation before stopping, once it is above chance"
     )
     valid_metric: str = _option(
         "ndcg@5", "what validation chooses by: hr@k, ndcg@k, mrr, or a sum as for reward"
