@@ -31,6 +31,7 @@ STUDY_DEFAULTS = {
 _QUICK = {"epochs": 1, "rl_epochs": 1, "rl_epoch_size": 64, "rl_negatives": 19}
 _QUICK_USERS = 150
 _FROM_DATA = ("n_items", "n_users", "n_queries", "n_terms", "item_text_dim", "query_text_dim")
+READING = ("keep_duplicates", "time_unit", "test_query")  # options of readers
 _SECTIONS: dict[str, type] = {"model": LCRConfig, "train": TrainConfig}
 
 
@@ -141,7 +142,32 @@ def _add_prepare(commands: Any) -> None:
     parser.add_argument(
         "--min-search-history", type=int, default=0, help="searches before a target"
     )
+    parser.add_argument(
+        "--split", choices=("user", "time"), default="user",
+        help="hold out each user's last targets, or what comes last of all users'",
+    )  # fmt: skip
+    parser.add_argument(
+        "--time-shares", type=float, nargs=2, default=(0.1, 0.1), metavar=("VALID", "TEST"),
+        help="shares of the samples that --split time holds out",
+    )  # fmt: skip
+    parser.add_argument(
+        "--k-core", type=int, default=0, metavar="K",
+        help="drop users and items with fewer than K events, again and again",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace prepared data at OUT")
+    reading = parser.add_argument_group("how to read", "Not every format has each of these.")
+    reading.add_argument(
+        "--keep-duplicates", action="store_true", default=None,
+        help="keep rows that repeat another exactly; they are dropped otherwise",
+    )  # fmt: skip
+    reading.add_argument(
+        "--time-unit", choices=("s", "ms", "us", "ns"),
+        help="of frames; default: ms, of RecBole files s",
+    )  # fmt: skip
+    reading.add_argument(
+        "--test-query", action="store_true", default=None,
+        help="of jdsearch: make the product found by a user's test query a target",
+    )  # fmt: skip
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -400,7 +426,13 @@ def _prepare(arguments: argparse.Namespace) -> None:
     from lcr_fast import data
     from lcr_fast.data.build import prepare
 
-    log = data.read(arguments.source, arguments.input)
+    known = data.reader_options(arguments.source)
+    given = vars(arguments)
+    options = {name: given[name] for name in READING if given[name] is not None}
+    for name in options.keys() - known:
+        flag = name.replace("_", "-")
+        raise ValueError(f"--{flag}: the reader of {arguments.source} has no such option")
+    log = data.read(arguments.source, arguments.input, **options)
     prepared = prepare(
         log,
         arguments.out,
@@ -411,8 +443,14 @@ def _prepare(arguments: argparse.Namespace) -> None:
         min_history=arguments.min_history,
         min_rec_history=arguments.min_rec_history,
         min_search_history=arguments.min_search_history,
+        split=arguments.split,
+        time_shares=tuple(arguments.time_shares),
+        k_core=arguments.k_core,
         overwrite=arguments.overwrite,
     )
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # The names of files may be in letters that the terminal's encoding lacks.
+        sys.stdout.reconfigure(errors="backslashreplace")
     print(prepared.summary())
 
 

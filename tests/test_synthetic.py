@@ -162,7 +162,16 @@ def test_read(tmp_path, monkeypatch):
         ("{", "must be a JSON object of World's fields"),
         ("[1, 2]", "must be a JSON object of World's fields"),
         ('{"n_topics": 4}', "n_topics must be at least 5 for 2 interests, got 4"),
-        ('{"n_users": "many"}', "must be a JSON object of World's fields"),
+        ('{"n_users": "many"}', "n_users must be an integer, got 'many'"),
+        ('{"n_users": 2.5}', r"n_users must be an integer, got 2\.5"),
+        ('{"n_users": true}', "n_users must be an integer, got True"),
+        ('{"n_users": 0}', "n_users must be at least 1, got 0"),
+        ('{"seed": -1}', "seed must be at least 0, got -1"),
+        ('{"items_per_topic": 0}', "items_per_topic must be at least 1, got 0"),
+        ('{"min_events": 30}', r"max_events must be at least min_events \(30\), got 24"),
+        ('{"drift": 5}', r"drift must be within 0\.\.1, got 5"),
+        ('{"text_noise": NaN}', "text_noise must be a number, got nan"),
+        ('{"popularity": 1e400}', "popularity must be a number, got inf"),
     ],
 )
 def test_bad_worlds(tmp_path, text, message):

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from . import splits
+from .core import k_core as core_of
 from .folder import require_free, write_folder
-from .log import InteractionLog, Vectors
+from .log import TERM_END, InteractionLog, Vectors
 from .negatives import KINDS, NegativeSampler
 from .prepared import SPLITS, PreparedData
 from .segments import lower_bound, offsets_of
+from .splits import Split
 
-_TERM_END = "\x1f"  # joins the terms of a query into its key; no text holds it
 _NEGATIVES_CHUNK = 8192  # samples whose negatives are drawn at a time, to bound memory
 
 
@@ -30,30 +33,56 @@ def prepare(
     min_history: int = 1,
     min_rec_history: int = 0,
     min_search_history: int = 0,
+    split: str = "user",
+    time_shares: tuple[float, float] = (0.1, 0.1),
+    k_core: int = 0,
     overwrite: bool = False,
 ) -> PreparedData:
-    """Split a log leave-one-out by time and write it as prepared data.
+    """Split a log by time and write it as prepared data.
 
     A target event becomes a sample if at least ``min_history`` events of either stream lie strictly
     before it, of the recommendation stream at least ``min_rec_history`` and at least
-    ``min_search_history`` searches; users without a sample are dropped. Of a user with at least
-    ``min_targets`` samples the last is a test sample, the one before a validation sample if the
-    user has three or more, and the rest are training samples: with ``min_targets=2`` a user of two
-    gives one to training and one to test. Users with fewer samples only train.
+    ``min_search_history`` searches; users without a sample are dropped. With ``k_core`` only users
+    and items with so many events each are read (see ``core.k_core``).
+
+    ``split="user"`` is leave-one-out: of a user with at least ``min_targets`` samples the last is a
+    test sample, the one before a validation sample if the user has three or more, and the rest are
+    training samples: with ``min_targets=2`` a user of two gives one to training and one to test.
+    Users with fewer samples only train. ``split="time"`` holds out the last ``time_shares``
+    (validation, test) of all samples in time, of each user the last in either period.
 
     Every validation and test sample gets ``n_negatives`` distinct negatives (``negatives``:
-    "popularity" or "uniform"; see ``NegativeSampler``). The same log, options and seed give the
-    same bytes. Raises ValueError for bad options, for a log without any sample, where negatives run
-    out, and if ``out`` is occupied; nothing is written then.
+    "popularity" or "uniform"; see ``NegativeSampler``); one whose user has seen so much that fewer
+    are left is dropped, and counted in the notes. The same log, options and seed give the same
+    bytes. Raises ValueError for bad options, for a log without any sample, where negatives run out
+    for all, and if ``out`` is occupied; nothing is written then.
     """
     history = {
         "min_history": min_history,
         "min_rec_history": min_rec_history,
         "min_search_history": min_search_history,
     }
-    _check_options(negatives, n_negatives, min_targets, history)
+    least = {
+        "seed": 0,
+        "n_negatives": 0,
+        "min_targets": 1,
+        "k_core": 0,
+        **dict.fromkeys(history, 0),
+    }
+    options: dict[str, Any] = {
+        "seed": seed, "n_negatives": n_negatives, "negatives": negatives,
+        "min_targets": min_targets, **history, "split": split, "k_core": k_core,
+    }  # fmt: skip
+    if split == "time":
+        options["time_shares"] = list(time_shares)
+    _check_options(options, least)
+    if split == "time" and not log.common_clock:
+        raise ValueError(f"{log.source}: times compare within a user only: no split by time")
     require_free(out, overwrite)
+    if k_core:
+        log = core_of(log, k_core)
     events, searches, clicks, notes = _keep_users_with_samples(log, history)
+    notes += _time_notes(log, events, clicks)
     users = _numbered([events["user"]])
     items = _numbered([events["item"], clicks["item"], _shown(events)["item"]])
     arrays: dict[str, NDArray] = {}
@@ -64,15 +93,13 @@ def prepare(
     _add_seen(arrays)
     for name, table in (("user", users), ("item", items)):
         arrays |= _id_table(name, table["value"])
-    notes += _add_samples(arrays, events, items, min_targets)
+    notes += _add_samples(arrays, events, items, options)
+    if split == "user" and log.common_clock:
+        notes += splits.later_than_tests(arrays["train_times"], arrays["test_times"])
     data = PreparedData(arrays, {})
-    for number, split in enumerate(("valid", "test")):
+    for number, name in enumerate(("valid", "test")):
         rng = np.random.default_rng([seed, number])
-        arrays[f"{split}_negatives"] = _negatives(data, rng, split, negatives, n_negatives)
-    options = {
-        "seed": seed, "n_negatives": n_negatives, "negatives": negatives,
-        "min_targets": min_targets, **history,
-    }  # fmt: skip
+        arrays[f"{name}_negatives"] = _negatives(data, rng, name, negatives, n_negatives)
     manifest = {
         "source": log.source,
         "counts": _counts(data),
@@ -91,18 +118,16 @@ def prepare(
     return PreparedData.open(write_folder(out, manifest, fill, overwrite=overwrite), verify=False)
 
 
-def _check_options(
-    negatives: str, n_negatives: int, min_targets: int, history: dict[str, int]
-) -> None:
-    if negatives not in KINDS:
-        raise ValueError(f"negatives must be one of {', '.join(KINDS)}, got {negatives!r}")
-    for name, value, least in (
-        ("min_targets", min_targets, 1),
-        *((name, value, 0) for name, value in history.items()),
-        ("n_negatives", n_negatives, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+def _check_options(options: dict[str, Any], least: dict[str, int]) -> None:
+    for name, choices in (("negatives", KINDS), ("split", splits.KINDS)):
+        if options[name] not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {options[name]!r}")
+    for name, value in least.items():
+        if options[name] < value:
+            raise ValueError(f"{name} must be at least {value}, got {options[name]}")
+    shares = options.get("time_shares", [0.1, 0.1])
+    if not (len(shares) == 2 and min(shares) > 0 and sum(shares) < 1):
+        raise ValueError(f"time_shares must be two above 0 that sum to less than 1, got {shares}")
 
 
 def _counts(data: PreparedData) -> dict[str, int]:
@@ -134,7 +159,7 @@ def _keep_users_with_samples(
         passed = times.group_by("user").agg(
             pl.col("time").sort().slice(least - 1, 1).first().alias(name)
         )
-        events = events.join(passed, on="user", how="left")
+        events = events.join(passed, on="user", how="left", maintain_order="left")
         sample &= (pl.col("time") > pl.col(name)).fill_null(False)
     events = events.with_columns(sample=sample)
     n_targets, n_samples = int(events["target"].sum()), int(events["sample"].sum())
@@ -146,9 +171,9 @@ def _keep_users_with_samples(
     kept = events.filter("sample").select("user").unique()
     n_users = pl.concat([events["user"], log.searches["user"]]).n_unique()
     n_events, n_searches = events.height, log.searches.height
-    events = events.join(kept, on="user", how="semi")
-    searches = log.searches.join(kept, on="user", how="semi")
-    clicks = log.clicks.join(searches, on="search", how="semi")
+    events = events.join(kept, on="user", how="semi", maintain_order="left")
+    searches = log.searches.join(kept, on="user", how="semi", maintain_order="left")
+    clicks = log.clicks.join(searches, on="search", how="semi", maintain_order="left")
     notes = [
         f"prepare: {n_samples:,} of {n_targets:,} targets are samples; "
         f"{n_targets - n_samples:,} dropped: fewer than {_wanted(history)} before them",
@@ -157,6 +182,26 @@ def _keep_users_with_samples(
         "no sample",
     ]
     return events, searches, clicks, notes
+
+
+def _time_notes(log: InteractionLog, events: pl.DataFrame, clicks: pl.DataFrame) -> list[str]:
+    """Say what of the order within a user the times leave open, and where streams are apart."""
+    gap = log.time_gap()
+    notes = [f"prepare: {gap}"] if gap else []
+    tied = [
+        f"{n:,} of {frame.height:,} {name}"
+        for name, frame, keys in (
+            ("events", events, ("user", "time")),
+            ("clicks in searches", clicks, ("search", "time")),
+        )
+        if (n := int(frame.select(pl.struct(keys).is_duplicated().sum()).item()))
+    ]
+    if tied:
+        notes.append(
+            f"prepare: {' and '.join(tied)} have the time of another of their user or search; the "
+            "order of the file decides"
+        )
+    return notes
 
 
 def _wanted(history: dict[str, int]) -> str:
@@ -183,16 +228,16 @@ def _numbered(columns: list[pl.Series]) -> pl.DataFrame:
 
 
 def _number(frame: pl.DataFrame, column: str, table: pl.DataFrame, name: str) -> pl.DataFrame:
-    """Add the dense number of a column's values as column ``name``; order may change."""
+    """Add the dense number of a column's values as column ``name``; rows keep their order."""
     numbers = table.select(pl.col("value").alias(column), pl.col("number").alias(name))
-    return frame.join(numbers, on=column, how="inner")
+    return frame.join(numbers, on=column, how="inner", maintain_order="left")
 
 
 def _add_events(
     arrays: dict[str, NDArray], events: pl.DataFrame, users: pl.DataFrame, items: pl.DataFrame
 ) -> pl.DataFrame:
     events = _number(_number(events, "user", users, "u"), "item", items, "i")
-    events = events.sort("u", "time", "order", "i")
+    events = events.sort("u", "time", "order", maintain_order=True)
     arrays["rec_offsets"] = offsets_of(events["u"].to_numpy(), users.height + 1)
     arrays["rec_items"] = events["i"].to_numpy()
     arrays["rec_times"] = events["time"].cast(pl.Int64).to_numpy()
@@ -202,10 +247,10 @@ def _add_events(
 def _add_searches(
     arrays: dict[str, NDArray], searches: pl.DataFrame, users: pl.DataFrame
 ) -> pl.DataFrame:
-    searches = _number(searches, "user", users, "u").sort("u", "time", "search")
+    searches = _number(searches, "user", users, "u").sort("u", "time", maintain_order=True)
     searches = searches.with_columns(
         place=pl.int_range(pl.len(), dtype=pl.Int64),
-        key=pl.col("terms").list.join(_TERM_END).fill_null(""),
+        key=pl.col("terms").list.join(TERM_END).fill_null(""),
     )
     arrays["search_offsets"] = offsets_of(searches["u"].to_numpy(), users.height + 1)
     arrays["search_times"] = searches["time"].cast(pl.Int64).to_numpy()
@@ -218,9 +263,10 @@ def _add_searches(
 def _add_clicks(
     arrays: dict[str, NDArray], clicks: pl.DataFrame, searches: pl.DataFrame, items: pl.DataFrame
 ) -> None:
-    clicks = clicks.join(searches.select("search", "place"), on="search", how="inner")
-    clicks = _number(clicks, "item", items, "i").group_by("place", "i").agg(pl.col("time").min())
-    clicks = clicks.sort("place", "time", "i")
+    places = searches.select("search", "place")
+    clicks = clicks.join(places, on="search", how="inner", maintain_order="left")
+    clicks = _number(clicks, "item", items, "i").sort("place", "time", maintain_order=True)
+    clicks = clicks.unique(["place", "i"], keep="first", maintain_order=True)
     arrays["click_offsets"] = offsets_of(clicks["place"].to_numpy(), searches.height)
     arrays["click_items"] = clicks["i"].to_numpy()
     arrays["click_times"] = clicks["time"].cast(pl.Int64).to_numpy()
@@ -231,7 +277,7 @@ def _add_queries(arrays: dict[str, NDArray], searches: pl.DataFrame) -> pl.DataF
     queries = _numbered([searches["key"]])
     numbered = _number(searches, "key", queries, "q").sort("place")
     arrays["search_queries"] = numbered["q"].to_numpy()
-    texts = queries.select("number", value=pl.col("value").str.split(_TERM_END)).explode("value")
+    texts = queries.select("number", value=pl.col("value").str.split(TERM_END)).explode("value")
     texts = texts.filter(pl.col("value") != "").with_columns(
         place=pl.int_range(pl.len(), dtype=pl.Int64)
     )
@@ -267,7 +313,10 @@ def _add_seen(arrays: dict[str, NDArray]) -> None:
 
 
 def _add_samples(
-    arrays: dict[str, NDArray], events: pl.DataFrame, items: pl.DataFrame, min_targets: int
+    arrays: dict[str, NDArray],
+    events: pl.DataFrame,
+    items: pl.DataFrame,
+    options: dict[str, Any],
 ) -> list[str]:
     place = np.flatnonzero(events["sample"].to_numpy())
     users = events["u"].to_numpy()[place]
@@ -282,14 +331,25 @@ def _add_samples(
         for stream in ("rec", "search")
     }
     n_users = len(arrays["rec_offsets"]) - 2
-    split, notes = _leave_one_out(users, n_users, min_targets)
-    seen = PreparedData(arrays, {}).seen
-    repeat = seen.has(users, arrays["rec_items"][place], times)
+    targets = arrays["rec_items"][place]
+    data = PreparedData(arrays, {})
+    repeat = data.seen.has(users, targets, times)
+    least = options["min_targets"]
+    if options["split"] == "time":
+        split = splits.by_time(users, times, n_users, least, tuple(options["time_shares"]))
+    else:
+        split = splits.leave_one_out(users, n_users, least)
+    if split.times is not None:
+        arrays["split_times"] = split.times
+    dropped = _drop_without_negatives(
+        data, split, users, times, repeat, items.height, options["n_negatives"]
+    )
+    notes = splits.describe(split, users, n_users, least) + dropped
     impressions = _impressions(events, items)
     for number, name in enumerate(SPLITS):
-        rows = np.flatnonzero(split == number)
+        rows = np.flatnonzero(split.of_sample == number)
         arrays[f"{name}_users"] = users[rows]
-        arrays[f"{name}_items"] = arrays["rec_items"][place[rows]]
+        arrays[f"{name}_items"] = targets[rows]
         arrays[f"{name}_times"] = times[rows]
         for stream, end in ends.items():
             arrays[f"{name}_{stream}_end"] = end[rows]
@@ -301,23 +361,42 @@ def _add_samples(
             offsets = offsets_of(shown["row"].to_numpy(), len(rows))
             arrays[f"{name}_impression_offsets"] = offsets
             arrays[f"{name}_impressions"] = shown["i"].to_numpy()
-    _add_counts(arrays, place, users, ends["rec"], split, n_items=items.height)
+    _add_counts(arrays, place[split.of_sample == 0], items.height)
     return notes
 
 
-def _leave_one_out(users: NDArray, n_users: int, min_targets: int) -> tuple[NDArray, list[str]]:
-    """Split of every sample (place in SPLITS), samples being sorted by user and time."""
-    offsets = offsets_of(users, n_users + 1)
-    count = np.diff(offsets)[users]
-    from_end = offsets[users + 1] - 1 - np.arange(len(users))
-    held_out = count >= min_targets
-    split = np.zeros(len(users), dtype=np.int8)
-    split[held_out & (from_end == 0)] = SPLITS.index("test")
-    split[held_out & (from_end == 1) & (count >= 3)] = SPLITS.index("valid")
-    tested, validated = (int((split == SPLITS.index(name)).sum()) for name in ("test", "valid"))
-    return split, [
-        f"prepare: {tested:,} users are tested and {validated:,} validated; "
-        f"{n_users - tested:,} only train: fewer than {min_targets} samples"
+def _drop_without_negatives(
+    data: PreparedData,
+    split: Split,
+    users: NDArray,
+    times: NDArray,
+    repeat: NDArray,
+    n_items: int,
+    n_negatives: int,
+) -> list[str]:
+    """Take held-out samples whose users have seen too much for their negatives out of the split."""
+    # Whoever has seen few items at all need not be looked at closer.
+    much = np.diff(data.seen_offsets)[users] + 1 > n_items - n_negatives
+    rows = np.flatnonzero((split.of_sample > 0) & much)
+    offsets, _ = data.seen_before(users[rows], times[rows])
+    free = n_items - np.diff(offsets) - ~repeat[rows]
+    few = free < n_negatives
+    rows, free = rows[few], free[few]
+    if not len(rows):
+        return []
+    most = int(free.argmax())
+    user = data.users[int(users[rows[most]])]
+    seen = f"user {user!r} has seen all but {free[most]:,} of the {n_items:,} items"
+    if len(rows) == (split.of_sample > 0).sum():
+        raise ValueError(
+            f"{n_negatives} distinct negatives are wanted, but {seen}, and the others no "
+            "fewer: lower --n-negatives"
+        )
+    split.of_sample[rows] = -1
+    return [
+        f"prepare: dropped {len(rows):,} validation and test samples of "
+        f"{len(np.unique(users[rows])):,} users with fewer than {n_negatives} negatives left "
+        f"({seen}): a lower --n-negatives keeps them"
     ]
 
 
@@ -337,28 +416,18 @@ def _impressions(events: pl.DataFrame, items: pl.DataFrame) -> pl.DataFrame:
     return both.filter(pl.len().over("sample") > 1)
 
 
-def _add_counts(
-    arrays: dict[str, NDArray],
-    place: NDArray,
-    users: NDArray,
-    rec_end: NDArray,
-    split: NDArray,
-    n_items: int,
-) -> None:
-    """Popularity from what training may know: nothing at or after a user's first held-out target.
+def _add_counts(arrays: dict[str, NDArray], trained: NDArray, n_items: int) -> None:
+    """Popularity from what training may know, with the events ``trained`` as targets.
 
     A training target may carry the held-out target's own time; it counts too.
     """
-    train = split == SPLITS.index("train")
-    limit = arrays["rec_offsets"][1:].copy()
-    np.minimum.at(limit, users[~train], rec_end[~train])
-    owner = np.repeat(np.arange(len(limit)), np.diff(arrays["rec_offsets"]))
-    known = np.arange(len(owner)) < limit[owner]
-    known[place[train]] = True
+    end = PreparedData(arrays, {}).train_end
+    owner = np.repeat(np.arange(len(end)), np.diff(arrays["rec_offsets"]))
+    known = arrays["rec_times"] < end[owner]
+    known[trained] = True
     items = arrays["rec_items"]
-    arrays["item_count"] = np.bincount(items[known], minlength=n_items + 1).astype(np.int64)
-    targets = items[place[train]]
-    arrays["train_target_count"] = np.bincount(targets, minlength=n_items + 1).astype(np.int64)
+    for name, counted in (("item_count", items[known]), ("train_target_count", items[trained])):
+        arrays[name] = np.bincount(counted, minlength=n_items + 1).astype(np.int64)
 
 
 def _negatives(
@@ -388,12 +457,22 @@ def _id_table(name: str, values: pl.Series) -> dict[str, NDArray]:
 def _write_vectors(path: Path, vectors: Vectors, numbers: pl.DataFrame, n_rows: int) -> None:
     """Stream text vectors into a float32 array by dense id; ids without a vector stay 0."""
     array = None
+    dtype = numbers.schema["value"]
     for keys, block in vectors():
+        if keys.dtype != dtype:
+            raise ValueError(f"{path.stem}: vectors are keyed by {keys.dtype}, ids are {dtype}")
         if array is None:
             shape = (n_rows, block.shape[1])
             array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        if block.shape[1] != array.shape[1]:
+            raise ValueError(
+                f"{path.stem}: vectors of {array.shape[1]} and {block.shape[1]} numbers"
+            )
+        wrong = np.flatnonzero(~np.isfinite(block).all(1))
+        if len(wrong):
+            raise ValueError(f"{path.stem}: the vector of {keys[int(wrong[0])]} is not finite")
         rows = keys.rename("value").to_frame().with_row_index("row")
-        found = rows.join(numbers, on="value", how="inner")
+        found = rows.join(numbers, on="value", how="inner", maintain_order="left")
         array[found["number"].to_numpy()] = block[found["row"].to_numpy()]
     if array is not None:
         array.flush()

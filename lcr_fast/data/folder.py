@@ -3,12 +3,17 @@
 Nothing here knows what the arrays mean; ``prepared.py`` does.
 """
 
+import contextlib
+import fcntl
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,7 @@ from numpy.typing import NDArray
 FORMAT = "lcr_fast prepared data"
 VERSION = 1
 MANIFEST = "manifest.json"
+_PARTIAL, _OLD = "partial", "old"  # folders beside the one to write, until they are in place
 _ENTRY = ("dtype", "shape", "sha256")  # what a manifest says of an array
 _CHUNK = 1 << 22  # bytes read at a time while hashing
 
@@ -43,27 +49,33 @@ def write_folder(
     out = Path(out)
     require_free(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial-{uuid.uuid4().hex}")
+    partial = out.with_name(f".{out.name}.{_PARTIAL}-{uuid.uuid4().hex}")
     partial.mkdir()
     try:
-        fill(partial)
-        arrays = {path.stem: _describe(path) for path in sorted(partial.glob("*.npy"))}
-        content = {
-            "format": FORMAT,
-            "version": VERSION,
-            "fingerprint": fingerprint_of(arrays),
-            **manifest,
-            "arrays": arrays,
-        }
-        (partial / MANIFEST).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        for path in partial.iterdir():
-            _fsync(path)
-        _fsync(partial)
-        _swap(partial, out)
+        with _held(partial):
+            _write(partial, manifest, fill)
+            _swap(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     _fsync(out.parent)
     return out
+
+
+def _write(folder: Path, manifest: Mapping[str, Any], fill: Callable[[Path], None]) -> None:
+    fill(folder)
+    arrays = {path.stem: _describe(path) for path in sorted(folder.glob("*.npy"))}
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "fingerprint": fingerprint_of(arrays),
+        **manifest,
+        "arrays": arrays,
+    }
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    for path in folder.iterdir():
+        _fsync(path)
+    _fsync(folder)
 
 
 def open_folder(
@@ -99,8 +111,12 @@ def fingerprint_of(entries: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def require_free(out: str | os.PathLike, overwrite: bool) -> None:
-    """Raise ValueError unless ``out`` is free to be written by ``write_folder``."""
+    """Raise ValueError unless ``out`` is free to be written by ``write_folder``.
+
+    What a killed writer left beside ``out`` is removed, or put back where it was ``out`` itself.
+    """
     out = Path(out)
+    _tidy(out)
     if not out.exists():
         return
     if not out.is_dir():
@@ -114,21 +130,57 @@ def require_free(out: str | os.PathLike, overwrite: bool) -> None:
             f"{out} is not empty and not prepared data: it is never overwritten"
         ) from None
     if not overwrite:
-        raise ValueError(f"{out} already holds prepared data: pass overwrite=True to replace it")
+        raise ValueError(
+            f"{out} already holds prepared data: name another folder, or overwrite it (--overwrite)"
+        )
+
+
+def _tidy(out: Path) -> None:
+    """Remove what killed writers of ``out`` left: ours by name and content, and nobody's by lock.
+
+    A writer that dies between its two renames leaves the old data alone; they are put back.
+    """
+    ours = re.compile(rf"\.{re.escape(out.name)}\.({_PARTIAL}|{_OLD})-[0-9a-f]{{32}}")
+    for path in sorted(out.parent.glob(f".{glob.escape(out.name)}.*")):
+        named = ours.fullmatch(path.name)
+        if named is None or path.is_symlink() or not path.is_dir():
+            continue
+        if any(file.suffix != ".npy" and file.name != MANIFEST for file in path.iterdir()):
+            continue
+        with contextlib.suppress(BlockingIOError), _held(path):
+            if named[1] == _OLD and not out.exists():
+                path.rename(out)
+            else:
+                shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Lock a folder, under whatever name, until the block or the process ends.
+
+    Raises BlockingIOError where another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _swap(partial: Path, out: Path) -> None:
     if not out.exists():
         partial.rename(out)
         return
-    old = out.with_name(f".{out.name}.old-{uuid.uuid4().hex}")
-    out.rename(old)
-    try:
-        partial.rename(out)
-    except BaseException:
-        old.rename(out)
-        raise
-    shutil.rmtree(old)
+    old = out.with_name(f".{out.name}.{_OLD}-{uuid.uuid4().hex}")
+    with _held(out):
+        out.rename(old)
+        try:
+            partial.rename(out)
+        except BaseException:
+            old.rename(out)
+            raise
+        shutil.rmtree(old)
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -177,9 +229,14 @@ def _open_array(path: Path, entry: Any, verify: bool) -> NDArray:
     if not path.is_file():
         raise PreparedDataError(f"{path}: missing")
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception:
+        # NumPy reads the header as Python text: damaged, it raises nearly anything.
         raise PreparedDataError(f"{path}: truncated, or not a .npy array") from None
+    if not isinstance(array, np.memmap) or not array.flags.c_contiguous:
+        raise PreparedDataError(f"{path}: not a .npy array in C order")
     for name, got in (("dtype", array.dtype.str), ("shape", list(array.shape))):
         if got != entry[name]:
             raise PreparedDataError(f"{path}: {name} {got}, but the manifest says {entry[name]}")

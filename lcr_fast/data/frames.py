@@ -1,7 +1,12 @@
-"""Reader of any other data set, brought into the columns of an InteractionLog as Parquet files.
+"""Reader of any other data set, brought into the columns of an InteractionLog.
 
 The way in for one's own logs, and for prepared pickles of other projects: a pickle runs code when
 it is loaded, so none is ever read here. Load it where that is acceptable, and write its tables out.
+
+A folder holds the tables ``events``, ``searches`` and ``clicks``, each as Parquet or as text: .csv,
+or .tsv, also gzipped (.csv.gz). In text the terms of a search and the ids of impressions are
+separated by spaces. RecBole's atomic file, ``NAME.inter``, may stand for the events: then searches
+and clicks may be missing.
 """
 
 from __future__ import annotations
@@ -11,30 +16,161 @@ from pathlib import Path
 
 import polars as pl
 
-from .log import InteractionLog
+from . import rules
+from .log import COLUMNS, OPTIONAL, InteractionLog
+from .table import check, read_table, readable, scan, without_repeated
+
+_SEPARATORS = {".csv": ",", ".tsv": "\t", ".inter": "\t"}
+_ENDS = (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
+_ATOMIC = ".inter"
+_ATOMIC_FIELDS = {"user_id:token": "user", "item_id:token": "item", "timestamp:float": "time"}
+_DEFAULTS = {"order": pl.col("row"), "target": pl.lit(True)}
+_NUMBER, _TERMS = pl.Int64(), pl.List(pl.String)
+_NULLABLE = ("terms", "impressions", "relevant", "topic")
+_RULES = {
+    "user": rules.ID, "item": rules.ID, "order": rules.INTEGER, "target": rules.FLAG,
+    "impressions": rules.IDS, "search": rules.ID, "terms": rules.WORDS, "relevant": rules.INTEGER,
+    "topic": rules.INTEGER,
+}  # fmt: skip
 
 
-def read(path: str | os.PathLike) -> InteractionLog:
-    """Read ``events.parquet``, ``searches.parquet`` and ``clicks.parquet`` of a folder.
+def read(
+    path: str | os.PathLike, *, time_unit: str | None = None, keep_duplicates: bool = False
+) -> InteractionLog:
+    """Read the tables of a folder, or a RecBole file alone.
 
-    Their columns are those of ``InteractionLog``. Raises FileNotFoundError for a missing file and
-    ValueError for one that is unreadable or lacks a column.
+    Columns are those of ``InteractionLog``; others are ignored. Without a column order the row
+    decides where times tie, without target every event is one; empty terms are none. Times are in
+    ``time_unit`` ("s", "ms", "us", "ns"; default: ms, and s in an atomic file) or Datetimes. A row
+    that repeats another in all columns read is dropped without ``keep_duplicates``. Raises
+    FileNotFoundError for a missing file and ValueError for one that is unreadable, lacks a column,
+    or where a field is malformed.
     """
-    folder = Path(path)
-    events, searches, clicks = (
-        _frame(folder / f"{name}.parquet") for name in ("events", "searches", "clicks")
-    )
-    note = (
-        f"kept {events.height:,} events, {searches.height:,} searches, {clicks.height:,} clicks; "
-        "dropped none"
-    )
-    return InteractionLog(folder.name, events, searches, clicks, [note])
+    path = Path(path)
+    paths = _paths(path)
+    unit = time_unit or ("s" if _ends_with(paths["events"], _ATOMIC) else "ms")
+    tables, notes = {}, []
+    for name, file in paths.items():
+        table, ignored = _read(name, file, unit)
+        # The key of a search names one: a row that is there twice is one search all the same.
+        tables[name], repeated = without_repeated(
+            table, file, keep_duplicates and name != "searches"
+        )
+        notes += ignored + repeated
+    for name in ("searches", "clicks"):
+        if name not in tables:
+            types: dict[str, pl.DataType] = {"terms": _TERMS}
+            columns = ("row", *COLUMNS[name])
+            tables[name] = pl.DataFrame(schema={c: types.get(c, _NUMBER) for c in columns})
+            notes.append(f"no {name}: there is no such file")
+    _share_ids(tables, paths, "user", "searches")
+    _share_ids(tables, paths, "item", "clicks")
+    _number_searches(tables, paths)
+    events, searches, clicks = (tables[name].drop("row") for name in COLUMNS)
+    kept = f"kept {events.height:,} events, {searches.height:,} searches, {clicks.height:,} clicks"
+    return InteractionLog(path.name, events, searches, clicks, [kept, *notes])
 
 
-def _frame(path: Path) -> pl.DataFrame:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found")
-    try:
-        return pl.read_parquet(path)
-    except pl.exceptions.PolarsError as error:
-        raise ValueError(f"{path.name}: cannot be read: {str(error).splitlines()[0]}") from None
+def _ends_with(path: Path, *ends: str) -> bool:
+    return path.name.removesuffix(".gz").endswith(ends)
+
+
+def _paths(path: Path) -> dict[str, Path]:
+    """Find the file of each table that is there: events always, the others too but for .inter."""
+    if path.is_file():
+        if not _ends_with(path, _ATOMIC):
+            raise ValueError(f"{path}: not a folder of tables, nor a RecBole file (.inter)")
+        return {"events": path}
+    paths = {}
+    for name in COLUMNS:
+        found = [path / f"{name}{end}" for end in _ENDS if (path / f"{name}{end}").is_file()]
+        if name == "events":
+            found += sorted(file for file in path.glob("*.inter*") if _ends_with(file, _ATOMIC))
+        if len(found) > 1:
+            raise ValueError(f"{path} holds {' and '.join(f.name for f in found)}: keep one")
+        if found:
+            paths[name] = found[0]
+    lone = len(paths) == 1 and "events" in paths and _ends_with(paths["events"], _ATOMIC)
+    for name in COLUMNS:
+        if name not in paths and not lone:
+            raise FileNotFoundError(
+                f"{path / name}.parquet: not found, nor as {', '.join(_ENDS[1:])}"
+            )
+    return paths
+
+
+def _read(name: str, file: Path, unit: str) -> tuple[pl.DataFrame, list[str]]:
+    """Read the columns of a table that are there, with defaults for those that need not be."""
+    separator = _SEPARATORS.get(Path(file.name.removesuffix(".gz")).suffix, ",")
+    quote_char = None if _ends_with(file, _ATOMIC) else '"'
+    with readable(file):
+        present = scan(file, separator, quote_char).collect_schema().names()
+    columns = (*COLUMNS[name], *OPTIONAL[name])
+    names = {column: column for column in columns if column in present}
+    names |= {c: c for c in COLUMNS[name] if c not in _DEFAULTS}  # missed where they are
+    if _ends_with(file, _ATOMIC):
+        names = _ATOMIC_FIELDS
+    fields = {
+        there: rules.time(unit) if column == "time" else _RULES[column]
+        for there, column in names.items()
+    }
+    table = read_table(
+        file,
+        fields,
+        nullable=tuple(there for there, column in names.items() if column in _NULLABLE),
+        separator=separator,
+        quote_char=quote_char,
+    ).rename(names)
+    defaults = {
+        column: value
+        for column, value in _DEFAULTS.items()
+        if column in COLUMNS[name] and column not in names.values()
+    }
+    others = [column for column in present if column not in names]
+    notes = [f"{file.name}: ignored the columns {', '.join(others)}"] if others else []
+    return table.with_columns(**defaults), notes
+
+
+def _share_ids(
+    tables: dict[str, pl.DataFrame], paths: dict[str, Path], column: str, other: str
+) -> None:
+    """Give the ids of two tables one type: a text file does not say whether "7" is a number.
+
+    Its ids are numbers where all are, unless a Parquet file beside it has text.
+    """
+    names = [name for name in ("events", other) if name in paths]
+    texts = [name for name in names if not _ends_with(paths[name], ".parquet")]
+    typed = [tables[name].schema[column] for name in names if name not in texts]
+    number = pl.col(column).cast(pl.Int64, strict=False)
+    plain = (number.cast(pl.String) == pl.col(column)).fill_null(False).all()
+    if pl.String not in typed and all(tables[name].select(plain).item() for name in texts):
+        for name in texts:
+            tables[name] = tables[name].with_columns(number)
+            if column == "item" and "impressions" in tables[name].columns:
+                tables[name] = _with_numbers(tables[name], paths[name])
+    if other not in paths:
+        tables[other] = tables[other].cast({column: tables["events"].schema[column]})
+
+
+def _with_numbers(events: pl.DataFrame, path: Path) -> pl.DataFrame:
+    """Make the impressions of a text file numbers, as its items are."""
+    shown = pl.col("impressions")
+    numbers = shown.cast(pl.List(pl.Int64), strict=False)
+    valid = shown.is_null() | (numbers.cast(pl.List(pl.String)) == shown)
+    check(events, valid, path, "impressions", "ids that are integers, as the items are")
+    return events.with_columns(numbers)
+
+
+def _number_searches(tables: dict[str, pl.DataFrame], paths: dict[str, Path]) -> None:
+    """Replace the keys of searches, which may be text, by the row of the search."""
+    searches, clicks = (tables[name].cast({"search": pl.String}) for name in ("searches", "clicks"))
+    if "searches" in paths:
+        distinct = pl.col("search").is_first_distinct()
+        check(searches, distinct, paths["searches"], "search", "a key of its own")
+    numbers = searches.select("search", number="row")
+    known = clicks.join(numbers, on="search", how="left", maintain_order="left")
+    if "clicks" in paths:
+        found = pl.col("number").is_not_null()
+        check(known, found, paths["clicks"], "search", "the key of a search")
+    tables["searches"] = searches.with_columns(search="row")
+    tables["clicks"] = known.with_columns(search="number").drop("number")

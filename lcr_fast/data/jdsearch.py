@@ -12,36 +12,39 @@ from pathlib import Path
 
 import polars as pl
 
+from . import rules
 from .log import InteractionLog
-from .table import check, read_table
+from .rules import is_positive
+from .table import check, read_table, without_repeated
 
 _HISTORY = ("history_qry_list", "history_wid_list", "history_type_list")
 _TIMES = "history_time_list"
 _CANDIDATES = ("candidate_wid_list", "candidate_label_list")
 _NO_QUERY = "-1"
 _TERM_END = "\x18"
+_MAX_SECONDS = rules.MAX_MS // 1000
+_PRODUCT = pl.element().str.contains("^[0-9]+$")
 _FILES = ("user_behavior_data.txt", "user_behavior_data_sample.txt")
 
 
-def read(path: str | os.PathLike, *, test_query: bool = False) -> InteractionLog:
+def read(
+    path: str | os.PathLike, *, test_query: bool = False, keep_duplicates: bool = False
+) -> InteractionLog:
     """Read the behaviour file, or the folder that holds it.
 
     The final test query is a product search, not a recommendation, and is left out. With
     ``test_query`` the product of its highest label (the first of several) becomes a target at the
     query's time with the candidates nobody acted on as impressions; the query itself stays hidden,
-    for a history is strictly before. Raises ValueError naming file, row and field where lists are
-    malformed or of unequal length.
+    for a history is strictly before. A line that repeats another is dropped without
+    ``keep_duplicates``, which makes it a user of its own. Raises ValueError naming file, row and
+    field where lists are malformed or of unequal length.
     """
     path = _file(Path(path))
-    fields = dict.fromkeys(("query", *_CANDIDATES, *_HISTORY, _TIMES), "text")
+    fields = dict.fromkeys(("query", *_CANDIDATES, *_HISTORY, _TIMES), rules.TEXT)
     nullable = (*_HISTORY, *_CANDIDATES)
     rows = read_table(path, fields, nullable=nullable, separator="\t", quote_char=None)
-    rows = rows.rename({"row": "user"}).with_columns(
-        pl.col(name).fill_null("").str.split("_").list.drop_nulls() for name in fields
-    )
-    rows = rows.with_columns(  # "" splits into one empty text
-        pl.col(name).list.eval(pl.element().filter(pl.element() != "")) for name in fields
-    )
+    rows, repeated = without_repeated(rows, path, keep_duplicates)
+    rows = rows.rename({"row": "user"}).with_columns(_entries(name) for name in fields)
     behaviours, asked = _behaviours(rows, path)
     events = behaviours.filter(~pl.col("searched")).select(
         "user", "time", "order", item="product", target=pl.lit(True)
@@ -65,7 +68,8 @@ def read(path: str | os.PathLike, *, test_query: bool = False) -> InteractionLog
         events = pl.concat([events, tested], how="diagonal")
     else:
         notes.append(f"dropped {rows.height:,} test queries: product searches, no recommendations")
-    return InteractionLog("jdsearch", events, searches, clicks, notes)
+    notes += repeated
+    return InteractionLog("jdsearch", events, searches, clicks, notes, common_clock=False)
 
 
 def _file(path: Path) -> Path:
@@ -75,6 +79,13 @@ def _file(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     raise FileNotFoundError(f"{path / _FILES[0]}: not found")
+
+
+def _entries(name: str) -> pl.Expr:
+    """Split a list into its entries; "" is a list of none, elsewhere an entry that is missing."""
+    text = pl.col(name).fill_null("")
+    none = pl.lit([], pl.List(pl.String))
+    return pl.when(text == "").then(none).otherwise(text.str.split("_")).alias(name)
 
 
 def _behaviours(rows: pl.DataFrame, path: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -87,10 +98,15 @@ def _behaviours(rows: pl.DataFrame, path: Path) -> tuple[pl.DataFrame, pl.DataFr
     check(told, longer, path, _TIMES, "one entry more than history_qry_list")
     seconds = pl.col(_TIMES).cast(pl.List(pl.Int64), strict=False)
     times = told.with_columns(seconds=seconds)
-    valid = (pl.col("seconds").list.min() >= 0) & ~pl.col("seconds").list.contains(None)
-    check(times, valid.fill_null(False), path, _TIMES, "intervals in seconds")
-    ids = pl.col("history_wid_list").list.eval(pl.element().str.contains(r"^\d+$")).list.all()
-    check(told, ids, path, "history_wid_list", "product ids")
+    each = pl.col("seconds").list.eval(pl.element().is_between(0, _MAX_SECONDS)).list
+    valid = each.all() & ~each.contains(None) & (pl.col("seconds").list.sum() <= _MAX_SECONDS)
+    check(times, valid, path, _TIMES, "intervals in seconds")
+    products = pl.col("history_wid_list").list.eval(_PRODUCT).list.all()
+    check(told, products, path, "history_wid_list", "product ids")
+    # "" among the terms, or in place of them.
+    words = pl.element().str.split(_TERM_END).list.contains("").not_()
+    queries = pl.col("history_qry_list").list.eval(words).list.all()
+    check(told, queries, path, "history_qry_list", "queries, or -1 for none")
     asked = times.select(user="row", time=pl.col("seconds").list.sum() * 1000)
     history = times.select(
         user="row",
@@ -115,14 +131,15 @@ def _test_targets(
     told = rows.rename({"user": "row"})
     same = pl.col(labels).list.len() == pl.col(products).list.len()
     check(told, same, path, labels, "as many entries as candidate_wid_list")
+    check(told, pl.col(products).list.eval(_PRODUCT).list.all(), path, products, "product ids")
     numbers = pl.col(labels).cast(pl.List(pl.Float64), strict=False)
-    valid = ~numbers.list.contains(None)
-    check(told, valid, path, labels, "numbers")
+    finite = numbers.list.eval(pl.element().is_finite()).list
+    check(told, finite.all() & ~finite.contains(None), path, labels, "numbers")
     shown = told.select(user="row", item=products, label=numbers)
     shown = shown.filter(pl.col("label").list.len() > 0).explode("item", "label")
-    best = shown.filter(pl.col("label") > 0).group_by("user", maintain_order=True)
+    best = shown.filter(is_positive(pl.col("label"))).group_by("user", maintain_order=True)
     targets = best.agg(item=pl.col("item").get(pl.col("label").arg_max()))
-    others = shown.filter(pl.col("label") <= 0).group_by("user", maintain_order=True)
+    others = shown.filter(~is_positive(pl.col("label"))).group_by("user", maintain_order=True)
     targets = targets.join(others.agg(impressions="item"), on="user", how="left")
     return targets.join(asked, on="user").with_columns(
         target=pl.lit(True), order=first_order + pl.col("user")

@@ -20,7 +20,7 @@ class NegativeSampler:
     def __init__(self, data: PreparedData, kind: str = "popularity", smoothing: int = 1) -> None:
         if kind not in KINDS:
             raise ValueError(f"negatives must be one of {', '.join(KINDS)}, got {kind!r}")
-        self.seen = data.seen
+        self.data, self.seen = data, data.seen
         weights = np.array(data.item_count, dtype=np.int64) + smoothing
         if kind == "uniform":
             weights[:] = 1
@@ -86,9 +86,10 @@ class NegativeSampler:
     ) -> NDArray[np.int64]:
         if len(allowed) < (wanted if distinct else min(wanted, 1)):
             kind = "distinct negatives" if distinct else "negatives"
+            left = n - wanted + len(allowed) if distinct else 0
             raise ValueError(
-                f"user {user} has seen all but too few of the {len(self.weights) - 1} items: "
-                f"{n} {kind} are wanted, {n - wanted + len(allowed) if distinct else 0} are left"
+                f"user {self.data.users[int(user)]!r} has seen all but too few of the "
+                f"{len(self.weights) - 1} items: {n} {kind} are wanted, {left} are left"
             )
         share = self.weights[allowed] / self.weights[allowed].sum()
         return rng.choice(allowed, size=wanted, replace=not distinct, p=share)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .prepared import SPLITS, PreparedData
+from .prepared import PreparedData
 
 
 class TrainingPairs(NamedTuple):
@@ -20,14 +20,11 @@ class TrainingPairs(NamedTuple):
 
 
 def training_pairs(data: PreparedData) -> TrainingPairs:
-    """List the pairs strictly before each user's first held-out target; all of other users'.
+    """List the pairs of what training knows, strictly before ``data.train_end``.
 
     An item followed by itself makes no pair.
     """
-    end = np.full(data.n_users + 1, np.iinfo(np.int64).max)
-    for split in SPLITS[1:]:
-        samples = data.split(split)
-        np.minimum.at(end, samples.users, samples.times)
+    end = data.train_end
     every_user = np.arange(data.n_users + 1)
     searcher = np.repeat(every_user, np.diff(data.search_offsets))
     search = np.repeat(np.arange(len(searcher)), np.diff(data.click_offsets))

@@ -16,10 +16,11 @@ click_items, click_times             [clicks]       sorted by time within a sear
 query_term_offsets, query_terms      [Q+2], [..]    term ids of a query
 seen_offsets                         [U+2]          distinct items of a user's events and clicks
 seen_items, seen_times               [..]           sorted by item; time of the first sight
-item_count                           [I+1]          events before the user's held-out targets
+item_count                           [I+1]          events that training knows (``train_end``)
 train_target_count                   [I+1]          training samples with this target
 {user,item,term}_id_offsets, _bytes  [N+2], [..]    original ids as UTF-8
 item_text, query_text                [I+1|Q+1, D]   frozen float32 text vectors; optional
+split_times                          [2]            of a split by time: begin of valid and test
 {split}_users, _items, _times        [n]            a sample: user, target item, target time
 {split}_rec_end, _search_end         [n]            ends of the history in rec_* and search_*
 {split}_repeat                       [n]            was the target among the seen items before?
@@ -72,6 +73,7 @@ _ITEMS = (
 _SAMPLE = {"users": "i4", "items": "i4", "times": "i8"}
 _SAMPLE |= {"rec_end": "i8", "search_end": "i8", "repeat": "b1"}
 _OPTIONAL = {"search_relevant": "i1", "search_topic": "i4", "item_text": "f4", "query_text": "f4"}
+_OPTIONAL |= {"split_times": "i8"}
 _OPTIONAL |= {f"{split}_impression_offsets": "i8" for split in SPLITS}
 _OPTIONAL |= {f"{split}_impressions": "i4" for split in SPLITS}
 _REQUIRED = {
@@ -231,6 +233,20 @@ class PreparedData:
     def terms(self) -> IdTable:
         return IdTable(self.term_id_offsets, self.term_id_bytes)
 
+    @cached_property
+    def train_end(self) -> NDArray[np.int64]:
+        """Time of every user [U + 1] from which on training knows nothing.
+
+        That of the first held-out target, or where the split is by time, of the split.
+        """
+        end = np.full(self.n_users + 1, np.iinfo(np.int64).max)
+        if "split_times" in self.arrays:
+            end[:] = self.split_times[0]
+        for name in SPLITS[1:]:
+            samples = self.split(name)
+            np.minimum.at(end, samples.users, samples.times)
+        return end
+
     def query(self, number: int) -> str:
         """Return the terms of a query as one text."""
         start, end = self.query_term_offsets[number : number + 2]
@@ -285,9 +301,11 @@ class PreparedData:
         if not len(samples):
             return f"{name}: no samples"
         covered = self.train_target_count[samples.items] > 0
+        searches = samples.search_end - self.search_offsets[samples.users]
         text = (
             f"{name}: {len(samples):,} samples, {samples.repeat.mean():.1%} repeats, "
-            f"{covered.mean():.1%} of the targets are training targets"
+            f"{covered.mean():.1%} of the targets are training targets, "
+            f"{(searches > 0).mean():.1%} with searches before them ({searches.mean():.1f} each)"
         )
         if samples.impression_offsets is not None:
             shown = np.diff(samples.impression_offsets)
@@ -323,6 +341,7 @@ def _faults(arrays: Mapping[str, NDArray]):
     lengths = {"search_offsets": n_users + 2, "seen_offsets": n_users + 2}
     lengths |= {"user_id_offsets": n_users + 2, "item_id_offsets": n_items + 2}
     lengths |= {"click_offsets": len(arrays["search_times"]) + 1, "train_target_count": n_items + 1}
+    lengths |= {"split_times": 2}
     lengths |= {"item_text": n_items + 1, "query_text": n_queries + 1}
     for split in SPLITS:
         lengths |= {f"{split}_{name}": len(arrays[f"{split}_users"]) for name in _SAMPLE}

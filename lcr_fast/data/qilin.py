@@ -21,8 +21,10 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from . import rules
 from .log import InteractionLog, Vectors
-from .table import check, field_error, read_table
+from .rules import INTEGER, NUMBER, is_missing, is_positive
+from .table import check, count_rows, field_error, read_table, readable, scan, without_repeated
 
 _RECOMMENDATIONS = "rec_result_details_with_idx"
 _RESULTS = "search_result_details_with_idx"
@@ -35,16 +37,22 @@ _STRUCT = re.compile(r"\{([^{}]*)\}")
 _FIELD = re.compile(r"\s*'(\w+)':\s*('[^']*'|\"[^\"]*\"|[\w.+-]+)\s*(?:,|$)")
 
 
-def read(path: str | os.PathLike) -> InteractionLog:
+def read(path: str | os.PathLike, *, keep_duplicates: bool = False) -> InteractionLog:
     """Read a folder of Qilin's configurations: recommendation_*, search_* and, for vectors, notes.
 
     Each is ``<name>/*.parquet``, ``<name>.parquet`` or ``<name>.csv``; the train parts must be
     there. Columns ``note_embedding`` and ``question_embedding``, where present, become frozen text
-    vectors. Raises ValueError naming file, row and field where a cell is malformed.
+    vectors. A click that is null or NaN is none. Rows that repeat another of their file are dropped
+    without ``keep_duplicates``. Raises ValueError naming file, row and field where a cell is
+    malformed.
     """
     folder = Path(path)
-    requests = _read_parts(folder, "recommendation", _RECOMMENDATIONS, "request_timestamp", ())
-    asked = _read_parts(folder, "search", _RESULTS, "search_timestamp", ("query",))
+    requests, repeated = _read_parts(
+        folder, "recommendation", (), _RECOMMENDATIONS, "request_timestamp", keep_duplicates
+    )
+    asked, again = _read_parts(
+        folder, "search", ("query",), _RESULTS, "search_timestamp", keep_duplicates
+    )
     events, notes = _events(requests)
     searches, clicks, more = _searches(asked)
     files = [file for name in ("search_train", "search_test") for file in _files(folder, name)]
@@ -53,7 +61,13 @@ def read(path: str | os.PathLike) -> InteractionLog:
     texts = [f"text vectors of {what}: {'read' if text else 'none'}"
              for what, text in (("notes", item_text), ("queries", query_text))]  # fmt: skip
     return InteractionLog(
-        "qilin", events, searches, clicks, notes + more + texts, item_text, query_text
+        "qilin",
+        events,
+        searches,
+        clicks,
+        notes + more + texts + repeated + again,
+        item_text,
+        query_text,
     )
 
 
@@ -68,59 +82,91 @@ def _files(folder: Path, name: str) -> list[Path]:
 
 
 def _read_parts(
-    folder: Path, stream: str, details: str, stamp: str, more: tuple[str, ...]
-) -> pl.DataFrame:
-    """Read train and test: request (number over all files), user, ``more``, results.
+    folder: Path,
+    stream: str,
+    more: tuple[str, ...],
+    details: str,
+    stamp: str,
+    keep_duplicates: bool,
+) -> tuple[pl.DataFrame, list[str]]:
+    """Read train and test: request (number over all files), user, ``more``, results; and notes.
 
     ``results`` is a list of structs note, click, time (ms, null where unknown).
     """
-    parts = []
+    parts, notes, n_rows = [], [], 0
     for name in (f"{stream}_train", f"{stream}_test"):
         files = _files(folder, name)
         if not files and name.endswith("_train"):
             raise FileNotFoundError(f"{folder / name}: no .parquet or .csv found")
-        parts += [_read_part(file, details, stamp, more) for file in files]
-    return pl.concat(parts).with_columns(request=pl.int_range(pl.len(), dtype=pl.Int64))
+        for file in files:
+            part = _read_part(file, more, details, stamp)
+            distinct, repeated = without_repeated(part, file, keep_duplicates)
+            # Numbered as the file has them: text vectors go by these numbers.
+            parts.append(distinct.with_columns(request=pl.col("row") - 1 + n_rows).drop("row"))
+            notes += repeated
+            n_rows += part.height
+    return pl.concat(parts), notes
 
 
-def _read_part(file: Path, details: str, stamp: str, more: tuple[str, ...]) -> pl.DataFrame:
-    fields = {"user_idx": "an integer", **dict.fromkeys(more, "text")}
+def _read_part(file: Path, more: tuple[str, ...], details: str, stamp: str) -> pl.DataFrame:
     parquet = file.suffix == ".parquet"
-    fields[details] = "anything" if parquet else "text"
+    fields = {"user_idx": INTEGER, **dict.fromkeys(more, rules.TEXT)}
+    fields[details] = rules.ANYTHING if parquet else rules.TEXT
     frame = read_table(file, fields, nullable=(*more, details))
-    names = {"note_idx": pl.Int64, "click": pl.Float64, stamp: pl.Float64}
+    names = ("note_idx", "click", stamp)
     if not parquet:
         cells = [
-            parse_structs(cell, tuple(names), file, row, details)
+            parse_structs(cell, names, file, row, details)
             for row, cell in zip(frame["row"], frame[details], strict=True)
         ]
-        frame = frame.with_columns(pl.Series(details, cells, pl.List(pl.Struct(names))))
+        texts = pl.List(pl.Struct(dict.fromkeys(names, pl.String)))
+        frame = frame.with_columns(pl.Series(details, cells, texts))
     dtype = frame.schema[details]
     struct = dtype.inner if isinstance(dtype, pl.List) else None
     if not isinstance(struct, pl.Struct):
         raise ValueError(f"{file.name}: column {details} must be a list of structs, got {dtype}")
+    types = struct.to_schema()
     for name in names:
-        if name not in [field.name for field in struct.fields]:
+        if name not in types:
             raise ValueError(f"{file.name}: column {details} lacks the field {name}")
     flat = frame.filter(pl.col(details).list.len() > 0).select("row", details).explode(details)
-    flat = flat.unnest(details).select("row", *(pl.col(n).cast(t) for n, t in names.items()))
-    check(flat, pl.col("note_idx").is_not_null(), file, "note_idx", "an integer")
-    time = pl.when(pl.col(stamp).is_finite()).then(pl.col(stamp))
-    ms = pl.when(time > _LATEST_SECONDS).then(time).otherwise(time * 1000).round().cast(pl.Int64)
+    flat = flat.select("row", *(pl.col(details).struct.field(name) for name in names))
+    flat = _typed(flat, file, stamp)
     results = flat.group_by("row", maintain_order=True).agg(
-        results=pl.struct(note="note_idx", click=(pl.col("click") > 0).fill_null(False), time=ms)
+        results=pl.struct(note="note_idx", click=is_positive(pl.col("click")), time=stamp)
     )
     frame = frame.join(results, on="row", how="left", maintain_order="left")
-    return frame.select(pl.col("user_idx").alias("user"), *more, "results")
+    return frame.select("row", *more, "results", user="user_idx")
+
+
+def _typed(flat: pl.DataFrame, file: Path, stamp: str) -> pl.DataFrame:
+    """Bring the fields of results, a row each, to their types; the time to ms."""
+    for name, rule in (("note_idx", INTEGER), ("click", NUMBER), (stamp, NUMBER)):
+        dtype = flat.schema[name]
+        if dtype == pl.Null:
+            flat, dtype = flat.with_columns(pl.col(name).cast(pl.Float64)), pl.Float64()
+        value = rule.typed(pl.col(name), dtype)
+        if value is None:
+            raise ValueError(f"{file.name}: field {name} is {dtype}, expected {rule.expected}")
+        valid = value.is_not_null()
+        if name != "note_idx":
+            valid |= is_missing(pl.col(name), dtype)
+        check(flat, valid, file, name, rule.expected)
+        flat = flat.with_columns(value.alias(name))
+    in_ms = pl.col(stamp) > _LATEST_SECONDS
+    ms = pl.when(in_ms).then(pl.col(stamp)).otherwise(pl.col(stamp) * 1000).round()
+    valid = pl.col(stamp).is_null() | ms.is_between(0, rules.MAX_MS)
+    check(flat, valid, file, stamp, "a unix time in s or ms")
+    return flat.with_columns(ms.cast(pl.Int64).alias(stamp))
 
 
 def parse_structs(
     cell: str | None, wanted: tuple[str, ...], file: Path, row: int, field: str
-) -> list[dict[str, float | None]]:
-    """Parse a printed list of structs, "[{'note_idx': 3, 'click': 1.0} ...]", to numbers.
+) -> list[dict[str, str | None]]:
+    """Parse a printed list of structs, "[{'note_idx': 3, 'click': 1.0} ...]", to the numbers' text.
 
-    Only the ``wanted`` fields are kept. Everything in the cell must be understood: nothing is ever
-    evaluated, and a cell that is cut off or odd raises ValueError.
+    Only the ``wanted`` fields are kept; None stands for "None". Everything in the cell must be
+    understood: nothing is ever evaluated, and a cell that is cut off or odd raises ValueError.
     """
     text = (cell or "[]").strip()
     structs = _STRUCT.findall(text)
@@ -132,21 +178,14 @@ def parse_structs(
         if _FIELD.sub("", struct).strip():
             raise field_error(file, row, field, "'name': value pairs", struct)
         values = dict(pairs)
+        if len(values) < len(pairs):
+            raise field_error(file, row, field, "each name once", struct)
         for name in wanted:
             if name not in values:
                 raise field_error(file, row, field, f"a struct with {name}", struct)
-        parsed.append({name: _to_number(values[name], file, row, name) for name in wanted})
+        told = {name: values[name] for name in wanted}
+        parsed.append({name: None if text == "None" else text for name, text in told.items()})
     return parsed
-
-
-def _to_number(text: str, file: Path, row: int, field: str) -> float | None:
-    if text in ("nan", "None"):
-        return None
-    try:
-        number = float(text)
-    except ValueError:
-        raise field_error(file, row, field, "a number", text) from None
-    return int(number) if field == "note_idx" else number
 
 
 def _results(requests: pl.DataFrame) -> pl.DataFrame:
@@ -209,36 +248,49 @@ def _searches(asked: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, list[str
 
 def _vectors(files: list[Path], column: str, key: str | None) -> Vectors | None:
     """Stream the vectors of a column, keyed by another column or by the row over all files."""
-    files = [file for file in files if column in _columns(file)]
-    if not files:
+    named = [column in _columns(file) for file in files]
+    if not any(named):
         return None
 
     def chunks() -> Iterator[tuple[pl.Series, NDArray[np.float32]]]:
-        start = 0
-        for file in files:
-            fields = {column: "text" if file.suffix == ".csv" else "anything"}
-            fields |= {} if key is None else {key: "an integer"}
+        start, width = 0, None
+        for file, here in zip(files, named, strict=True):
+            if not here:
+                start += count_rows(file)
+                continue
+            fields = {column: rules.TEXT if file.suffix == ".csv" else rules.ANYTHING}
+            fields |= {} if key is None else {key: INTEGER}
             frame = read_table(file, fields)
             keys = frame[key] if key else start + frame["row"] - 1
             start += frame.height
             if frame.height:
-                yield keys, _matrix(frame, column, file)
+                vectors = _matrix(frame, column, file, width)
+                width = vectors.shape[1]
+                yield keys, vectors
 
     return chunks
 
 
 def _columns(file: Path) -> list[str]:
-    scan = pl.scan_csv if file.suffix == ".csv" else pl.scan_parquet
-    return scan(file).collect_schema().names()
+    with readable(file):
+        return scan(file).collect_schema().names()
 
 
-def _matrix(frame: pl.DataFrame, column: str, file: Path) -> NDArray[np.float32]:
+def _matrix(frame: pl.DataFrame, column: str, file: Path, width: int | None) -> NDArray[np.float32]:
+    """Bring the vectors of a column, all of one width, into a matrix of finite numbers."""
     cells = frame[column]
     if file.suffix == ".csv":
         cells = cells.str.strip_chars(" []\n").str.replace_all(r"\s+", " ").str.split(" ")
+    elif isinstance(cells.dtype, pl.Array):
+        cells = cells.arr.to_list()
+    if not isinstance(cells.dtype, pl.List) or cells.dtype.inner.is_nested():
+        raise ValueError(
+            f"{file.name}: column {column} is {cells.dtype}, expected lists of numbers"
+        )
     vectors = cells.cast(pl.List(pl.Float32), strict=False)
-    width = vectors.list.len()[0]
-    valid = (pl.col("vector").list.len() == width) & ~pl.col("vector").list.contains(None)
+    width = width or vectors.list.len()[0]
+    numbers = pl.col("vector").list.eval(pl.element().is_finite()).list
     told = frame.select("row", column).with_columns(vector=vectors)
-    check(told, valid, file, column, f"a vector of {width} numbers")
+    valid = (numbers.len() == width) & numbers.all() & ~numbers.contains(None)
+    check(told, valid, file, column, f"a vector of {width} finite numbers")
     return vectors.explode().to_numpy().reshape(len(vectors), width)

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,11 +36,18 @@ if TYPE_CHECKING:
     from .log import InteractionLog
 
 _EVENT_MS = 60_000  # between two events of the recommendation stream
+_NUMBERS = {"int": "an integer", "float": "a number"}
+_CHANCES = dict.fromkeys(("drift", "announced", "noise", "click_rate"), (0, 1))
+_COUNTS = ("n_users", "items_per_topic", "min_events", "n_targets", "n_interests", "max_clicks")
+_RANGES = _CHANCES | dict.fromkeys(_COUNTS, (1, math.inf))  # others: from 0 on
 
 
 @dataclass(frozen=True)
 class World:
-    """Parameters of the generator; chances are per event of the recommendation stream."""
+    """Parameters of the generator; chances are per event of the recommendation stream.
+
+    Raises ValueError for a value out of range, and for too few topics for the users' interests.
+    """
 
     seed: int = 0
     n_users: int = 1500
@@ -59,6 +67,26 @@ class World:
     text_dim: int = 32  # 0 for ids alone
     text_noise: float = 0.5  # length of an item's own part beside its topic's unit vector
 
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            kinds = (int,) if f.type == "int" else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+                raise ValueError(f"{f.name} must be {_NUMBERS[str(f.type)]}, got {value!r}")
+            least, most = _RANGES.get(f.name, (0, math.inf))
+            if not least <= value <= most:
+                bounds = f"at least {least}" if most == math.inf else f"within {least}..{most}"
+                raise ValueError(f"{f.name} must be {bounds}, got {value}")
+        if self.max_events < self.min_events:
+            raise ValueError(
+                f"max_events must be at least min_events ({self.min_events}), got {self.max_events}"
+            )
+        if self.n_topics < 2 * self.n_interests + 1:
+            raise ValueError(
+                f"n_topics must be at least {2 * self.n_interests + 1} for {self.n_interests} "
+                f"interests, got {self.n_topics}"
+            )
+
 
 def read(path: str | os.PathLike) -> InteractionLog:
     """Generate a log from the :class:`World` in a JSON file, or from the default one for ``-``.
@@ -70,25 +98,17 @@ def read(path: str | os.PathLike) -> InteractionLog:
     try:
         with open(path, encoding="utf-8") as file:
             return generate(World(**json.load(file)))
-    except (json.JSONDecodeError, TypeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, TypeError) as error:
         raise ValueError(f"{path}: must be a JSON object of World's fields: {error}") from None
 
 
 def generate(world: World | None = None) -> InteractionLog:
-    """Draw a log from the generative model; the same world gives the same log.
-
-    Raises ValueError where the world has too few topics for its users' interests.
-    """
+    """Draw a log from the generative model; the same world gives the same log."""
     import polars as pl
 
     from .log import InteractionLog
 
     world = world or World()
-    if world.n_topics < 2 * world.n_interests + 1:
-        raise ValueError(
-            f"n_topics must be at least {2 * world.n_interests + 1} for {world.n_interests} "
-            f"interests, got {world.n_topics}"
-        )
     rng = np.random.default_rng([world.seed, 0])
     users = [_User(world, rng).live() for _ in range(world.n_users)]
     events = pl.DataFrame(
@@ -132,8 +152,10 @@ def generate(world: World | None = None) -> InteractionLog:
     ]
     asked = np.array([(s.topic, s.occasion) for _, s in all_searches]).reshape(-1, 2)
     text = _Text(world, asked) if world.text_dim else None
-    described = {} if text is None else {"item_text": text.of_items, "query_text": text.of_queries}
-    return InteractionLog("synthetic", events, searches, clicks, notes, **described)
+    log = InteractionLog("synthetic", events, searches, clicks, notes)
+    if text is not None:
+        log.item_text, log.query_text = text.of_items, text.of_queries
+    return log
 
 
 @dataclass(frozen=True)

@@ -2,72 +2,108 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import polars as pl
 
-KINDS = {  # what a field must be, as named in messages
-    "an integer": pl.Int64,
-    "a number": pl.Float64,
-    "text": pl.String,
-}
+from .rules import Rule, is_missing
 
 
 def read_table(
     path: str | os.PathLike,
-    fields: Mapping[str, str],
+    fields: Mapping[str, Rule],
     *,
     nullable: tuple[str, ...] = (),
     keep: pl.Expr | None = None,
     separator: str = ",",
     quote_char: str | None = '"',
 ) -> pl.DataFrame:
-    """Read ``fields`` (column name -> a key of KINDS) and the row number, counted from 1.
+    """Read ``fields`` (column name -> its rule) and the row number, counted from 1.
 
-    Columns are found by name; a column of "anything" is taken as it is (nested Parquet). ``keep``
-    filters while the file streams through, so that a large file need not fit into memory; rows it
-    drops are checked all the same. Raises FileNotFoundError for a missing file and ValueError for a
-    missing column or a field of the wrong kind, such as
+    Columns are found by name. A value is null where the rule is broken, which only a missing value
+    of a ``nullable`` field may do. ``keep`` filters while the file streams through, so that a large
+    file need not fit into memory; rows it drops are checked all the same. Raises FileNotFoundError
+    for a missing file and ValueError for a column that is missing, there twice or of a type without
+    sense, and for a field that breaks its rule, such as
     "rec_inter.csv, row 17, field timestamp: expected a number, got 'abc'".
     """
     path = Path(path)
-    raw = _scan(path, separator, quote_char)
-    try:
-        present = raw.collect_schema().names()
+    raw = scan(path, separator, quote_char)
+    with readable(path):
+        schema = raw.collect_schema()
         for name in fields:
-            if name not in present:
+            if name not in schema:
                 raise ValueError(f"{path.name}: column {name} is missing")
-        typed = raw.with_row_index("row", offset=1).select(
-            pl.col("row").cast(pl.Int64), *(_typed(name, kind) for name, kind in fields.items())
+            if f"{name}_duplicated_0" in schema:  # as polars renames what is there again
+                raise ValueError(f"{path.name}: column {name} is there twice")
+        typed = {name: _typed(path, name, rule, schema[name]) for name, rule in fields.items()}
+        broken = {
+            name: value.is_null()
+            & ~(is_missing(pl.col(name), schema[name]) if name in nullable else pl.lit(False))
+            for name, value in typed.items()
+        }
+        frame = (
+            raw.select(*fields)
+            .with_row_index("row", offset=1)
+            .select(
+                pl.col("row").cast(pl.Int64),
+                *(value.alias(name) for name, value in typed.items()),
+                *(value.alias(_flag_of(name)) for name, value in broken.items()),
+            )
         )
-        bad = pl.any_horizontal(
-            pl.lit(False), *(pl.col(name).is_null() for name in fields if name not in nullable)
-        )
-        frame = (typed if keep is None else typed.filter(keep | bad)).collect(engine="streaming")
-    except pl.exceptions.PolarsError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path.name}: cannot be read: {reason}") from None
-    wrong = frame.filter(bad)
-    if wrong.height:
-        first = wrong.sort("row").row(0, named=True)
-        row = first["row"]
-        field = next(name for name in fields if name not in nullable and first[name] is None)
-        text = raw.select(field).slice(row - 1, 1).collect().item()
-        raise field_error(path, row, field, fields[field], text)
-    return frame
+        bad = pl.any_horizontal(pl.lit(False), *(_flag_of(name) for name in fields))
+        table = (frame if keep is None else frame.filter(keep | bad)).collect(engine="streaming")
+        wrong = table.filter(bad)
+        if wrong.height:
+            first = wrong.sort("row").row(0, named=True)
+            row, field = first["row"], next(name for name in fields if first[_flag_of(name)])
+            got = raw.select(field).slice(row - 1, 1).collect().item()
+            raise field_error(path, row, field, fields[field].expected, got)
+    return table.select("row", *fields)
+
+
+def _flag_of(name: str) -> str:
+    return f"{name} breaks its rule"
+
+
+def _typed(path: Path, name: str, rule: Rule, dtype: pl.DataType) -> pl.Expr:
+    column = pl.col(name)
+    if dtype == pl.Null:  # nothing is there, of any type
+        column, dtype = column.cast(pl.String), pl.String()
+    typed = rule.typed(column, dtype)
+    if typed is None:
+        raise ValueError(f"{path.name}: column {name} is {dtype}, expected {rule.expected}")
+    return typed
 
 
 def count_rows(path: str | os.PathLike, separator: str = ",", quote_char: str | None = '"') -> int:
     """Count the rows of a file without its header."""
-    return _scan(Path(path), separator, quote_char).select(pl.len()).collect().item()
+    with readable(Path(path)):
+        return scan(Path(path), separator, quote_char).select(pl.len()).collect().item()
+
+
+def without_repeated(
+    rows: pl.DataFrame, path: str | os.PathLike, keep_duplicates: bool = False
+) -> tuple[pl.DataFrame, list[str]]:
+    """Drop the rows that repeat an earlier one in all but their number; return a note of it."""
+    distinct = rows.unique(pl.exclude("row"), keep="first", maintain_order=True)
+    repeated = rows.height - distinct.height
+    if not repeated:
+        return rows, []
+    done = "kept" if keep_duplicates else "dropped"
+    note = f"{Path(path).name}: {done} {repeated:,} rows that repeat another exactly"
+    return (rows if keep_duplicates else distinct), [note]
 
 
 def field_error(
     path: str | os.PathLike, row: int, field: str, expected: str, got: object
 ) -> ValueError:
     """Name the file, the row (from 1, without the header) and the field that is malformed."""
+    if isinstance(got, pl.Series):
+        got = got.to_list()
     shown = (
         "nothing" if got is None else repr(got if len(str(got)) <= 80 else f"{str(got)[:80]}...")
     )
@@ -79,26 +115,29 @@ def field_error(
 def check(
     frame: pl.DataFrame, valid: pl.Expr, path: str | os.PathLike, field: str, expected: str
 ) -> None:
-    """Raise the error of the first row whose ``field`` is not ``valid``."""
-    wrong = frame.filter(~valid)
+    """Raise the error of the first row whose ``field`` is not ``valid``; null is not."""
+    wrong = frame.filter(~valid.fill_null(False))
     if wrong.height:
         first = wrong.sort("row").row(0, named=True)
         raise field_error(path, first["row"], field, expected, first[field])
 
 
-def _scan(path: Path, separator: str, quote_char: str | None) -> pl.LazyFrame:
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn what polars raises about a file into a ValueError of one sentence."""
+    try:
+        yield
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        # A damaged Parquet file makes polars panic.
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path.name}: cannot be read: {reason}") from None
+
+
+def scan(path: Path, separator: str = ",", quote_char: str | None = '"') -> pl.LazyFrame:
+    """Open a Parquet file, or a delimited one with every field as text, lazily."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found")
-    if ".parquet" in path.suffixes:
-        return pl.scan_parquet(path)
-    return pl.scan_csv(path, separator=separator, quote_char=quote_char, infer_schema=False)
-
-
-def _typed(name: str, kind: str) -> pl.Expr:
-    column = pl.col(name)
-    if kind == "anything":
-        return column
-    if kind == "a number":
-        column = column.cast(pl.Float64, strict=False)
-        return pl.when(column.is_finite()).then(column).alias(name)
-    return column.cast(KINDS[kind], strict=False)
+    with readable(path):
+        if ".parquet" in path.suffixes:
+            return pl.scan_parquet(path)
+        return pl.scan_csv(path, separator=separator, quote_char=quote_char, infer_schema=False)

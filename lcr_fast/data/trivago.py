@@ -13,43 +13,51 @@ from pathlib import Path
 
 import polars as pl
 
+from . import rules
 from .log import InteractionLog
-from .table import check, read_table
+from .table import check, read_table, without_repeated
 
 _FIELDS = {
-    "user_id": "text",
-    "session_id": "text",
-    "timestamp": "an integer",
-    "step": "an integer",
-    "action_type": "text",
-    "reference": "text",
-    "impressions": "text",
+    "user_id": rules.ID,
+    "session_id": rules.TEXT,
+    "timestamp": rules.SECONDS,
+    "step": rules.INTEGER,
+    "action_type": rules.TEXT,
+    "reference": rules.TEXT,
+    "impressions": rules.TEXT,
 }
 _TARGET = "clickout item"
 _TEXT_SEARCHES = ("search for destination", "search for poi")
+_ITEM = "[0-9]+"
 _WORD = r"[\p{L}\p{N}]+"
 
 
-def read(path: str | os.PathLike) -> InteractionLog:
+def read(path: str | os.PathLike, *, keep_duplicates: bool = False) -> InteractionLog:
     """Read a Parquet or CSV file of sessions, or the folder that holds one.
 
     Times are seconds in the file and often tie; the second key is the order of (timestamp, step,
-    row) within a session. Session ids may be used for two visits, so a visit is followed by time,
-    not by step alone. Raises ValueError naming file, row and field where a field is malformed.
+    row) within a session, and of sessions their order in the file. Session ids may be used for two
+    visits, so a visit is followed by time, not by step alone. Rows that repeat another are dropped
+    without ``keep_duplicates``. Raises ValueError naming file, row and field where a field is
+    malformed.
     """
     path = _file(Path(path))
     rows = read_table(path, _FIELDS, nullable=("reference", "impressions"))
-    check(rows, pl.col("timestamp") >= 0, path, "timestamp", "a time in seconds")
+    shown = pl.col("impressions")
+    listed = shown.is_null() | (shown == "") | shown.str.contains(rf"^{_ITEM}(\|{_ITEM})*$")
+    check(rows, listed, path, "impressions", "item ids separated by |")
+    rows, repeated = without_repeated(rows, path, keep_duplicates)
     n_rows, n_users = rows.height, rows["user_id"].n_unique()
     n_sessions = rows.select(pl.struct("user_id", "session_id").n_unique()).item()
-    rows = rows.sort("user_id", "timestamp", "session_id", "step", "row").with_columns(
-        order=pl.int_range(pl.len(), dtype=pl.Int64), time=pl.col("timestamp") * 1000
+    rows = rows.with_columns(visit=pl.col("row").min().over("user_id", "timestamp", "session_id"))
+    rows = rows.sort("user_id", "timestamp", "visit", "step", "row").with_columns(
+        order=pl.int_range(pl.len(), dtype=pl.Int64), time="timestamp"
     )
     item_action = (
         pl.col("action_type").str.starts_with("interaction item")
         | pl.col("action_type").is_in(["search for item", _TARGET])
     )  # fmt: skip
-    is_item = pl.col("reference").str.contains(r"^\d+$").fill_null(False)
+    is_item = pl.col("reference").str.contains(f"^{_ITEM}$").fill_null(False)
     text_search = pl.col("action_type").is_in(_TEXT_SEARCHES)
     typed = pl.col("reference").str.contains(_WORD).fill_null(False)
     rows = rows.with_columns(
@@ -71,7 +79,7 @@ def read(path: str | os.PathLike) -> InteractionLog:
         item="reference",
         target=pl.col("action_type") == _TARGET,
         impressions=pl.when(pl.col("action_type") == _TARGET).then(
-            pl.col("impressions").str.split("|")
+            pl.col("impressions").str.extract_all(_ITEM)
         ),
     )
     searches = texts.select(
@@ -90,6 +98,7 @@ def read(path: str | os.PathLike) -> InteractionLog:
         f"kept {searches.height:,} text searches with {clicks.height:,} actions on items after "
         f"them; dropped {counts['empty']:,} without a word",
         f"dropped {counts['other']:,} other actions (filters, sort orders)",
+        *repeated,
     ]
     return InteractionLog("trivago", events, searches, clicks, notes)
 

@@ -6,7 +6,14 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from lcr_fast.data import folder
 from lcr_fast.data.log import InteractionLog
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch):
+    """Spare the tests thousands of fsyncs, which matter where the power fails."""
+    monkeypatch.setattr(folder, "_fsync", lambda path: None)
 
 
 def _log(events, searches, impressions=None) -> InteractionLog:

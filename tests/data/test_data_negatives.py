@@ -72,7 +72,7 @@ def test_rows_that_rejection_cannot_fill_are_drawn_exactly(data, monkeypatch):
 def test_nothing_left_to_draw(make_log, tmp_path):
     log = make_log([(1, 1, 1, False), (1, 2, 2, False), (1, 1, 5, True)], [])
     data = prepare(log, tmp_path / "out", n_negatives=0)
-    with pytest.raises(ValueError, match="user 1 has seen all but too few of the 2 items"):
+    with pytest.raises(ValueError, match="user '1' has seen all but too few of the 2 items"):
         NegativeSampler(data).draw(np.random.default_rng(0), [1], [5], [1], 1)
 
 

@@ -1,0 +1,169 @@
+"""What a field may hold, whatever the file: one rule each for ids, times, numbers and flags.
+
+A rule turns a column into its one type, with null for whatever breaks the rule. Nothing is bent to
+fit: 3.7 and "007" are no integers, "" and "nan" are no ids, infinity is no number. NaN is a missing
+value, as null is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import polars as pl
+
+MAX_MS = 10**14  # the year 5138; times in us or ns lie beyond it
+_MIN_UNIX_MS = 10**11  # unix times in seconds lie below it
+_MAX_INT = 2**63 - 10**6  # of Int64, with room to round ns
+_EXACT = 2**53  # the floats up to here hold every integer
+_NO_ID = ("", "nan", "NaN", "NaT", "None", "null", "NULL", "<NA>")
+_FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+_PER_MS = {"s": (1000, 1), "ms": (1, 1), "us": (1, 1000), "ns": (1, 10**6)}  # times, divided by
+TIME_UNITS = tuple(_PER_MS)
+
+
+class Rule(NamedTuple):
+    """A rule: how messages name what it expects, and the typed column.
+
+    ``typed(column, dtype)`` is None where no value of that dtype can keep the rule.
+    """
+
+    expected: str
+    typed: Callable[[pl.Expr, pl.DataType], pl.Expr | None]
+
+
+def is_missing(column: pl.Expr, dtype: pl.DataType) -> pl.Expr:
+    """Tell where a number is not there: null, NaN, or an empty or "nan" text."""
+    if dtype.is_float():
+        return column.is_null() | column.is_nan()
+    if dtype == pl.String:
+        return column.is_null() | column.is_in(["", "nan", "NaN"])
+    return column.is_null()
+
+
+def is_positive(number: pl.Expr) -> pl.Expr:
+    """Tell whether a count or flag is above 0; a missing one (null, NaN) is not."""
+    return ((number > 0) & number.is_not_nan()).fill_null(False)
+
+
+def _is_text(dtype: pl.DataType) -> bool:
+    return dtype == pl.String or isinstance(dtype, pl.Categorical | pl.Enum)
+
+
+def _text(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
+    return column.cast(pl.String) if _is_text(dtype) or dtype.is_integer() else None
+
+
+def _integer(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
+    if dtype.is_integer():
+        return column.cast(pl.Int64, strict=False)
+    if dtype.is_float():
+        exact = (column == column.floor()) & (column.abs() <= _EXACT)
+        return pl.when(exact).then(column).cast(pl.Int64, strict=False)
+    if dtype == pl.String:
+        # "007" and "+7" are told from "7": as ids they are three.
+        number = column.cast(pl.Int64, strict=False)
+        return pl.when(number.cast(pl.String) == column).then(number)
+    return None
+
+
+def _number(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
+    if not (dtype.is_integer() or dtype.is_float() or dtype == pl.String):
+        return None
+    number = column.cast(pl.Float64, strict=False)
+    return pl.when(number.is_finite()).then(number)
+
+
+def _id(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
+    if dtype == pl.UInt64:  # hashes
+        return column
+    if not _is_text(dtype):
+        return _integer(column, dtype)
+    text = column.cast(pl.String)
+    # A column of integers that was once of floats: "7.0" would be another item than "7".
+    valid = ~text.is_in(_NO_ID) & (text.str.strip_chars() == text)
+    return pl.when(valid & ~text.str.contains(r"^-?[0-9]+\.0+$")).then(text)
+
+
+def _flag(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
+    if dtype == pl.Boolean:
+        return column
+    if dtype == pl.String:
+        flags = column.str.to_lowercase()
+        return flags.replace_strict(_FLAGS, default=None, return_dtype=pl.Boolean)
+    number = _number(column, dtype)
+    return None if number is None else pl.when(number.is_in([0.0, 1.0])).then(number > 0)
+
+
+def _listed(column: pl.Expr, dtype: pl.DataType) -> tuple[pl.Expr, pl.DataType] | None:
+    """Bring a text of entries between spaces, or an array, to a list; None where it is none."""
+    if dtype == pl.String:
+        entries = column.str.split(" ").list.eval(pl.element().filter(pl.element() != ""))
+        # "[1, 2]" is a list as Python and JSON print it: "[1," would be an entry.
+        return pl.when(~column.str.starts_with("[")).then(entries), pl.String()
+    if isinstance(dtype, pl.Array):
+        column, dtype = column.arr.to_list(), pl.List(dtype.inner)
+    if not isinstance(dtype, pl.List):
+        return None
+    if dtype.inner == pl.Null:
+        column, dtype = column.cast(pl.List(pl.String)), pl.List(pl.String)
+    return column, dtype.inner  # type: ignore[return-value]  # a List's inner type is a DataType
+
+
+def _words(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
+    listed = _listed(column, dtype)
+    if listed is None or (text := _text(pl.element(), listed[1])) is None:
+        return None
+    return listed[0].list.eval(text.filter(text.is_not_null() & (text != "")))
+
+
+def _ids(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
+    listed = _listed(column, dtype)
+    if listed is None or (each := _id(pl.element(), listed[1])) is None:
+        return None
+    ids = listed[0].list.eval(each)
+    return pl.when(ids.list.drop_nulls().list.len() == ids.list.len()).then(ids)
+
+
+TEXT = Rule("text", _text)
+INTEGER = Rule("an integer", _integer)
+NUMBER = Rule("a number", _number)
+ID = Rule("an id", _id)
+FLAG = Rule("true or false", _flag)
+ANYTHING = Rule("anything", lambda column, dtype: column)
+WORDS = Rule("a list of words", _words)
+IDS = Rule("a list of ids", _ids)
+
+
+def time(unit: str, *, least_ms: int = -MAX_MS, expected: str | None = None) -> Rule:
+    """Make the rule of times in a unit ("s", "ms", "us", "ns"): Int64 ms, rounded, within range.
+
+    The range is ``least_ms`` to ``MAX_MS``, so that a time in a finer unit breaks the rule. A
+    Datetime column has a unit of its own.
+    """
+    if unit not in _PER_MS:
+        raise ValueError(f"the unit of times must be one of {', '.join(_PER_MS)}, got {unit!r}")
+
+    def typed(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
+        times, divided = _PER_MS[unit]
+        if isinstance(dtype, pl.Datetime):
+            times, divided = _PER_MS[dtype.time_unit]
+            column, dtype = column.cast(pl.Int64), pl.Int64()
+        whole = dtype.is_integer()
+        number = column.cast(pl.Int64, strict=False) if whole else _number(column, dtype)
+        if number is None:
+            return None
+        # Compared in the unit itself, where the product of a wrong time cannot wrap.
+        least, most = (
+            min(max(ms * divided // times, -_MAX_INT), _MAX_INT) for ms in (least_ms, MAX_MS)
+        )
+        number = pl.when(number.is_between(least, most)).then(number)
+        if whole:
+            return (number * times + divided // 2) // divided
+        return (number * times / divided).round().cast(pl.Int64)
+
+    return Rule(expected or f"a time in {unit}", typed)
+
+
+UNIX_MS = time("ms", least_ms=_MIN_UNIX_MS, expected="unix milliseconds")
+SECONDS = time("s", least_ms=0, expected="a time in seconds")
