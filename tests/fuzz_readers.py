@@ -1,4 +1,4 @@
-"""Mutated raw files and prepared folders: a clear sentence, or what a slow reading says, never else.
+"""Mutated raw files and prepared folders: one clear sentence, or what a slow reading says.
 
     python tests/fuzz_readers.py --count 10000
 
@@ -12,11 +12,13 @@ every finding is printed with the number that makes it again (``--only SOURCE:NU
 import argparse
 import csv
 import gzip
+import itertools
 import json
 import random
 import shutil
 import sys
 import tempfile
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -26,24 +28,76 @@ import polars as pl
 sys.path.insert(0, str(Path(__file__).parent))
 
 import slow_readers
-from slow_readers import Refused, Told
-
 from lcr_fast.data import folder as folders
 from lcr_fast.data import read
 from lcr_fast.data.build import prepare
 from lcr_fast.data.prepared import PreparedData
+from slow_readers import RefusedError, Told
 
 MS = 1_700_000_000_000
 X = "\x18"
 VALUES = (
-    *("", " ", "nan", "NaN", "inf", "-inf", "1e400", "None", "null", "3.7", "7.0", "7", "007", "+7"),
+    *(
+        "",
+        " ",
+        "nan",
+        "NaN",
+        "inf",
+        "-inf",
+        "1e400",
+        "None",
+        "null",
+        "3.7",
+        "7.0",
+        "7",
+        "007",
+        "+7",
+    ),
     *("-1", "0", "1", "2", "1e3", "true", "False", " 7", "7 ", "1_0", "0x1", "9223372036854775807"),
     *("9223372036854775808", "99999999999999999999", "1700000000000", "1700000000", "1.7e15", "[]"),
-    *("1700000000000.6", "[1, 2]", "[1 2]", "7||9|", "7|8", "7_8", "1_", "_", "-1_-1", "ü", "红色 x"),
-    *("\x1f", X, '"', '""', "'", "a b", "a  b", "٣", "clickout item", "search for poi", "-0", "1e-9"),
+    *(
+        "1700000000000.6",
+        "[1, 2]",
+        "[1 2]",
+        "7||9|",
+        "7|8",
+        "7_8",
+        "1_",
+        "_",
+        "-1_-1",
+        "ü",
+        "红色 x",
+    ),
+    *(
+        "\x1f",
+        X,
+        '"',
+        '""',
+        "'",
+        "a b",
+        "a  b",
+        "٣",
+        "clickout item",
+        "search for poi",
+        "-0",
+        "1e-9",
+    ),
 )
 # Columns that a reader might use within itself.
-NAMES = ("i", "q", "u", "since", "place", "row", "key", "sample", "search", "time", "number", "order")
+NAMES = (
+    "i",
+    "q",
+    "u",
+    "since",
+    "place",
+    "row",
+    "key",
+    "sample",
+    "search",
+    "time",
+    "number",
+    "order",
+)
 
 
 # -- valid folders -------------------------------------------------------------------------------
@@ -105,15 +159,17 @@ def trivago(folder, rng):
 
 def jdsearch(folder, rng):
     events, searches = happenings(rng)
-    fields = ("query candidate_wid_list candidate_label_list history_qry_list history_wid_list "
-              "history_type_list history_time_list").split()  # fmt: skip
+    fields = (
+        *("query", "candidate_wid_list", "candidate_label_list", "history_qry_list"),
+        *("history_wid_list", "history_type_list", "history_time_list"),
+    )
     lines = ["\t".join(fields)]
     for user in sorted({event[0] for event in events}):
         mine = [(t, "-1", i) for u, i, t in events if u == user]
         mine += [(t, X.join(words), item or 3) for u, t, words, item in searches if u == user]
         mine.sort()
         seconds = [time // 1000 for time, _, _ in mine]
-        gaps = [0, *(b - a for a, b in zip(seconds, seconds[1:], strict=False)), 5]
+        gaps = [0, *(b - a for a, b in itertools.pairwise(seconds)), 5]
         lists = ([query for _, query, _ in mine], [item for _, _, item in mine])
         joined = ["_".join(map(str, entries)) for entries in (*lists, ["CLICK"] * len(mine), gaps)]
         lines.append("\t".join([f"1{X}2", "70_71", "0.0_1.0", *joined]))
@@ -229,10 +285,14 @@ def mutate_bytes(path, rng):
 
 
 def mutate_text(path, rng):
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        text = raw.decode("utf-8")
+    except (OSError, EOFError, ValueError, zlib.error):  # mutated before
+        return mutate_bytes(path, rng)
     separator = "," if ".csv" in path.suffixes else "\t"
     with_quotes = separator == "," or ".tsv" in path.suffixes
-    lines = raw.decode("utf-8").splitlines()
+    lines = text.splitlines()
     if with_quotes:
         table = list(csv.reader(lines, delimiter=separator))
     else:
@@ -280,7 +340,10 @@ def mutate_table(table, rng, value):
 
 
 def mutate_frame(path, rng):
-    frame = pl.read_parquet(path)
+    try:
+        frame = pl.read_parquet(path)
+    except BaseException:  # mutated before; polars panics too
+        return mutate_bytes(path, rng)
     name = rng.choice(frame.columns)
     column = pl.col(name)
     dtypes = (
@@ -389,7 +452,7 @@ def try_reader(source, folder, options):
         return "refused" if is_sentence(error) else f"!raised {type(error).__name__}: {error}"
     try:
         expected = slow_readers.READERS[source](folder, **options)
-    except Refused as error:
+    except RefusedError as error:
         return f"!accepted what is to be refused: {error}"
     told = told_by(log)
     if (told.events, told.searches) != (expected.events, expected.searches):

@@ -53,9 +53,10 @@ def read(
     for name, file in paths.items():
         table, ignored = _read(name, file, unit)
         # The key of a search names one: a row that is there twice is one search all the same.
-        tables[name], repeated = without_repeated(
-            table, file, keep_duplicates and name != "searches"
-        )
+        keep = keep_duplicates and name != "searches"
+        table, repeated = without_repeated(table, file, keep)
+        absent = [column for column in COLUMNS[name] if column not in table.columns]
+        tables[name] = table.with_columns(_DEFAULTS[column].alias(column) for column in absent)
         notes += ignored + repeated
     for name in ("searches", "clicks"):
         if name not in tables:
@@ -100,7 +101,7 @@ def _paths(path: Path) -> dict[str, Path]:
 
 
 def _read(name: str, file: Path, unit: str) -> tuple[pl.DataFrame, list[str]]:
-    """Read the columns of a table that are there, with defaults for those that need not be."""
+    """Read the columns of a table that are there; some need not be."""
     separator = _SEPARATORS.get(Path(file.name.removesuffix(".gz")).suffix, ",")
     quote_char = None if _ends_with(file, _ATOMIC) else '"'
     with readable(file):
@@ -121,14 +122,9 @@ def _read(name: str, file: Path, unit: str) -> tuple[pl.DataFrame, list[str]]:
         separator=separator,
         quote_char=quote_char,
     ).rename(names)
-    defaults = {
-        column: value
-        for column, value in _DEFAULTS.items()
-        if column in COLUMNS[name] and column not in names.values()
-    }
     others = [column for column in present if column not in names]
     notes = [f"{file.name}: ignored the columns {', '.join(others)}"] if others else []
-    return table.with_columns(**defaults), notes
+    return table, notes
 
 
 def _share_ids(

@@ -127,7 +127,7 @@ def readable(path: Path) -> Iterator[None]:
     """Turn what polars raises about a file into a ValueError of one sentence."""
     try:
         yield
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         # A damaged Parquet file makes polars panic.
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{path.name}: cannot be read: {reason}") from None
@@ -137,6 +137,8 @@ def scan(path: Path, separator: str = ",", quote_char: str | None = '"') -> pl.L
     """Open a Parquet file, or a delimited one with every field as text, lazily."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found")
+    if any(0xD800 <= ord(letter) < 0xE000 for letter in str(path)):  # no text for polars
+        raise ValueError(f"{path}: the locale lacks letters of this path: set a UTF-8 locale")
     with readable(path):
         if ".parquet" in path.suffixes:
             return pl.scan_parquet(path)

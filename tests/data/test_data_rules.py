@@ -1,0 +1,435 @@
+"""The rules of fields, and that every reader keeps them."""
+
+import datetime
+import gzip
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import polars as pl
+import pytest
+
+from lcr_fast.data import frames, read, reader_options, rules
+from lcr_fast.data.build import prepare
+from lcr_fast.data.table import read_table
+
+NAN = float("nan")
+MS = 1_700_000_000_000
+
+
+def typed(rule, values, dtype=None):
+    column = pl.Series("x", values, dtype=dtype, strict=False)
+    expression = rule.typed(pl.col("x"), column.dtype)
+    return None if expression is None else column.to_frame().select(expression)["x"].to_list()
+
+
+@pytest.mark.parametrize(
+    ("rule", "values", "expected"),
+    [
+        (rules.INTEGER, [3, -1], [3, -1]),
+        (rules.INTEGER, [3.0, 3.7, NAN, float("inf"), 2.0**60], [3, None, None, None, None]),
+        (rules.INTEGER, ["7", "007", "+7", " 7", "7.0", "1e3", ""], [7] + [None] * 6),
+        (rules.INTEGER, ["9223372036854775807", "9223372036854775808"], [2**63 - 1, None]),
+        (rules.INTEGER, ["٣", "-0", "nan"], [None] * 3),
+        (rules.INTEGER, [True], None),
+        (rules.INTEGER, [datetime.date(2020, 1, 1)], None),
+        (rules.NUMBER, ["1.5", "1e400", "inf", "nan", "-2"], [1.5, None, None, None, -2.0]),
+        (rules.NUMBER, [1.5, NAN, float("-inf")], [1.5, None, None]),
+        (rules.NUMBER, [[1]], None),
+        (rules.ID, ["a b", "", "nan", "None", " a", "7.0"], ["a b"] + [None] * 5),
+        (rules.ID, ["3.14", "007"], ["3.14", "007"]),
+        (rules.ID, [5.0, 3.7, NAN], [5, None, None]),
+        (rules.ID, [False], None),
+        (rules.FLAG, ["True", "0", "1.0", "yes", ""], [True, False, True, None, None]),
+        (rules.FLAG, [1.0, 0.0, 2.0, NAN], [True, False, None, None]),
+        (rules.FLAG, [True, None], [True, None]),
+        (rules.WORDS, ["a  b", "", "[1, 2]"], [["a", "b"], [], None]),
+        (rules.WORDS, [["a", None, ""], None], [["a"], None]),
+        (rules.WORDS, [[1, 2]], [["1", "2"]]),
+        (rules.WORDS, [[1.5]], None),
+        (rules.IDS, [[1, 2], [None], None], [[1, 2], None, None]),
+        (rules.IDS, [[1.0], [1.5]], [[1], None]),
+        (rules.IDS, ["7 8", "7 nan", "[7]"], [["7", "8"], None, None]),
+        (rules.IDS, [3], None),
+        (rules.UNIX_MS, ["1700000000000.6", "1700000000", "1e400", "nan"], [MS + 1] + [None] * 3),
+        (rules.SECONDS, ["0", "-1", "1700000000000", "9223372036854775807"], [0] + [None] * 3),
+        (rules.time("us"), [MS * 1000 + 500, 10**17 + 1], [MS + 1, None]),
+        (rules.time("ns"), [MS * 10**6, 2**63 - 1], [MS, None]),
+        (rules.time("s"), [1.5, 2.0**63, NAN], [1500, None, None]),
+        (rules.time("s"), [datetime.datetime(1970, 1, 2)], [86_400_000]),
+        (rules.time("ms"), [True], None),
+    ],
+)  # fmt: skip
+def test_a_rule_keeps_values_and_drops_what_would_change(rule, values, expected):
+    assert typed(rule, values) == expected
+
+
+def test_a_missing_click_is_none():
+    clicks = pl.Series("x", [1.0, 0.0, NAN, None, -1.0]).to_frame()
+    assert clicks.select(rules.is_positive(pl.col("x")))["x"].to_list() == [
+        True, False, False, False, False,
+    ]  # fmt: skip
+
+
+def test_unknown_units_are_refused():
+    with pytest.raises(ValueError, match="one of s, ms, us, ns, got 'min'"):
+        rules.time("min")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("row,x\n5,7\n", None),
+        ("x,x\n5,7\n", "t.csv: column x is there twice"),
+        ("y\n5\n", "t.csv: column x is missing"),
+        ("x\n5\n6.5\n", "t.csv, row 2, field x: expected an integer, got '6.5'"),
+        ("x\n5\n6,7\n", "t.csv: cannot be read: found more fields than defined"),
+    ],
+)
+def test_tables_name_what_is_wrong(tmp_path, text, message):
+    (tmp_path / "t.csv").write_text(text)
+    if message is None:  # a column named as ours is none of ours
+        assert read_table(tmp_path / "t.csv", {"x": rules.INTEGER}).rows() == [(1, 7)]
+    else:
+        with pytest.raises(ValueError, match=f"^{message}"):
+            read_table(tmp_path / "t.csv", {"x": rules.INTEGER})
+
+
+# NaN, infinity and odd ids, in every reader
+
+NUMBERS = {"note_idx": pl.Float64, "click": pl.Float64, "stamp": pl.Float64}
+
+
+@pytest.fixture
+def qilin_folder(tmp_path):
+    """Write two requests and a search as Parquet, with one value changed."""
+
+    def write(note=5.0, click=0.0, stamp=MS + 2.0):
+        for name, prefix, stamp_name in (
+            ("recommendation", "rec", "request_timestamp"), ("search", "search", "search_timestamp")
+        ):  # fmt: skip
+            cells = [[(4.0, 1.0, MS + 0.0), (note, click, stamp)], [(6.0, 1.0, MS + 9e6)]]
+            keys = ("note_idx", "click", stamp_name)
+            structs = [[dict(zip(keys, row, strict=True)) for row in cell] for cell in cells]
+            pl.DataFrame({
+                "user_idx": [1, 1], "query": ["q", "q"],
+                f"{prefix}_result_details_with_idx": pl.Series(
+                    structs, dtype=pl.List(pl.Struct(dict.fromkeys(keys, pl.Float64)))
+                ),
+            }).write_parquet(tmp_path / f"{name}_train.parquet")  # fmt: skip
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize("nothing", [0.0, NAN, None])
+def test_a_qilin_click_that_is_nan_or_null_is_none(qilin_folder, nothing):
+    log = read("qilin", qilin_folder(click=nothing))
+    assert log.events.select("item", "impressions").rows() == [(4, [5]), (6, None)]
+    assert log.clicks["item"].to_list() == [4, 6]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"click": float("inf")}, "row 1, field click: expected a number, got inf"),
+        ({"note": 3.7}, r"row 1, field note_idx: expected an integer, got 3\.7"),
+        ({"note": NAN}, "row 1, field note_idx: expected an integer, got nan"),
+        ({"stamp": float("inf")}, "row 1, field request_timestamp: expected a number, got inf"),
+        ({"stamp": 1.7e15}, "field request_timestamp: expected a unix time in s or ms, got 17000"),
+        ({"stamp": -1.0}, r"field request_timestamp: expected a unix time in s or ms, got -1\.0"),
+    ],
+)
+def test_qilin_values_that_are_none(qilin_folder, changes, message):
+    with pytest.raises(ValueError, match=rf"^recommendation_train\.parquet, .*{message}"):
+        read("qilin", qilin_folder(**changes))
+
+
+def test_a_qilin_vector_that_is_not_finite_is_found_when_prepared(qilin_folder, tmp_path):
+    folder = qilin_folder()
+    notes = pl.DataFrame({"note_idx": [4, 6], "note_embedding": [[1.0, 2.0], [NAN, 2.0]]})
+    notes.write_parquet(folder / "notes.parquet")
+    log = read("qilin", folder)
+    with pytest.raises(ValueError, match=r"notes\.parquet, row 2, field note_embedding: expected"):
+        prepare(log, tmp_path / "out", n_negatives=0)
+
+
+@pytest.mark.parametrize(
+    ("shown", "kept"),
+    [("7|8", ["7", "8"]), ("", None), ("7||9|", None), ("[7, 8, 9]", None), ("7.0|8.0", None)],
+)
+def test_trivago_impressions(tmp_path, shown, kept):
+    (tmp_path / "t.csv").write_text(
+        "user_id,session_id,timestamp,step,action_type,reference,impressions\n"
+        f'a,s,1,1,clickout item,7,"{shown}"\n'
+    )
+    if kept or not shown:
+        assert read("trivago", tmp_path).events["impressions"].to_list() == [kept or []]
+    else:
+        with pytest.raises(ValueError, match=r"row 1, field impressions: expected item ids"):
+            read("trivago", tmp_path)
+
+
+def test_trivago_times_do_not_wrap(tmp_path):
+    (tmp_path / "t.csv").write_text(
+        "user_id,session_id,timestamp,step,action_type,reference,impressions\n"
+        "a,s,9223372036854775807,1,clickout item,7,\n"
+    )
+    with pytest.raises(ValueError, match="row 1, field timestamp: expected a time in seconds"):
+        read("trivago", tmp_path)
+
+
+def jdsearch_line(products="10_11", times="0_5_1", queries="-1_-1", labels="0.0_1.0"):
+    fields = ("q", "70_71", labels, queries, products, "CLICK_CLICK", times)
+    return "\t".join(fields) + "\n"
+
+
+JDSEARCH_HEADER = (
+    "query\tcandidate_wid_list\tcandidate_label_list\thistory_qry_list\thistory_wid_list\t"
+    "history_type_list\thistory_time_list\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"times": f"0_{2**62}_{2**62}"}, "history_time_list: expected intervals in seconds"),
+        ({"products": "10_"}, "history_wid_list: expected product ids"),
+        ({"products": "10_٣"}, "history_wid_list: expected product ids"),
+        ({"queries": "_-1"}, "history_qry_list: expected queries"),
+        ({"queries": "5\x18_-1"}, "history_qry_list: expected queries"),
+        ({"labels": "nan_1.0"}, "candidate_label_list: expected numbers"),
+        ({"labels": "1e400_1.0"}, "candidate_label_list: expected numbers"),
+    ],
+)
+def test_jdsearch_values_that_are_none(tmp_path, changes, message):
+    path = tmp_path / "user_behavior_data.txt"
+    path.write_text(JDSEARCH_HEADER + jdsearch_line(**changes))
+    with pytest.raises(ValueError, match=f"row 1, field {message}"):
+        read("jdsearch", path, test_query=True)
+
+
+# duplicates and ties
+
+
+def test_rows_that_repeat_another_are_dropped_and_counted(tmp_path):
+    path = tmp_path / "user_behavior_data.txt"
+    path.write_text(JDSEARCH_HEADER + jdsearch_line() * 3 + jdsearch_line("12_13"))
+    log = read("jdsearch", path)
+    assert log.events["user"].unique().sort().to_list() == [1, 4]
+    assert f"{path.name}: dropped 2 rows that repeat another exactly" in log.notes
+    kept = read("jdsearch", path, keep_duplicates=True)
+    assert kept.events["user"].n_unique() == 4
+    assert f"{path.name}: kept 2 rows that repeat another exactly" in kept.notes
+
+
+def test_every_reader_of_files_can_keep_duplicates():
+    for source in ("trivago", "kuaisar", "qilin", "jdsearch", "frames"):
+        assert "keep_duplicates" in reader_options(source)
+    with pytest.raises(ValueError, match="the reader of synthetic has no option keep_duplicates"):
+        read("synthetic", "-", keep_duplicates=True)
+
+
+def test_kuaisar_clicks_stand_in_the_order_of_the_file(tmp_path):
+    (tmp_path / "rec_inter.csv").write_text(
+        f"user_id,item_id,timestamp,click\n1,1,{MS},1\n1,2,{MS + 9},1\n1,1,{MS},1\n1,3,{MS + 9},nan"
+    )
+    rows = [
+        f'1,7,{MS + 1},"[4]",{item},{clicks}' for item, clicks in ((9, 1), (3, 0), (5, 2), (3, 1))
+    ]
+    header = "user_id,search_session_id,search_session_timestamp,keyword,item_id,click_cnt"
+    (tmp_path / "src_inter.csv").write_text("\n".join([header, *rows]))
+    with pytest.raises(ValueError, match=r"rec_inter\.csv, row 4, field click: expected a number"):
+        read("kuaisar", tmp_path)
+    text = (tmp_path / "rec_inter.csv").read_text()
+    (tmp_path / "rec_inter.csv").write_text(text.replace("nan", "0"))
+    log = read("kuaisar", tmp_path)
+    data = prepare(log, tmp_path / "out", n_negatives=0)
+    assert [data.items[int(item)] for item in data.click_items] == ["9", "5", "3"]
+    assert data.rec_items.tolist() == [data.items.find("1"), data.items.find("2")]
+    assert "rec_inter.csv: dropped 1 rows that repeat another exactly" in log.notes
+
+
+# frames
+
+
+@pytest.fixture
+def tables(shop):
+    return {name: getattr(shop, name) for name in ("events", "searches", "clicks")}
+
+
+def write_tables(folder, tables, end=".parquet"):
+    folder.mkdir(exist_ok=True)
+    for name, table in tables.items():
+        path = folder / f"{name}{end}"
+        if end == ".parquet":
+            table.write_parquet(path)
+            continue
+        lists = pl.selectors.by_dtype(pl.List(pl.Int64), pl.List(pl.String))
+        flat = table.with_columns(lists.cast(pl.List(pl.String)).list.join(" "))
+        text = flat.write_csv(separator="\t" if ".tsv" in end else ",").encode()
+        path.write_bytes(gzip.compress(text) if end.endswith(".gz") else text)
+    return folder
+
+
+@pytest.mark.parametrize("end", [".csv", ".csv.gz", ".tsv", ".tsv.gz"])
+def test_text_tables_give_the_data_of_parquet_ones(tables, tmp_path, end):
+    prints = []
+    for kind in (".parquet", end):
+        log = read("frames", write_tables(tmp_path / kind, tables, kind))
+        prints.append(prepare(log, tmp_path / f"{kind}.out", n_negatives=2).fingerprint)
+    assert prints[0] == prints[1]
+
+
+@pytest.mark.parametrize("column", ["i", "u", "q", "since", "place", "row", "key", "sample", "n"])
+@pytest.mark.parametrize("dtype", [pl.Int32, pl.Int64, pl.String])
+def test_other_columns_are_ignored(tables, tmp_path, column, dtype):
+    plain = frames.read(write_tables(tmp_path / "plain", tables))
+    extra = pl.lit(1).cast(dtype).alias(column)
+    more = {name: table.with_columns(extra) for name, table in tables.items()}
+    log = frames.read(write_tables(tmp_path / "more", more))
+    for name in tables:
+        assert getattr(log, name).equals(getattr(plain, name))
+    assert f"events.parquet: ignored the columns {column}" in log.notes
+
+
+def test_a_recbole_file_stands_for_the_events(tmp_path):
+    (tmp_path / "shop.inter").write_text(
+        "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+        "7\ta\t5.0\t100.5\n7\tb\t3.0\t200\n7\tb\t3.0\t200\n8\ta\t1.0\t300\n"
+    )
+    log = frames.read(tmp_path)
+    assert log.events.select("user", "item", "time", "order", "target").rows() == [
+        (7, "a", 100_500, 1, True), (7, "b", 200_000, 2, True), (8, "a", 300_000, 4, True),
+    ]  # fmt: skip
+    assert log.searches.height == log.clicks.height == 0
+    assert "shop.inter: dropped 1 rows that repeat another exactly" in log.notes
+    assert "no searches: there is no such file" in log.notes
+    assert frames.read(tmp_path / "shop.inter").events.equals(log.events)
+    text = (tmp_path / "shop.inter").read_text()
+    (tmp_path / "shop.inter").write_text(text.replace("100.5", "1700000000000"))
+    with pytest.raises(ValueError, match="row 1, field timestamp:float: expected a time in s"):
+        frames.read(tmp_path)
+
+
+def test_times_in_another_unit(tables, tmp_path):
+    micro = {name: table.with_columns(pl.col("time") * 1000) for name, table in tables.items()}
+    log = frames.read(write_tables(tmp_path / "us", micro), time_unit="us")
+    assert log.events["time"].equals(tables["events"]["time"])
+    dated = {
+        name: table.with_columns(pl.col("time").cast(pl.Datetime("ms")))
+        for name, table in tables.items()
+    }
+    assert (
+        frames.read(write_tables(tmp_path / "d", dated)).events["time"].equals(log.events["time"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            "events",
+            {"target": pl.lit("maybe")},
+            "events.parquet, row 1, field target: expected true",
+        ),
+        ("events", {"item": pl.lit(True)}, "column item is Boolean, expected an id"),
+        ("events", {"item": pl.lit(NAN)}, "row 1, field item: expected an id, got nan"),
+        ("events", {"item": pl.lit(3.7)}, r"row 1, field item: expected an id, got 3\.7"),
+        ("events", {"item": pl.lit("")}, "row 1, field item: expected an id, got ''"),
+        ("events", {"user": pl.lit("a")}, "user is String in events, but Int64 in searches"),
+        ("events", {"time": pl.lit(2**63, pl.UInt64)}, "row 1, field time: expected a time in ms"),
+        (
+            "events",
+            {"impressions": pl.lit(3)},
+            "column impressions is Int32, expected a list of ids",
+        ),
+        (
+            "events",
+            {"impressions": pl.lit(["x"])},
+            "impressions must be a column of lists of Int64",
+        ),
+        ("searches", {"terms": pl.lit([1.5])}, r"column terms is List\(Float64\), expected a list"),
+        ("searches", {"relevant": pl.lit("yes")}, "row 1, field relevant: expected an integer"),
+        ("searches", {"relevant": pl.lit(300)}, r"relevant must be integers in -1\.\.1"),
+        (
+            "searches",
+            {"search": pl.lit(1)},
+            "row 2, field search: expected a key of its own, got '1'",
+        ),
+        ("clicks", {"search": pl.lit("x")}, "row 1, field search: expected the key of a search"),
+        ("clicks", {"time": pl.lit(None)}, "row 1, field time: expected a time in ms, got nothing"),
+    ],
+)
+def test_frames_of_wrong_types_are_one_sentence(tables, tmp_path, name, change, message):
+    tables[name] = tables[name].with_columns(**change)
+    with pytest.raises(ValueError, match=rf"\A[^\n]*{message}[^\n]*\Z"):
+        frames.read(write_tables(tmp_path / "f", tables))
+
+
+@pytest.mark.parametrize(
+    ("events", "searches", "message"),
+    [
+        (1_700_000_000, MS, "the streams do not overlap in time: .* of two magnitudes, so one"),
+        (MS, 1_700_000_000, "the streams do not overlap in time: .* of two magnitudes, so one"),
+        (MS, MS, None),
+        (100, 5_000, None),
+    ],
+)
+def test_streams_in_two_units_are_refused(make_log, tmp_path, events, searches, message):
+    def log():
+        seen = [(1, item, events + item, True) for item in range(5)]
+        return make_log(seen, [(1, searches + 9, ["a"], [])])
+
+    if message:
+        with pytest.raises(ValueError, match=message):
+            log()
+        return
+    data = prepare(log(), tmp_path / "out", n_negatives=0)
+    assert "prepare: the streams do not overlap in time: events from" in data.summary()
+    assert "0.0% with searches before them (0.0 each)" in data.summary()
+
+
+# the machine
+
+
+def test_names_that_the_locale_lacks_letters_for(tables, tmp_path):
+    tables["events"] = tables["events"].with_columns(pl.lit(1).alias("Größe"))
+    write_tables(tmp_path / "shop", tables)
+    shutil.copytree(tmp_path / "shop", tmp_path / "Bücher")
+    out = tmp_path / "out"
+    code = (
+        "import sys\n"
+        "from lcr_fast.cli import main\n"
+        "for name in ('shop', 'B\\udcc3\\udcbccher'):\n"
+        "    main(['prepare', 'frames', f'{sys.argv[1]}/{name}', sys.argv[2], '--n-negatives=2'])"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), str(out)],
+        env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        capture_output=True,
+        timeout=120,
+    )
+    assert rb"ignored the columns Gr\xf6\xdfe" in ended.stdout
+    assert "Größe" in (out / "manifest.json").read_text(encoding="utf-8")
+    assert ended.returncode == 2
+    assert b"lacks letters of this path: set a UTF-8 locale" in ended.stderr
+    assert ended.stderr.count(b"\n") == 1
+
+
+def test_vectors_that_are_not_finite_or_of_two_widths(shop, tmp_path):
+    for block, message in (
+        (np.array([[1, NAN]], np.float32), "item_text: the vector of 12 is not finite"),
+        (np.ones((1, 3), np.float32), "item_text: vectors of 2 and 3 numbers"),
+    ):
+        shop.item_text = lambda block=block: iter(
+            [(pl.Series([11]), np.ones((1, 2), np.float32)), (pl.Series([12]), block)]
+        )
+        try:
+            with pytest.raises(ValueError, match=message):
+                prepare(shop, tmp_path / "out", n_negatives=2)
+        finally:
+            shop.item_text = None
+    assert not list(tmp_path.iterdir())
