@@ -53,9 +53,9 @@ def prepare(
 
     Every validation and test sample gets ``n_negatives`` distinct negatives (``negatives``:
     "popularity" or "uniform"; see ``NegativeSampler``); one whose user has seen so much that fewer
-    are left is dropped, and counted in the notes. The same log, options and seed give the same
-    bytes. Raises ValueError for bad options, for a log without any sample, where negatives run out
-    for all, and if ``out`` is occupied; nothing is written then.
+    are left is dropped, as is a training sample with none left, and counted in the notes. The same
+    log, options and seed give the same bytes. Raises ValueError for bad options, for a log without
+    any sample, where negatives run out for all, and if ``out`` is occupied; nothing is written then.
     """
     history = {
         "min_history": min_history,
@@ -374,29 +374,35 @@ def _drop_without_negatives(
     n_items: int,
     n_negatives: int,
 ) -> list[str]:
-    """Take held-out samples whose users have seen too much for their negatives out of the split."""
+    """Take samples whose users have seen too much for their negatives out of the split.
+
+    A held-out sample needs ``n_negatives``, a training sample one, which it may draw again.
+    """
+    held_out = split.of_sample > 0
+    wanted = np.where(held_out, n_negatives, min(n_negatives, 1))
     # Whoever has seen few items at all need not be looked at closer.
-    much = np.diff(data.seen_offsets)[users] + 1 > n_items - n_negatives
-    rows = np.flatnonzero((split.of_sample > 0) & much)
+    much = np.diff(data.seen_offsets)[users] + 1 > n_items - wanted
+    rows = np.flatnonzero((split.of_sample >= 0) & much)
     offsets, _ = data.seen_before(users[rows], times[rows])
     free = n_items - np.diff(offsets) - ~repeat[rows]
-    few = free < n_negatives
+    few = free < wanted[rows]
     rows, free = rows[few], free[few]
     if not len(rows):
         return []
-    most = int(free.argmax())
+    most = int(np.where(held_out[rows], free, -1).argmax())
     user = data.users[int(users[rows[most]])]
     seen = f"user {user!r} has seen all but {free[most]:,} of the {n_items:,} items"
-    if len(rows) == (split.of_sample > 0).sum():
+    n_held_out = int(held_out[rows].sum())
+    if n_held_out == held_out.sum() > 0 or len(rows) == (split.of_sample >= 0).sum():
         raise ValueError(
             f"{n_negatives} distinct negatives are wanted, but {seen}, and the others no "
             "fewer: lower --n-negatives"
         )
     split.of_sample[rows] = -1
     return [
-        f"prepare: dropped {len(rows):,} validation and test samples of "
-        f"{len(np.unique(users[rows])):,} users with fewer than {n_negatives} negatives left "
-        f"({seen}): a lower --n-negatives keeps them"
+        f"prepare: dropped {n_held_out:,} validation and test samples and "
+        f"{len(rows) - n_held_out:,} training samples of {len(np.unique(users[rows])):,} users "
+        f"with too few negatives left ({seen}): a lower --n-negatives than {n_negatives} keeps more"
     ]
 
 

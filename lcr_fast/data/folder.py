@@ -173,7 +173,11 @@ def _swap(partial: Path, out: Path) -> None:
         partial.rename(out)
         return
     old = out.with_name(f".{out.name}.{_OLD}-{uuid.uuid4().hex}")
-    with _held(out):
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(_held(out))
+        except BlockingIOError:
+            raise ValueError(f"{out}: another process is writing it") from None
         out.rename(old)
         try:
             partial.rename(out)

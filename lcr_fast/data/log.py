@@ -137,7 +137,7 @@ class InteractionLog:
 
     def time_gap(self) -> str:
         """Say that the times of the two streams do not overlap; "" where they do."""
-        if not (self.events.height and self.searches.height):
+        if not (self.common_clock and self.events.height and self.searches.height):
             return ""
         first, last = (
             [getattr(frame["time"], end)() for frame in (self.events, self.searches)]

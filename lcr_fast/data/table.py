@@ -55,7 +55,10 @@ def read_table(
             )
         )
         bad = pl.any_horizontal(pl.lit(False), *(_flag_of(name) for name in fields))
-        table = (frame if keep is None else frame.filter(keep | bad)).collect(engine="streaming")
+        # Of a line of text all fields are parsed: polars would not miss, nor mind, one too many.
+        flags = pl.QueryOptFlags(projection_pushdown=is_columnar(path))
+        kept = frame if keep is None else frame.filter(keep | bad)
+        table = kept.collect(engine="streaming", optimizations=flags)
         wrong = table.filter(bad)
         if wrong.height:
             first = wrong.sort("row").row(0, named=True)
@@ -133,6 +136,11 @@ def readable(path: Path) -> Iterator[None]:
         raise ValueError(f"{path.name}: cannot be read: {reason}") from None
 
 
+def is_columnar(path: Path) -> bool:
+    """Tell a Parquet file, also one named for its compression, from a delimited text."""
+    return ".parquet" in path.suffixes
+
+
 def scan(path: Path, separator: str = ",", quote_char: str | None = '"') -> pl.LazyFrame:
     """Open a Parquet file, or a delimited one with every field as text, lazily."""
     if not path.is_file():
@@ -140,6 +148,6 @@ def scan(path: Path, separator: str = ",", quote_char: str | None = '"') -> pl.L
     if any(0xD800 <= ord(letter) < 0xE000 for letter in str(path)):  # no text for polars
         raise ValueError(f"{path}: the locale lacks letters of this path: set a UTF-8 locale")
     with readable(path):
-        if ".parquet" in path.suffixes:
+        if is_columnar(path):
             return pl.scan_parquet(path)
         return pl.scan_csv(path, separator=separator, quote_char=quote_char, infer_schema=False)

@@ -1,7 +1,9 @@
 """prepare: splits, histories, counts and stored candidates against a plain reading of the log."""
 
+import dataclasses
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from lcr_fast.data import folder
 from lcr_fast.data.batching import Batcher
 from lcr_fast.data.build import prepare
 from lcr_fast.data.log import InteractionLog
+from lcr_fast.data.pairs import training_pairs
 from lcr_fast.data.prepared import SPLITS, PreparedData
 
 users, items = st.integers(1, 3), st.integers(1, 8)
@@ -219,6 +222,113 @@ def test_too_many_negatives_name_the_user_and_write_nothing(shop, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_users_who_have_seen_nearly_all_are_left_out_and_counted(make_log, tmp_path):
+    def life(user, items):
+        return [(user, item, 10 * n, True) for n, item in enumerate(items)]
+
+    log = make_log([*life(1, [1, 2, 1, 2]), *life(2, [3, 1, 2, 4, 5, 6, 7, 8, 1]), *life(9, [9])], [
+        (9, -5, ["a"], []),
+    ])  # fmt: skip
+    data = prepare(log, tmp_path / "out", n_negatives=3)
+    # Before its last target user 2 has seen 8 of the 9 items, before the one before it 7 and that.
+    assert [data.users[int(user)] for user in data.split("test").users] == ["1"]
+    assert [data.users[int(user)] for user in data.split("valid").users] == ["1"]
+    assert data.test_negatives.shape == (1, 3)
+    note = next(note for note in data.manifest["notes"] if "negatives left" in note)
+    assert "2 validation and test samples and 0 training samples of 1 users" in note
+    assert "user '2' has seen all but 1 of the 9 items" in note
+    assert "1 users are tested and 1 validated" in data.summary()
+    with pytest.raises(
+        ValueError, match=r"8 distinct .* user '1' has seen all but 7 of the 9 items"
+    ):
+        prepare(log, tmp_path / "none", n_negatives=8)
+
+
+def test_a_training_sample_without_a_negative_is_left_out(make_log, tmp_path):
+    seen = [(7, item, item, True) for item in (1, 2, 3, 4)] + [(7, 1, 9, True)]
+    data = prepare(make_log(seen, []), tmp_path / "out", n_negatives=1, min_targets=9)
+    assert data.split("train").times.tolist() == [2, 3]
+    assert "0 validation and test samples and 2 training samples of 1 users" in data.summary()
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_the_order_of_the_file_decides_where_times_tie(make_log, tmp_path, ordered):
+    log = make_log([(1, 8, 5, False), (1, 3, 5, False), (1, 5, 9, True)], [
+        (1, 6, ["z"], [(9, 7), (4, 7), (9, 8), (2, 7)]), (1, 6, ["a"], []),
+    ])  # fmt: skip
+    if not ordered:  # a second key that ties as well
+        log = dataclasses.replace(log, events=log.events.with_columns(order=pl.lit(0, pl.Int64)))
+    data = prepare(log, tmp_path / "out", n_negatives=0)
+    assert by_id(data.items, data.rec_items) == ["8", "3", "5"]
+    assert [data.query(int(query)) for query in data.search_queries] == ["z", "a"]
+    assert by_id(data.items, data.click_items) == ["9", "4", "2"]
+    batch = Batcher(data, "train", max_rec_len=2, max_search_len=2, max_clicks=1).gather(
+        np.array([0]), np.array([[1]]), np.array([0])
+    )
+    assert by_id(data.items, batch.search_clicks[0, 0]) == ["9"]
+    assert "2 of 3 events and 3 of 4 clicks in searches have the time of another" in data.summary()
+
+
+def test_a_split_by_time_trains_on_nothing_later(make_log, tmp_path):
+    events = [(user, item, 10 * item + user, True) for user in (1, 2, 3, 4) for item in range(10)]
+    events += [(5, 70, 3, True), (5, 71, 4, True), (5, 3, 95, False), (5, 4, 96, False)]
+    log = make_log(events, [(5, 97, ["late"], [(6, 98)])])
+    data = prepare(log, tmp_path / "out", n_negatives=1, split="time", time_shares=(0.2, 0.2))
+    begins = data.split_times.tolist()
+    samples = [e for e in events if e[3] and e[2] > min(t for u, _, t, _ in events if u == e[0])]
+    times = sorted(time for _, _, time, _ in samples)
+    assert begins == [times[int(len(times) * 0.6)], times[int(len(times) * 0.8)]]
+    expected = {"valid": {}, "test": {}}
+    for user, item, time, _ in sorted(samples, key=lambda e: e[2]):
+        if user != 5 and time >= begins[0]:
+            expected["valid" if time < begins[1] else "test"][str(user)] = (str(item), time)
+    for name in ("valid", "test"):
+        s = data.split(name)
+        got = zip(by_id(data.users, s.users), by_id(data.items, s.items), s.times, strict=True)
+        assert {user: (item, time) for user, item, time in got} == expected[name]
+    assert (data.split("train").times < begins[0]).all()
+    assert len(data.split("train")) == sum(time < begins[0] for time in times)
+    assert (data.train_end == begins[0]).all()
+    known = Counter(str(item) for _, item, time, _ in events if time < begins[0])
+    counts = {data.items[i]: int(data.item_count[i]) for i in range(1, data.n_items + 1)}
+    assert {item: n for item, n in counts.items() if n} == dict(known)
+    assert len(training_pairs(data).queries) == 0  # the only search is late
+    assert f"validation begins at {begins[0]}, test at {begins[1]}" in data.summary()
+    with pytest.raises(ValueError, match="no sample is left to train"):
+        prepare(make_log(events[:2], []), tmp_path / "no", split="time", n_negatives=0)
+    own = dataclasses.replace(log, common_clock=False)
+    with pytest.raises(ValueError, match="times compare within a user only: no split by time"):
+        prepare(own, tmp_path / "no", split="time", n_negatives=1)
+
+
+def test_leave_one_out_says_how_much_of_training_is_later_than_tests(make_log, tmp_path):
+    early = [(1, item, item, True) for item in range(5)]
+    late = [(2, item, 100 + item, True) for item in range(6)]
+    text = prepare(make_log(early + late, []), tmp_path / "out", n_negatives=0).summary()
+    assert "3 of 5 training samples are later than the median test target" in text  # 54.5
+    text = prepare(
+        make_log(early + late, []), tmp_path / "two", n_negatives=0, min_targets=7
+    ).summary()
+    assert "median" not in text  # nobody is tested
+
+
+def test_a_k_core_drops_users_and_items_until_none_has_too_few(make_log, tmp_path):
+    events = [(1, 1, 1, True), (1, 2, 2, True), (2, 1, 1, True), (2, 2, 2, True),
+              (3, 2, 1, True), (3, 3, 2, True), (4, 3, 1, True)]  # fmt: skip
+    shown = [None, [2, 3, 1], None, [3], None, None, None]
+    log = make_log(events, [(1, 0, ["a"], [(2, 1), (3, 1)]), (3, 0, ["b"], [(1, 1)])], shown)
+    data = prepare(log, tmp_path / "out", n_negatives=0, k_core=2)
+    # User 4 goes, item 3 with it, then user 3.
+    assert by_id(data.users, range(1, data.n_users + 1)) == ["1", "2"]
+    assert by_id(data.items, range(1, data.n_items + 1)) == ["1", "2"]
+    assert by_id(data.items, data.click_items) == ["2"]
+    assert by_id(data.items, data.train_impressions) == ["2", "1"]
+    note = "the 2-core has 2 users and 2 items; dropped 3 events, 1 searches, 2 clicks"
+    assert note in data.summary()
+    with pytest.raises(ValueError, match="no user and item have 9 events each"):
+        prepare(log, tmp_path / "none", n_negatives=0, k_core=9)
+
+
 def test_same_log_and_seed_give_the_same_bytes(shop, tmp_path):
     first, again, other = (
         prepare(shop, tmp_path / name, n_negatives=5, seed=seed)
@@ -230,7 +340,11 @@ def test_same_log_and_seed_give_the_same_bytes(shop, tmp_path):
     assert first.fingerprint != other.fingerprint
 
 
-@pytest.mark.parametrize("bad", [{"negatives": "hard"}, {"min_targets": 0}, {"n_negatives": -1}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"negatives": "hard"}, {"min_targets": 0}, {"n_negatives": -1}, {"seed": -5}, {"split": "x"},
+     {"k_core": -1}, {"time_shares": (0.5, 0.5), "split": "time"}],
+)  # fmt: skip
 def test_bad_options(shop, tmp_path, bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         prepare(shop, tmp_path / "out", **bad)
@@ -244,7 +358,7 @@ def test_a_log_without_samples_is_refused(make_log, tmp_path):
 
 
 def test_a_search_alone_is_a_history(make_log, tmp_path):
-    data = prepare(make_log([(1, 1, 5, True)], [(1, 4, [], [])]), tmp_path / "out")
+    data = prepare(make_log([(1, 1, 5, True)], [(1, 4, [], [])]), tmp_path / "out", n_negatives=0)
     train = data.split("train")
     assert (len(train), len(data.rec_items)) == (1, 1)
     assert data.rec_offsets[train.users[0]] == train.rec_end[0]
@@ -393,7 +507,48 @@ class TestFolder:
         ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60)
         assert ended.returncode == -signal.SIGKILL
         assert not (tmp_path / "out").exists()
+        assert len(list(tmp_path.glob(".out.partial-*"))) == 1
         assert len(prepare(shop, tmp_path / "out", n_negatives=2).split("test")) == 2
+        assert not list(tmp_path.glob(".out.*"))
+
+    def test_only_what_is_ours_and_nobodys_is_tidied_up(self, shop, tmp_path):
+        out, number = tmp_path / "out", "0" * 32
+        prepare(shop, out, n_negatives=2)
+        ours = [tmp_path / f".out.{kind}-{number}" for kind in ("partial", "old")]
+        for path in ours:
+            shutil.copytree(out, path)
+        others = [
+            tmp_path / name
+            for name in (f".out.partial-{number[:-1]}", f".outer.old-{number}", ".out.old-mine")
+        ]
+        foreign = tmp_path / f".out.partial-{'1' * 32}"
+        for path in (*others, foreign):
+            shutil.copytree(out, path)
+        (foreign / "thesis.txt").write_text("precious")
+        link = tmp_path / f".out.old-{'2' * 32}"
+        link.symlink_to(others[0], target_is_directory=True)
+        with folder._held(ours[0]):  # as a process that still writes does
+            prepare(shop, out, n_negatives=2, overwrite=True)
+            assert [path.exists() for path in ours] == [True, False]
+        prepare(shop, out, n_negatives=2, overwrite=True)
+        assert not ours[0].exists()
+        assert all(path.exists() for path in (*others, foreign, link))
+
+    def test_data_that_a_killed_writer_put_aside_are_put_back(self, shop, tmp_path):
+        out = tmp_path / "out"
+        first = prepare(shop, out, n_negatives=2).fingerprint
+        out.rename(tmp_path / f".out.old-{'0' * 32}")
+        with pytest.raises(ValueError, match="already holds prepared data"):
+            prepare(shop, out, n_negatives=3)
+        assert PreparedData.open(out).fingerprint == first
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    def test_two_writers_of_one_folder(self, shop, tmp_path):
+        out = tmp_path / "out"
+        prepare(shop, out, n_negatives=2)
+        with folder._held(out), pytest.raises(ValueError, match="another process is writing"):
+            prepare(shop, out, n_negatives=2, overwrite=True)
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 class TestDamage:

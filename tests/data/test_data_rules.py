@@ -85,6 +85,8 @@ def test_unknown_units_are_refused():
         ("x,x\n5,7\n", "t.csv: column x is there twice"),
         ("y\n5\n", "t.csv: column x is missing"),
         ("x\n5\n6.5\n", "t.csv, row 2, field x: expected an integer, got '6.5'"),
+        ("x,y\n5,1\n6,7,8\n", "t.csv: cannot be read: found more fields than defined"),
+        ('x,y\n5,1\n6,"7', "t.csv: cannot be read: "),
         ("x\n5\n6,7\n", "t.csv: cannot be read: found more fields than defined"),
     ],
 )
