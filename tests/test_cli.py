@@ -95,7 +95,8 @@ def test_help_lists_the_commands(capsys):
         (
             "prepare",
             "seed n-negatives negatives min-targets min-history min-rec-history "
-            "min-search-history overwrite",
+            "min-search-history split time-shares k-core keep-duplicates time-unit test-query "
+            "overwrite",
         ),
         (
             "train",

@@ -55,7 +55,8 @@ def prepare(
     "popularity" or "uniform"; see ``NegativeSampler``); one whose user has seen so much that fewer
     are left is dropped, as is a training sample with none left, and counted in the notes. The same
     log, options and seed give the same bytes. Raises ValueError for bad options, for a log without
-    any sample, where negatives run out for all, and if ``out`` is occupied; nothing is written then.
+    any sample, where negatives run out for all, and if ``out`` is occupied; nothing is written
+    then.
     """
     history = {
         "min_history": min_history,
