@@ -448,9 +448,6 @@ def _prepare(arguments: argparse.Namespace) -> None:
         k_core=arguments.k_core,
         overwrite=arguments.overwrite,
     )
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # The names of files may be in letters that the terminal's encoding lacks.
-        sys.stdout.reconfigure(errors="backslashreplace")
     print(prepared.summary())
 
 

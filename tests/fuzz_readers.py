@@ -6,10 +6,12 @@ makes small valid folders in every reader's format, changes bytes, fields, colum
 reads them. A refusal is a ValueError (or FileNotFoundError) of one line. What is accepted must be
 what ``slow_readers.py`` makes of the same files, in the reader's log and again in the data prepared
 from it. A mutated prepared folder must be refused or hold the arrays it held. Prints the counts;
-every finding is printed with the number that makes it again (``--only SOURCE:NUMBER``).
+every finding is printed with the number that makes it again (``--only SOURCE:NUMBER``);
+Ctrl-C ends it with the counts so far.
 """
 
 import argparse
+import contextlib
 import csv
 import gzip
 import itertools
@@ -531,8 +533,8 @@ def main() -> None:
     if arguments.only:
         name, number = arguments.only.split(":")
         each = [(name, int(number))]
-    counts, wrong = Counter(), 0
-    with tempfile.TemporaryDirectory() as root:
+    counts: Counter = Counter()
+    with tempfile.TemporaryDirectory() as root, contextlib.suppress(KeyboardInterrupt):
         original = make_prepared(Path(root))
         for name, number in each[: arguments.count]:
             if name == "prepared":
@@ -540,10 +542,10 @@ def main() -> None:
             else:
                 outcome = fuzz_reader(name, number, arguments.seed)
             if outcome.startswith("!"):
-                wrong += 1
                 print(f"{name}:{number} {outcome[1:]}", flush=True)
                 outcome = "wrong"
             counts[name, outcome] += 1
+    wrong = sum(n for (_, outcome), n in counts.items() if outcome == "wrong")
     print(json.dumps({f"{name} {what}": n for (name, what), n in sorted(counts.items())}, indent=1))
     print(f"{sum(counts.values()):,} inputs, {wrong} wrong")
     raise SystemExit(wrong > 0)

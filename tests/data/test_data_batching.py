@@ -130,7 +130,7 @@ def test_relevance_without_ground_truth(shop, tmp_path):
 
 def test_terms_are_capped_at_16_by_default(make_log, tmp_path):
     long = [str(n) for n in range(20)]
-    data = prepare(make_log([(1, 1, 5, True)], [(1, 1, long, [])]), tmp_path / "out")
+    data = prepare(make_log([(1, 1, 5, True)], [(1, 1, long, [])]), tmp_path / "out", n_negatives=0)
     assert data.max_terms == 20
     sizes = {"max_rec_len": 2, "max_search_len": 2, "max_clicks": 2}
     assert Batcher(data, "train", **sizes).max_terms == 16
