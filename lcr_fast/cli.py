@@ -426,6 +426,11 @@ def _prepare(arguments: argparse.Namespace) -> None:
     from lcr_fast import data
     from lcr_fast.data.build import prepare
 
+    if arguments.n_negatives < 1:
+        raise ValueError(
+            "--n-negatives must be at least 1, among none every model ranks first, got "
+            f"{arguments.n_negatives}"
+        )
     known = data.reader_options(arguments.source)
     given = vars(arguments)
     options = {name: given[name] for name in READING if given[name] is not None}

@@ -538,6 +538,7 @@ def test_prepare_splits_by_time_and_keeps_a_core(job, tmp_path):
         (["synthetic", "nowhere.json", "OUT"], "nowhere.json"),
         (["synthetic", "WORLD", "OUT", "--min-targets", "0"], "min_targets must be at least 1"),
         (["synthetic", "WORLD", "OUT", "--n-negatives", "500"], "negatives"),
+        (["synthetic", "WORLD", "OUT", "--n-negatives", "0"], "--n-negatives must be at least 1"),
         (["synthetic", "WORLD", "OUT", "--seed", "one"], "--seed"),
         (["synthetic", "WORLD", "OUT", "--seed", "-5"], "seed must be at least 0, got -5"),
         (["synthetic", "WORLD", "OUT", "--k-core", "99"], "have 99 events each (--k-core)"),

@@ -34,7 +34,6 @@ from lcr_fast.data.prepared import PreparedData
 from lcr_fast.data.segments import lower_bound, offsets_of, ranges
 
 MU = 1.0
-_END_OF_TIME = np.iinfo(np.int64).max
 
 TITLES = {
     "popularity": "popularity",
@@ -229,20 +228,11 @@ class Baselines:
         return values, sizes
 
     @cached_property
-    def _held_out(self) -> NDArray:
-        """Time of each user's first held-out target: [U + 1]."""
-        first = np.full(self.data.n_users + 1, _END_OF_TIME)
-        for split in ("valid", "test"):
-            samples = self.data.split(split)
-            np.minimum.at(first, samples.users, samples.times)
-        return first
-
-    @cached_property
     def _known_events(self) -> tuple[NDArray, NDArray]:
         """Events of the training period, in order, and their users."""
         data = self.data
         users = _owners(data.rec_offsets)
-        known = np.flatnonzero(data.rec_times < self._held_out[users])
+        known = np.flatnonzero(data.rec_times < data.train_end[users])
         return known, users[known]
 
     @cached_property
@@ -256,7 +246,7 @@ class Baselines:
         under = search > start
         searches, items = search[under] - 1, data.rec_items[events[under]]
         clicked = _owners(data.click_offsets)
-        known = data.click_times < self._held_out[_owners(data.search_offsets)[clicked]]
+        known = data.click_times < data.train_end[_owners(data.search_offsets)[clicked]]
         # Some logs give a click as an event too: a search counts once for an item.
         size = len(self._prior)
         keys = np.unique(
