@@ -150,6 +150,7 @@ def test_a_job_writes_its_tables(job, texts):
     parts = table.strip().split("\n\n")
     for heading, part in zip(parts[::2], parts[1::2], strict=True):
         rows = [line.split("|")[1].strip() for line in part.splitlines()[2:]]
+        assert part.splitlines()[0].count("|") > 2, heading  # columns beside the model's name
         if "own searches" in heading:
             expected = []
             for name, variant in VARIANTS.items():

@@ -341,7 +341,11 @@ def run_comparison(job: Job, variants: list[str]) -> str:
     if NO_SEARCHES in results and "searches" in results.get("lcr", {}):
         searched = evaluation.searched(job.data, "test")
         pair = [results[name]["ranks"].restricted(searched) for name in ("lcr", NO_SEARCHES)]
-        results["lcr"]["searches"]["training"] = differences([(pair[0], pair[1])])
+        effects = results["lcr"]["searches"]
+        protocols = {row["protocol"] for row in effects["none"]}  # the catalogue is none of them
+        effects["training"] = [
+            row for row in differences([(pair[0], pair[1])]) if row["protocol"] in protocols
+        ]
     changes = _differences(results)
     tables = "\n\n".join(result_tables(results, changes))
     write_results(job.out / "results.csv", results)
