@@ -21,12 +21,12 @@ SYNTHETIC_DEFAULTS: dict[str, dict[str, Any]] = {
     "model": {
         "dim": 32, "steps": 2, "max_search_len": 8, "max_rec_len": 12, "max_clicks": 2,
     },
-    "train": {"epochs": 12, "rl_epochs": 2, "rl_epoch_size": 1024, "noise_scale": 0.5},
+    "train": {"epochs": 10, "rl_epochs": 2, "rl_epoch_size": 1024, "noise_scale": 0.5},
 }  # fmt: skip
 # A study trains dozens of models, so each a little shorter.
 STUDY_DEFAULTS = {
     "model": SYNTHETIC_DEFAULTS["model"],
-    "train": {**SYNTHETIC_DEFAULTS["train"], "epochs": 10, "rl_epoch_size": 768},
+    "train": {**SYNTHETIC_DEFAULTS["train"], "epochs": 8, "rl_epoch_size": 768},
 }
 _QUICK = {"epochs": 1, "rl_epochs": 1, "rl_epoch_size": 64, "rl_negatives": 19}
 _QUICK_USERS = 150
