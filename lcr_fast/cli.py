@@ -88,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_baselines(commands)
     _add_compare(commands)
     _add_recommend(commands)
+    _add_extend(commands)
     _add_study(commands)
     _add_bench_report(commands)
     return parser
@@ -153,6 +154,10 @@ def _add_prepare(commands: Any) -> None:
     parser.add_argument(
         "--k-core", type=int, default=0, metavar="K",
         help="drop users and items with fewer than K events, again and again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--vocabulary", type=Path, metavar="DATA",
+        help="prepared data whose ids keep their numbers, so that its models read OUT too",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace prepared data at OUT")
     reading = parser.add_argument_group("how to read", "Not every format has each of these.")
@@ -365,6 +370,17 @@ def _add_recommend(commands: Any) -> None:
     parser.add_argument("-k", type=int, default=10, help="items a user")
 
 
+def _add_extend(commands: Any) -> None:
+    parser = _command(
+        commands, "extend", _extend, "append new items, users, queries and terms to a model",
+        "Write a model with rows for the ids that the data, prepared with --vocabulary, has beyond "
+        "the model's. New rows are the mean of their table; everything else keeps its bits.",
+    )  # fmt: skip
+    parser.add_argument("model", metavar="MODEL", type=Path, help="a model.safetensors")
+    parser.add_argument("--data", type=Path, required=True, help="prepared data with more ids")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="file to write, a new one")
+
+
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", type=Path, help="a model.safetensors")
     parser.add_argument("--data", type=Path, required=True, help="prepared data")
@@ -425,6 +441,7 @@ def _set_threads(arguments: argparse.Namespace) -> None:
 def _prepare(arguments: argparse.Namespace) -> None:
     from lcr_fast import data
     from lcr_fast.data.build import prepare
+    from lcr_fast.data.prepared import PreparedData
 
     if arguments.n_negatives < 1:
         raise ValueError(
@@ -437,6 +454,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     for name in options.keys() - known:
         flag = name.replace("_", "-")
         raise ValueError(f"--{flag}: the reader of {arguments.source} has no such option")
+    vocabulary = PreparedData.open(arguments.vocabulary) if arguments.vocabulary else None
     log = data.read(arguments.source, arguments.input, **options)
     prepared = prepare(
         log,
@@ -451,6 +469,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         split=arguments.split,
         time_shares=tuple(arguments.time_shares),
         k_core=arguments.k_core,
+        vocabulary=vocabulary,
         overwrite=arguments.overwrite,
     )
     print(prepared.summary())
@@ -618,6 +637,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from lcr_fast.data.prepared import PreparedData
     from lcr_fast.experiments.comparison import load_model, protocol_titles, write_rows
     from lcr_fast.training.evaluation import rank_model
+    from lcr_fast.training.identity import describe_unknown
 
     _set_threads(arguments)
     _check_csv(arguments)
@@ -628,6 +648,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         arguments.model, data, arguments.device, arguments.backend, any_data=arguments.any_data
     )
     print(model.backend_report())
+    if unknown := describe_unknown(model.config, data):
+        print(unknown)
     ranks = rank_model(
         model, data, arguments.split, backend=model.config.backend, **_ranking(arguments)
     )
@@ -692,6 +714,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 def _recommend(arguments: argparse.Namespace) -> None:
     from lcr_fast.data.prepared import PreparedData
     from lcr_fast.experiments.comparison import load_model
+    from lcr_fast.training.identity import describe_unknown
     from lcr_fast.training.serving import recommend
 
     _set_threads(arguments)
@@ -700,10 +723,29 @@ def _recommend(arguments: argparse.Namespace) -> None:
         arguments.model, data, arguments.device, arguments.backend, any_data=arguments.any_data
     )
     lines = recommend(model, data, arguments.users, arguments.k)
+    if unknown := describe_unknown(model.config, data):
+        print(unknown, file=sys.stderr)
     writer = csv.writer(sys.stdout)
     writer.writerow(("user", "rank", "item", "score"))
     for user, rank, item, score in lines:
         writer.writerow((user, rank, item, f"{score:.6g}"))
+
+
+def _extend(arguments: argparse.Namespace) -> None:
+    from lcr_fast.data.prepared import PreparedData
+    from lcr_fast.experiments.comparison import load_model
+    from lcr_fast.training.identity import extend
+
+    if arguments.out.exists():
+        raise ValueError(f"{arguments.out} exists already: name another file")
+    data = PreparedData.open(arguments.data)
+    model = load_model(arguments.model, data, "cpu")
+    extended = extend(model, data)
+    extended.save(arguments.out)
+    for name in ("items", "users", "queries", "terms"):
+        old, new = (getattr(m.config, f"n_{name}") for m in (model, extended))
+        print(f"{name}: {old:,} + {new - old:,}")
+    print(f"model: {arguments.out}")
 
 
 if __name__ == "__main__":

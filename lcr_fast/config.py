@@ -164,6 +164,18 @@ class LCRConfig(_JsonConfig):
     def ffn_width(self) -> int:
         return self.ffn_dim or self.dim
 
+    @property
+    def largest_ids(self) -> dict[str, int]:
+        """The largest id that each field of a batch may hold, of those that the model looks up."""
+        limits = dict.fromkeys(("rec_items", "search_clicks", "candidates"), self.n_items)
+        if self.user_embedding:
+            limits["user"] = self.n_users
+        if self.query_encoder == "id" or self.query_text_dim:
+            limits["search_queries"] = self.n_queries
+        if self.query_encoder == "terms":
+            limits["search_terms"] = self.n_terms
+        return limits
+
 
 @dataclass(frozen=True)
 class TrainConfig(_JsonConfig):

@@ -166,6 +166,8 @@ class LCRSER(nn.Module):
         self.dropout_seed = 0
         #: Fingerprint of the prepared data whose ids the model knows; saved with it.
         self.data_fingerprint: str | None = None
+        #: Name of those ids in their order: data that goes on with them has others behind.
+        self.vocabulary: str | None = None
         # An explicit backend that cannot serve this model must fail here, not mid-training.
         if config.backend != "auto":
             self._choices("cuda" if config.backend == "triton" else "cpu")
@@ -253,19 +255,9 @@ class LCRSER(nn.Module):
         where batches are made.
         """
         config = self.config
-        limits = {
-            "user": config.n_users if config.user_embedding else None,
-            "rec_items": config.n_items,
-            "search_queries": config.n_queries
-            if config.query_encoder == "id" or config.query_text_dim
-            else None,
-            "search_terms": config.n_terms if config.query_encoder == "terms" else None,
-            "search_clicks": config.n_items,
-            "candidates": config.n_items,
-        }
-        for name, limit in limits.items():
+        for name, limit in config.largest_ids.items():
             ids = getattr(batch, name)
-            if limit is not None and ids.numel():
+            if ids.numel():
                 low, high = (int(v) for v in torch.aminmax(ids))
                 if low < 0 or high > limit:
                     raise ValueError(
@@ -571,12 +563,40 @@ class LCRSER(nn.Module):
         }
 
     def save(self, path: str | Path) -> None:
-        """Write weights, config and data fingerprint, not text vectors, to one safetensors file.
+        """Write weights, config and what names its data, not text vectors, to one safetensors file.
 
         It is replaced atomically and has a checksum; the same model gives the same bytes.
         """
-        info = {"config": self.config.to_dict(), "data": self.data_fingerprint}
+        info = {
+            "config": self.config.to_dict(),
+            "data": self.data_fingerprint,
+            "vocabulary": self.vocabulary,
+        }
         save_tensors(path, _KIND, self.state_dict(), info)
+
+    def extended(self, n_items: int, n_users: int, n_queries: int, n_terms: int) -> "LCRSER":
+        """Copy the model with rows for more ids; everything else, text vectors aside, is the same.
+
+        A new row is the mean of its table's: an item's dot product is then that of the average
+        item, so that nothing unseen comes first or last by chance, and an unseen query, term or
+        user shifts no state away from where the model was trained. Beside text vectors it is the
+        average correction. Raises ValueError for fewer ids than the model has.
+        """
+        sizes = {"n_items": n_items, "n_users": n_users, "n_queries": n_queries, "n_terms": n_terms}
+        for name, size in sizes.items():
+            if size < (known := getattr(self.config, name)):
+                raise ValueError(f"{name} must be at least the model's {known}, got {size}")
+        extended = LCRSER(self.config.replace(**sizes))
+        state = self.state_dict()
+        for name, tensor in extended.state_dict().items():
+            rows = state[name]
+            if len(tensor) > len(rows):
+                mean = rows[1:].double().sum(0) / max(len(rows) - 1, 1)
+                more = mean.to(rows.dtype).expand(len(tensor) - len(rows), -1)
+                state[name] = torch.cat((rows, more))
+        weight = self.head.target_weight
+        extended.to(weight.device, weight.dtype).load_state_dict(state)
+        return extended.train(self.training)
 
     @classmethod
     def load(cls, path: str | Path, *, device: str = "cpu", backend: str | None = None) -> "LCRSER":
@@ -604,7 +624,7 @@ class LCRSER(nn.Module):
                     f"the file has {found.get(name)}"
                 )
         model.to(tensors["head.target_weight"].dtype).load_state_dict(tensors)
-        model.data_fingerprint = info["data"]
+        model.data_fingerprint, model.vocabulary = info["data"], info.get("vocabulary")
         return model.to(device).eval()
 
 

@@ -36,7 +36,7 @@ def write_all(folder: Path) -> dict[str, Callable[[Path], Any]]:
     """Write a file of every kind; return, by name, how it is read: to values that compare."""
     generator = torch.Generator().manual_seed(0)
     model = random_model(CONFIG, generator, torch.float32)
-    model.data_fingerprint = "0123abcd"
+    model.data_fingerprint, model.vocabulary = "0123abcd", "4567cdef"
     model.save(folder / "model.safetensors")
     state = {f"adam.{name}": t for name, t in model.state_dict().items()}
     state |= {"step": torch.tensor(3.0), "half": torch.rand(5, generator=generator).bfloat16()}
@@ -59,7 +59,8 @@ def write_all(folder: Path) -> dict[str, Callable[[Path], Any]]:
 
 def _read_model(path: Path) -> Any:
     model = LCRSER.load(path)
-    return _plain(model.state_dict(), [model.config, model.data_fingerprint, model.training])
+    told = [model.config, model.data_fingerprint, model.vocabulary, model.training]
+    return _plain(model.state_dict(), told)
 
 
 def _plain(tensors: dict[str, torch.Tensor], info: Any) -> Any:

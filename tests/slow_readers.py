@@ -78,9 +78,13 @@ def read_text(path):
 
 
 def records(path, separator=",", quote='"'):
-    """Split a delimited text into records of fields; a field left empty is None."""
+    """Split a delimited text into records of fields; a field left empty is None.
+
+    A carriage return before the end of a line is part of it, as is one at the end of any other
+    field but a name's.
+    """
     text = read_text(path)
-    record, field, quoted, inside = [], "", False, False
+    record, field, quoted, inside, names = [], "", False, False, True
     place = 0
     while place < len(text):
         letter = text[place]
@@ -96,14 +100,14 @@ def records(path, separator=",", quote='"'):
         elif letter == quote and not field and not quoted:
             inside = quoted = True
         elif letter in (separator, "\n"):
-            if letter == "\n" and not quoted:
+            if not quoted and not (names and letter == separator):
                 field = field.removesuffix("\r")
             record.append(field if quoted or field else None)
             field, quoted = "", False
             if letter == "\n":
                 yield record
-                record = []
-        elif letter == "\r" and quoted and text[place : place + 1] == "\n":
+                record, names = [], False
+        elif letter == "\r" and quoted and text[place : place + 1] in ("\n", separator, ""):
             pass
         else:
             require(not quoted, "text behind a quoted field")
@@ -111,6 +115,7 @@ def records(path, separator=",", quote='"'):
     if inside:  # matters where the field is read, as undecodable bytes do
         field += "\ud800"
     if record or field or quoted:
+        field = field if quoted else field.removesuffix("\r")
         record.append(field if quoted or field else None)
         yield record
 

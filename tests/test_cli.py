@@ -40,7 +40,8 @@ TINY = [
     *("--max-search-len", "4", "--max-rec-len", "5", "--schedule", "constant"),
 ]
 COMMANDS = (
-    "prepare", "train", "evaluate", "baselines", "compare", "recommend", "study", "bench-report",
+    "prepare", "train", "evaluate", "baselines", "compare", "recommend", "extend", "study",
+    "bench-report",
 )  # fmt: skip
 SERIES = (*TITLES, *VARIANTS)
 
@@ -95,8 +96,8 @@ def test_help_lists_the_commands(capsys):
         (
             "prepare",
             "seed n-negatives negatives min-targets min-history min-rec-history "
-            "min-search-history split time-shares k-core keep-duplicates time-unit test-query "
-            "overwrite",
+            "min-search-history split time-shares k-core vocabulary keep-duplicates time-unit "
+            "test-query overwrite",
         ),
         (
             "train",
@@ -107,6 +108,7 @@ def test_help_lists_the_commands(capsys):
         ("baselines", "data protocols catalogue-users csv"),
         ("compare", "than metric any-data csv"),
         ("recommend", "data any-data users device backend threads"),
+        ("extend", "data out"),
     ],
 )
 def test_help_names_every_flag(capsys, command, flags):

@@ -1,5 +1,7 @@
 """Batcher: the histories of many samples as one padded Batch, by array indexing alone."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -17,7 +19,8 @@ class Batcher:
     that time, so a search still open shows what was known then. ``max_terms`` defaults to the
     longest query, at most 16. With ``trim`` the padding ends at the longest row of the batch,
     without it every batch has the full shape. ``search_of`` [n] names for every sample the one
-    whose searches it shows, -1 for none; default: its own.
+    whose searches it shows, -1 for none; default: its own. Users, queries and terms beyond the
+    ``largest_ids`` of their fields are unknown: 0.
     """
 
     def __init__(
@@ -31,6 +34,7 @@ class Batcher:
         max_terms: int | None = None,
         trim: bool = True,
         search_of: NDArray | None = None,
+        largest_ids: Mapping[str, int] | None = None,
     ) -> None:
         self.data = data
         self.samples = data.split(split)
@@ -40,6 +44,13 @@ class Batcher:
         self.max_terms = min(data.max_terms, 16) if max_terms is None else max_terms
         self.trim = trim
         self.search_of = search_of
+        sizes = {
+            "user": data.n_users, "search_queries": data.n_queries, "search_terms": data.n_terms,
+        }  # fmt: skip
+        known = largest_ids or {}
+        self._largest = {
+            name: known[name] for name, size in sizes.items() if known.get(name, size) < size
+        }
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -109,6 +120,8 @@ class Batcher:
             "target": target,
             "row": rows,
         }
+        for name, largest in self._largest.items():
+            arrays[name] = np.where(arrays[name] <= largest, arrays[name], 0)
         return Batch(**{name: _tensor(array) for name, array in arrays.items()})
 
     def _searches(self, users: NDArray, times: NDArray, search_end: NDArray) -> dict[str, NDArray]:

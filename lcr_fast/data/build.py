@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from .core import k_core as core_of
 from .folder import require_free, write_folder
 from .log import TERM_END, InteractionLog, Vectors
 from .negatives import KINDS, NegativeSampler
-from .prepared import SPLITS, PreparedData
+from .prepared import SPLITS, PreparedData, Sizes
 from .segments import lower_bound, offsets_of
 from .splits import Split
 
@@ -36,6 +38,7 @@ def prepare(
     split: str = "user",
     time_shares: tuple[float, float] = (0.1, 0.1),
     k_core: int = 0,
+    vocabulary: PreparedData | None = None,
     overwrite: bool = False,
 ) -> PreparedData:
     """Split a log by time and write it as prepared data.
@@ -53,10 +56,15 @@ def prepare(
 
     Every validation and test sample gets ``n_negatives`` distinct negatives (``negatives``:
     "popularity" or "uniform"; see ``NegativeSampler``); one whose user has seen so much that fewer
-    are left is dropped, as is a training sample with none left, and counted in the notes. The same
-    log, options and seed give the same bytes. Raises ValueError for bad options, for a log without
-    any sample, where negatives run out for all, and if ``out`` is occupied; nothing is written
-    then.
+    are left is dropped, as is a training sample with none left, and counted in the notes.
+
+    With ``vocabulary``, prepared earlier, all its ids and text vectors keep their numbers and new
+    ids come behind them, so that a model of it reads this data too. Then users without a sample
+    stay, for recommending, and there need not be any sample. Its histories are not carried over.
+
+    The same log, options and seed give the same bytes. Raises ValueError for bad options, for a log
+    without any sample, where negatives run out for all, and if ``out`` is occupied; nothing is
+    written then.
     """
     history = {
         "min_history": min_history,
@@ -76,28 +84,39 @@ def prepare(
     }  # fmt: skip
     if split == "time":
         options["time_shares"] = list(time_shares)
+    if vocabulary is not None:
+        options["vocabulary"] = vocabulary.manifest.get("fingerprint")
     _check_options(options, least)
     if split == "time" and not log.common_clock:
         raise ValueError(f"{log.source}: times compare within a user only: no split by time")
     require_free(out, overwrite)
     if k_core:
         log = core_of(log, k_core)
-    events, searches, clicks, notes = _keep_users_with_samples(log, history)
+    events = _with_samples(log, history, needed=vocabulary is None or split == "time")
+    notes = [_samples_note(events, history)]
+    searches, clicks = log.searches, log.clicks
+    if vocabulary is None:
+        events, searches, clicks, kept = _keep_users_with_samples(log, events)
+        notes.append(kept)
     notes += _time_notes(log, events, clicks)
-    users = _numbered([events["user"]])
-    items = _numbered([events["item"], clicks["item"], _shown(events)["item"]])
+    known = _known_ids(vocabulary)
+    users = _numbered([events["user"], searches["user"]], known["users"])
+    items = _numbered([events["item"], clicks["item"], _shown(events)["item"]], known["items"])
     arrays: dict[str, NDArray] = {}
     events = _add_events(arrays, events, users, items)
     searches = _add_searches(arrays, searches, users)
     _add_clicks(arrays, clicks, searches, items)
-    queries = _add_queries(arrays, searches)
+    queries = _add_queries(arrays, searches, known)
     _add_seen(arrays)
     for name, table in (("user", users), ("item", items)):
-        arrays |= _id_table(name, table["value"])
+        arrays |= _id_table(name, table["text"])
     notes += _add_samples(arrays, events, items, options)
     if split == "user" and log.common_clock:
         notes += splits.later_than_tests(arrays["train_times"], arrays["test_times"])
     data = PreparedData(arrays, {})
+    if vocabulary is not None:
+        arrays["known_sizes"] = np.array(vocabulary.sizes, dtype=np.int64)
+        notes.append(_vocabulary_note(vocabulary, data.sizes))
     for number, name in enumerate(("valid", "test")):
         rng = np.random.default_rng([seed, number])
         arrays[f"{name}_negatives"] = _negatives(data, rng, name, negatives, n_negatives)
@@ -111,10 +130,13 @@ def prepare(
     def fill(folder: Path) -> None:
         for name, array in arrays.items():
             np.save(folder / f"{name}.npy", array, allow_pickle=False)
-        if log.item_text is not None:
-            _write_vectors(folder / "item_text.npy", log.item_text, items, data.n_items + 1)
-        if log.query_text is not None:
-            _write_vectors(folder / "query_text.npy", log.query_text, queries, data.n_queries + 1)
+        for name, vectors, ids, n_rows in (
+            ("item_text", log.item_text, items, data.n_items + 1),
+            ("query_text", log.query_text, queries, data.n_queries + 1),
+        ):
+            ours = None if vocabulary is None else vocabulary.arrays.get(name)
+            if vectors is not None or ours is not None:
+                _write_vectors(folder / f"{name}.npy", vectors, ids, n_rows, ours)
 
     return PreparedData.open(write_folder(out, manifest, fill, overwrite=overwrite), verify=False)
 
@@ -139,10 +161,8 @@ def _counts(data: PreparedData) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _keep_users_with_samples(
-    log: InteractionLog, history: dict[str, int]
-) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame, list[str]]:
-    """Mark the samples among the events, drop what belongs to users without any."""
+def _with_samples(log: InteractionLog, history: dict[str, int], needed: bool) -> pl.DataFrame:
+    """Mark the samples among the events; ValueError where there are none, if they are needed."""
     events = log.events
     if "impressions" not in events.columns:
         events = events.with_columns(impressions=pl.lit(None, pl.List(events["item"].dtype)))
@@ -163,26 +183,38 @@ def _keep_users_with_samples(
         events = events.join(passed, on="user", how="left", maintain_order="left")
         sample &= (pl.col("time") > pl.col(name)).fill_null(False)
     events = events.with_columns(sample=sample)
-    n_targets, n_samples = int(events["target"].sum()), int(events["sample"].sum())
-    if not n_samples:
+    if needed and not events["sample"].any():
         raise ValueError(
             f"{log.source}: no target event has a history of at least {_wanted(history)}, "
             "so there is nothing to prepare"
         )
+    return events
+
+
+def _samples_note(events: pl.DataFrame, history: dict[str, int]) -> str:
+    n_targets, n_samples = int(events["target"].sum()), int(events["sample"].sum())
+    return (
+        f"prepare: {n_samples:,} of {n_targets:,} targets are samples; "
+        f"{n_targets - n_samples:,} dropped: fewer than {_wanted(history)} before them"
+    )
+
+
+def _keep_users_with_samples(
+    log: InteractionLog, events: pl.DataFrame
+) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame, str]:
+    """Drop what belongs to users without any of the samples marked among the events."""
     kept = events.filter("sample").select("user").unique()
     n_users = pl.concat([events["user"], log.searches["user"]]).n_unique()
     n_events, n_searches = events.height, log.searches.height
     events = events.join(kept, on="user", how="semi", maintain_order="left")
     searches = log.searches.join(kept, on="user", how="semi", maintain_order="left")
     clicks = log.clicks.join(searches, on="search", how="semi", maintain_order="left")
-    notes = [
-        f"prepare: {n_samples:,} of {n_targets:,} targets are samples; "
-        f"{n_targets - n_samples:,} dropped: fewer than {_wanted(history)} before them",
+    note = (
         f"prepare: kept {kept.height:,} of {n_users:,} users; {n_users - kept.height:,} dropped, "
         f"with {n_events - events.height:,} events and {n_searches - searches.height:,} searches: "
-        "no sample",
-    ]
-    return events, searches, clicks, notes
+        "no sample"
+    )
+    return events, searches, clicks, note
 
 
 def _time_notes(log: InteractionLog, events: pl.DataFrame, clicks: pl.DataFrame) -> list[str]:
@@ -222,10 +254,47 @@ def _shown(events: pl.DataFrame) -> pl.DataFrame:
     return shown.filter(pl.col("item").is_not_null())
 
 
-def _numbered(columns: list[pl.Series]) -> pl.DataFrame:
-    """Give the distinct values numbers from 1 in sorted order: value, number (Int32)."""
+def _known_ids(vocabulary: PreparedData | None) -> dict[str, list[str]]:
+    """List the ids of a vocabulary in the order of their numbers; a query's is its key."""
+    if vocabulary is None:
+        return {name: [] for name in Sizes._fields}
+    ids = {
+        "users": vocabulary.users.texts(),
+        "items": vocabulary.items.texts(),
+        "terms": vocabulary.terms.texts(),
+    }
+    terms = np.array(["", *ids["terms"]], dtype=object)[vocabulary.query_terms]
+    bounds = vocabulary.query_term_offsets[1:]
+    ids["queries"] = [TERM_END.join(terms[a:b]) for a, b in itertools.pairwise(bounds.tolist())]
+    return ids
+
+
+def _vocabulary_note(vocabulary: PreparedData, sizes: Sizes) -> str:
+    """Say how many ids are new."""
+    new = (
+        f"{size - known:,} of {size:,} {name}"
+        for name, known, size in zip(Sizes._fields, vocabulary.sizes, sizes, strict=True)
+    )
+    return (
+        f"prepare: ids keep their numbers of {vocabulary.manifest.get('source', 'unknown')} "
+        f"({str(vocabulary.manifest.get('fingerprint'))[:12]}); new behind them are "
+        f"{', '.join(new)}; a model can score new items once it is extended"
+    )
+
+
+def _numbered(columns: list[pl.Series], known: Sequence[str]) -> pl.DataFrame:
+    """Give the known ids the numbers from 1, and the other distinct values those behind, sorted.
+
+    Returns value (null for a known id that no column has), text and number (Int32). As text, since
+    a column of integers may follow one of text.
+    """
     values = pl.concat([column.unique().rename("value") for column in columns]).unique().sort()
-    return values.to_frame().with_columns(number=pl.int_range(1, pl.len() + 1, dtype=pl.Int32))
+    found = values.to_frame().with_columns(text=pl.col("value").cast(pl.String))
+    first = pl.DataFrame({"text": known}, schema={"text": pl.String})
+    new = found.join(first, on="text", how="anti", maintain_order="left")
+    first = first.join(found, on="text", how="left", maintain_order="left").select(found.columns)
+    number = pl.int_range(1, pl.len() + 1, dtype=pl.Int32)
+    return pl.concat([first, new]).with_columns(number=number)
 
 
 def _number(frame: pl.DataFrame, column: str, table: pl.DataFrame, name: str) -> pl.DataFrame:
@@ -273,20 +342,22 @@ def _add_clicks(
     arrays["click_times"] = clicks["time"].cast(pl.Int64).to_numpy()
 
 
-def _add_queries(arrays: dict[str, NDArray], searches: pl.DataFrame) -> pl.DataFrame:
+def _add_queries(
+    arrays: dict[str, NDArray], searches: pl.DataFrame, known: dict[str, list[str]]
+) -> pl.DataFrame:
     """Assign numbers to queries and terms; return the query number of each search key."""
-    queries = _numbered([searches["key"]])
+    queries = _numbered([searches["key"]], known["queries"])
     numbered = _number(searches, "key", queries, "q").sort("place")
     arrays["search_queries"] = numbered["q"].to_numpy()
-    texts = queries.select("number", value=pl.col("value").str.split(TERM_END)).explode("value")
+    texts = queries.select("number", value=pl.col("text").str.split(TERM_END)).explode("value")
     texts = texts.filter(pl.col("value") != "").with_columns(
         place=pl.int_range(pl.len(), dtype=pl.Int64)
     )
-    terms = _numbered([texts["value"]])
+    terms = _numbered([texts["value"]], known["terms"])
     texts = _number(texts, "value", terms, "t").sort("place")
     arrays["query_term_offsets"] = offsets_of(texts["number"].to_numpy(), queries.height + 1)
     arrays["query_terms"] = texts["t"].to_numpy()
-    arrays.update(_id_table("term", terms["value"]))
+    arrays.update(_id_table("term", terms["text"]))
     return numbered.select(value="search", number="q")
 
 
@@ -345,7 +416,7 @@ def _add_samples(
     dropped = _drop_without_negatives(
         data, split, users, times, repeat, items.height, options["n_negatives"]
     )
-    notes = splits.describe(split, users, n_users, least) + dropped
+    notes = splits.describe(split, users, least) + dropped
     impressions = _impressions(events, items)
     for number, name in enumerate(SPLITS):
         rows = np.flatnonzero(split.of_sample == number)
@@ -451,8 +522,7 @@ def _negatives(
     return drawn
 
 
-def _id_table(name: str, values: pl.Series) -> dict[str, NDArray]:
-    text = values.cast(pl.String)
+def _id_table(name: str, text: pl.Series) -> dict[str, NDArray]:
     lengths = text.str.len_bytes().to_numpy().astype(np.int64)
     joined = "".join(text.to_list()).encode()
     return {
@@ -461,16 +531,29 @@ def _id_table(name: str, values: pl.Series) -> dict[str, NDArray]:
     }
 
 
-def _write_vectors(path: Path, vectors: Vectors, numbers: pl.DataFrame, n_rows: int) -> None:
-    """Stream text vectors into a float32 array by dense id; ids without a vector stay 0."""
-    array = None
+def _write_vectors(
+    path: Path,
+    vectors: Vectors | None,
+    numbers: pl.DataFrame,
+    n_rows: int,
+    known: NDArray[np.float32] | None,
+) -> None:
+    """Stream text vectors into a float32 array by dense id; ids without a vector stay 0.
+
+    The ``known`` vectors of the first ids stay what they are.
+    """
+
+    def new_file(width: int) -> np.memmap:
+        shape = (n_rows, width)
+        return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+
+    array = None if known is None else new_file(known.shape[1])
     dtype = numbers.schema["value"]
-    for keys, block in vectors():
+    for keys, block in vectors() if vectors else ():
         if keys.dtype != dtype:
             raise ValueError(f"{path.stem}: vectors are keyed by {keys.dtype}, ids are {dtype}")
         if array is None:
-            shape = (n_rows, block.shape[1])
-            array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+            array = new_file(block.shape[1])
         if block.shape[1] != array.shape[1]:
             raise ValueError(
                 f"{path.stem}: vectors of {array.shape[1]} and {block.shape[1]} numbers"
@@ -482,4 +565,6 @@ def _write_vectors(path: Path, vectors: Vectors, numbers: pl.DataFrame, n_rows: 
         found = rows.join(numbers, on="value", how="inner", maintain_order="left")
         array[found["number"].to_numpy()] = block[found["row"].to_numpy()]
     if array is not None:
+        if known is not None:
+            array[: len(known)] = known
         array.flush()

@@ -21,6 +21,8 @@ train_target_count                   [I+1]          training samples with this t
 {user,item,term}_id_offsets, _bytes  [N+2], [..]    original ids as UTF-8
 item_text, query_text                [I+1|Q+1, D]   frozen float32 text vectors; optional
 split_times                          [2]            of a split by time: begin of valid and test
+known_sizes                          [4]            how many users, items, queries and terms have
+                                                    the numbers of a vocabulary; optional
 {split}_users, _items, _times        [n]            a sample: user, target item, target time
 {split}_rec_end, _search_end         [n]            ends of the history in rec_* and search_*
 {split}_repeat                       [n]            was the target among the seen items before?
@@ -34,12 +36,13 @@ A history holds what is strictly before the target's time. Samples are sorted by
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,7 +76,7 @@ _ITEMS = (
 _SAMPLE = {"users": "i4", "items": "i4", "times": "i8"}
 _SAMPLE |= {"rec_end": "i8", "search_end": "i8", "repeat": "b1"}
 _OPTIONAL = {"search_relevant": "i1", "search_topic": "i4", "item_text": "f4", "query_text": "f4"}
-_OPTIONAL |= {"split_times": "i8"}
+_OPTIONAL |= {"split_times": "i8", "known_sizes": "i8"}
 _OPTIONAL |= {f"{split}_impression_offsets": "i8" for split in SPLITS}
 _OPTIONAL |= {f"{split}_impressions": "i4" for split in SPLITS}
 _REQUIRED = {
@@ -89,6 +92,15 @@ _REQUIRED = {
     "valid_negatives": "i4", "test_negatives": "i4",
 }  # fmt: skip
 _REQUIRED |= {f"{s}_{name}": dtype for s in SPLITS for name, dtype in _SAMPLE.items()}
+
+
+class Sizes(NamedTuple):
+    """How many ids of each kind have a number."""
+
+    users: int
+    items: int
+    queries: int
+    terms: int
 
 
 @dataclass(frozen=True)
@@ -158,6 +170,10 @@ class IdTable:
         """Return the dense id of an original id; raises KeyError where it is unknown."""
         return self._numbers[text]
 
+    def texts(self) -> list[str]:
+        """List the original ids by their numbers, from 1."""
+        return [self[number] for number in range(1, len(self))]
+
     @cached_property
     def _numbers(self) -> dict[str, int]:
         return {self[number]: number for number in range(1, len(self))}
@@ -215,6 +231,41 @@ class PreparedData:
     @property
     def n_terms(self) -> int:
         return len(self.term_id_offsets) - 2
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(self.n_users, self.n_items, self.n_queries, self.n_terms)
+
+    def vocabulary(self, sizes: Sizes | None = None, text: Sequence[str] = ()) -> str:
+        """SHA-256 that names the first ids of every kind in their order, all of them by default.
+
+        And the text vectors of those ids, of the arrays ``text``. Raises ValueError for more than
+        there is.
+        """
+        wanted = self.sizes if sizes is None else sizes
+        if not self._has(wanted, text):
+            raise ValueError(f"the data has {self.sizes}, not {wanted} with {list(text)}")
+        tables = [(f"{name}_id_offsets", f"{name}_id_bytes") for name in ("user", "item", "term")]
+        tables.insert(Sizes._fields.index("queries"), ("query_term_offsets", "query_terms"))
+        digest = hashlib.sha256(np.array(wanted, dtype="<i8").tobytes())
+        for (offsets, values), size in zip(tables, wanted, strict=True):
+            bounds = self.arrays[offsets][: size + 2]
+            digest.update(np.ascontiguousarray(bounds).data)
+            digest.update(np.ascontiguousarray(self.arrays[values][: bounds[-1]]).data)
+        for name in text:
+            n_rows = {"item_text": wanted.items, "query_text": wanted.queries}[name] + 1
+            digest.update(np.ascontiguousarray(self.arrays[name][:n_rows]).data)
+        return digest.hexdigest()
+
+    def continues(self, vocabulary: str, sizes: Sizes, text: Sequence[str] = ()) -> bool:
+        """Tell whether this was prepared to go on from a vocabulary: its ids, then others."""
+        if "known_sizes" not in self.arrays or not self._has(sizes, text):
+            return False
+        return self.vocabulary(sizes, text) == vocabulary
+
+    def _has(self, sizes: Sizes, text: Sequence[str]) -> bool:
+        enough = all(size <= ours for size, ours in zip(sizes, self.sizes, strict=True))
+        return enough and all(name in self.arrays for name in text)
 
     @cached_property
     def max_terms(self) -> int:
@@ -275,6 +326,39 @@ class PreparedData:
             arrays[f"{split}_search_end"] = np.zeros_like(arrays[f"{split}_search_end"])
         return PreparedData(arrays, self.manifest)
 
+    def without_items_above(self, n_items: int) -> PreparedData:
+        """Return what one can read who knows items 1..n_items alone; itself where that is all.
+
+        Events, clicks, sights and impressions of other items are left out; a target or negative
+        that is one is 0. Samples stay; one with an unknown target has no impressions.
+        """
+        if self.n_items <= n_items:
+            return self
+        arrays = dict(self.arrays)
+        for offsets in ("rec_offsets", "click_offsets", "seen_offsets"):
+            items = arrays[_OFFSETS[offsets][0]]
+            places = _select(arrays, offsets, items <= n_items)
+            if offsets == "rec_offsets":
+                for split in SPLITS:
+                    arrays[f"{split}_rec_end"] = places[arrays[f"{split}_rec_end"]]
+        for split in SPLITS:
+            for name in (f"{split}_items", f"{split}_negatives"):
+                if name in arrays:
+                    arrays[name] = np.where(arrays[name] <= n_items, arrays[name], 0)
+            offsets = f"{split}_impression_offsets"
+            if offsets in arrays:
+                row = np.repeat(np.arange(len(arrays[offsets]) - 1), np.diff(arrays[offsets]))
+                kept = arrays[f"{split}_impressions"] <= n_items
+                kept &= arrays[f"{split}_items"][row] > 0
+                n_shown = np.bincount(row[kept], minlength=len(arrays[offsets]) - 1)
+                _select(arrays, offsets, kept & (n_shown[row] > 1))  # one alone ranks nothing
+        for name in ("item_count", "train_target_count", "item_text"):
+            if name in arrays:
+                arrays[name] = arrays[name][: n_items + 1]
+        arrays["item_id_offsets"] = arrays["item_id_offsets"][: n_items + 2]
+        arrays["item_id_bytes"] = arrays["item_id_bytes"][: arrays["item_id_offsets"][-1]]
+        return PreparedData(arrays, self.manifest)
+
     def has_seen(self, users: NDArray, items: NDArray, times: NDArray) -> NDArray[np.bool_]:
         """Tell whether the users saw the items strictly before the times; all three broadcast."""
         return self.seen.has(users, items, times)
@@ -313,6 +397,16 @@ class PreparedData:
         return text
 
 
+def _select(arrays: dict[str, NDArray], offsets: str, kept: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Keep some values of all arrays that offsets divide; return the new place of each old one."""
+    places = np.concatenate([[0], np.cumsum(kept)]).astype(np.int64)
+    for name in _OFFSETS[offsets]:
+        if name in arrays:
+            arrays[name] = arrays[name][kept]
+    arrays[offsets] = places[arrays[offsets]]
+    return places
+
+
 def _check_schema(arrays: Mapping[str, NDArray], folder: Path) -> None:
     for name in _REQUIRED:
         if name not in arrays:
@@ -341,7 +435,7 @@ def _faults(arrays: Mapping[str, NDArray]):
     lengths = {"search_offsets": n_users + 2, "seen_offsets": n_users + 2}
     lengths |= {"user_id_offsets": n_users + 2, "item_id_offsets": n_items + 2}
     lengths |= {"click_offsets": len(arrays["search_times"]) + 1, "train_target_count": n_items + 1}
-    lengths |= {"split_times": 2}
+    lengths |= {"split_times": 2, "known_sizes": len(Sizes._fields)}
     lengths |= {"item_text": n_items + 1, "query_text": n_queries + 1}
     for split in SPLITS:
         lengths |= {f"{split}_{name}": len(arrays[f"{split}_users"]) for name in _SAMPLE}
@@ -350,6 +444,10 @@ def _faults(arrays: Mapping[str, NDArray]):
     for name, length in lengths.items():
         if name in arrays and len(arrays[name]) != length:
             yield name, f"{len(arrays[name])} rows where {length} are expected"
+    if "known_sizes" in arrays:
+        known, there = arrays["known_sizes"], np.array([n_users, n_items, n_queries, n_terms])
+        if ((known < 0) | (known > there)).any():
+            yield "known_sizes", f"{known.tolist()} of {there.tolist()} ids"
     limits = dict.fromkeys(_ITEMS, n_items) | {f"{split}_users": n_users for split in SPLITS}
     limits |= {"search_queries": n_queries, "query_terms": n_terms}
     for name, limit in limits.items():

@@ -65,8 +65,8 @@ def by_time(
     return Split(np.where(kept, period, _LEFT_OUT).astype(np.int8), begins.astype(np.int64))
 
 
-def describe(split: Split, users: NDArray, n_users: int, least: int) -> list[str]:
-    """Say how many users are held out."""
+def describe(split: Split, users: NDArray, least: int) -> list[str]:
+    """Say how many of the samples' users [n] are held out."""
     place = split.of_sample
     tested, validated = (len(np.unique(users[place == number])) for number in (_TEST, _VALID))
     if split.times is not None:
@@ -77,7 +77,7 @@ def describe(split: Split, users: NDArray, n_users: int, least: int) -> list[str
         ]
     return [
         f"prepare: {tested:,} users are tested and {validated:,} validated; "
-        f"{n_users - tested:,} only train: fewer than {least} samples"
+        f"{len(np.unique(users)) - tested:,} only train: fewer than {least} samples"
     ]
 
 

@@ -23,11 +23,12 @@ def read_table(
 ) -> pl.DataFrame:
     """Read ``fields`` (column name -> its rule) and the row number, counted from 1.
 
-    Columns are found by name. A value is null where the rule is broken, which only a missing value
-    of a ``nullable`` field may do. ``keep`` filters while the file streams through, so that a large
-    file need not fit into memory; rows it drops are checked all the same. Raises FileNotFoundError
-    for a missing file and ValueError for a column that is missing, there twice or of a type without
-    sense, and for a field that breaks its rule, such as
+    Columns are found by name. In delimited text one carriage return at the end of any field is
+    dropped, as at the end of a line. A value is null where the rule is broken, which only a missing
+    value of a ``nullable`` field may do. ``keep`` filters while the file streams through, so that a
+    large file need not fit into memory; rows it drops are checked all the same. Raises
+    FileNotFoundError for a missing file and ValueError for a column that is missing, there twice or
+    of a type without sense, and for a field that breaks its rule, such as
     "rec_inter.csv, row 17, field timestamp: expected a number, got 'abc'".
     """
     path = Path(path)

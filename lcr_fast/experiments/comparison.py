@@ -24,6 +24,7 @@ from lcr_fast.storage import load_info, load_json, replacing, save_json
 from lcr_fast.training import evaluation
 from lcr_fast.training.baselines import TITLES
 from lcr_fast.training.diversity import list_diversity
+from lcr_fast.training.identity import is_of
 from lcr_fast.training.ranks import RANKS, Ranks, differences
 from lcr_fast.training.trainer import (
     CHECKPOINT,
@@ -117,12 +118,14 @@ def fit_config(data: PreparedData, config: LCRConfig) -> LCRConfig:
 
 
 def attach_text(model: LCRSER, data: PreparedData) -> LCRSER:
-    """Give a model the data's frozen text vectors, where its config asks for them."""
+    """Give a model the data's frozen text vectors of its ids, where its config asks for them."""
     config = model.config
-    model.set_text(
-        data.arrays.get("item_text") if config.item_text_dim else None,
-        data.arrays.get("query_text") if config.query_text_dim else None,
-    )
+    rows = {"item_text": config.n_items + 1, "query_text": config.n_queries + 1}
+    model.set_text(**{
+        name: data.arrays[name][:n]
+        for name, n in rows.items()
+        if getattr(config, f"{name}_dim") and name in data.arrays
+    })  # fmt: skip
     return model
 
 
@@ -134,19 +137,22 @@ def load_model(
     *,
     any_data: bool = False,
 ) -> LCRSER:
-    """Load a saved model and check that it is one of this data.
+    """Load a saved model and check that it is one of this data, or that the data continues its.
 
     Raises ValueError where the catalogue is another one, and without ``any_data`` where anything
-    else of the data differs from what the model was trained on.
+    else of the data differs from what the model was trained on. Data that was prepared with the
+    model's vocabulary may have more of everything (see ``identity``).
     """
     model = LCRSER.load(path, device=device, backend=backend)
-    if model.config.n_items != data.n_items:
-        raise ValueError(
-            f"{path}: the model knows {model.config.n_items} items, the data has {data.n_items}"
-        )
-    if not any_data and model.data_fingerprint != data.manifest.get("fingerprint"):
-        known = OTHER_DATA if model.data_fingerprint else "it does not say of which data it is"
-        raise ValueError(f"{path}: {known}")
+    if not is_of(model, data):
+        if model.config.n_items != data.n_items:
+            raise ValueError(
+                f"{path}: the model knows {model.config.n_items} items, the data has "
+                f"{data.n_items}, and its ids do not go on with the model's (prepare --vocabulary)"
+            )
+        if not any_data:
+            known = OTHER_DATA if model.data_fingerprint else "it does not say of which data it is"
+            raise ValueError(f"{path}: {known}")
     return attach_text(model, data)
 
 

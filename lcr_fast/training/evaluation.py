@@ -73,18 +73,21 @@ def make_batcher(
 ) -> Batcher:
     """Batch a split in a model's history lengths, or in short ones for what does not read them.
 
+    Where the data goes on with ids that the model has no row for, the batches hold none of them:
+    events and clicks of such items are skipped, such users, queries and terms are 0.
     ``search_of`` as in :class:`~lcr_fast.data.batching.Batcher`.
     """
     if model is None:
         return Batcher(data, split, max_rec_len=1, max_search_len=1, max_clicks=1)
     config = model.config
     return Batcher(
-        data,
+        data.without_items_above(config.n_items),
         split,
         max_rec_len=config.max_rec_len,
         max_search_len=config.max_search_len,
         max_clicks=config.max_clicks,
         search_of=search_of,
+        largest_ids=config.largest_ids,
     )
 
 
@@ -100,6 +103,8 @@ def rank_targets(
 ) -> NDArray[np.int64]:
     """Rank targets of a split, from 1, ties against them; 0 where there is nothing to rank.
 
+    A target unknown to the model is not ranked either, and an unknown negative is left out.
+
     - ``sampled``: the target and its stored negatives;
     - ``catalogue``: every item, without those the user has seen (the target always stays);
     - ``impressions``: the items shown with the target, 0 where the data has none.
@@ -112,6 +117,7 @@ def rank_targets(
     samples = batcher.samples
     ranks = np.zeros(len(samples), dtype=np.int64)
     chosen = np.arange(len(samples)) if rows is None else rows
+    chosen = chosen[samples.items[chosen] > 0]
     bar = tqdm(
         total=len(chosen),
         desc="ranking in the catalogue",
@@ -254,6 +260,8 @@ def rank_split(
     batcher = make_batcher(data, split, model, search_of)
     if not len(batcher):
         raise ValueError(f"the data has no {split} samples")
+    if not batcher.samples.items.any():
+        raise ValueError(f"the model knows no {split} target: extend it first (lcr-fast extend)")
     some = catalogue_rows(data, split, catalogue_users)
     ranks = {
         protocol: rank_targets(

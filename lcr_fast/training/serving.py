@@ -23,11 +23,16 @@ def recommend(
     """Yield (user, rank, item, score) with raw ids, k unseen items a user, rank from 1.
 
     ``users`` None means all; a user without any history gets what the model gives to nobody in
-    particular. Raises ValueError, before anything is computed, for a user that the data does not
-    know.
+    particular. What of the data the model does not know is skipped, as ``make_batcher`` says.
+    Raises ValueError, before anything is computed, for a user that the data does not know, and
+    where the model knows items that it does not.
     """
     if isinstance(users, str):  # whose letters would be taken for users
         raise ValueError(f"users must be a sequence of ids, [{users!r}], got a text")
+    if model.config.n_items > data.n_items:
+        raise ValueError(
+            f"the model knows more items than the data: {model.config.n_items}, not {data.n_items}"
+        )
     if users is None:
         numbers = np.arange(1, data.n_users + 1)
     else:

@@ -23,6 +23,7 @@ from lcr_fast.model import LCRSER
 from lcr_fast.profiling import range_
 from lcr_fast.storage import load_tensors, replacing, save_tensors
 from lcr_fast.training.evaluation import chance_level, make_batcher, validation_score
+from lcr_fast.training.identity import assign, count_unknown
 from lcr_fast.training.objective import OBJECTIVES, Objective, warn_if_sinking
 
 _LOG = logging.getLogger("lcr_fast")
@@ -154,7 +155,10 @@ class Trainer:
         self.name = objective
         self.metric = VALIDATION + config.valid_metric
         check_trainable(data, config, [objective])
-        model.data_fingerprint = data.manifest.get("fingerprint")
+        if unknown := count_unknown(model.config, data):
+            counts = ", ".join(f"{n:,} {kind}" for kind, n in unknown.items())
+            raise ValueError(f"the model has no row for {counts} of the data: extend it first")
+        assign(model, data)
         self.batcher = make_batcher(data, "train", model)
         self.validation = make_batcher(data, "valid", model)
         self.chance = chance_level(self.validation, config.valid_metric)
