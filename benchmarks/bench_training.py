@@ -16,8 +16,8 @@ import harness
 from lcr_fast.config import LCRConfig, TrainConfig
 from lcr_fast.data import synthetic
 from lcr_fast.data.build import prepare
-from lcr_fast.experiments.comparison import attach_text, fit_config
 from lcr_fast.model import LCRSER
+from lcr_fast.training.models import attach_text, fit_config
 from lcr_fast.training.trainer import Trainer
 
 BATCH = {("cpu", "supervised"): 256, ("cpu", "grpo"): 16}

@@ -20,8 +20,8 @@ from torch import Tensor
 import harness
 from lcr_fast import ops
 from lcr_fast.config import LCRConfig
+from lcr_fast.metrics import TIES
 from lcr_fast.ops import ranking
-from lcr_fast.reference import TIES
 from lcr_fast.testing import (
     Reasoning,
     ReasoningCase,

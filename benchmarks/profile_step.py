@@ -38,9 +38,9 @@ from lcr_fast.config import LCRConfig, TrainConfig
 from lcr_fast.data import synthetic
 from lcr_fast.data.build import prepare
 from lcr_fast.data.prepared import PreparedData
-from lcr_fast.experiments.comparison import attach_text, fit_config
 from lcr_fast.model import LCRSER
 from lcr_fast.testing import random_batch
+from lcr_fast.training.models import attach_text, fit_config
 from lcr_fast.training.trainer import Trainer
 
 OBJECTIVES = {"phase1": "supervised", "phase2": "grpo"}

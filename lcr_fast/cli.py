@@ -554,10 +554,11 @@ def _open_job(
 ) -> Iterator[Any]:
     """Read the configs, open or make the data, claim the folder; yield a Job."""
     from lcr_fast.data.prepared import PreparedData
-    from lcr_fast.experiments.comparison import Job, fit_config
+    from lcr_fast.experiments.comparison import Job
     from lcr_fast.model import LCRSER
     from lcr_fast.storage import claimed
     from lcr_fast.training.evaluation import PROTOCOLS
+    from lcr_fast.training.models import fit_config
 
     _set_threads(arguments)
     configs = _configs(arguments, defaults)
@@ -635,9 +636,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from tabulate import tabulate
 
     from lcr_fast.data.prepared import PreparedData
-    from lcr_fast.experiments.comparison import load_model, protocol_titles, write_rows
+    from lcr_fast.experiments.tables import protocol_titles, write_rows
     from lcr_fast.training.evaluation import rank_model
     from lcr_fast.training.identity import describe_unknown
+    from lcr_fast.training.models import load_model
 
     _set_threads(arguments)
     _check_csv(arguments)
@@ -679,7 +681,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _baselines(arguments: argparse.Namespace) -> None:
     from lcr_fast.data.prepared import PreparedData
-    from lcr_fast.experiments.comparison import baseline_results, result_tables, write_results
+    from lcr_fast.experiments.comparison import baseline_results
+    from lcr_fast.experiments.tables import result_tables, write_results
 
     _check_csv(arguments)
     results = baseline_results(PreparedData.open(arguments.data), **_ranking(arguments))
@@ -694,7 +697,7 @@ def _ranking(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _compare(arguments: argparse.Namespace) -> None:
     from lcr_fast.experiments.compare import compare_runs, comparison_tables
-    from lcr_fast.experiments.comparison import write_rows
+    from lcr_fast.experiments.tables import write_rows
 
     _check_csv(arguments)
     first, second = arguments.runs, arguments.than
@@ -713,8 +716,8 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 def _recommend(arguments: argparse.Namespace) -> None:
     from lcr_fast.data.prepared import PreparedData
-    from lcr_fast.experiments.comparison import load_model
     from lcr_fast.training.identity import describe_unknown
+    from lcr_fast.training.models import load_model
     from lcr_fast.training.serving import recommend
 
     _set_threads(arguments)
@@ -733,7 +736,7 @@ def _recommend(arguments: argparse.Namespace) -> None:
 
 def _extend(arguments: argparse.Namespace) -> None:
     from lcr_fast.data.prepared import PreparedData
-    from lcr_fast.experiments.comparison import load_model
+    from lcr_fast.training.models import load_model
     from lcr_fast.training.identity import extend
 
     if arguments.out.exists():

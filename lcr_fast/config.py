@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from lcr_fast.reference import parse_reward
+from lcr_fast.metrics import parse_reward
 
 Backend = Literal["auto", "reference", "triton", "cpp"]
 _Config = TypeVar("_Config", bound="_JsonConfig")

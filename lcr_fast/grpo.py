@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lcr_fast.metrics import parse_metric, parse_reward
 from lcr_fast.ops.ranking import group_advantages, ranking_metrics
 from lcr_fast.profiling import ranged
-from lcr_fast.reference import parse_metric, parse_reward
 
 __all__ = [
     "Rollout", "choose_actions", "clip_fraction", "entropy", "group_advantages", "kl_divergence",
@@ -29,7 +29,7 @@ class Rollout(NamedTuple):
 def list_rewards(scores: Tensor, target: Tensor, reward: str) -> Tensor:
     """Reward every trajectory's list, [B, N]: a metric or a weighted sum of several.
 
-    ``reward`` as in :func:`lcr_fast.reference.parse_reward`; ties count against the target.
+    ``reward`` as in :func:`lcr_fast.metrics.parse_reward`; ties count against the target.
     """
     terms = parse_reward(reward)
     values = ranking_metrics(scores, target.unsqueeze(-1), metrics=[name for _, name in terms])

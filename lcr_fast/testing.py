@@ -72,7 +72,9 @@ def every_op_rounded() -> Iterator[None]:
     halves to tensor cores. The baseline of such a kernel is what a user would run instead: every
     operation in the half dtype, every result rounded.
     """
-    with mock.patch.object(reference, "_accumulator", lambda x: x.dtype):
+    with contextlib.ExitStack() as stack:
+        for part in (reference.transformer, reference.reasoning, reference.scoring):
+            stack.enter_context(mock.patch.object(part, "accumulator", lambda x: x.dtype))
         yield
 
 

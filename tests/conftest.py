@@ -22,8 +22,8 @@ from lcr_fast.config import LCRConfig
 from lcr_fast.data import synthetic
 from lcr_fast.data.build import prepare
 from lcr_fast.data.prepared import PreparedData
-from lcr_fast.experiments.comparison import attach_text, fit_config
 from lcr_fast.model import LCRSER
+from lcr_fast.training.models import attach_text, fit_config
 
 _WORLD = synthetic.World(n_users=24, n_topics=16, n_targets=14)
 _MODEL = LCRConfig(

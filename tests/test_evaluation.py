@@ -16,23 +16,25 @@ from lcr_fast.data.log import InteractionLog
 from lcr_fast.data.prepared import PreparedData
 from lcr_fast.data.synthetic import _EVENT_MS
 from lcr_fast.training import evaluation
+from lcr_fast.training.analysis import (
+    exchanged_searches,
+    relevance_share,
+    search_effects,
+    state_distances,
+)
 from lcr_fast.training.baselines import TITLES, Baselines
 from lcr_fast.training.evaluation import (
     PROTOCOLS,
     catalogue_rows,
-    exchanged_searches,
     make_batcher,
-    model_scorer,
     rank_model,
     rank_split,
     rank_targets,
-    relevance_share,
-    search_effects,
-    state_distances,
     strata,
     with_target,
 )
 from lcr_fast.training.ranks import differences, rank_metrics
+from lcr_fast.training.scorers import model_scorer
 from lcr_fast.weights import REC, SEARCH
 
 

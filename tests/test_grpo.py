@@ -18,8 +18,8 @@ from lcr_fast.grpo import (
     list_rewards,
     policy_objective,
 )
+from lcr_fast.metrics import parse_reward
 from lcr_fast.ops.reasoning import ReasoningCase, reasoning_backends
-from lcr_fast.reference import parse_reward
 from lcr_fast.testing import random_batch, random_model
 
 REWARDS = ["hr@1", "hr@3", "ndcg@1", "ndcg@4", "mrr"]

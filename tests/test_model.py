@@ -369,7 +369,7 @@ def integer_head(model: LCRSER) -> None:
 @pytest.mark.parametrize("k", [1, 4, 30])
 @torch.no_grad()
 def test_recommend_is_a_full_sort(monkeypatch, k, ties, with_exclude):
-    monkeypatch.setattr(reference, "_CATALOGUE_BLOCK", 5)
+    monkeypatch.setattr(reference.scoring, "_CATALOGUE_BLOCK", 5)
     model, batch = setup(n_items=23, score="mlp")
     if ties:
         integer_head(model)

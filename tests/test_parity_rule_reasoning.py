@@ -14,6 +14,7 @@ it finds all but the bugs of UNSEEN_IN_HALF.
 import contextlib
 import functools
 import importlib.util
+import sys
 import types
 from unittest import mock
 
@@ -70,11 +71,11 @@ WRONG_RESULTS = {
     ),
     "no residual around self-attention": (
         "plain",
-        "a = _add_norm(h, attended",
-        "a = _add_norm(0 * h, attended",
+        "a = add_norm(h, attended",
+        "a = add_norm(0 * h, attended",
     ),
-    "no residual around cross-attention": ("plain", "_add_norm(a, gates", "_add_norm(0 * a, gates"),
-    "no residual around the FFN": ("plain", "_add_norm(c, _ffn", "_add_norm(0 * c, _ffn"),
+    "no residual around cross-attention": ("plain", "add_norm(a, gates", "add_norm(0 * a, gates"),
+    "no residual around the FFN": ("plain", "add_norm(c, ffn", "add_norm(0 * c, ffn"),
     "LayerNorm without eps": ("plain", "EPS = 1e-5", "EPS = 0.0"),
     "LayerNorm eps 1e-6": ("plain", "EPS = 1e-5", "EPS = 1e-6"),
     "LayerNorm eps 1e-3": ("plain", "EPS = 1e-5", "EPS = 1e-3"),
@@ -143,7 +144,7 @@ WRONG_RESULTS = {
     ),
     "pooling over padding": (
         "plain",
-        "alpha = (logits + _key_bias(lengths, h.shape[-2], h.dtype))",
+        "alpha = (logits + key_bias(lengths, h.shape[-2], h.dtype))",
         "alpha = logits",
     ),
     "states in half precision between steps": (
@@ -179,13 +180,13 @@ WRONG_GRADIENTS = {
     "none through the queries": ("plain", _HEADS, f"q = q.detach()\n    {_HEADS}"),
     "none through the residual of self-attention": (
         "plain",
-        "a = _add_norm(h, attended",
-        "a = _add_norm(h.detach(), attended",
+        "a = add_norm(h, attended",
+        "a = add_norm(h.detach(), attended",
     ),
     "none through the residual of cross-attention": (
         "plain",
-        "_add_norm(a, gates",
-        "_add_norm(a.detach(), gates",
+        "add_norm(a, gates",
+        "add_norm(a.detach(), gates",
     ),
     "softmax without its row sum": (
         "plain",
@@ -249,8 +250,8 @@ WRONG_GRADIENTS = {
     ),
     "upstream gradient at padding taken in": (
         "plain",
-        "return _zero_padding(c, lengths[x])",
-        "return c + (_zero_padding(c, lengths[x]) - c).detach()",
+        "return zero_padding(c, lengths[x])",
+        "return c + (zero_padding(c, lengths[x]) - c).detach()",
     ),
     "pooling without the gradient of its weights": (
         "plain",
@@ -297,15 +298,18 @@ CORRECT = {
 
 
 def edited_reference(*edits: tuple[str, str]) -> types.ModuleType:
-    """Import the reference with some of its source replaced."""
-    spec = importlib.util.find_spec("lcr_fast.reference")
-    source = spec.loader.get_source(spec.name)
+    """Import the reference's steps, and what they are made of, with some of the source replaced."""
+    names = [f"lcr_fast.reference.{part}" for part in ("transformer", "reasoning")]
+    sources = [importlib.util.find_spec(name).loader.get_source(name) for name in names]
     for old, new in edits:
-        assert source.count(old) == 1, f"the reference has {source.count(old)} times {old!r}"
-        source = source.replace(old, new)
-    module = types.ModuleType("edited_reference")
-    exec(compile(source, "edited_reference", "exec"), module.__dict__)
-    return module
+        found = sum(source.count(old) for source in sources)
+        assert found == 1, f"the reference has {found} times {old!r}"
+        sources = [source.replace(old, new) for source in sources]
+    edited = {name: types.ModuleType(name) for name in names}
+    with mock.patch.dict(sys.modules, edited):  # the steps import the edited parts
+        for (name, module), source in zip(edited.items(), sources, strict=True):
+            exec(compile(source, name, "exec"), module.__dict__)
+    return edited[names[-1]]
 
 
 # Smaller than what a half-precision model loses anyway.
@@ -329,7 +333,7 @@ def check(case: str, seed: int, dtype: torch.dtype, *edits: tuple[str, str]) -> 
     module = edited_reference(*edits)
     with contextlib.ExitStack() as stack:
         if dtype == torch.float16:
-            stack.enter_context(mock.patch.object(module, "_accumulator", lambda x: x.dtype))
+            stack.enter_context(mock.patch.object(module, "accumulator", lambda x: x.dtype))
         stack.enter_context(mock.patch("lcr_fast.ops.reasoning.reference", module))
         results = run_reasoning(call, "reference")
     assert_reasoning_parity(results, baseline)

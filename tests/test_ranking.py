@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lcr_fast import reference
+from lcr_fast.metrics import TIES, parse_metric
 from lcr_fast.ops._extension import extension_error, has_kernel
 from lcr_fast.ops.ranking import (
     catalogue_metrics,
@@ -115,7 +115,7 @@ def lists(draw):
 @fuzz
 @given(
     lists(),
-    st.sampled_from(reference.TIES),
+    st.sampled_from(TIES),
     st.sampled_from((METRICS, METRICS[:3])),
     st.sampled_from(("none", "sum")),
 )
@@ -148,7 +148,7 @@ def test_million_items(device, dtype):
 
 @needs_cpp
 @pytest.mark.parametrize("n_relevant", [1, 20, 127, 128, 129, 400])
-@pytest.mark.parametrize("ties", reference.TIES)
+@pytest.mark.parametrize("ties", TIES)
 def test_many_relevant(n_relevant, ties):
     """Both ways of counting for several relevant items: a pass for each, and binary search."""
     g = torch.Generator().manual_seed(n_relevant)
@@ -191,7 +191,7 @@ def by_definition(grades: list[int], kind: str, k: int) -> float:
     }[kind]
 
 
-@pytest.mark.parametrize("ties", reference.TIES)
+@pytest.mark.parametrize("ties", TIES)
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_cpp)])
 def test_matches_definition_over_all_orders_of_ties(backend, ties):
     """Every list of five items with scores and grades in {0, 1, 2}, in each possible order."""
@@ -214,7 +214,7 @@ def test_matches_definition_over_all_orders_of_ties(backend, ties):
         elif ties == "optimistic":
             orders = [max(orders)]
         for name in METRICS[:-1]:
-            values = [by_definition(order, *reference.parse_metric(name)) for order in orders]
+            values = [by_definition(order, *parse_metric(name)) for order in orders]
             expected = sum(values) / len(values)
             assert found[name][row].item() == pytest.approx(expected, abs=1e-6), (name, row)
 
@@ -524,7 +524,7 @@ def catalogues(draw):
 
 @needs_cpp
 @fuzz
-@given(catalogues(), st.sampled_from(reference.TIES), st.sampled_from(("none", "sum")))
+@given(catalogues(), st.sampled_from(TIES), st.sampled_from(("none", "sum")))
 def test_catalogue_matches_reference(device, case, ties, reduce):
     case = {name: tensor.to(device) for name, tensor in case.items()}
     options = {"metrics": METRICS, "ties": ties, "reduce": reduce}

@@ -17,8 +17,9 @@ from lcr_fast.data.prepared import PreparedData
 from lcr_fast.model import LCRSER
 from lcr_fast.storage import load_tensors
 from lcr_fast.training import trainer as module
-from lcr_fast.training.evaluation import model_scorer, rank_model, rank_targets
+from lcr_fast.training.evaluation import rank_model, rank_targets
 from lcr_fast.training.objective import OBJECTIVES, Grpo, Supervised, warn_if_sinking
+from lcr_fast.training.scorers import model_scorer
 from lcr_fast.training.trainer import CHECKPOINT, METRICS, MODEL, Trainer, make_optimizer
 
 # Three steps an epoch, in either phase.
@@ -148,7 +149,7 @@ from pathlib import Path
 import torch
 from lcr_fast.config import LCRConfig, TrainConfig
 from lcr_fast.data.prepared import PreparedData
-from lcr_fast.experiments.comparison import attach_text
+from lcr_fast.training.models import attach_text
 from lcr_fast.model import LCRSER
 from lcr_fast.storage import load_tensors
 from lcr_fast.training import trainer

@@ -11,9 +11,10 @@ from lcr_fast.config import TrainConfig
 from lcr_fast.data.prepared import PreparedData
 from lcr_fast.model import LCRSER
 from lcr_fast.training import trainer as module
-from lcr_fast.training.evaluation import make_batcher, model_scorer, rank_targets
+from lcr_fast.training.evaluation import make_batcher, rank_targets
 from lcr_fast.training.objective import OBJECTIVES
 from lcr_fast.training.ranks import rank_metrics
+from lcr_fast.training.scorers import model_scorer
 from lcr_fast.training.trainer import Trainer
 
 # Three steps an epoch, in either phase; no epoch is the last for want of progress.

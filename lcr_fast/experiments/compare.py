@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lcr_fast.experiments.comparison import VARIANTS, protocol_titles, strata_table
+from lcr_fast.experiments.comparison import VARIANTS
+from lcr_fast.experiments.tables import protocol_titles, strata_table
+from lcr_fast.training.models import OTHER_DATA
 from lcr_fast.training.ranks import CUTS, RANKS, Ranks, cuts_of, differences
-from lcr_fast.training.trainer import OTHER_DATA
 
 
 class Comparison(NamedTuple):

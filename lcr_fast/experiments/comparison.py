@@ -5,33 +5,30 @@ number), ``differences.csv`` (to Base, user by user), ``results.md`` (the tables
 job can be resumed: what is finished is read back.
 """
 
-import csv
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from tabulate import tabulate
 
 from lcr_fast.config import LCRConfig, TrainConfig
 from lcr_fast.data.prepared import PreparedData
 from lcr_fast.experiments import plots
+from lcr_fast.experiments.tables import BASE, result_tables, write_results, write_rows
 from lcr_fast.model import LCRSER
 from lcr_fast.storage import load_info, load_json, replacing, save_json
-from lcr_fast.training import evaluation
+from lcr_fast.training import analysis, evaluation
 from lcr_fast.training.baselines import TITLES
 from lcr_fast.training.diversity import list_diversity
-from lcr_fast.training.identity import is_of
+from lcr_fast.training.models import OTHER_DATA, attach_text, load_model
 from lcr_fast.training.ranks import RANKS, Ranks, differences
 from lcr_fast.training.trainer import (
     CHECKPOINT,
     CHECKPOINT_KIND,
     METRICS,
     MODEL,
-    OTHER_DATA,
     PHASE_2,
     Trainer,
     check_trainable,
@@ -42,17 +39,8 @@ from lcr_fast.training.trainer import (
 Report = Callable[[str], None]
 _EVALUATION, _JOB = "evaluation.json", "job.json"
 _EVALUATION_KIND, _JOB_KIND = "evaluation", "job"
-BASE, BASELINES = "base", "baselines"  # the variant that tables compare to; a folder of a job
+BASELINES = "baselines"  # a folder of a job
 NO_SEARCHES = "nosearch"  # the variant that says what searches are worth
-
-
-def protocol_titles(n_negatives: int | str) -> dict[str, str]:
-    """Say what each protocol ranks a target among, in the order of the tables."""
-    return {
-        "sampled": f"1 target + {n_negatives} sampled negatives",
-        "impressions": "items shown with the target",
-        "catalogue": "whole catalogue, seen items masked",
-    }
 
 
 class Variant(NamedTuple):
@@ -101,59 +89,6 @@ def with_requirements(names: list[str]) -> list[str]:
         wanted.add("control")
     wanted |= {start for name in wanted if (start := VARIANTS[name].start)}
     return [name for name in VARIANTS if name in wanted]
-
-
-def fit_config(data: PreparedData, config: LCRConfig) -> LCRConfig:
-    """Fill in the sizes that the data determines: ids and text widths."""
-    sizes = {
-        "n_items": data.n_items,
-        "n_users": data.n_users,
-        "n_queries": data.n_queries,
-        "n_terms": data.n_terms,
-    }
-    for kind in ("item", "query"):
-        vectors = data.arrays.get(f"{kind}_text")
-        sizes[f"{kind}_text_dim"] = 0 if vectors is None else vectors.shape[1]
-    return config.replace(**sizes)
-
-
-def attach_text(model: LCRSER, data: PreparedData) -> LCRSER:
-    """Give a model the data's frozen text vectors of its ids, where its config asks for them."""
-    config = model.config
-    rows = {"item_text": config.n_items + 1, "query_text": config.n_queries + 1}
-    model.set_text(**{
-        name: data.arrays[name][:n]
-        for name, n in rows.items()
-        if getattr(config, f"{name}_dim") and name in data.arrays
-    })  # fmt: skip
-    return model
-
-
-def load_model(
-    path: Path,
-    data: PreparedData,
-    device: str,
-    backend: str | None = None,
-    *,
-    any_data: bool = False,
-) -> LCRSER:
-    """Load a saved model and check that it is one of this data, or that the data continues its.
-
-    Raises ValueError where the catalogue is another one, and without ``any_data`` where anything
-    else of the data differs from what the model was trained on. Data that was prepared with the
-    model's vocabulary may have more of everything (see ``identity``).
-    """
-    model = LCRSER.load(path, device=device, backend=backend)
-    if not is_of(model, data):
-        if model.config.n_items != data.n_items:
-            raise ValueError(
-                f"{path}: the model knows {model.config.n_items} items, the data has "
-                f"{data.n_items}, and its ids do not go on with the model's (prepare --vocabulary)"
-            )
-        if not any_data:
-            known = OTHER_DATA if model.data_fingerprint else "it does not say of which data it is"
-            raise ValueError(f"{path}: {known}")
-    return attach_text(model, data)
 
 
 @dataclass(frozen=True)
@@ -311,9 +246,9 @@ def _plain(value: dict[str, Any]) -> dict[str, Any]:
 # What a cell can hold beside its training history and its ranks, and how it is measured.
 _MEASURES: dict[str, Callable[[LCRSER, Job], Any]] = {
     "rows": lambda model, job: evaluation.rank_model(model, job.data, **job.ranking).rows(),
-    "distances": lambda model, job: evaluation.state_distances(model, job.data),
-    "relevance": lambda model, job: evaluation.relevance_share(model, job.data)._asdict(),
-    "searches": lambda model, job: evaluation.search_effects(
+    "distances": lambda model, job: analysis.state_distances(model, job.data),
+    "relevance": lambda model, job: analysis.relevance_share(model, job.data)._asdict(),
+    "searches": lambda model, job: analysis.search_effects(
         model, job.data, protocols=job.protocols
     ),
     "diversity": lambda model, job: list_diversity(model, job.data)._asdict(),
@@ -345,7 +280,7 @@ def run_comparison(job: Job, variants: list[str]) -> str:
             model=variant.model_changes, train=variant.train_changes, searches=variant.searches,
         )  # fmt: skip
     if NO_SEARCHES in results and "searches" in results.get("lcr", {}):
-        searched = evaluation.searched(job.data, "test")
+        searched = analysis.searched(job.data, "test")
         pair = [results[name]["ranks"].restricted(searched) for name in ("lcr", NO_SEARCHES)]
         effects = results["lcr"]["searches"]
         protocols = {row["protocol"] for row in effects["none"]}  # the catalogue is none of them
@@ -368,26 +303,6 @@ def run_comparison(job: Job, variants: list[str]) -> str:
     return tables
 
 
-def _value(result: dict[str, Any], protocol: str, targets: str, metric: str) -> dict | None:
-    key = {"protocol": protocol, "targets": targets, "metric": metric}
-    return next((r for r in result["rows"] if all(r[k] == v for k, v in key.items())), None)
-
-
-def _count(result: dict[str, Any], protocol: str) -> int:
-    return (_value(result, protocol, "all", "mrr") or {}).get("n", 0)
-
-
-def _cell(row: dict | None, interval: bool = False, sign: str = "") -> str:
-    if row is None or not row["n"]:
-        return ""
-    text = f"{row['mean']:{sign}.3f}"
-    if interval:
-        text += f" [{row['low']:{sign}.3f}, {row['high']:{sign}.3f}]"
-    if row.get("seeds", 1) > 1:
-        text += f", seeds [{row['seeds_low']:{sign}.3f}, {row['seeds_high']:{sign}.3f}]"
-    return text
-
-
 def _differences(results: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Compare every other row of the tables to Base, user by user; nothing where Base is not."""
     if BASE not in results:
@@ -398,132 +313,3 @@ def _differences(results: dict[str, dict[str, Any]]) -> dict[str, list[dict[str,
         for name, result in results.items()
         if name != BASE
     }
-
-
-def result_tables(
-    results: dict[str, dict[str, Any]], changes: dict[str, list[dict[str, Any]]]
-) -> list[str]:
-    """Lay out results as Markdown: the main metrics, then NDCG@5 by protocol and kind of target.
-
-    ``changes`` are the rows of :func:`~lcr_fast.training.ranks.differences` to Base, by model.
-    """
-    ranks = next(iter(results.values()))["ranks"]
-    titles = {
-        protocol: _of_some(title, ranks, protocol)
-        for protocol, title in protocol_titles(ranks.n_negatives).items()
-        if protocol in ranks.by_protocol
-    }
-    tables = [_main_table(results, titles)]
-    compared = {
-        name: {"title": results[name]["title"], "rows": rows} for name, rows in changes.items()
-    }
-    for protocol, title in titles.items():
-        tables.append(f"NDCG@5, {title}:\n\n" + strata_table(results, protocol))
-        if compared:
-            tables.append(
-                f"NDCG@5 less that of {results[BASE]['title']}, user by user, {title}:\n\n"
-                + strata_table(compared, protocol, sign="+")
-            )
-    return tables + _search_tables(results, titles)
-
-
-def _of_some(title: str, ranks: Ranks, protocol: str) -> str:
-    """Add to a title how many users it is about, where the catalogue is not ranked for all."""
-    n, n_all = int((ranks.by_protocol[protocol] > 0).sum()), len(ranks.by_protocol[protocol])
-    some = protocol == "catalogue" and n < n_all
-    return f"{title}, {n:,} of {n_all:,} users, the same for every model" if some else title
-
-
-def _search_tables(results: dict[str, dict[str, Any]], titles: dict[str, str]) -> list[str]:
-    """Lay out what a user's own searches are worth to every model, a table a protocol."""
-    effects = {
-        f"{name}-{than}": {"title": f"{result['title']}, {title}", "rows": result["searches"][than]}
-        for name, result in results.items()
-        if "searches" in result
-        for than, title in (
-            ("others", "those of other users"), ("none", "none"), ("training", "none, as trained"),
-        )
-        if than in result["searches"]
-    }  # fmt: skip
-    protocols = {row["protocol"] for effect in effects.values() for row in effect["rows"]}
-    return [
-        "NDCG@5 with a user's own searches less that of the same model with others, users that "
-        f"searched, {title}:\n\n" + strata_table(effects, protocol, sign="+")
-        for protocol, title in titles.items()
-        if protocol in protocols
-    ]
-
-
-def _main_table(results: dict[str, dict[str, Any]], titles: dict[str, str]) -> str:
-    columns = ("hr@1", "hr@5", "ndcg@5", "ndcg@10", "mrr")
-    main, first = next(iter(titles)), next(iter(results.values()))
-    headers = ["model", *(name.upper() for name in columns)]
-    ranked = (first["ranks"].by_protocol.get("catalogue", np.ones(1)) > 0).all()
-    with_catalogue = main != "catalogue" and "catalogue" in titles
-    if with_catalogue:
-        n = _count(first, "catalogue")
-        headers.append("NDCG@10, catalogue" if ranked else f"NDCG@10, catalogue (n={n:,})")
-    trained = any("seconds" in result for result in results.values())
-    if trained:
-        headers.append("seconds")
-    chance = [r["relevance"]["chance"] for r in results.values() if "relevance" in r]
-    with_truth = bool(chance) and chance[0] == chance[0]
-    if with_truth:
-        headers += [
-            f"attention on relevant searches: of the target (chance {chance[0]:.3f})",
-            "of the recommendation stream",
-        ]
-    rows = []
-    for result in results.values():
-        row = [result["title"]]
-        row += [
-            _cell(_value(result, main, "all", name), interval=name == "ndcg@5") for name in columns
-        ]
-        if with_catalogue:
-            row.append(_cell(_value(result, "catalogue", "all", "ndcg@10"), interval=not ranked))
-        if trained:
-            row.append(f"{result['seconds']:.0f}" if "seconds" in result else "")
-        if with_truth:
-            shares = result.get("relevance", {})
-            for name in ("target", "cross"):
-                share = shares.get(name, float("nan"))
-                row.append(f"{share:.3f}" if share == share else "")
-        rows.append(row)
-    title = f"Test, {_count(first, main):,} users, {titles[main]}, [95 % bootstrap interval]:\n\n"
-    return title + tabulate(rows, headers, tablefmt="github", disable_numparse=True)
-
-
-def strata_table(
-    results: dict[str, dict[str, Any]], protocol: str, *, metric: str = "ndcg@5", sign: str = ""
-) -> str:
-    """Lay out one metric by model and kind of target, with intervals."""
-    groups = ("all", "repeat", "new", "covered", "uncovered")
-    counts = {
-        group: (_value(next(iter(results.values())), protocol, group, metric) or {}).get("n", 0)
-        for group in groups
-    }
-    shown = [group for group in groups if counts[group]]
-    headers = ["model", *(f"{group} (n={counts[group]:,})" for group in shown)]
-    rows = [
-        [
-            result["title"],
-            *(_cell(_value(result, protocol, group, metric), True, sign) for group in shown),
-        ]
-        for result in results.values()
-    ]
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
-
-
-def write_results(path: Path, results: dict[str, dict[str, Any]]) -> None:
-    """Write every number of the results as CSV, atomically."""
-    write_rows(
-        path, [{"model": n, **row} for n, result in results.items() for row in result["rows"]]
-    )
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write dictionaries with the same keys as CSV, atomically."""
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)

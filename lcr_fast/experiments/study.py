@@ -22,17 +22,12 @@ from tabulate import tabulate
 from lcr_fast.batch import Batch
 from lcr_fast.config import TrainConfig
 from lcr_fast.experiments import plots
-from lcr_fast.experiments.comparison import (
-    VARIANTS,
-    Job,
-    attach_text,
-    baseline_results,
-    protocol_titles,
-    write_rows,
-)
+from lcr_fast.experiments.comparison import VARIANTS, Job, baseline_results
+from lcr_fast.experiments.tables import protocol_titles, write_rows
 from lcr_fast.model import LCRSER
 from lcr_fast.storage import replacing
 from lcr_fast.training.evaluation import make_batcher, with_target
+from lcr_fast.training.models import attach_text
 from lcr_fast.training.ranks import Interval, across_seeds
 from lcr_fast.training.trainer import PHASE_2, check_trainable, validation_scores
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from lcr_fast import reference
+from lcr_fast.metrics import RANKING_KINDS, TIES, parse_metric
 from lcr_fast.ops._extension import extension_error, has_kernel
-from lcr_fast.reference import RANKING_KINDS, TIES, parse_metric
 
 DEFAULT_METRICS = ("hr@1", "hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr")
 CPU_LEVELS = ("baseline", "avx2", "avx512", "avx512bf16")

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from lcr_fast.data.prepared import PreparedData
-from lcr_fast.reference import parse_reward
+from lcr_fast.metrics import parse_reward
 from lcr_fast.storage import load_tensors, save_tensors
 
 RANKS = "ranks.safetensors"

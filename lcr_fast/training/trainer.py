@@ -24,12 +24,12 @@ from lcr_fast.profiling import range_
 from lcr_fast.storage import load_tensors, replacing, save_tensors
 from lcr_fast.training.evaluation import chance_level, make_batcher, validation_score
 from lcr_fast.training.identity import assign, count_unknown
+from lcr_fast.training.models import OTHER_DATA
 from lcr_fast.training.objective import OBJECTIVES, Objective, warn_if_sinking
 
 _LOG = logging.getLogger("lcr_fast")
 CHECKPOINT_KIND = "checkpoint"
 VALIDATION = "valid_"  # how the name of the validation metric begins in a record of the history
-OTHER_DATA = "it is of other prepared data (--any-data uses it all the same)"
 _CHECKPOINT_SECONDS = 30.0  # between two checkpoints inside an epoch
 _READOUTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 CHECKPOINT, MODEL, METRICS = "checkpoint.safetensors", "model.safetensors", "metrics.jsonl"
