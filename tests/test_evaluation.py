@@ -15,7 +15,7 @@ from lcr_fast.data.build import prepare
 from lcr_fast.data.log import InteractionLog
 from lcr_fast.data.prepared import PreparedData
 from lcr_fast.data.synthetic import _EVENT_MS
-from lcr_fast.training import evaluation
+from lcr_fast.training import analysis, evaluation
 from lcr_fast.training.analysis import (
     exchanged_searches,
     relevance_share,
@@ -304,7 +304,7 @@ def test_only_the_searches_are_those_of_another(data, model):
 
 def test_effects_of_searches_are_paired_differences(data, model):
     effects = search_effects(model, data)
-    searched = evaluation.searched(data, "test")
+    searched = analysis.searched(data, "test")
     ranks = {
         name: rank_targets(model_scorer(model), make_batcher(data, "test", model, of), "sampled")
         for name, of in (

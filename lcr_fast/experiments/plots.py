@@ -61,6 +61,8 @@ def target_distances(results: Results, path: Path) -> None:
     ):
         for name, result in results.items():
             h, a = result["distances"][f"h_{stream}"], result["distances"][f"a_{stream}"]
+            if not h:
+                continue
             colour = _COLOURS[name]
             axis.plot(range(len(h)), h, marker="o", color=colour, label=result["title"].strip())
             axis.plot(range(1, len(a) + 1), a, marker="x", linestyle=":", color=colour)

@@ -63,7 +63,8 @@ def state_distances(model: LCRSER, data: PreparedData, split: str = "test") -> d
     """Distance of pooled states to the target per step (cf. the paper's Fig. 4 and 5).
 
     Mean Euclidean distance from e_t to q_x(h^(k)), k = 0..K, and to q_x(a^(k)), k = 1..K, for each
-    stream, over users whose two streams both have events; pooling q is at the target.
+    stream, over users whose two streams both have events (no numbers where nobody has); pooling q
+    is at the target.
     """
     sums: dict[str, Tensor] = {}
     n_users = 0
@@ -84,7 +85,7 @@ def state_distances(model: LCRSER, data: PreparedData, split: str = "test") -> d
         n_users += int(both.sum())
     means = {name: total / max(n_users, 1) for name, total in sums.items()}
     return {
-        f"{name}_{stream}": mean[:, x].tolist() if len(mean) else []
+        f"{name}_{stream}": mean[:, x].tolist() if len(mean) and n_users else []
         for name, mean in means.items()
         for x, stream in ((SEARCH, "search"), (REC, "rec"))
     }
