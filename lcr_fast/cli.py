@@ -736,8 +736,8 @@ def _recommend(arguments: argparse.Namespace) -> None:
 
 def _extend(arguments: argparse.Namespace) -> None:
     from lcr_fast.data.prepared import PreparedData
-    from lcr_fast.training.models import load_model
     from lcr_fast.training.identity import extend
+    from lcr_fast.training.models import load_model
 
     if arguments.out.exists():
         raise ValueError(f"{arguments.out} exists already: name another file")
