@@ -8,9 +8,9 @@ Without a GPU the Triton kernels run in Triton's interpreter, which must be chos
 the ops are imported.
 """
 
-import dataclasses
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from fork_server import RunCode, serving
 from lcr_fast.config import LCRConfig
 from lcr_fast.data import synthetic
 from lcr_fast.data.build import prepare
@@ -66,26 +67,19 @@ def _one_thread():
 
 @pytest.fixture(scope="session", autouse=True)
 def _fast_interpreter():
-    """Spare Triton's interpreter work that has no effect, two thirds of its time.
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        import fast_interpreter
 
-    It patches ``triton.language`` for every call of a device function, which once a launch and
-    module is enough; and it computes whether integers overflow, which it then does not assert.
-    """
-    if importlib.util.find_spec("triton") is None:
-        return
-    from triton.runtime import interpreter
+        fast_interpreter.install()
 
-    builder = interpreter.interpreter_builder
-    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
-    patched = set()
 
-    def call(self, *arguments, **options):
-        if self.fn.__module__ not in patched:
-            interpreter._patch_lang(self.fn)
-            patched.add(self.fn.__module__)
-        return self.rewrite()(*arguments, **options)
-
-    interpreter.InterpretedFunction.__call__ = call
+@pytest.fixture(scope="session")
+def run_code() -> Iterator[RunCode]:
+    """Return a function that runs code in a process of its own: see tests/fork_server.py."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    with serving() as run:
+        yield run
 
 
 @pytest.fixture(scope="session")

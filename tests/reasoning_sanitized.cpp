@@ -141,8 +141,10 @@ int main() {
   const TransformerShape shapes[] = {{6, 3, 1, 2}, {20, 5, 9, 1}, {33, 1, 0, 2}, {64, 2, 64, 1}};
   for (const TransformerShape& shape : shapes)
     for (FloatType type : {FloatType::kFloat32, FloatType::kFloat16, FloatType::kBFloat16}) {
-      reason(shape, type, 5, 1, 6554, true);
-      reason(shape, type, 3, 2, 0, false);
+      // The last level has bfloat16 of its own, and all else in common with the one below.
+      if (lcr_fast::cpu_level() == 3 && type != FloatType::kBFloat16) continue;
+      reason(shape, type, 3, 1, 6554, true);
+      reason(shape, type, 2, 2, 0, false);
       reason(shape, type, 1, 1, 0, true);
       reason(shape, type, 0, 1, 0, false);
       if (shape.ffn_dim > 0) encode(shape, type, 0, 6554), encode(shape, type, 1, 0);

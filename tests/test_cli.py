@@ -214,23 +214,24 @@ def test_a_finished_job_is_read_back(job, monkeypatch):
     assert (job / "run" / "results.csv").read_bytes() == before
 
 
-@pytest.mark.parametrize("objective", ["supervised", "grpo"])
-def test_a_stopped_job_resumes_to_the_same_numbers(job, tmp_path, monkeypatch, capsys, objective):
+def test_a_stopped_job_resumes_to_the_same_numbers(job, tmp_path, monkeypatch, capsys):
+    """Stopped in phase 1 and, resumed, again in phase 2."""
     command = ["train", "--data", job / "data", "--out", tmp_path / "run", *TINY]
     original = Trainer._update
+    for objective, *resume in (("supervised",), ("grpo", "--resume")):
 
-    def stop(self, loss):
-        if self.name == objective:
-            raise KeyboardInterrupt
-        original(self, loss)
+        def stop(self, loss, objective=objective):
+            if self.name == objective:
+                raise KeyboardInterrupt
+            original(self, loss)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_update", stop)
-        with pytest.raises(SystemExit) as end:
-            run(*command)
-    assert end.value.code == 130
-    assert "--resume continues" in capsys.readouterr().err
-    assert not (tmp_path / "run" / "results.csv").exists()
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "_update", stop)
+            with pytest.raises(SystemExit) as end:
+                run(*command, *resume)
+        assert end.value.code == 130
+        assert "--resume continues" in capsys.readouterr().err
+        assert not (tmp_path / "run" / "results.csv").exists()
     run(*command, "--resume")
     for variant in ("base", "tcl", "rl", "control"):
         mine, theirs = (

@@ -3,10 +3,7 @@
 What every fused backend of reasoning owes is in tests/test_reasoning_fused.py.
 """
 
-import os
 import subprocess
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -357,17 +354,6 @@ def test_a_call_leaves_nothing_behind_in_the_scratch():
         assert_same_bits(expected, run(call, "cpp"))
 
 
-def run_code(code: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-
-
 FORKED = """
 import os
 import torch
@@ -387,8 +373,7 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_after_a_fork():
+def test_after_a_fork(run_code):
     done = run_code(FORKED)
     assert done.returncode == 0, done.stderr
 
@@ -415,7 +400,7 @@ t.test_a_call_leaves_nothing_behind_in_the_scratch()
 
 
 @pytest.mark.parametrize("level", ranking.CPU_LEVELS)
-def test_every_instruction_set(level):
+def test_every_instruction_set(run_code, level):
     done = run_code(LEVEL.format(level=level), LCR_FAST_CPU=level)
     skip_without(level, done)
     assert done.returncode == 0, done.stderr
@@ -433,7 +418,7 @@ for dtype in (torch.float32, torch.float16):
 """
 
 
-def test_only_bfloat16_depends_on_its_instructions():
+def test_only_bfloat16_depends_on_its_instructions(run_code):
     found = []
     for level in ("avx512", "avx512bf16"):
         done = run_code(BITS, LCR_FAST_CPU=level)

@@ -120,12 +120,8 @@ torch.ops.lcr_fast.cpu_score_fwd(
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
-def test_memory_that_does_not_suffice_is_a_sentence():
+def test_memory_that_does_not_suffice_is_a_sentence(run_code):
     """It runs out in a task, on any thread."""
-    done = subprocess.run(
-        [sys.executable, "-c", LITTLE_MEMORY],
-        env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = run_code(LITTLE_MEMORY)
     assert done.returncode == 1, done.stderr
     assert "RuntimeError: the memory does not suffice" in done.stderr

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -32,6 +33,24 @@ def runner(tmp_path):
 def run(runner: Runner, *parts: Part, seconds: float = 60.0) -> dict[str, Result]:
     results = runner.run(parts, time.monotonic() + seconds)
     return {result.name: result for result in results}
+
+
+def run_out_of_time_at(path: Path, monkeypatch) -> None:
+    """Let every process be waited for in vain from when ``path`` exists, and no shorter."""
+
+    class Late(subprocess.Popen):
+        is_over = False
+
+        def wait(self, timeout=None):
+            if timeout is None or self.is_over:
+                return super().wait(timeout)
+            while not path.exists():
+                assert self.poll() is None, f"it ended with {self.returncode} before"
+                time.sleep(0.02)
+            self.is_over = True
+            raise subprocess.TimeoutExpired(self.args, timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Late)
 
 
 def is_alive(pid: int) -> bool:
@@ -133,7 +152,7 @@ def test_findings_in_the_kernels_of_others_are_told_apart(runner, names, status,
 @pytest.mark.parametrize(
     "options", [(), pytest.param(("-n", "1"), marks=pytest.mark.full)], ids=["plain", "xdist"]
 )
-def test_tests_that_failed_are_named_when_time_runs_out(runner, tmp_path, options):
+def test_tests_that_failed_are_named_when_time_runs_out(runner, tmp_path, monkeypatch, options):
     if options:
         pytest.importorskip("xdist")
     (tmp_path / "test_a.py").write_text(
@@ -141,10 +160,13 @@ def test_tests_that_failed_are_named_when_time_runs_out(runner, tmp_path, option
         "@pytest.mark.parametrize('x', ['an id, with D=1'])\n"
         "def test_a(x): assert 0\n"
         "def test_b(): pass\n"
-        "def test_c(): time.sleep(600)\n"
+        "def test_c():\n"
+        "    open('began', 'w').close()\n"
+        "    time.sleep(600)\n"
     )
+    run_out_of_time_at(tmp_path / "began", monkeypatch)
     words = (sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *options, "test_a.py")
-    part = Part("tests", [[Command("test_a", words, is_pytest=True)]], seconds=8)
+    part = Part("tests", [[Command("test_a", words, is_pytest=True)]])
     result = run(runner, part)["tests"]
     assert result.status == TIMED_OUT
     assert "1 passed, 1 failed: test_a.py::test_a[an id, with D=1]" in result.summary

@@ -11,16 +11,18 @@ SOURCE = Path(__file__).parents[1] / "csrc" / "cuda" / "ranking.cu"
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-def test_compiles_without_spills(tmp_path):
+@pytest.mark.parametrize(
+    "capability",
+    [pytest.param(80, marks=pytest.mark.full), 90, pytest.param(100, marks=pytest.mark.full)],
+)
+def test_compiles_without_spills(tmp_path, capability):
     known = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True)
-    capabilities = [c for c in (80, 90, 100) if f"sm_{c}" in known.stdout.split()]
-    targets = []
-    for c in capabilities:
-        targets += ["-gencode", f"arch=compute_{c},code=[sm_{c},compute_{c}]"]
+    if f"sm_{capability}" not in known.stdout.split():
+        pytest.skip("this nvcc does not know it")
     done = subprocess.run(
         [
-            *("nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-Werror", "all-warnings", "-t", "2"),
-            *targets,
+            *("nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-Werror", "all-warnings"),
+            f"-gencode=arch=compute_{capability},code=[sm_{capability},compute_{capability}]",
             *("-c", str(SOURCE), "-o", str(tmp_path / "ranking.o")),
         ],
         capture_output=True,
@@ -31,5 +33,5 @@ def test_compiles_without_spills(tmp_path):
     log = done.stdout + done.stderr
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", log)
     # Four dtypes of four kernels, and two kernels for all.
-    assert len(spills) == 18 * len(capabilities)
+    assert len(spills) == 18
     assert all(spill == ("0", "0") for spill in spills), log

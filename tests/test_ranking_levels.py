@@ -1,9 +1,5 @@
 """The instruction sets of the CPU path, each forced in a process of its own."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 from lcr_fast.ops import ranking
@@ -53,24 +49,15 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
 """
 
 
-def run(level: str, code: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"LCR_FAST_CPU": level},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 @pytest.mark.parametrize("level", ranking.CPU_LEVELS)
-def test_forced_level_matches_reference(level):
-    done = run(level, PARITY.format(level=level))
+def test_forced_level_matches_reference(run_code, level):
+    done = run_code(PARITY.format(level=level), LCR_FAST_CPU=level)
     if "instructions that this CPU does not have" in done.stderr:
         pytest.skip(f"this CPU has no {level}")
     assert done.returncode == 0, done.stderr
 
 
-def test_unknown_level_is_an_error():
-    done = run("sse9", "from lcr_fast.ops import ranking; ranking.cpu_level()")
+def test_unknown_level_is_an_error(run_code):
+    code = "from lcr_fast.ops import ranking; ranking.cpu_level()"
+    done = run_code(code, LCR_FAST_CPU="sse9")
     assert "LCR_FAST_CPU must be baseline, avx2, avx512 or avx512bf16" in done.stderr

@@ -3,10 +3,6 @@
 import contextlib
 import copy
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -449,7 +445,7 @@ def test_nan_is_an_error(backend):
         case.catalogue(ops.score_topk, 3, backend=backend)
 
 
-def test_the_catalogue_needs_no_memory_of_its_size():
+def test_the_catalogue_needs_no_memory_of_its_size(run_code):
     """Peak memory of a process grows by the item table, not by B x I scores."""
     code = """
 import resource, torch
@@ -467,10 +463,8 @@ def peak(n_items):
 small = peak(1000)
 print(peak(200_000) - small)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = run_code(code)
+    assert done.returncode == 0, done.stderr
     tables, scores = 2 * 200_000 * 8 * 4, 64 * 200_000 * 4
     assert int(done.stdout) < tables + scores / 4
 
@@ -757,14 +751,8 @@ for copies in (False, True):
 
 
 @pytest.mark.parametrize("level", ranking.CPU_LEVELS)
-def test_every_instruction_set(level):
-    done = subprocess.run(
-        [sys.executable, "-c", LEVEL.format(level=level)],
-        env=os.environ | {"LCR_FAST_CPU": level, "PYTHONPATH": str(Path(__file__).parent)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_every_instruction_set(run_code, level):
+    done = run_code(LEVEL.format(level=level), LCR_FAST_CPU=level)
     if "instructions that this CPU does not have" in done.stderr:
         pytest.skip(f"this CPU has no {level}")
     assert done.returncode == 0, done.stderr

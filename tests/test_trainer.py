@@ -5,8 +5,6 @@ import itertools
 import json
 import logging
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -143,7 +141,7 @@ def test_a_run_killed_between_two_files_resumes(
 
 
 _CHILD = """
-import json, os, signal, sys
+import os, signal
 from pathlib import Path
 
 import torch
@@ -155,7 +153,7 @@ from lcr_fast.storage import load_tensors
 from lcr_fast.training import trainer
 
 torch.set_num_threads(1)  # as in the run it is compared with: sums depend on the threads
-data, start, config, out = sys.argv[1:]
+data, start, config, out = {arguments}
 data = PreparedData.open(data)
 model = attach_text(LCRSER.load(start), data)
 trainer._CHECKPOINT_SECONDS = -1.0
@@ -173,12 +171,13 @@ trainer.Trainer(model, data, TrainConfig.from_json(config), "supervised", out).r
 
 
 def test_sigkill_leaves_files_that_load_and_resume(
-    prepared, prepared_folder, make_model, whole, tmp_path
+    run_code, prepared, prepared_folder, make_model, whole, tmp_path
 ):
     start, out = tmp_path / "start.safetensors", tmp_path / "run"
     make_model(prepared).save(start)
-    child = [sys.executable, "-c", _CHILD, prepared_folder, start, CONFIG.to_json(), out]
-    assert subprocess.run(child, check=False, timeout=120).returncode == -signal.SIGKILL
+    arguments = [str(prepared_folder), str(start), CONFIG.to_json(), str(out)]
+    done = run_code(_CHILD.format(arguments=arguments))
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert isinstance(LCRSER.load(out / MODEL), LCRSER)
     _, info = load_tensors(out / CHECKPOINT, "checkpoint")
     assert (info["progress"]["epoch"], info["progress"]["step"]) == (0, 1)

@@ -5,8 +5,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
@@ -495,17 +493,18 @@ class TestFolder:
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
         assert PreparedData.open(out).test_negatives.shape[1] == 2
 
-    def test_a_killed_process_leaves_nothing_under_the_name(self, shop, tmp_path):
+    def test_a_killed_process_leaves_nothing_under_the_name(self, run_code, shop, tmp_path):
         for name in ("events", "searches", "clicks"):
             getattr(shop, name).write_parquet(tmp_path / f"{name}.parquet")
         code = (
-            "import os, signal, sys\n"
+            "import os, signal\n"
             "from lcr_fast.data import build, folder, read\n"
             "folder._swap = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-            "build.prepare(read('frames', sys.argv[1]), sys.argv[1] + '/out', n_negatives=2)\n"
+            f"build.prepare(read('frames', {str(tmp_path)!r}), {str(tmp_path / 'out')!r},"
+            " n_negatives=2)\n"
         )
-        ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60)
-        assert ended.returncode == -signal.SIGKILL
+        done = run_code(code)
+        assert done.returncode == -signal.SIGKILL, done.stderr
         assert not (tmp_path / "out").exists()
         assert len(list(tmp_path.glob(".out.partial-*"))) == 1
         assert len(prepare(shop, tmp_path / "out", n_negatives=2).split("test")) == 2
