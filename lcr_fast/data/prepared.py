@@ -37,6 +37,7 @@ A history holds what is strictly before the target's time. Samples are sorted by
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -172,11 +173,12 @@ class IdTable:
 
     def texts(self) -> list[str]:
         """List the original ids by their numbers, from 1."""
-        return [self[number] for number in range(1, len(self))]
+        joined = self.bytes.tobytes()
+        return [joined[a:b].decode() for a, b in itertools.pairwise(self.offsets[1:].tolist())]
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
-        return {self[number]: number for number in range(1, len(self))}
+        return {text: number for number, text in enumerate(self.texts(), 1)}
 
 
 class PreparedData:

@@ -1,6 +1,7 @@
 """New data for an old model: ids keep their numbers, the unknown is skipped or appended."""
 
 import contextlib
+import dataclasses
 import io
 
 import numpy as np
@@ -368,14 +369,18 @@ def test_another_vocabulary_is_refused(make_log, shop, old, new_log, new, make_o
             load_model(path, data, "cpu")
         with pytest.raises(ValueError, match="does not go on with the model's ids"):
             extend(model, data)
-    # Of the same size, with two users in the other's place.
-    swapped = [({1: 2, 2: 1}.get(user, user), *event) for user, *event in shop.events.rows()]
-    frame = pl.DataFrame(swapped, schema=shop.events.schema, orient="row")
-    log = make_log([], [])
-    log.events, log.source = frame, "swapped"
-    first = prepare(log, tmp_path / "first", n_negatives=1)
-    twisted = prepare(log, tmp_path / "twisted", n_negatives=1, vocabulary=first)
-    with pytest.raises(ValueError, match=r"model.safetensors: (the model knows|it is of other)"):
+    # Of the same size, with other items.
+    moved = dataclasses.replace(
+        shop,
+        events=shop.events.filter(pl.col("user") < 4).with_columns(
+            pl.col("item") + 100, pl.col("impressions") + 100
+        ),
+        clicks=shop.clicks.with_columns(pl.col("item") + 100),
+    )
+    first = prepare(moved, tmp_path / "first", n_negatives=1)
+    twisted = prepare(moved, tmp_path / "twisted", n_negatives=1, vocabulary=first)
+    assert twisted.items.texts() == [str(int(item) + 100) for item in old.items.texts()]
+    with pytest.raises(ValueError, match="it is of other prepared data"):
         load_model(path, twisted, "cpu")
 
 
