@@ -7,7 +7,6 @@ from lcr_fast.ops.ranking import (
     catalogue_rank,
     group_advantages,
     ranking_metrics,
-    ranking_rewards,
     target_rank,
 )
 from lcr_fast.ops.reasoning import (
@@ -32,7 +31,6 @@ __all__ = [
     "latent_states",
     "normal_noise",
     "ranking_metrics",
-    "ranking_rewards",
     "score",
     "score_rank",
     "score_topk",

@@ -205,38 +205,6 @@ def target_rank(
     return _rank_dtype(rank.squeeze(-1), ties)
 
 
-def ranking_rewards(
-    scores: Tensor,
-    target: Tensor,
-    metric: str = "hr@1",
-    *,
-    counts: Tensor | None = None,
-    excluded: Tensor | None = None,
-    ties: str = "pessimistic",
-    backend: str = "auto",
-) -> Tensor:
-    """Return the reward [B, N] of every trajectory's list: ``metric`` of ``scores`` [B, N, C].
-
-    ``target`` and ``counts`` are [B], ``excluded`` [B, C]: one list of candidates a user. The
-    result is float32; the other arguments are those of :func:`ranking_metrics`.
-    """
-    if scores.dim() != 3 or target.shape != scores.shape[:1]:
-        raise ValueError(
-            f"scores must be [B, N, C] and target [B], got {list(scores.shape)} and "
-            f"{list(target.shape)}"
-        )
-    rewards = ranking_metrics(
-        scores,
-        target.unsqueeze(-1),
-        metrics=(metric,),
-        counts=None if counts is None else counts.unsqueeze(-1),
-        excluded=None if excluded is None else excluded.unsqueeze(-2),
-        ties=ties,
-        backend=backend,
-    )
-    return rewards[metric]
-
-
 def group_advantages(rewards: Tensor) -> Tensor:
     """Return (r - mean) / (std + 1e-4) over the last axis of ``rewards`` [..., N].
 
