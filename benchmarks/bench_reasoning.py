@@ -22,6 +22,8 @@ import harness
 import work
 from lcr_fast import ops
 from lcr_fast.config import LCRConfig
+from lcr_fast.ops.noise import Noise
+from lcr_fast.reference import Steps
 from lcr_fast.testing import (
     ReasoningCase,
     assert_reasoning_parity,
@@ -194,8 +196,8 @@ class Bench:
     def reason(self, backend: str, pooled: bool) -> Function:
         def forward(x: Inputs) -> tuple[Tensor, ...]:
             reasoned = ops.latent_reasoning(
-                x.search, x.rec, x.search_lengths, x.rec_lengths, self.weights, self.case.K,
-                n_heads=HEADS, target_keys=x.keys if pooled else None, backend=backend,
+                x.search, x.rec, x.search_lengths, x.rec_lengths, self.weights,
+                Steps(self.case.K, HEADS), target_keys=x.keys if pooled else None, backend=backend,
             )  # fmt: skip
             return tuple(t for t in reasoned if t is not None)
 
@@ -203,10 +205,10 @@ class Bench:
 
     def rollout(self, backend: str) -> Function:
         def forward(x: Inputs) -> tuple[Tensor, ...]:
-            return ops.rollout(
-                x.search, x.rec, x.search_lengths, x.rec_lengths, x.rows, self.weights,
-                self.case.K, n_heads=HEADS, n_trajectories=self.case.N, noise_scale=NOISE_SCALE,
-                seed=SEED, backend=backend,
+            return ops.latent_reasoning(
+                x.search, x.rec, x.search_lengths, x.rec_lengths, self.weights,
+                Steps(self.case.K, HEADS), noise=Noise(self.case.N, NOISE_SCALE, SEED, x.rows),
+                backend=backend,
             ).streams  # fmt: skip
 
         return forward

@@ -22,6 +22,7 @@ from lcr_fast import ops
 from lcr_fast.config import LCRConfig
 from lcr_fast.metrics import TIES
 from lcr_fast.ops import ranking
+from lcr_fast.reference import Steps
 from lcr_fast.testing import (
     Reasoning,
     ReasoningCase,
@@ -76,8 +77,9 @@ def _forward_alone(call: Reasoning, backend: str) -> dict[str, Tensor]:
     weights = ReasoningWeights(*(inputs[name] for name in ReasoningWeights._fields))
     with torch.inference_mode():
         reasoned = ops.latent_reasoning(
-            inputs["search"], inputs["rec"], *call.lengths, weights, call.case.steps,
-            n_heads=call.case.n_heads, target_keys=inputs.get("target_keys"), backend=backend,
+            inputs["search"], inputs["rec"], *call.lengths, weights,
+            Steps(call.case.steps, call.case.n_heads), target_keys=inputs.get("target_keys"),
+            backend=backend,
         )  # fmt: skip
     return {name: t for name, t in reasoned._asdict().items() if t is not None}
 

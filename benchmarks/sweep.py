@@ -27,6 +27,7 @@ import work
 from lcr_fast import ops
 from lcr_fast.kernels import reasoning_config, scoring
 from lcr_fast.ops.noise import Dropout
+from lcr_fast.reference import Steps
 from lcr_fast.testing import ReasoningCase, random_reasoning
 from lcr_fast.weights import ReasoningWeights
 
@@ -93,14 +94,14 @@ def _reasoning(job: Job, n_users: int) -> Callable[[], Any]:
     lengths = torch.full((n_users,), job.size, device="cuda")
     if not is_backward:
         return lambda: ops.latent_reasoning(
-            search, rec, lengths, lengths, weights, STEPS, n_heads=2, backend="triton"
+            search, rec, lengths, lengths, weights, Steps(STEPS, 2), backend="triton"
         )
     dropout = Dropout(0.1, 1, torch.arange(n_users, device="cuda"))
     keys = torch.randn(n_users, 2, job.dim, device="cuda", dtype=dtype)
 
     def train():
         reasoned = ops.latent_reasoning(
-            search, rec, lengths, lengths, weights, STEPS, n_heads=2, backend="triton",
+            search, rec, lengths, lengths, weights, Steps(STEPS, 2), backend="triton",
             target_keys=keys, dropout=dropout,
         )  # fmt: skip
         return torch.autograd.grad(reasoned, list(weights), [torch.ones_like(t) for t in reasoned])

@@ -10,19 +10,22 @@ from lcr_fast.batch import Batch
 from lcr_fast.config import LCRConfig, TrainConfig
 from lcr_fast.model import LCRSER
 from lcr_fast.ops import (
+    Dropout,
+    Noise,
+    Reasoned,
     catalogue_metrics,
     catalogue_rank,
     group_advantages,
     latent_reasoning,
     ranking_metrics,
-    ranking_rewards,
-    rollout,
     score,
     score_rank,
     score_topk,
     target_rank,
 )
 from lcr_fast.ops._extension import extension_error
+from lcr_fast.reference import Steps
+from lcr_fast.weights import EncoderWeights, ReasoningWeights, ScoringWeights
 
 __version__ = importlib.metadata.version("lcr-fast")
 
@@ -36,7 +39,14 @@ if extension_error() is not None:
 __all__ = [
     "LCRSER",
     "Batch",
+    "Dropout",
+    "EncoderWeights",
     "LCRConfig",
+    "Noise",
+    "Reasoned",
+    "ReasoningWeights",
+    "ScoringWeights",
+    "Steps",
     "TrainConfig",
     "__version__",
     "catalogue_metrics",
@@ -44,8 +54,6 @@ __all__ = [
     "group_advantages",
     "latent_reasoning",
     "ranking_metrics",
-    "ranking_rewards",
-    "rollout",
     "score",
     "score_rank",
     "score_topk",

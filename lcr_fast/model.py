@@ -9,15 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lcr_fast import ops, reference
+from lcr_fast import reference
 from lcr_fast.batch import Batch
 from lcr_fast.config import LCRConfig
 from lcr_fast.ops import reasoning, scoring
+from lcr_fast.ops._op import Case, Op
 from lcr_fast.ops._triton import ptxas_in_use
-from lcr_fast.ops.noise import Dropout
+from lcr_fast.ops.noise import Dropout, Noise
 from lcr_fast.ops.reasoning import Reasoned
 from lcr_fast.profiling import ranged
-from lcr_fast.reference import States, Streams
+from lcr_fast.reference import States, Steps, Streams
 from lcr_fast.storage import load_tensors, save_tensors
 from lcr_fast.weights import REC, SEARCH, EncoderWeights, ReasoningWeights, ScoringWeights
 
@@ -295,27 +296,23 @@ class LCRSER(nn.Module):
         options: dict[str, Any] = {
             "n_heads": self.config.n_heads,
             "dropout": self._dropout(batch),
-            "backend": self._backend_of(
-                reasoning.encode_backends(search.device.type, search.dtype)
-            ),
+            "backend": self._backend_of(reasoning.ENCODE),
         }
         return (
             reasoning.encode(search, batch.search_lengths, weights, SEARCH, **options),
             reasoning.encode(rec, batch.rec_lengths, weights, REC, **options),
         )
 
-    def _backend_of(self, implementations: dict[str, str | None]) -> str:
+    def _backend_of(self, op: Op) -> str:
         """Give the config's backend to an op that knows it, ``auto`` to one that has no such."""
         backend = self.config.backend
-        return backend if backend in implementations else "auto"
+        return backend if backend in op.implementations else "auto"
 
-    def _reasoning_options(self) -> dict[str, Any]:
-        return {
-            "n_heads": self.config.n_heads,
-            "step_embedding": self.step_embedding,
-            "update": self.config.update,
-            "cross_memory": self.config.cross_memory,
-        }
+    def _steps(self) -> Steps:
+        config = self.config
+        return Steps(
+            config.steps, config.n_heads, self.step_embedding, config.update, config.cross_memory
+        )
 
     @ranged("reason")
     def reason(self, h0: Streams, batch: Batch, target: Tensor | None = None) -> Reasoned:
@@ -324,11 +321,9 @@ class LCRSER(nn.Module):
         With item vectors ``target`` [B, D] also what each step's states pool to at them.
         """
         reasoned = reasoning.latent_reasoning(
-            *h0, batch.search_lengths, batch.rec_lengths, self.reasoning.weights(),
-            self.config.steps,
+            *h0, batch.search_lengths, batch.rec_lengths, self.reasoning.weights(), self._steps(),
             target_keys=None if target is None else self.target_keys(target).to(h0[0].dtype),
             dropout=self._dropout(batch), backend=self.config.backend,
-            **self._reasoning_options(),
         )  # fmt: skip
         return Reasoned(*self.read(h0, reasoned.streams), reasoned.pooled)
 
@@ -383,10 +378,9 @@ class LCRSER(nn.Module):
         self, h0: Streams, batch: Batch, n_trajectories: int, noise_scale: float, seed: int
     ) -> Reasoned:
         """Reason from N noisy copies of h^(0) (paper, Eq. 14): what is read, [B, N, L, D]."""
-        reasoned = reasoning.rollout(
-            *h0, batch.search_lengths, batch.rec_lengths, batch.row, self.reasoning.weights(),
-            self.config.steps, n_trajectories=n_trajectories, noise_scale=noise_scale, seed=seed,
-            backend=self.config.backend, **self._reasoning_options(),
+        reasoned = reasoning.latent_reasoning(
+            *h0, batch.search_lengths, batch.rec_lengths, self.reasoning.weights(), self._steps(),
+            noise=Noise(n_trajectories, noise_scale, seed, batch.row), backend=self.config.backend,
         )  # fmt: skip
         return Reasoned(*self.read(h0, reasoned.streams), None)
 
@@ -408,7 +402,7 @@ class LCRSER(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Pool one stream at item vectors [B, C, D]: z [B, C, D] and alpha [B, C, L]."""
         weight = self.head.target_weight[stream]
-        return scoring.aggregate(states, lengths, candidates, weight)
+        return reference.aggregate(states, lengths, candidates, weight)
 
     def score_vectors(self, h: Streams, batch: Batch, vectors: Tensor) -> Tensor:
         """Score the batch's candidates by their item vectors [B, C, D]: [B, (N,) C].
@@ -490,8 +484,7 @@ class LCRSER(nn.Module):
         """
         return reasoning.latent_states(
             *self.encode(batch), batch.search_lengths, batch.rec_lengths,
-            self.reasoning.weights(), self.config.steps, dropout=self._dropout(batch),
-            **self._reasoning_options(),
+            self.reasoning.weights(), self._steps(), dropout=self._dropout(batch),
         )  # fmt: skip
 
     @torch.no_grad()
@@ -540,26 +533,20 @@ class LCRSER(nn.Module):
     def _choices(self, device: str) -> dict[str, tuple[str, dict[str, str | None]]]:
         """Find, for each op, what serves it on a device, and what could."""
         config, dtype = self.config, self.head.target_weight.dtype
-        case = reasoning.ReasoningCase(
-            device, dtype, config.dim, config.n_heads,
-            config.ffn_width if config.step_ffn else 0, config.max_search_len,
-            config.max_rec_len, config.update, config.cross_memory, config.step_embedding,
-        )  # fmt: skip
-        implementations = {
-            "encode": reasoning.encode_backends(device, dtype),
-            "latent_reasoning": reasoning.reasoning_backends(case),
-            "score": scoring.scoring_backends(
-                scoring.ScoringCase(
-                    device,
-                    dtype,
-                    config.dim,
-                    None if config.score == "dot" else config.mlp_hidden,
-                )
+        cases: dict[Op, Case] = {
+            reasoning.ENCODE: reasoning.EncodeCase(device, dtype),
+            reasoning.LATENT_REASONING: reasoning.ReasoningCase(
+                device, dtype, config.dim, config.n_heads,
+                config.ffn_width if config.step_ffn else 0, config.max_search_len,
+                config.max_rec_len, config.update, config.cross_memory, config.step_embedding,
             ),
-        }
+            scoring.SCORE: scoring.ScoringCase(
+                device, dtype, config.dim, None if config.score == "dot" else config.mlp_hidden
+            ),
+        }  # fmt: skip
         return {
-            op: (ops.choose_backend(op, self._backend_of(available), available), available)
-            for op, available in implementations.items()
+            op.name: (op.choose(self._backend_of(op), case), op.obstacles(case))
+            for op, case in cases.items()
         }
 
     def save(self, path: str | Path) -> None:

@@ -13,8 +13,8 @@ from lcr_fast import ops, reference
 from lcr_fast.batch import Batch
 from lcr_fast.config import LCRConfig
 from lcr_fast.model import LCRSER
-from lcr_fast.ops.noise import Dropout
-from lcr_fast.reference import Streams, length_mask
+from lcr_fast.ops.noise import Dropout, Noise
+from lcr_fast.reference import Steps, Streams, length_mask
 from lcr_fast.weights import EncoderWeights, ReasoningWeights, ScoringWeights
 
 
@@ -182,7 +182,7 @@ def random_weights(
 
 
 class ReasoningCase(NamedTuple):
-    """Shapes and switches of one call of :func:`lcr_fast.ops.latent_reasoning` or its rollout."""
+    """Shapes and switches of one call of :func:`lcr_fast.ops.latent_reasoning`."""
 
     dim: int = 32
     n_heads: int = 2
@@ -194,7 +194,7 @@ class ReasoningCase(NamedTuple):
     ffn_dim: int = 32  # 0 for none
     dropout: float = 0.0
     pooled: bool = True
-    n_trajectories: int = 0  # 0 for latent_reasoning, else rollout
+    n_trajectories: int = 0  # with noise; 0 for none
     noise_scale: float = 0.5
     scale: float = 1.0  # of the states
     offset: float = 0.0  # added to the states
@@ -276,17 +276,15 @@ def run_reasoning(call: Reasoning, backend: str) -> dict[str, Tensor]:
     leaves = {name: t.detach().requires_grad_() for name, t in call.inputs.items()}
     streams = (leaves["search"], leaves["rec"], *call.lengths)
     weights = ReasoningWeights(*(leaves[name] for name in ReasoningWeights._fields))
+    noise = dropout = None
     if case.n_trajectories:
-        reasoned = ops.rollout(
-            *streams, call.rows, weights, case.steps, n_heads=case.n_heads, backend=backend,
-            n_trajectories=case.n_trajectories, noise_scale=case.noise_scale, seed=_NOISE_SEED,
-        )  # fmt: skip
-    else:
-        reasoned = ops.latent_reasoning(
-            *streams, weights, case.steps, n_heads=case.n_heads, backend=backend,
-            target_keys=leaves.get("target_keys"),
-            dropout=Dropout(case.dropout, _DROPOUT_SEED, call.rows) if case.dropout else None,
-        )  # fmt: skip
+        noise = Noise(case.n_trajectories, case.noise_scale, _NOISE_SEED, call.rows)
+    elif case.dropout:
+        dropout = Dropout(case.dropout, _DROPOUT_SEED, call.rows)
+    reasoned = ops.latent_reasoning(
+        *streams, weights, Steps(case.steps, case.n_heads), noise=noise, dropout=dropout,
+        target_keys=leaves.get("target_keys"), backend=backend,
+    )  # fmt: skip
     results = {k: t for k, t in reasoned._asdict().items() if t is not None}
     gradients = torch.autograd.grad(
         list(results.values()), list(leaves.values()), [call.upstream[k] for k in results],

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import work
 from lcr_fast import ops, reference
+from lcr_fast.reference import Steps
 from lcr_fast.testing import ReasoningCase, random_reasoning, run_reasoning
 from lcr_fast.weights import ReasoningWeights
 
@@ -61,7 +62,7 @@ def test_reasoning_agrees_with_the_counter_of_torch():
 
     def forward():
         return ops.latent_reasoning(
-            call.inputs["search"], call.inputs["rec"], *call.lengths, weights, 3, n_heads=2,
+            call.inputs["search"], call.inputs["rec"], *call.lengths, weights, Steps(3, 2),
             backend="reference",
         )  # fmt: skip
 

@@ -19,7 +19,7 @@ from lcr_fast.grpo import (
     policy_objective,
 )
 from lcr_fast.metrics import parse_reward
-from lcr_fast.ops.reasoning import ReasoningCase, reasoning_backends
+from lcr_fast.ops.reasoning import LATENT_REASONING, ReasoningCase
 from lcr_fast.testing import random_batch, random_model
 
 REWARDS = ["hr@1", "hr@3", "ndcg@1", "ndcg@4", "mrr"]
@@ -396,7 +396,7 @@ def any_rollout(request):
             device, torch.float32, FUSED.dim, FUSED.n_heads, FUSED.ffn_width, FUSED.max_search_len,
             FUSED.max_rec_len,
         )  # fmt: skip
-        if reason := reasoning_backends(case)[request.param]:
+        if reason := LATENT_REASONING.obstacles(case)[request.param]:
             pytest.skip(f"{request.param}: {reason}")
     return RolloutCase(request.param, device)
 

@@ -75,7 +75,7 @@ def reasoned(n_users=7):
     _, step, head = random_weights(CONFIG, generator)
     *streams, n_s, n_r = random_streams(CONFIG, n_users, generator)
     target = torch.randn(n_users, 6, generator=generator, dtype=torch.float64)
-    states = reference.latent_reasoning(*streams, n_s, n_r, step, 2, n_heads=3)
+    states = reference.latent_reasoning(*streams, n_s, n_r, step, reference.Steps(2, 3))
     states = States(*([tuple(t.detach() for t in pair) for pair in part] for part in states))
     return states, (n_s, n_r), target, head.target_weight.detach()
 

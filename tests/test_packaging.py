@@ -74,9 +74,7 @@ def test_an_unbuilt_extension_warns_once_and_the_reference_serves():
     from lcr_fast import ops
     for call in (
         lambda: ops.normal_noise(torch.arange(2), 0, 1, 0, 2, 4, backend="cpp"),
-        lambda: ops.ranking.ranking_rewards(
-            torch.zeros(1, 1, 2), torch.tensor([0]), backend="cpp"
-        ),
+        lambda: ops.target_rank(torch.zeros(1, 2), torch.tensor([0]), backend="cpp"),
     ):
         try:
             call()

@@ -110,14 +110,14 @@ def gpu(machine, monkeypatch):
 
 def reasoning_obstacle(dim: int = 64, dtype: torch.dtype = torch.float32) -> str | None:
     case = reasoning.ReasoningCase("cuda", dtype, dim, 2, dim, 30, 30)
-    return reasoning.reasoning_backends(case)["triton"]
+    return reasoning.LATENT_REASONING.obstacles(case)["triton"]
 
 
 def test_auto_runs_the_reference_where_only_a_bad_ptxas_is(gpu):
     gpu(9, 0, OLD)
     assert "12.9 or later" in reasoning_obstacle()
     case = scoring.ScoringCase("cuda", torch.float32, 64, (200, 80))
-    backends = scoring.scoring_backends(case)
+    backends = scoring.SCORE.obstacles(case)
     assert backends["triton"] == reasoning_obstacle()
     assert ops.choose_backend("score", "auto", backends) == "reference"
     with pytest.raises(ValueError, match=r"cannot serve score: it needs a ptxas of release 12\.9"):

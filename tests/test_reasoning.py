@@ -11,8 +11,8 @@ from torch import Tensor
 
 import oracle
 from lcr_fast import LCRConfig, ops, reference
-from lcr_fast.ops.noise import Dropout
-from lcr_fast.reference import length_mask
+from lcr_fast.ops.noise import Dropout, Noise
+from lcr_fast.reference import Steps, length_mask
 from lcr_fast.testing import random_streams, random_weights
 from lcr_fast.weights import REC, SEARCH
 
@@ -54,16 +54,17 @@ def setup(config: LCRConfig, seed: int = 0, n_users: int = 7):
     return weights, (search, rec), tuple(lengths)
 
 
-def options(config: LCRConfig, seed: int = 1) -> dict:
+def steps_of(config: LCRConfig, seed: int = 1) -> Steps:
     generator = torch.Generator().manual_seed(seed)
     shape = (config.steps, 2, config.dim)
     embedding = torch.randn(shape, generator=generator, dtype=torch.float64)
-    return {
-        "n_heads": config.n_heads,
-        "update": config.update,
-        "cross_memory": config.cross_memory,
-        "step_embedding": embedding if config.step_embedding else None,
-    }
+    return Steps(
+        config.steps,
+        config.n_heads,
+        embedding if config.step_embedding else None,
+        config.update,
+        config.cross_memory,
+    )
 
 
 def events(x: Tensor, lengths: Tensor, b: int) -> list:
@@ -108,8 +109,8 @@ def test_encode_matches_the_oracle(shape, n_layers):
 def test_latent_reasoning_matches_the_oracle(shape, switches):
     config = TINY.replace(**SHAPES[shape], **switches)
     (_, weights, _), streams, lengths = setup(config)
-    flags = options(config)
-    states = reference.latent_reasoning(*streams, *lengths, weights, config.steps, **flags)
+    steps = steps_of(config)
+    states = reference.latent_reasoning(*streams, *lengths, weights, steps)
     assert len(states.h) == config.steps + 1
     assert len(states.a) == config.steps
     for b in range(len(lengths[0])):
@@ -120,9 +121,7 @@ def test_latent_reasoning_matches_the_oracle(shape, switches):
             config.n_heads,
             update=config.update,
             cross_memory=config.cross_memory,
-            step_embedding=None
-            if flags["step_embedding"] is None
-            else flags["step_embedding"].numpy(),
+            step_embedding=None if steps.embedding is None else steps.embedding.numpy(),
         )
         for x in (SEARCH, REC):
             for k in range(config.steps):
@@ -187,7 +186,7 @@ def run_all(config: LCRConfig, weights, streams, lengths, items, user) -> list[T
         reference.encode(streams[x], lengths[x], encoder, x, n_heads=config.n_heads)
         for x in (SEARCH, REC)
     )
-    states = reference.latent_reasoning(*h0, *lengths, step, config.steps, **options(config))
+    states = reference.latent_reasoning(*h0, *lengths, step, steps_of(config))
     flat = [t for pair in (*states.h, *states.a) for t in pair]
     return [*flat, reference.score(*states.h[-1], *lengths, items, user, head)]
 
@@ -266,10 +265,10 @@ def test_shared_candidates_equal_repeated_ones(case):
 @torch.no_grad()
 def test_k_shared_steps_are_k_calls_of_one_step():
     (_, weights, _), streams, lengths = setup(TINY)
-    at_once = reference.latent_reasoning(*streams, *lengths, weights, 3, n_heads=3)
+    at_once = reference.latent_reasoning(*streams, *lengths, weights, Steps(3, 3))
     h = streams
     for k in range(3):
-        one = reference.latent_reasoning(*h, *lengths, weights, 1, n_heads=3)
+        one = reference.latent_reasoning(*h, *lengths, weights, Steps(1, 3))
         h = one.h[1]
         for x in (SEARCH, REC):
             assert torch.equal(one.a[0][x], at_once.a[k][x])
@@ -279,7 +278,7 @@ def test_k_shared_steps_are_k_calls_of_one_step():
 @torch.no_grad()
 def test_without_steps_the_states_are_the_encoders(case):
     (_, weights, _), streams, lengths, _, _ = case
-    states = reference.latent_reasoning(*streams, *lengths, weights, 0, n_heads=3)
+    states = reference.latent_reasoning(*streams, *lengths, weights, Steps(0, 3))
     assert not states.a
     for x in (SEARCH, REC):
         assert torch.equal(states.h[0][x], streams[x].nan_to_num())
@@ -291,7 +290,7 @@ def test_with_tied_weights_swapped_streams_give_swapped_states(memory):
     (_, weights, _), (search, rec), (n_s, n_r) = setup(TINY)
     tied = type(weights)(*(w[:, :1].expand_as(w) for w in weights))
     run = functools.partial(
-        reference.latent_reasoning, weights=tied, steps=2, n_heads=3, cross_memory=memory
+        reference.latent_reasoning, weights=tied, steps=Steps(2, 3, cross_memory=memory)
     )
     states, swapped = run(search, rec, n_s, n_r), run(rec, search, n_r, n_s)
     for pair, other in zip((*states.h, *states.a), (*swapped.h, *swapped.a), strict=True):
@@ -311,7 +310,7 @@ def test_an_empty_stream_leaves_the_other_without_cross_attention(x):
         cross_out_bias=weights.cross_out_bias - 2,
     )
     a, b = (
-        reference.latent_reasoning(*streams, *lengths, w, 2, n_heads=3) for w in (weights, others)
+        reference.latent_reasoning(*streams, *lengths, w, Steps(2, 3)) for w in (weights, others)
     )
     assert torch.isfinite(a.h[2][x]).all()
     assert torch.equal(a.h[2][x], b.h[2][x])
@@ -371,14 +370,13 @@ def test_gradients_of_encode(stream):
 @pytest.mark.parametrize("switches", GRADIENT_CASES, ids=name_of)
 def test_gradients_of_latent_reasoning(switches):
     config, (_, weights, _), streams, lengths = gradient_setup(switches)
-    flags = options(config)
-    embedding = flags.pop("step_embedding")
+    steps = steps_of(config)
+    embedding = steps.embedding
 
     def function(search, rec, *w):
-        step = None if embedding is None else w[-1]
         states = reference.latent_reasoning(
-            search, rec, *lengths, type(weights)(*w[: len(weights)]), config.steps,
-            step_embedding=step, **flags,
+            search, rec, *lengths, type(weights)(*w[: len(weights)]),
+            steps if embedding is None else steps._replace(embedding=w[-1]),
         )  # fmt: skip
         return [t for pair in (*states.h, *states.a) for t in pair]
 
@@ -427,7 +425,7 @@ def test_halves_are_computed_in_float32_and_rounded_once(dtype, case):
     results = []
     for values, dtypes in inputs:
         x, (encoder, step, head), e, u = cast(values, *dtypes)
-        states = reference.latent_reasoning(*x, *lengths, step, 2, n_heads=3)
+        states = reference.latent_reasoning(*x, *lengths, step, Steps(2, 3))
         results.append(
             [
                 reference.encode(x[REC], lengths[REC], encoder, REC, n_heads=3),
@@ -446,7 +444,7 @@ def test_halves_are_computed_in_float32_and_rounded_once(dtype, case):
 
 def test_ops_refuse_what_does_not_fit(case):
     (encoder, step, head), (search, rec), (n_s, n_r), items, user = case
-    reason = functools.partial(ops.latent_reasoning, weights=step, steps=2, n_heads=3)
+    reason = functools.partial(ops.latent_reasoning, weights=step, steps=Steps(2, 3))
     calls = {
         r"x must be \[\.\.\., L, 6\]": lambda: ops.encode(
             search[..., :4], n_s, encoder, SEARCH, n_heads=3
@@ -464,7 +462,7 @@ def test_ops_refuse_what_does_not_fit(case):
         "rec_lengths must be integers": lambda: reason(search, rec, n_s, n_r[None]),
         "agree in dtype and leading axes": lambda: reason(search, rec[:3], n_s, n_r[:3]),
         "agree in dtype": lambda: reason(search, rec.float(), n_s, n_r),
-        "steps must be": lambda: reason(search, rec, n_s, n_r, steps=-1),
+        "steps must be": lambda: reason(search, rec, n_s, n_r, steps=Steps(-1, 3)),
         r"candidates must be item vectors of width 6": lambda: ops.score(
             search, rec, n_s, n_r, items[..., :2], user, head
         ),
@@ -476,9 +474,19 @@ def test_ops_refuse_what_does_not_fit(case):
             search[:, None], rec[:, None], n_s, n_r, items, user, head,
             dropout=Dropout(0.1, 0, torch.arange(7)),
         ),
-        "n_trajectories must be at least 1": lambda: ops.rollout(
-            search, rec, n_s, n_r, torch.arange(7), step, 2, n_trajectories=0, noise_scale=1.0,
-            seed=0, n_heads=3,
+        "n_trajectories must be at least 1": lambda: reason(
+            search, rec, n_s, n_r, noise=Noise(0, 1.0, 0, torch.arange(7))
+        ),
+        r"rows must be int64 \[7\], got torch.int64 \[6\]": lambda: reason(
+            search, rec, n_s, n_r, noise=Noise(2, 1.0, 0, torch.arange(6))
+        ),
+        r"noise needs states \[B, L, D\], got \[7, 1, 3, 6\]": lambda: reason(
+            search[:, None], rec[:, None], n_s[:, None], n_r[:, None],
+            noise=Noise(2, 1.0, 0, torch.arange(7)),
+        ),
+        "noise goes with neither dropout nor target_keys": lambda: reason(
+            search, rec, n_s, n_r, noise=Noise(2, 1.0, 0, torch.arange(7)),
+            target_keys=search[:, :2],
         ),
     }  # fmt: skip
     for message, call in calls.items():
@@ -489,4 +497,4 @@ def test_ops_refuse_what_does_not_fit(case):
 def test_ops_refuse_more_steps_than_sets_of_weights():
     (_, step, _), (search, rec), lengths = setup(TINY.replace(share_steps=False))
     with pytest.raises(ValueError, match=r"steps must be 0\.\.2 for 2 sets of weights, got 3"):
-        ops.latent_reasoning(search, rec, *lengths, step, 3, n_heads=3)
+        ops.latent_reasoning(search, rec, *lengths, step, Steps(3, 3))

@@ -21,8 +21,8 @@ import tensor_core
 from lcr_fast import noise, ops
 from lcr_fast.ops import _dispatch, _triton
 from lcr_fast.ops import reasoning as op_layer
-from lcr_fast.ops.noise import Dropout
-from lcr_fast.reference import length_mask
+from lcr_fast.ops.noise import Dropout, Noise
+from lcr_fast.reference import Steps, length_mask
 from lcr_fast.testing import (
     Reasoning,
     ReasoningCase,
@@ -51,7 +51,7 @@ def obstacle(backend: str, case: ReasoningCase, dtype: torch.dtype) -> str | Non
     asked = op_layer.ReasoningCase(
         DEVICES[backend], dtype, case.dim, case.n_heads, case.ffn_dim, case.search_len, case.rec_len
     )
-    return op_layer.reasoning_backends(asked)[backend]
+    return op_layer.LATENT_REASONING.obstacles(asked)[backend]
 
 
 def require(backend: str, case: ReasoningCase, dtype: torch.dtype = torch.float32) -> None:
@@ -281,13 +281,13 @@ def test_only_some_inputs_need_gradients(backend, inputs):
 # -- bits -----------------------------------------------------------------------------------------
 
 
-def forward(call: Reasoning, backend: str, **options) -> op_layer.Reasoned:
+def forward(call: Reasoning, backend: str, **switches) -> op_layer.Reasoned:
     """Run a call of latent_reasoning as it stands."""
     weights = ReasoningWeights(*(call.inputs[name] for name in ReasoningWeights._fields))
     return ops.latent_reasoning(
-        call.inputs["search"], call.inputs["rec"], *call.lengths, weights, call.case.steps,
-        n_heads=call.case.n_heads, backend=backend, target_keys=call.inputs.get("target_keys"),
-        **options,
+        call.inputs["search"], call.inputs["rec"], *call.lengths, weights,
+        Steps(call.case.steps, call.case.n_heads, **switches), backend=backend,
+        target_keys=call.inputs.get("target_keys"),
     )  # fmt: skip
 
 
@@ -601,15 +601,14 @@ def test_compiles_without_graph_breaks(backend, rollout):
         weights = ReasoningWeights(*(given[name] for name in ReasoningWeights._fields))
         streams = (given["search"], given["rec"], *call.lengths)
         if rollout:
-            reasoned = ops.rollout(
-                *streams, call.rows, weights, case.steps, n_trajectories=2, noise_scale=0.5, seed=3,
-                n_heads=case.n_heads, backend=backend,
-            )  # fmt: skip
+            options = {"noise": Noise(2, 0.5, 3, call.rows)}
         else:
-            reasoned = ops.latent_reasoning(
-                *streams, weights, case.steps, n_heads=case.n_heads, backend=backend,
-                target_keys=given["target_keys"], dropout=Dropout(0.1, 7, call.rows),
-            )  # fmt: skip
+            options = {
+                "target_keys": given["target_keys"], "dropout": Dropout(0.1, 7, call.rows),
+            }  # fmt: skip
+        reasoned = ops.latent_reasoning(
+            *streams, weights, Steps(case.steps, case.n_heads), backend=backend, **options
+        )
         return [t for t in reasoned if t is not None]
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
@@ -674,7 +673,7 @@ def test_a_fifteenth_of_the_bytes_is_saved_for_backward(backend, n_trajectories)
 
 OUTSIDE = {
     "double": ({}, torch.float64, {}),
-    "step embedding": ({}, torch.float32, {"step_embedding": torch.zeros(2, 2, 32)}),
+    "step embedding": ({}, torch.float32, {"embedding": torch.zeros(2, 2, 32)}),
     "update": ({}, torch.float32, {"update": "rec_first"}),
     "memory": ({}, torch.float32, {"cross_memory": "initial"}),
 }

@@ -798,9 +798,9 @@ def test_lengths_out_of_range_are_refused():
 
 def test_auto_takes_cpp_for_float32_and_the_reference_for_float64():
     case = scoring.ScoringCase("cpu", torch.float32, 32, (8,))
-    assert ops.choose_backend("score", "auto", scoring.scoring_backends(case)) == "cpp"
+    assert scoring.SCORE.choose("auto", case) == "cpp"
     exact = case._replace(dtype=torch.float64)
-    assert ops.choose_backend("score", "auto", scoring.scoring_backends(exact)) == "reference"
+    assert scoring.SCORE.choose("auto", exact) == "reference"
 
 
 def test_small_gpus_get_small_tiles():

@@ -1,13 +1,12 @@
 """The ops: one contract each, one reference, and faster implementations behind it."""
 
 from lcr_fast.ops._dispatch import choose_backend
-from lcr_fast.ops.noise import dropout_masks, normal_noise
+from lcr_fast.ops.noise import Dropout, Noise, dropout_masks, normal_noise
 from lcr_fast.ops.ranking import (
     catalogue_metrics,
     catalogue_rank,
     group_advantages,
     ranking_metrics,
-    ranking_rewards,
     target_rank,
 )
 from lcr_fast.ops.reasoning import (
@@ -15,13 +14,13 @@ from lcr_fast.ops.reasoning import (
     encode,
     latent_reasoning,
     latent_states,
-    rollout,
 )
-from lcr_fast.ops.scoring import aggregate, score, score_rank, score_topk
+from lcr_fast.ops.scoring import score, score_rank, score_topk
 
 __all__ = [
+    "Dropout",
+    "Noise",
     "Reasoned",
-    "aggregate",
     "catalogue_metrics",
     "catalogue_rank",
     "choose_backend",
@@ -32,8 +31,6 @@ __all__ = [
     "latent_states",
     "normal_noise",
     "ranking_metrics",
-    "ranking_rewards",
-    "rollout",
     "score",
     "score_rank",
     "score_topk",

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 
 import torch
 
-from lcr_fast.ops._extension import extension_error
-
 _LOG = logging.getLogger("lcr_fast")
 
 
@@ -39,9 +37,3 @@ def choose_backend(
         f"backend={backend!r} cannot serve {op}: {reason}; "
         f"use backend={' or '.join(map(repr, able))}"
     )
-
-
-def extension_obstacle() -> str | None:
-    """Why an op of the C++ extension cannot serve, or None."""
-    error = extension_error()
-    return None if error is None else f"the C++ extension is not built ({error})"

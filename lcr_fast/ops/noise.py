@@ -6,28 +6,61 @@ import torch
 from torch import Tensor
 
 from lcr_fast import noise
-from lcr_fast.ops._dispatch import choose_backend, extension_obstacle
-from lcr_fast.ops._extension import extension_error
-
-if extension_error() is None:
-
-    @torch.library.register_fake("lcr_fast::normal_noise")
-    def _normal_noise_fake(rows, seed, n_trajectories, stream, length, dim):
-        shape = (rows.shape[0], n_trajectories, length, dim)
-        return rows.new_empty(shape, dtype=torch.float32)
-
-    @torch.library.register_fake("lcr_fast::dropout_masks")
-    def _dropout_masks_fake(rows, seed, first_site, n_sites, length, dim, threshold):
-        shape = (n_sites, rows.shape[0], length, dim)
-        return rows.new_empty(shape, dtype=torch.float32)
+from lcr_fast.ops._op import Backend, Op
 
 
-def _choose(op: str, backend: str, rows: Tensor, obstacle: str | None = None) -> str:
+class NoiseCase(NamedTuple):
+    """All that decides which implementations can serve a call."""
+
+    device: str
+    dtype: torch.dtype = torch.float32
+
+
+class _Normal(NamedTuple):
+    """The arguments of the registered op, in the order of its schema."""
+
+    rows: Tensor
+    seed: int
+    n_trajectories: int
+    stream: int
+    length: int
+    dim: int
+
+
+class _Masks(NamedTuple):
+    """The arguments of the registered op, in the order of its schema."""
+
+    rows: Tensor
+    seed: int
+    first_site: int
+    n_sites: int
+    length: int
+    dim: int
+    threshold: int
+
+
+def _fake_normal(call: _Normal) -> Tensor:
+    shape = (call.rows.shape[0], call.n_trajectories, call.length, call.dim)
+    return call.rows.new_empty(shape, dtype=torch.float32)
+
+
+def _fake_masks(call: _Masks) -> Tensor:
+    shape = (call.n_sites, call.rows.shape[0], call.length, call.dim)
+    return call.rows.new_empty(shape, dtype=torch.float32)
+
+
+def _obstacle(case: NoiseCase) -> str | None:
+    return "it draws float32" if case.dtype == torch.float64 else None
+
+
+_BACKENDS = [Backend("cpp", "", ("cpu",), _obstacle)]
+NORMAL_NOISE = Op("normal_noise", _Normal, ("eps",), _fake_normal, _BACKENDS)
+DROPOUT_MASKS = Op("dropout_masks", _Masks, ("masks",), _fake_masks, _BACKENDS)
+
+
+def _check_rows(rows: Tensor) -> None:
     if rows.ndim != 1 or rows.dtype != torch.int64:
         raise ValueError(f"rows must be int64 [B], got {rows.dtype} {list(rows.shape)}")
-    if rows.device.type != "cpu":
-        obstacle = "it needs CPU tensors"
-    return choose_backend(op, backend, {"cpp": obstacle or extension_obstacle(), "reference": None})
 
 
 def normal_noise(
@@ -45,13 +78,12 @@ def normal_noise(
     ``backend``: ``cpp`` on CPU tensors in float32 and halves, ``reference`` anywhere.
     Raises ValueError if ``rows`` is not an int64 vector or the backend cannot serve the call.
     """
-    obstacle = "it draws float32" if dtype == torch.float64 else None
-    if _choose("normal_noise", backend, rows, obstacle) == "cpp":
-        drawn = torch.ops.lcr_fast.normal_noise(
-            rows.contiguous(), seed, n_trajectories, stream, length, dim
-        )
-        return drawn.to(dtype)
-    return noise.normal_noise(rows, seed, n_trajectories, stream, length, dim, dtype)
+    _check_rows(rows)
+    chosen = NORMAL_NOISE.choose(backend, NoiseCase(rows.device.type, dtype))
+    if chosen == "reference":
+        return noise.normal_noise(rows, seed, n_trajectories, stream, length, dim, dtype)
+    call = _Normal(rows.contiguous(), seed, n_trajectories, stream, length, dim)
+    return NORMAL_NOISE(chosen, call).to(dtype)
 
 
 def dropout_masks(
@@ -72,11 +104,12 @@ def dropout_masks(
     threshold = noise.dropout_threshold(rate)
     if not 0 <= threshold < 65536:
         raise ValueError(f"rate must be in [0, 1), got {rate}")
-    if _choose("dropout_masks", backend, rows) == "cpp":
-        return torch.ops.lcr_fast.dropout_masks(
-            rows.contiguous(), seed, first_site, n_sites, length, dim, threshold
-        )
-    return noise.dropout_masks(rows, seed, first_site, n_sites, length, dim, rate)
+    _check_rows(rows)
+    chosen = DROPOUT_MASKS.choose(backend, NoiseCase(rows.device.type))
+    if chosen == "reference":
+        return noise.dropout_masks(rows, seed, first_site, n_sites, length, dim, rate)
+    call = _Masks(rows.contiguous(), seed, first_site, n_sites, length, dim, threshold)
+    return DROPOUT_MASKS(chosen, call)
 
 
 # Where the dropout layers of each part start; a part counts its own from there.
@@ -101,3 +134,36 @@ class Dropout(NamedTuple):
     def draw(self, first_site: int, n_sites: int, length: int, dim: int) -> Tensor:
         """Masks for ``n_sites`` layers on states [B, length, dim]: [n_sites, B, length, dim]."""
         return dropout_masks(self.rows, self.seed, first_site, n_sites, length, dim, self.rate)
+
+
+def dropout_key(dropout: Dropout | None, lengths: Tensor) -> tuple[Tensor, int, int]:
+    """Give what a fused op draws its masks from: rows, threshold and seed; none without dropout."""
+    if dropout is None:
+        return lengths.new_empty(0), 0, 0
+    return dropout.rows.contiguous(), noise.dropout_threshold(dropout.rate), dropout.seed
+
+
+class Noise(NamedTuple):
+    """N noisy copies of every user's states, x + scale eps, and the key of the noise."""
+
+    n_trajectories: int
+    scale: float  # gamma
+    seed: int
+    rows: Tensor  # int64 [B] names the users for the generator, see lcr_fast.noise
+
+    def check(self, states: Tensor) -> None:
+        """Raise ValueError on numbers out of range, and on states that are not [B, L, D]."""
+        if self.n_trajectories < 1:
+            raise ValueError(f"n_trajectories must be at least 1, got {self.n_trajectories}")
+        if states.ndim != 3:
+            raise ValueError(f"noise needs states [B, L, D], got {list(states.shape)}")
+        if self.rows.shape != states.shape[:1] or self.rows.dtype != torch.int64:
+            raise ValueError(
+                f"rows must be int64 [{len(states)}], got {self.rows.dtype} {list(self.rows.shape)}"
+            )
+
+    def added(self, x: Tensor, stream: int) -> Tensor:
+        """Give the copies of one stream's states: [B, L, D] -> [B, N, L, D]."""
+        length, dim = x.shape[-2:]
+        eps = normal_noise(self.rows, self.seed, self.n_trajectories, stream, length, dim, x.dtype)
+        return x.unsqueeze(1) + self.scale * eps

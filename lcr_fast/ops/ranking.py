@@ -13,13 +13,15 @@ equal it; place and metrics follow from the two counts.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lcr_fast import reference
 from lcr_fast.metrics import RANKING_KINDS, TIES, parse_metric
-from lcr_fast.ops._extension import extension_error, has_kernel
+from lcr_fast.ops._extension import extension_error
+from lcr_fast.ops._op import Backend, Op
 
 DEFAULT_METRICS = ("hr@1", "hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr")
 CPU_LEVELS = ("baseline", "avx2", "avx512", "avx512bf16")
@@ -27,33 +29,71 @@ CPU_LEVELS = ("baseline", "avx2", "avx512", "avx512bf16")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _GRADES = (torch.bool, torch.int32, torch.int64, torch.float32, torch.float64)
 _REDUCTIONS = ("none", "mean", "sum")
-_BACKENDS = ("auto", "reference", "cpp")
 # Enum Output of csrc/ranking.h.
 _ROWS32, _ROWS64, _SUMS = range(3)
-_SERVED = {
-    device: has_kernel("ranking_metrics", device) and has_kernel("catalogue_metrics", device)
-    for device in ("cpu", "cuda")
-}
 
-if extension_error() is None:
 
-    def _ranking_metrics_fake(
-        scores, target, relevance, counts, excluded, kinds, ks, ties, output
-    ) -> tuple[Tensor, Tensor]:
-        return _outputs(scores, scores.shape[:-1], len(kinds), output)
+class RankingCase(NamedTuple):
+    """All that decides which implementations can serve a call."""
 
-    def _catalogue_metrics_fake(
-        users, items, target, seen, kinds, ks, ties, output
-    ) -> tuple[Tensor, Tensor]:
-        return _outputs(users, users.shape[:1], len(kinds), output)
+    device: str  # cpu, cuda
+    graded: bool = False  # by relevance, not by target
 
-    def _outputs(like: Tensor, leading, n_metrics: int, output: int) -> tuple[Tensor, Tensor]:
-        shape = (n_metrics + 1,) if output == _SUMS else (*leading, n_metrics)
-        dtype = torch.float32 if output == _ROWS32 else torch.float64
-        return like.new_empty(shape, dtype=dtype), like.new_empty((3,), dtype=torch.int64)
 
-    torch.library.register_fake("lcr_fast::ranking_metrics", _ranking_metrics_fake)
-    torch.library.register_fake("lcr_fast::catalogue_metrics", _catalogue_metrics_fake)
+class _Ranking(NamedTuple):
+    """The arguments of the registered op, in the order of its schema."""
+
+    scores: Tensor
+    target: Tensor | None
+    relevance: Tensor | None
+    counts: Tensor | None
+    excluded: Tensor | None
+    kinds: list[int]
+    ks: list[int]
+    ties: int
+    output: int
+
+
+class _Catalogue(NamedTuple):
+    """The arguments of the registered op, in the order of its schema."""
+
+    users: Tensor
+    items: Tensor
+    target: Tensor
+    seen: Tensor | None
+    kinds: list[int]
+    ks: list[int]
+    ties: int
+    output: int
+
+
+def _fake(like: Tensor, leading: Sequence[int], n_metrics: int, output: int) -> tuple[Tensor, ...]:
+    shape = (n_metrics + 1,) if output == _SUMS else (*leading, n_metrics)
+    dtype = torch.float32 if output == _ROWS32 else torch.float64
+    return like.new_empty(shape, dtype=dtype), like.new_empty((3,), dtype=torch.int64)
+
+
+def _obstacle(case: RankingCase) -> str | None:
+    if case.graded and case.device == "cuda":
+        return "it ranks by target, not by relevance, on CUDA tensors"
+    return None
+
+
+_BACKENDS = [Backend("cpp", "", ("cpu", "cuda"), _obstacle)]
+RANKING_METRICS = Op(
+    "ranking_metrics",
+    _Ranking,
+    ("values", "faults"),
+    lambda call: _fake(call.scores, call.scores.shape[:-1], len(call.kinds), call.output),
+    _BACKENDS,
+)
+CATALOGUE_METRICS = Op(
+    "catalogue_metrics",
+    _Catalogue,
+    ("values", "faults"),
+    lambda call: _fake(call.users, call.users.shape[:1], len(call.kinds), call.output),
+    _BACKENDS,
+)
 
 
 def cpu_level() -> str:
@@ -163,38 +203,6 @@ def target_rank(
         backend=backend,
     )
     return _rank_dtype(rank.squeeze(-1), ties)
-
-
-def ranking_rewards(
-    scores: Tensor,
-    target: Tensor,
-    metric: str = "hr@1",
-    *,
-    counts: Tensor | None = None,
-    excluded: Tensor | None = None,
-    ties: str = "pessimistic",
-    backend: str = "auto",
-) -> Tensor:
-    """Return the reward [B, N] of every trajectory's list: ``metric`` of ``scores`` [B, N, C].
-
-    ``target`` and ``counts`` are [B], ``excluded`` [B, C]: one list of candidates a user. The
-    result is float32; the other arguments are those of :func:`ranking_metrics`.
-    """
-    if scores.dim() != 3 or target.shape != scores.shape[:1]:
-        raise ValueError(
-            f"scores must be [B, N, C] and target [B], got {list(scores.shape)} and "
-            f"{list(target.shape)}"
-        )
-    rewards = ranking_metrics(
-        scores,
-        target.unsqueeze(-1),
-        metrics=(metric,),
-        counts=None if counts is None else counts.unsqueeze(-1),
-        excluded=None if excluded is None else excluded.unsqueeze(-2),
-        ties=ties,
-        backend=backend,
-    )
-    return rewards[metric]
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
@@ -321,10 +329,13 @@ def _rank(
     if excluded is not None:
         excluded = _expand("excluded", excluded, scores.shape, scores.device)
     kinds, ks = _codes(names)
-    if _use_cpp(backend, scores.device, relevance is not None):
-        values, faults = torch.ops.lcr_fast.ranking_metrics(
+    case = RankingCase(scores.device.type, relevance is not None)
+    chosen = RANKING_METRICS.choose(backend, case)
+    if chosen != "reference":
+        call = _Ranking(
             scores, target, relevance, counts, excluded, kinds, ks, TIES.index(ties), output
         )
+        values, faults = RANKING_METRICS(chosen, call)
         if validate and scores.is_cuda:
             _raise_first("scores", faults.tolist(), leading, target, counts, scores.shape[-1])
         return values
@@ -377,10 +388,10 @@ def _rank_catalogue(
             raise ValueError(f"seen must be [B, S], got {list(seen.shape)}")
         seen = _indices("seen", seen, (users.shape[0], seen.shape[1]), users.device)
     kinds, ks = _codes(names)
-    if _use_cpp(backend, users.device, False):
-        values, faults = torch.ops.lcr_fast.catalogue_metrics(
-            users, items, target, seen, kinds, ks, TIES.index(ties), output
-        )
+    chosen = CATALOGUE_METRICS.choose(backend, RankingCase(users.device.type))
+    if chosen != "reference":
+        call = _Catalogue(users, items, target, seen, kinds, ks, TIES.index(ties), output)
+        values, faults = CATALOGUE_METRICS(chosen, call)
         if validate and users.is_cuda:
             _raise_first("users", faults.tolist(), leading, target, None, n_items)
         return values
@@ -398,20 +409,6 @@ def _rank_catalogue(
 def _codes(names: tuple[str, ...]) -> tuple[list[int], list[int]]:
     parsed = [parse_metric(name) for name in names]
     return [RANKING_KINDS.index(kind) for kind, _ in parsed], [k for _, k in parsed]
-
-
-def _use_cpp(backend: str, device: torch.device, graded: bool) -> bool:
-    _check_choice("backend", backend, _BACKENDS)
-    served = _SERVED.get(device.type, False) and not (graded and device.type == "cuda")
-    if backend != "cpp" or served:
-        return served and backend != "reference"
-    if extension_error() is not None:
-        reason = f"lcr_fast._C, which could not be loaded ({extension_error()})"
-    elif device.type == "cuda" and _SERVED["cuda"]:
-        reason = "target instead of relevance on CUDA tensors"
-    else:
-        reason = f"lcr_fast._C built for {device.type} tensors"
-    raise ValueError(f'backend="cpp" needs {reason}; backend="reference" serves this call')
 
 
 def _named(names: tuple[str, ...], values: Tensor, reduce: str) -> dict[str, Tensor]:

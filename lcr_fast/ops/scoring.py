@@ -5,32 +5,22 @@ item and keep k of them, or count, so that scores of B users and I items never e
 scores that are plain dot products, :mod:`lcr_fast.ops.ranking` has ``catalogue_rank``.)
 
 Implementations are the reference; ``triton`` on CUDA tensors (and on CPU tensors under Triton's
-interpreter, if asked for); ``cpp`` on CPU tensors, in float32, which halves are converted to. Their
-limits are in :func:`scoring_backends`.
+interpreter, if asked for); ``cpp`` on CPU tensors, in float32, which halves are converted to. What
+limits them is asked of ``SCORE.obstacles``.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lcr_fast import reference
-from lcr_fast.noise import dropout_threshold
-from lcr_fast.ops._dispatch import choose_backend, extension_obstacle
-from lcr_fast.ops._extension import has_kernel
+from lcr_fast.ops._op import Backend, Op, kernel
 from lcr_fast.ops._triton import triton_obstacle
-from lcr_fast.ops.noise import HEAD_SITES, Dropout
+from lcr_fast.ops.noise import HEAD_SITES, Dropout, dropout_key
 from lcr_fast.weights import ScoringWeights
 
 # -- who serves -----------------------------------------------------------------------------------
-
-# Looked up once: torch.compile cannot trace the question.
-_HAS_CPP = has_kernel("cpu_score_fwd", "cpu")
-
-# No fused aggregation is registered; explicit requests for one say so.
-AGGREGATE_BACKENDS: dict[str, str | None] = {"reference": None}
 
 
 class ScoringCase(NamedTuple):
@@ -53,179 +43,109 @@ def _triton_obstacle(case: ScoringCase) -> str | None:
 
 
 def _cpp_obstacle(case: ScoringCase) -> str | None:
-    if case.device != "cpu":
-        return "it needs CPU tensors"
-    if (error := extension_obstacle()) is not None:
-        return error
-    if not _HAS_CPP:
-        return "the C++ extension was built without it"
     return f"it computes float32, not {case.dtype}" if case.dtype == torch.float64 else None
 
 
-def scoring_backends(case: ScoringCase) -> dict[str, str | None]:
-    """List the implementations of scoring, each with None or what prevents it."""
-    if case.device == "cpu":  # the interpreter is for tests: never chosen by itself
-        return {
-            "cpp": _cpp_obstacle(case), "reference": None, "triton": _triton_obstacle(case),
-        }  # fmt: skip
-    return {"triton": _triton_obstacle(case), "reference": None, "cpp": _cpp_obstacle(case)}
+def _backends(*launchers: str) -> list[Backend]:
+    """List the backends of an op; the names are those of its launchers in kernels.scoring."""
+    kernels = [kernel("scoring", name) for name in launchers]
+    return [
+        Backend("triton", "triton_", ("cuda",), _triton_obstacle, kernels),
+        Backend("cpp", "cpu_", ("cpu",), _cpp_obstacle),
+    ]
 
 
-# -- registered ops -------------------------------------------------------------------------------
-
-_STREAMS = "Tensor search, Tensor rec, Tensor search_lengths, Tensor rec_lengths"
-_WEIGHTS = "Tensor user, Tensor target_weight, Tensor[] mlp_weights, Tensor[] mlp_biases"
-_ARGUMENTS = (
-    f"{_STREAMS}, Tensor items, Tensor ids, {_WEIGHTS}, "
-    "Tensor dropout_rows, int dropout_threshold, int dropout_seed, bool dot"
-)
-_SCHEMAS = {
-    "score_fwd": f"({_ARGUMENTS}) -> Tensor",
-    "score_bwd": f"(Tensor dscores, {_ARGUMENTS}) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[])",
-    "score_topk": f"({_STREAMS}, Tensor items, {_WEIGHTS}, int k, Tensor exclude, "
-    "bool dot) -> (Tensor, Tensor)",
-    "score_rank": f"({_STREAMS}, Tensor items, {_WEIGHTS}, Tensor target, Tensor bonus, "
-    "Tensor exclude, bool dot) -> Tensor",
-}
+# -- the ops --------------------------------------------------------------------------------------
 
 
-def _score_fwd_fake(search, rec, search_lengths, rec_lengths, items, ids, *_):
-    return search.new_empty(*search.shape[:2], ids.shape[1])
+class _Score(NamedTuple):
+    """The arguments of the registered passes; absent tensors are empty."""
 
-
-def _score_bwd_fake(
-    dscores, search, rec, search_lengths, rec_lengths, items, ids, user, target_weight,
-    mlp_weights, mlp_biases, *_,
-):  # fmt: skip
-    B, _, _, D = search.shape
-    return (
-        torch.empty_like(search),
-        torch.empty_like(rec),
-        items.new_empty(B, ids.shape[1], D),
-        torch.empty_like(user),
-        torch.empty_like(target_weight),
-        [torch.empty_like(w) for w in mlp_weights],
-        [torch.empty_like(b) for b in mlp_biases],
-    )
-
-
-def _score_topk_fake(
-    search, rec, search_lengths, rec_lengths, items, user, target_weight, mlp_weights, mlp_biases,
-    k, exclude, dot,
-):  # fmt: skip
-    shape = (search.shape[0], k)
-    return search.new_empty(shape, dtype=torch.int64), search.new_empty(shape)
-
-
-def _score_rank_fake(
-    search, rec, search_lengths, rec_lengths, items, user, target_weight, mlp_weights, mlp_biases,
-    target, bonus, exclude, dot,
-):  # fmt: skip
-    return torch.empty_like(target)
-
-
-def _triton_launcher(name: str):
-    def launch(*args):
-        from lcr_fast.kernels import scoring as kernels
-
-        return getattr(kernels, name)(*args)
-
-    return launch
-
-
-# Schemas are known before Triton is: importing this package must not import it.
-_LIBRARY = torch.library.Library("lcr_fast", "FRAGMENT")
-_FAKES: dict[str, Callable[..., Any]] = {
-    "score_fwd": _score_fwd_fake,
-    "score_bwd": _score_bwd_fake,
-    "score_topk": _score_topk_fake,
-    "score_rank": _score_rank_fake,
-}
-for _name, _launcher in (
-    ("score_fwd", "score_fwd"),
-    ("score_bwd", "score_bwd"),
-    ("score_topk", "catalogue_topk"),
-    ("score_rank", "catalogue_rank"),
-):
-    _LIBRARY.define(f"triton_{_name}{_SCHEMAS[_name]}")
-    for _device in ("CUDA", "CPU"):  # CPU: the interpreter
-        _LIBRARY.impl(f"triton_{_name}", _triton_launcher(_launcher), _device)
-    for _prefix in ("triton", "cpu"):
-        if _prefix == "triton" or _HAS_CPP:
-            torch.library.register_fake(f"lcr_fast::{_prefix}_{_name}", _FAKES[_name])
-
-
-def _op(backend: str, name: str):
-    prefix = {"triton": "triton", "cpp": "cpu"}[backend]
-    return getattr(torch.ops.lcr_fast, f"{prefix}_{name}")
-
-
-class _Scalars(NamedTuple):
-    """The key of the head's dropout and the head's flag, in the order of the schema."""
-
+    search: Tensor  # [B, N, L_s, D]
+    rec: Tensor  # [B, N, L_r, D]
+    search_lengths: Tensor  # int64 [B]
+    rec_lengths: Tensor  # int64 [B]
+    items: Tensor  # [T, D]
+    ids: Tensor  # int64 [B, C] or [1, C], rows of items
+    user: Tensor  # [B, D]
+    target_weight: Tensor
+    mlp_weights: tuple[Tensor, ...]
+    mlp_biases: tuple[Tensor, ...]
+    dropout_rows: Tensor  # int64 [B]
     dropout_threshold: int
     dropout_seed: int
     dot: bool
 
 
-class _Score(torch.autograd.Function):
-    """Saves its inputs only; backward computes every intermediate again."""
+class _TopK(NamedTuple):
+    """The arguments of the registered pass; absent tensors are empty."""
 
-    @staticmethod
-    def forward(
-        ctx, backend, scalars, n_layers, gathers,
-        search, rec, search_lengths, rec_lengths, rows, items, ids, user, target_weight, *mlp,
-    ):  # fmt: skip
-        inputs = (search, rec, search_lengths, rec_lengths, items, ids, user, target_weight)
-        scores = _op(backend, "score_fwd")(
-            *inputs, list(mlp[:n_layers]), list(mlp[n_layers:]), rows, *scalars
-        )
-        ctx.backend, ctx.scalars, ctx.n_layers, ctx.gathers = backend, scalars, n_layers, gathers
-        ctx.save_for_backward(rows, *inputs, *mlp)
-        return scores
+    search: Tensor  # [B, L_s, D]
+    rec: Tensor  # [B, L_r, D]
+    search_lengths: Tensor  # int64 [B]
+    rec_lengths: Tensor  # int64 [B]
+    items: Tensor  # [I + 1, D]
+    user: Tensor  # [B, D]
+    target_weight: Tensor
+    mlp_weights: tuple[Tensor, ...]
+    mlp_biases: tuple[Tensor, ...]
+    k: int
+    exclude: Tensor  # int64 [B, X]
+    dot: bool
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dscores):
-        rows, *tensors = ctx.saved_tensors
-        inputs, mlp = tensors[:8], tensors[8:]
-        items, ids = inputs[4:6]
-        dsearch, drec, dcandidates, duser, dtarget_weight, dweights, dbiases = _op(
-            ctx.backend, "score_bwd"
-        )(
-            dscores.contiguous(), *inputs, list(mlp[: ctx.n_layers]), list(mlp[ctx.n_layers :]),
-            rows, *ctx.scalars,
-        )  # fmt: skip
-        if not ctx.needs_input_grad[9]:
-            ditems = None
-        elif ctx.gathers:
-            # Sorts the ids or splits the rows: no atomics, on any device.
-            ditems = torch.ops.aten.embedding_dense_backward(
-                dcandidates, ids.expand(dcandidates.shape[:2]), items.shape[0], -1, False
-            )
-        else:
-            shared = ids.shape[0] == 1
-            ditems = (dcandidates.sum(0) if shared else dcandidates).reshape(items.shape)
-        return (
-            None, None, None, None, dsearch, drec, None, None, None, ditems, None, duser,
-            dtarget_weight, *dweights, *dbiases,
-        )  # fmt: skip
+
+class _Rank(NamedTuple):
+    """The arguments of the registered pass; absent tensors are empty."""
+
+    search: Tensor  # [B, L_s, D]
+    rec: Tensor  # [B, L_r, D]
+    search_lengths: Tensor  # int64 [B]
+    rec_lengths: Tensor  # int64 [B]
+    items: Tensor  # [I + 1, D]
+    user: Tensor  # [B, D]
+    target_weight: Tensor
+    mlp_weights: tuple[Tensor, ...]
+    mlp_biases: tuple[Tensor, ...]
+    target: Tensor  # int64 [B]
+    bonus: Tensor  # float32 [B]
+    exclude: Tensor  # int64 [B, X]
+    dot: bool
+
+
+def _fake_scores(call: _Score) -> Tensor:
+    return call.search.new_empty(*call.search.shape[:2], call.ids.shape[1])
+
+
+def _fake_topk(call: _TopK) -> tuple[Tensor, Tensor]:
+    shape = (call.search.shape[0], call.k)
+    return call.search.new_empty(shape, dtype=torch.int64), call.search.new_empty(shape)
+
+
+def _fake_candidates(call: _Score) -> Tensor:
+    """Shape the gradient of the candidates: of the items it is made by :func:`score`."""
+    return call.items.new_empty(call.search.shape[0], call.ids.shape[1], call.items.shape[1])
+
+
+SCORE = Op(
+    "score",
+    _Score,
+    ("scores",),
+    _fake_scores,
+    _backends("score_fwd", "score_bwd"),
+    gradients=("search", "rec", "items", "user", "target_weight", "mlp_weights", "mlp_biases"),
+    fake_gradients={"items": _fake_candidates},
+)
+SCORE_TOPK = Op("score_topk", _TopK, ("ids", "scores"), _fake_topk, _backends("catalogue_topk"))
+SCORE_RANK = Op(
+    "score_rank",
+    _Rank,
+    ("rank",),
+    lambda call: torch.empty_like(call.target),
+    _backends("catalogue_rank"),
+)
 
 
 # -- public functions -----------------------------------------------------------------------------
-
-
-def aggregate(
-    states: Tensor,
-    lengths: Tensor,
-    candidates: Tensor,
-    target_weight: Tensor,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Pool one stream for every candidate: see :func:`lcr_fast.reference.aggregate`."""
-    choose_backend("aggregate", backend, AGGREGATE_BACKENDS)
-    return reference.aggregate(states, lengths, candidates, target_weight)
 
 
 def _check(
@@ -275,48 +195,48 @@ def _check(
         raise ValueError(f"the MLP must end in one score, got {width}")
 
 
-def _choose(
-    op: str, backend: str, search: Tensor, rec: Tensor, user: Tensor | None, weights: ScoringWeights
-) -> str:
-    device, mlp = search.device.type, weights.mlp_weights
-    case = ScoringCase(
-        device, search.dtype, search.shape[-1],
-        tuple(w.shape[0] for w in mlp[:-1]) if mlp else None,
-    )  # fmt: skip
+def _choose(op: Op, backend: str, search: Tensor, weights: ScoringWeights) -> str:
+    mlp = weights.mlp_weights
+    hidden = tuple(w.shape[0] for w in mlp[:-1]) if mlp else None
+    case = ScoringCase(search.device.type, search.dtype, search.shape[-1], hidden)
     # float64 is for exactness, not for speed.
-    expected = {"cpu": "cpp", "cuda": "triton"}.get(device)
-    expected = None if search.dtype == torch.float64 else expected
-    return choose_backend(op, backend, scoring_backends(case), expected)
+    return op.choose(backend, case, notice=search.dtype != torch.float64)
 
 
-class _Inputs(NamedTuple):
-    """What the fused ops share, contiguous, in the types that they compute in."""
-
-    search: Tensor
-    rec: Tensor
-    search_lengths: Tensor
-    rec_lengths: Tensor
-    items: Tensor
-    user: Tensor
-    target_weight: Tensor
-    mlp_weights: tuple[Tensor, ...]
-    mlp_biases: tuple[Tensor, ...]
-
-
-def _prepare(
+def _shared(
     chosen: str, search: Tensor, rec: Tensor, search_lengths: Tensor, rec_lengths: Tensor,
     items: Tensor, user: Tensor | None, weights: ScoringWeights,
-) -> _Inputs:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
+    """Prepare what the fused ops share: contiguous, in the types that they compute in."""
+
     def ready(x: Tensor) -> Tensor:
         return (x.float() if chosen == "cpp" else x).contiguous()
 
     # The dot head has no use for a user vector.
     user = search.new_empty(0) if user is None or not weights.mlp_weights else user
-    return _Inputs(
-        ready(search), ready(rec), search_lengths.long().contiguous(),
-        rec_lengths.long().contiguous(), ready(items), ready(user), ready(weights.target_weight),
-        tuple(map(ready, weights.mlp_weights)), tuple(map(ready, weights.mlp_biases)),
-    )  # fmt: skip
+    return {
+        "search": ready(search),
+        "rec": ready(rec),
+        "search_lengths": search_lengths.long().contiguous(),
+        "rec_lengths": rec_lengths.long().contiguous(),
+        "items": ready(items),
+        "user": ready(user),
+        "target_weight": ready(weights.target_weight),
+        "mlp_weights": tuple(map(ready, weights.mlp_weights)),
+        "mlp_biases": tuple(map(ready, weights.mlp_biases)),
+        "dot": weights.dot,
+    }
+
+
+def _gradient_of_table(call: _Score, dcandidates: Tensor) -> Tensor:
+    """Add up by id. Sorts the ids or splits the rows: no atomics, on any device."""
+    ids = call.ids.expand(dcandidates.shape[:2])
+    return torch.ops.aten.embedding_dense_backward(dcandidates, ids, len(call.items), -1, False)
+
+
+def _gradient_of_vectors(call: _Score, dcandidates: Tensor) -> Tensor:
+    shared = call.ids.shape[0] == 1
+    return (dcandidates.sum(0) if shared else dcandidates).reshape(call.items.shape)
 
 
 def score(
@@ -370,7 +290,7 @@ def score(
     _check(search, rec, search_lengths, rec_lengths, candidates, user, weights)
     if dropout is not None:
         dropout.check(search)
-    chosen = _choose("score", backend, search, rec, user, weights)
+    chosen = _choose(SCORE, backend, search, weights)
     if chosen == "reference":
         return _reference_score(
             search, rec, search_lengths, rec_lengths,
@@ -385,25 +305,16 @@ def score(
         n = candidates.shape[0] * candidates.shape[1]
         ids = torch.arange(n, device=search.device).view(candidates.shape[:2])
         candidates = candidates.flatten(0, 1)
-    inputs = _prepare(chosen, search, rec, search_lengths, rec_lengths, candidates, user, weights)
-    states, (items, user, target_weight) = inputs[:4], inputs[4:7]
-    mlp = (*inputs.mlp_weights, *inputs.mlp_biases)
-    rows, key = ids.new_empty(0), (0, 0)
-    if dropout is not None:
-        rows, key = dropout.rows.contiguous(), (dropout_threshold(dropout.rate), dropout.seed)
-    scalars = _Scalars(*key, weights.dot)
-    ids = ids.contiguous()
-    differentiable = (*states[:2], items, user, target_weight, *mlp)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in differentiable):
-        scores = _Score.apply(
-            chosen, scalars, len(inputs.mlp_weights), gathers, *states, rows, items, ids, user,
-            target_weight, *mlp,
-        )  # fmt: skip
-    else:
-        scores = _op(chosen, "score_fwd")(
-            *states, items, ids, user, target_weight, list(inputs.mlp_weights),
-            list(inputs.mlp_biases), rows, *scalars,
-        )  # fmt: skip
+    rows, threshold, seed = dropout_key(dropout, ids)
+    call = _Score(
+        **_shared(chosen, search, rec, search_lengths, rec_lengths, candidates, user, weights),
+        ids=ids.contiguous(),
+        dropout_rows=rows,
+        dropout_threshold=threshold,
+        dropout_seed=seed,
+    )
+    finish = {"items": _gradient_of_table if gathers else _gradient_of_vectors}
+    scores = SCORE(chosen, call, finish)
     return (scores if rolled else scores.squeeze(1)).to(search.dtype)
 
 
@@ -483,17 +394,14 @@ def score_topk(
         raise ValueError(f"k must be at least 1, got {k}")
     exclude = _check_catalogue(search, items, exclude)
     _check(search, rec, search_lengths, rec_lengths, items, user, weights)
-    chosen = _choose("score_topk", backend, search, rec, user, weights)
+    chosen = _choose(SCORE_TOPK, backend, search, weights)
     if chosen == "reference":
         ids, scores = reference.score_topk(
             search, rec, search_lengths, rec_lengths, items, user, weights, k, exclude
         )
     else:
-        inputs = _prepare(chosen, search, rec, search_lengths, rec_lengths, items, user, weights)
-        ids, scores = _op(chosen, "score_topk")(
-            *inputs[:7], list(inputs.mlp_weights), list(inputs.mlp_biases), k, exclude,
-            weights.dot,
-        )  # fmt: skip
+        shared = _shared(chosen, search, rec, search_lengths, rec_lengths, items, user, weights)
+        ids, scores = SCORE_TOPK(chosen, _TopK(**shared, k=k, exclude=exclude))
     _raise_nan(scores.isnan().any(-1))
     return ids, scores.to(search.dtype)
 
@@ -539,16 +447,18 @@ def score_rank(
             raise ValueError(
                 f"target must be ids in 0..{len(items) - 1}, got {int(target[outside][0])}"
             )
-    chosen = _choose("score_rank", backend, search, rec, user, weights)
+    chosen = _choose(SCORE_RANK, backend, search, weights)
     if chosen == "reference":
         rank = reference.score_rank(
             search, rec, search_lengths, rec_lengths, items, user, weights, target, bonus, exclude
         )
     else:
-        inputs = _prepare(chosen, search, rec, search_lengths, rec_lengths, items, user, weights)
-        rank = _op(chosen, "score_rank")(
-            *inputs[:7], list(inputs.mlp_weights), list(inputs.mlp_biases), target.contiguous(),
-            bonus.float().contiguous(), exclude, weights.dot,
-        )  # fmt: skip
+        call = _Rank(
+            **_shared(chosen, search, rec, search_lengths, rec_lengths, items, user, weights),
+            target=target.contiguous(),
+            bonus=bonus.float().contiguous(),
+            exclude=exclude,
+        )
+        rank = SCORE_RANK(chosen, call)
     _raise_nan(rank < 0)
     return rank.masked_fill(target == 0, 0)

@@ -13,7 +13,7 @@ here is deterministic; None means no dropout.
 """
 
 from lcr_fast.reference.ranking import catalogue_metrics, ranking_metrics
-from lcr_fast.reference.reasoning import States, latent_reasoning, pool_steps
+from lcr_fast.reference.reasoning import States, Steps, latent_reasoning, pool_steps
 from lcr_fast.reference.scoring import aggregate, score, score_rank, score_topk, seen_bonus
 from lcr_fast.reference.transformer import (
     Streams,
@@ -25,6 +25,7 @@ from lcr_fast.reference.transformer import (
 
 __all__ = [
     "States",
+    "Steps",
     "Streams",
     "aggregate",
     "attention",

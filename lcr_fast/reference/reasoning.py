@@ -19,6 +19,16 @@ from lcr_fast.reference.transformer import (
 from lcr_fast.weights import REC, SEARCH, ReasoningWeights
 
 
+class Steps(NamedTuple):
+    """How the reasoning runs."""
+
+    n_steps: int  # K
+    n_heads: int
+    embedding: Tensor | None = None  # [K, 2, D]
+    update: str = "jacobi"
+    cross_memory: str = "post_msa"
+
+
 class States(NamedTuple):
     """Every state of the reasoning; each entry is (search, recommendation), [..., L, D]."""
 
@@ -32,12 +42,8 @@ def latent_reasoning(
     search_lengths: Tensor,  # [...]
     rec_lengths: Tensor,  # [...]
     weights: ReasoningWeights,
-    steps: int,
+    steps: Steps,
     *,
-    n_heads: int,
-    step_embedding: Tensor | None = None,  # [K, 2, D]
-    update: str = "jacobi",
-    cross_memory: str = "post_msa",
     masks: Streams | None = None,  # [3K, ..., L_s, D], [3K, ..., L_r, D]
 ) -> States:
     """Run K latent cross reasoning steps on both streams (paper: interleaved MSA and MCA).
@@ -49,13 +55,14 @@ def latent_reasoning(
         h_x <- LN3_x( c_x + FFN_x(c_x) )
 
     The equations are our reading, after the same authors' public systems. Step k uses weight
-    set k, or set 0 if there is one set; a set with F = 0 has no FFN: h_x <- c_x. Switches:
+    set k, or set 0 if there is one set; a set with F = 0 has no FFN: h_x <- c_x. Switches of
+    ``steps``:
 
     - ``update``: ``jacobi``, each stream reads the other's state from before the exchange;
       ``search_first`` / ``rec_first``, the second stream reads the first one's new h.
     - ``cross_memory``: MCA reads a_x' (``post_msa``), the step's input h_x' (``step_input``), or
       h_x'^(0) (``initial``, in both streams whatever the update).
-    - ``step_embedding`` is added to the valid positions of the step's input (ReaRec).
+    - ``embedding`` [K, 2, D] is added to the valid positions of the step's input (ReaRec).
     """
     acc = accumulator(search)
     lengths = (search_lengths, rec_lengths)
@@ -66,7 +73,7 @@ def latent_reasoning(
     def self_attend(x: int, h: Tensor, w: ReasoningWeights, mask: Tensor | None) -> Tensor:
         attended = attention(
             h, h, lengths[x], w.self_qkv_weight, w.self_qkv_bias,
-            w.self_out_weight, w.self_out_bias, n_heads,
+            w.self_out_weight, w.self_out_bias, steps.n_heads,
         )  # fmt: skip
         a = add_norm(h, attended, mask, w.norm_weight[0], w.norm_bias[0])
         return zero_padding(a, lengths[x])
@@ -74,7 +81,7 @@ def latent_reasoning(
     def cross_attend(x, a: Tensor, memory: Tensor, w: ReasoningWeights, masks) -> Tensor:
         attended = attention(
             a, memory, lengths[1 - x], w.cross_qkv_weight, w.cross_qkv_bias,
-            w.cross_out_weight, w.cross_out_bias, n_heads,
+            w.cross_out_weight, w.cross_out_bias, steps.n_heads,
         )  # fmt: skip
         c = add_norm(a, gates[1 - x] * attended, masks[1], w.norm_weight[1], w.norm_bias[1])
         if w.ffn_in_weight.shape[0]:
@@ -83,21 +90,21 @@ def latent_reasoning(
 
     states = States([initial], [])
     h = initial
-    for k in ranged_steps("reason step", steps):
+    for k in ranged_steps("reason step", steps.n_steps):
         w = sets[min(k, len(sets) - 1)]
         m = [[None] * 3 if masks is None else masks[x][3 * k : 3 * k + 3] for x in (SEARCH, REC)]
-        if step_embedding is not None:
-            shifted = (h[x] + step_embedding[k, x].to(acc) for x in (SEARCH, REC))
+        if steps.embedding is not None:
+            shifted = (h[x] + steps.embedding[k, x].to(acc) for x in (SEARCH, REC))
             h_s, h_r = map(zero_padding, shifted, lengths)
             h = (h_s, h_r)
         a_s, a_r = (self_attend(x, h[x], w[x], m[x][0]) for x in (SEARCH, REC))
         a = (a_s, a_r)
 
-        memory = list({"post_msa": a, "step_input": h, "initial": initial}[cross_memory])
+        memory = list({"post_msa": a, "step_input": h, "initial": initial}[steps.cross_memory])
         new = list(h)
-        for x in (REC, SEARCH) if update == "rec_first" else (SEARCH, REC):
+        for x in (REC, SEARCH) if steps.update == "rec_first" else (SEARCH, REC):
             new[x] = cross_attend(x, a[x], memory[1 - x], w[x], m[x])
-            if update != "jacobi" and cross_memory != "initial":
+            if steps.update != "jacobi" and steps.cross_memory != "initial":
                 memory[x] = new[x]
         h = (new[SEARCH], new[REC])
         states.h.append(h)
