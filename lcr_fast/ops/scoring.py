@@ -142,15 +142,10 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "score_topk": _score_topk_fake,
     "score_rank": _score_rank_fake,
 }
-for _name, _launcher in (
-    ("score_fwd", "score_fwd"),
-    ("score_bwd", "score_bwd"),
-    ("score_topk", "catalogue_topk"),
-    ("score_rank", "catalogue_rank"),
-):
+for _name in _SCHEMAS:
     _LIBRARY.define(f"triton_{_name}{_SCHEMAS[_name]}")
     for _device in ("CUDA", "CPU"):  # CPU: the interpreter
-        _LIBRARY.impl(f"triton_{_name}", _triton_launcher(_launcher), _device)
+        _LIBRARY.impl(f"triton_{_name}", _triton_launcher(_name), _device)
     for _prefix in ("triton", "cpu"):
         if _prefix == "triton" or _HAS_CPP:
             torch.library.register_fake(f"lcr_fast::{_prefix}_{_name}", _FAKES[_name])
