@@ -25,14 +25,16 @@ from torch.profiler import ProfilerActivity, profile
 import harness
 import work
 from lcr_fast import ops
-from lcr_fast.kernels import reasoning_config, scoring
+from lcr_fast.kernels import scoring
+from lcr_fast.kernels.reasoning import config as reasoning_config
+from lcr_fast.kernels.scoring import config as scoring_config
 from lcr_fast.ops.noise import Dropout
 from lcr_fast.reference import Steps
 from lcr_fast.testing import ReasoningCase, random_reasoning
 from lcr_fast.weights import ReasoningWeights
 
 Config = reasoning_config.Config
-Tiles = scoring._Tiles
+Tiles = scoring_config.Tiles
 KINDS = {"half": "bf16", "tf32": "tf32", "tf32x3": "fp32"}  # and what the harness calls it
 STEPS, N_CANDIDATES, N_ITEMS = 5, 100, 20_000
 HEAD = (200, 80, 1)
@@ -126,7 +128,7 @@ def _scoring(job: Job, n_users: int) -> dict[str, Callable[[], Any]]:
     return {
         "score_fwd": lambda: scoring.score_fwd(*call),
         "score_bwd": lambda: scoring.score_bwd(dscores.to(dtype), *call),
-        "catalogue_topk": lambda: scoring.catalogue_topk(
+        "score_topk": lambda: scoring.score_topk(
             *few, items, user[:32], *head, 10, rows[:32, None], dot
         ),
     }
@@ -146,8 +148,8 @@ def _configured(job: Job) -> Any:
             return job.config if is_asked else forward(which, *call)
 
         return mock.patch.object(reasoning_config, "config", choose)
-    tiles = {key: (job.config,) * len(scoring.DIMS) for key in scoring._TILES}
-    return mock.patch.object(scoring, "_TILES", tiles)
+    tiles = {key: (job.config,) * len(scoring_config.DIMS) for key in scoring_config.TILES}
+    return mock.patch.object(scoring_config, "TILES", tiles)
 
 
 def run(job: Job, compile_only: bool) -> dict[str, Any]:

@@ -31,7 +31,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 from triton import knobs
@@ -41,7 +41,7 @@ from triton.compiler import ASTSource
 import lcr_fast.kernels
 from lcr_fast.kernels import ptxas, sass
 from lcr_fast.kernels.gpu import GPUS
-from lcr_fast.kernels.variant import Variant
+from lcr_fast.kernels.launch import Type, Variant
 
 SHARED_BYTES = {arch: gpu.shared for arch, gpu in GPUS.items()}  # that a program may have
 # What one multiprocessor has, by the CUDA programming guide: threads, 32-bit registers, programs.
@@ -81,13 +81,13 @@ _ALIGNMENT = ["---" if kind is str else "--:" for kind in Usage.__annotations__.
 
 
 def _module_names() -> list[str]:
-    tools = ("ptxas", "resources", "sass", "variant")
+    tools = ("ptxas", "resources", "sass")
     names = (info.name for info in pkgutil.iter_modules(lcr_fast.kernels.__path__))
     return [name for name in names if name not in tools]
 
 
 def kernel_modules() -> dict[str, ModuleType]:
-    """Every module of this package that lists variants, by its short name."""
+    """Every op's package in this one, which lists variants, by its short name."""
     modules = {
         name: importlib.import_module(f"lcr_fast.kernels.{name}") for name in _module_names()
     }
@@ -110,7 +110,7 @@ def _sources(name: str) -> dict[str, str]:
         module = waiting.pop()
         if module not in found:
             found[module] = inspect.getsource(importlib.import_module(f"lcr_fast.kernels.{module}"))
-            waiting += re.findall(r"^from lcr_fast\.kernels\.(\w+) import", found[module], re.M)
+            waiting += re.findall(r"^from lcr_fast\.kernels\.([\w.]+) import", found[module], re.M)
     return dict(sorted(found.items()))
 
 
@@ -132,7 +132,8 @@ def fingerprint(name: str) -> str:
             if isinstance(node, ast.FunctionDef):
                 decorators = map(ast.unparse, node.decorator_list)
                 counts = any(
-                    decorator.startswith(("triton.jit", "kernel(")) for decorator in decorators
+                    decorator.startswith(("triton.jit", "triton.constexpr_function", "kernel("))
+                    for decorator in decorators
                 )
                 if ast.get_docstring(node) is not None:
                     node.body = node.body[1:]
@@ -143,25 +144,35 @@ def fingerprint(name: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
+def _split_type(kind: Type, path: tuple[int, ...], attrs: dict[tuple[int, ...], Any]) -> Type:
+    """Return a type as Triton takes it; what divides by 16 goes into ``attrs``, by its path."""
+    if isinstance(kind, tuple):
+        return type(kind)(*(_split_type(k, (*path, i), attrs) for i, k in enumerate(kind)))
+    kind, _, divisor = kind.partition(":")
+    if kind.startswith("*") or divisor == "16":
+        attrs[path] = [["tt.divisibility", 16]]
+    return kind
+
+
+def ast_source(variant: Variant) -> ASTSource:
+    """Make what Triton's compiler takes."""
+    signature: dict[str, Type] = {}
+    attrs: dict[tuple[int, ...], Any] = {}
+    for i, name in enumerate(variant.kernel.arg_names):
+        is_constant = name in variant.constexprs
+        kind = "constexpr" if is_constant else variant.signature[name]
+        signature[name] = _split_type(kind, (i,), attrs)
+    return ASTSource(variant.kernel, signature, variant.constexprs, attrs)
+
+
 def compile_variant(
     variant: Variant, arch: str, tool: ptxas.Ptxas | None = None
 ) -> triton.compiler.CompiledKernel:
     """Compile ahead of time, by ``tool`` or the ptxas of choice; no GPU is needed."""
-    names = variant.kernel.arg_names
-    signature, attrs = {}, {}
-    for i, name in enumerate(names):
-        if name in variant.constexprs:
-            signature[name] = "constexpr"
-            continue
-        kind, _, divisor = variant.signature[name].partition(":")
-        signature[name] = kind
-        if kind.startswith("*") or divisor == "16":
-            attrs[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(variant.kernel, signature, variant.constexprs, attrs)
     capability = int(arch.removeprefix("sm_"))
     return ptxas.compile_with(
         tool or ptxas.choose(capability),
-        source,
+        ast_source(variant),
         GPUTarget("cuda", capability, 32),
         dict(variant.options),
     )

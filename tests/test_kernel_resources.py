@@ -112,21 +112,22 @@ def test_a_faulty_row_is_named(change, sentence):
 
 
 def test_the_fingerprint_covers_what_a_module_imports_but_not_its_words(monkeypatch):
-    assert {"reasoning_fwd", "reasoning_bwd", "steps", "blocks"} <= set(
-        resources._sources("reasoning")
-    )
-    assert "blocks" not in resources._sources("scoring")
     sources = resources._sources("reasoning")
+    assert {"reasoning.forward", "reasoning.backward", "reasoning.step", "core.noise"} <= set(
+        sources
+    )
+    assert "reasoning.tile" not in resources._sources("scoring")
     before = resources.fingerprint("reasoning")
-    blocks = sources["blocks"]
-    for changed, is_same in (
-        (blocks.replace('"""Slot of each row, [M]."""', '"""Another docstring."""'), True),
-        (blocks + "\n# a comment\n", True),
-        (blocks.replace("tl.constexpr(1e-5)", "tl.constexpr(2e-5)"), False),
-        (blocks.replace("return tl.arange(0, M) // SLOT", "return tl.arange(0, M)"), False),
+    tile, sublayers = sources["reasoning.tile"], sources["reasoning.sublayers"]
+    for name, changed, is_same in (
+        ("tile", tile.replace('"""Slot of each row, [M]."""', '"""Another docstring."""'), True),
+        ("tile", tile + "\n# a comment\n", True),
+        ("tile", tile.replace("return tl.arange(0, M) // SLOT", "return tl.arange(0, M)"), False),
+        ("sublayers", sublayers.replace("tl.constexpr(1e-5)", "tl.constexpr(2e-5)"), False),
     ):
-        assert changed != blocks
-        monkeypatch.setattr(resources, "_sources", lambda _, c=changed: sources | {"blocks": c})
+        module = f"reasoning.{name}"
+        assert changed != sources[module]
+        monkeypatch.setattr(resources, "_sources", lambda _, m=module, c=changed: sources | {m: c})
         assert (resources.fingerprint("reasoning") == before) == is_same
 
 

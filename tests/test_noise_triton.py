@@ -9,7 +9,7 @@ import triton.language as tl
 
 import oracle
 from lcr_fast import noise
-from lcr_fast.kernels.blocks import _philox, dropout_keep, normal_noise
+from lcr_fast.kernels.core.noise import _philox, dropout_keep, normal_noise
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

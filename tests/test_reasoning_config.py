@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from lcr_fast.kernels import reasoning_config as configs
 from lcr_fast.kernels.gpu import GPUS, Gpu, gpu_of
+from lcr_fast.kernels.reasoning import config as configs
 
 SMALL = Gpu(8, 99 << 10)  # such as sm_86 and sm_89
 A100, H100 = GPUS["sm_80"], GPUS["sm_90"]
@@ -28,7 +28,7 @@ def test_every_case_has_a_configuration(which, dtype, precision, gpu):
             compiled = configs.constants(which, D, 48, H, (size, 1), dtype, precision, gpu)
             assert compiled["num_warps"] in (4, 8, 16)
             assert compiled["PARK"] in (0, 1, 2)
-            assert compiled["RELOAD"] == (compiled["PARK"] == 2)
+            assert compiled["PARKED"] == (compiled["PARK"] == 2)
             assert 48 % compiled["BLOCK_F"] == 0
             assert compiled["PRECISION"].removesuffix(" cut") == precision
             if which != "fwd":

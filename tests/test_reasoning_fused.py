@@ -193,9 +193,9 @@ def test_parity_with_the_rounding_of_tensor_cores(monkeypatch, case):
 
 # Configurations of the Triton kernels, and a case.
 CONFIGS = {
-    "nothing waits in memory": ({"num_warps": 4, "rows": 16}, "dropout"),
-    "the idle stream waits in memory": ({"num_warps": 4, "park": 1}, "dropout"),
-    "every operand waits in memory": ({"num_warps": 4, "park": 2, "rows": 32}, "dropout"),
+    "nothing is parked": ({"num_warps": 4, "rows": 16}, "dropout"),
+    "the idle stream is parked": ({"num_warps": 4, "park": 1}, "dropout"),
+    "every operand is parked": ({"num_warps": 4, "park": 2, "rows": 32}, "dropout"),
     "products in pieces": (
         {"num_warps": 8, "park": 2, "block_f": 16, "cut": True}, "D=128 H=2, wide FFN"
     ),
@@ -210,7 +210,7 @@ CONFIGS = {
 def test_parity_in_every_configuration(monkeypatch, name, dtype):
     config, case = CONFIGS[name]
     require("triton", CASES[case], dtype)
-    from lcr_fast.kernels import reasoning_config
+    from lcr_fast.kernels.reasoning import config as reasoning_config
 
     asked = []
 
@@ -235,7 +235,7 @@ def tf32_allowed():
 @pytest.mark.gpu
 def test_parity_where_tf32_is_allowed(monkeypatch, tf32_allowed):
     require("triton", DEFAULT)
-    from lcr_fast.kernels import reasoning as kernels
+    from lcr_fast.kernels.reasoning import launch as kernels
 
     precisions = []
 

@@ -625,12 +625,12 @@ def test_triton_permutes_with_the_candidates(n_candidates):
 @on_triton
 def test_triton_chunks_and_runs_change_no_bit(monkeypatch):
     """One user of scratch at a time, and one program for all trajectories of a tile."""
-    from lcr_fast.kernels import scoring as kernels
+    from lcr_fast.kernels.scoring import backward, forward
 
     case = kernel_case(trajectories=3, max_rec_len=9, n_users=5)
     expected = case.run("triton")
-    monkeypatch.setattr(kernels, "SCRATCH_BYTES", 1)
-    monkeypatch.setattr(kernels, "_PROGRAMS", 1)
+    monkeypatch.setattr(backward, "SCRATCH_BYTES", 1)
+    monkeypatch.setattr(forward, "PROGRAMS", 1)
     for name, value in case.run("triton").items():
         if "weight" in name or "bias" in name:  # sums over users, in other groups
             torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
@@ -678,7 +678,7 @@ def test_triton_serves_no_user_and_no_candidate():
 ])  # fmt: skip
 def test_triton_topk_is_a_full_sort(head, n_items, copies, monkeypatch):
     """Of equal scores the lower id first, whichever tile, split or pass each is found in."""
-    from lcr_fast.kernels import scoring as kernels
+    from lcr_fast.kernels.scoring import catalogue
 
     case = exact_case(n_items=n_items, copies=copies, head=head)
     scores = all_scores(case, "triton")
@@ -687,7 +687,7 @@ def test_triton_topk_is_a_full_sort(head, n_items, copies, monkeypatch):
     assert torch.equal(scores[:, 1:].to(DEVICE), case.call("reference", tensors, ids=ids))
     if copies:
         assert len(scores[0, 1:].unique()) < n_items / 2
-    monkeypatch.setattr(kernels, "MAX_K", 4)
+    monkeypatch.setattr(catalogue, "MAX_K", 4)
     for k in (1, 6):
         found, top = case.catalogue(
             ops.score_topk, k, exclude=EXCLUDED.to(DEVICE), backend="triton"
@@ -804,9 +804,9 @@ def test_auto_takes_cpp_for_float32_and_the_reference_for_float64():
 
 
 def test_small_gpus_get_small_tiles():
-    kernels = pytest.importorskip("lcr_fast.kernels.scoring")
+    configs = pytest.importorskip("lcr_fast.kernels.scoring.config")
     gpus = pytest.importorskip("lcr_fast.kernels.gpu")
     case = (64, 100, 50, torch.float32, "tf32x3")
-    large = kernels._config("score_fwd", *case, gpus.GPUS["sm_80"])
-    small = kernels._config("score_fwd", *case, gpus.Gpu(8, 99 << 10))
+    large = configs.config("score_fwd", *case, gpus.GPUS["sm_80"])
+    small = configs.config("score_fwd", *case, gpus.Gpu(8, 99 << 10))
     assert (large["CANDIDATES"], small["CANDIDATES"]) == (64, 16)

@@ -6,8 +6,9 @@ import torch
 pytest.importorskip("triton")
 
 import sweep
-from lcr_fast.kernels import reasoning_config, scoring
 from lcr_fast.kernels.gpu import GPUS
+from lcr_fast.kernels.reasoning import config as reasoning_config
+from lcr_fast.kernels.scoring import config as scoring_config
 
 
 def test_every_job_is_another_one():
@@ -31,8 +32,8 @@ def test_tiles_are_the_asked_ones():
     asked = sweep.Tiles(16, 32, 16, 8, 1)
     case = ("score_fwd", 64, 100, 50, torch.float32, "tf32", GPUS["sm_90"])
     with sweep._configured(sweep.Job("score", "tf32", 64, 30, asked)):
-        assert scoring._config(*case)["num_warps"] == 8
-    assert scoring._config(*case)["num_warps"] == 4
+        assert scoring_config.config(*case)["num_warps"] == 8
+    assert scoring_config.config(*case)["num_warps"] == 4
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

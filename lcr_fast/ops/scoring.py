@@ -135,13 +135,13 @@ SCORE = Op(
     gradients=("search", "rec", "items", "user", "target_weight", "mlp_weights", "mlp_biases"),
     fake_gradients={"items": _fake_candidates},
 )
-SCORE_TOPK = Op("score_topk", _TopK, ("ids", "scores"), _fake_topk, _backends("catalogue_topk"))
+SCORE_TOPK = Op("score_topk", _TopK, ("ids", "scores"), _fake_topk, _backends("score_topk"))
 SCORE_RANK = Op(
     "score_rank",
     _Rank,
     ("rank",),
     lambda call: torch.empty_like(call.target),
-    _backends("catalogue_rank"),
+    _backends("score_rank"),
 )
 
 

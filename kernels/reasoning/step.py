@@ -9,24 +9,17 @@ For each stream x with the other stream x', g = 1 if x' has an event, else 0, an
 States between sublayers have the tensors' dtype, which is also that of the products' operands;
 products accumulate in float32, softmax, LayerNorm and all sums are float32.
 
-A state comes with the place where it stands in memory too (``h_at`` beside ``h``). With RELOAD it
-is read from there for every use, so that it does not wait in registers meanwhile.
+A state comes with the place where it is parked (``h_at`` beside ``h``), if PARKED: then it is read
+from there for every use, and takes no registers meanwhile.
 """
 
 import triton
 import triton.language as tl
 
-from lcr_fast.kernels.blocks import (
-    attention,
-    dropout_keep,
-    ffn,
-    layer_norm,
-    load_of_user,
-    locate_rows,
-    normal_noise,
-    set_aside,
-    take_up,
-)
+from lcr_fast.kernels.core.noise import dropout_keep, normal_noise
+from lcr_fast.kernels.reasoning.sublayers import attention, ffn, layer_norm
+from lcr_fast.kernels.reasoning.tile import load_of_user, locate_rows, park, unpark
+from lcr_fast.kernels.reasoning.weights import attention_at, ffn_at, norm_at
 
 # Dropout sites, as in lcr_fast/ops/noise.py: step k has three a stream.
 _REASONING_SITES = tl.constexpr(1 << 13)
@@ -37,55 +30,24 @@ REC = tl.constexpr(1)
 
 
 @triton.jit
-def self_weights(weights, index, D: tl.constexpr):
-    """Pointers to the self-attention of one stream and step; ``index`` = 2 set + stream."""
-    return (
-        weights[0] + index * (3 * D * D), weights[1] + index * (3 * D),
-        weights[2] + index * (D * D), weights[3] + index * D,
-    )  # fmt: skip
-
-
-@triton.jit
-def cross_weights(weights, index, D: tl.constexpr):
-    return (
-        weights[4] + index * (3 * D * D), weights[5] + index * (3 * D),
-        weights[6] + index * (D * D), weights[7] + index * D,
-    )  # fmt: skip
-
-
-@triton.jit
-def ffn_weights(weights, index, D: tl.constexpr, F: tl.constexpr):
-    return (
-        weights[8] + index * (F * D), weights[9] + index * F,
-        weights[10] + index * (D * F), weights[11] + index * D,
-    )  # fmt: skip
-
-
-@triton.jit
-def norm_weights(weights, index, which: tl.constexpr, D: tl.constexpr):
-    """Pointers to the weight and bias of one stream's norm in a step; 0, 1 or 2."""
-    offset = (index * 3 + which) * D
-    return weights[12] + offset, weights[13] + offset
-
-
-@triton.jit
 def apply_dropout(
     update, user_row, position, k, stream: tl.constexpr, place: tl.constexpr, dropout,
     D: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Drop from a sublayer's output; ``place`` is 0 for MSA, 1 for MCA, 2 for FFN."""
     if DROPOUT:
-        threshold, seed, scale = dropout
         site = _REASONING_SITES + stream * _STREAM_SITES + 3 * k + place
-        if threshold > 0:  # always; a branch keeps the drawing out of the products before it
-            keep = dropout_keep(user_row, position, site, threshold, seed, D)
-            update = tl.where(keep, update * scale, 0.0)
+        if (
+            dropout.threshold > 0
+        ):  # always; a branch keeps the drawing out of the products before it
+            keep = dropout_keep(user_row, position, site, dropout.threshold, dropout.seed, D)
+            update = tl.where(keep, update * dropout.scale, 0.0)
     return update
 
 
 @triton.jit
 def locate_stream(
-    first, end, lengths_ptr, memory_lengths_ptr, rows_ptr, n_trajectories, size,
+    first, end, lengths_ptr, memory_lengths_ptr, user_rows_ptr, n_trajectories, size,
     M: tl.constexpr, SLOT: tl.constexpr, DRAWS: tl.constexpr,
 ):  # fmt: skip
     """Rows of a stream's tile, which of them have the other stream to read, and their users' rows.
@@ -94,9 +56,9 @@ def locate_stream(
     """
     rows = locate_rows(first, end, lengths_ptr, n_trajectories, size, M, SLOT)
     gate = load_of_user(memory_lengths_ptr, first, end, n_trajectories, M, SLOT) > 0
-    user_row = rows[0]
+    user_row = rows.sequence
     if DRAWS:
-        user_row = load_of_user(rows_ptr, first, end, n_trajectories, M, SLOT)
+        user_row = load_of_user(user_rows_ptr, first, end, n_trajectories, M, SLOT)
     return rows, gate, user_row
 
 
@@ -106,16 +68,14 @@ def load_initial(
     D: tl.constexpr, NOISE: tl.constexpr,
 ):  # fmt: skip
     """h^(0) + noise_scale eps on valid positions, 0 elsewhere, in the tensor's dtype: [M, D]."""
-    sequence, position, length, _, _, _ = rows
-    valid = (position < length)[:, None]
-    user = sequence // n_trajectories
-    offsets = (user * size + position)[:, None] * D + tl.arange(0, D)[None, :]
+    valid = (rows.position < rows.length)[:, None]
+    user = rows.sequence // n_trajectories
+    offsets = (user * size + rows.position)[:, None] * D + tl.arange(0, D)[None, :]
     h = tl.load(x_ptr + offsets, mask=valid, other=0.0)
     if NOISE:
-        scale, seed = noise
-        trajectory_stream = 2 * (sequence % n_trajectories) + stream
-        eps = normal_noise(user_row, position, trajectory_stream, seed, D)
-        h = tl.where(valid, h.to(tl.float32) + scale * eps, 0.0)
+        trajectory_stream = 2 * (rows.sequence % n_trajectories) + stream
+        eps = normal_noise(user_row, rows.position, trajectory_stream, noise.seed, D)
+        h = tl.where(valid, h.to(tl.float32) + noise.scale * eps, 0.0)
     return h.to(x_ptr.dtype.element_ty)
 
 
@@ -141,18 +101,17 @@ def _add_update(
 def before_norm1(
     h, h_at, rows, user_row, k, index, stream: tl.constexpr, weights, dropout,
     D: tl.constexpr, H: tl.constexpr, SLOT: tl.constexpr, DROPOUT: tl.constexpr,
-    RELOAD: tl.constexpr, PRECISION: tl.constexpr,
+    PARKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x1 = h + m1 MSA(h): float32 [M, D]."""
-    _, position, length, _, _, _ = rows
-    y = _residual(take_up(h, h_at, D, RELOAD), DROPOUT)
+    y = _residual(unpark(h, h_at, D, PARKED), DROPOUT)
     y = attention(
-        h, h_at, h, h_at, length, y, position < length,
-        self_weights(weights, index, D), D, H, SLOT, SLOT, RELOAD, PRECISION,
+        h, h_at, h, h_at, rows.length, y, rows.position < rows.length,
+        attention_at(weights, index, D), D, H, SLOT, SLOT, PARKED, PRECISION,
     )  # fmt: skip
     if DROPOUT:
-        h = take_up(h, h_at, D, RELOAD)
-    return _add_update(y, h, user_row, position, k, stream, 0, dropout, D, DROPOUT)
+        h = unpark(h, h_at, D, PARKED)
+    return _add_update(y, h, user_row, rows.position, k, stream, 0, dropout, D, DROPOUT)
 
 
 @triton.jit
@@ -160,69 +119,62 @@ def before_norm2(
     a, a_at, memory, memory_at, rows, memory_rows, gate, user_row, k, index, stream: tl.constexpr,
     weights, dropout,
     D: tl.constexpr, H: tl.constexpr, SLOT: tl.constexpr, MEMORY_SLOT: tl.constexpr,
-    DROPOUT: tl.constexpr, RELOAD: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, PARKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x2 = a + g m2 MCA(a, memory): float32 [M, D]; ``gate`` is bool [M]."""
-    _, position, _, _, _, _ = rows
-    _, _, memory_length, _, _, _ = memory_rows
-    y = _residual(take_up(a, a_at, D, RELOAD), DROPOUT)
+    y = _residual(unpark(a, a_at, D, PARKED), DROPOUT)
     y = attention(
-        a, a_at, memory, memory_at, memory_length, y, gate,
-        cross_weights(weights, index, D), D, H, SLOT, MEMORY_SLOT, RELOAD, PRECISION,
+        a, a_at, memory, memory_at, memory_rows.length, y, gate,
+        attention_at(weights, index, D), D, H, SLOT, MEMORY_SLOT, PARKED, PRECISION,
     )  # fmt: skip
     if DROPOUT:
-        a = take_up(a, a_at, D, RELOAD)
-    return _add_update(y, a, user_row, position, k, stream, 1, dropout, D, DROPOUT)
+        a = unpark(a, a_at, D, PARKED)
+    return _add_update(y, a, user_row, rows.position, k, stream, 1, dropout, D, DROPOUT)
 
 
 @triton.jit
 def before_norm3(
     c, c_at, rows, user_row, k, index, stream: tl.constexpr, weights, dropout,
     D: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr, DROPOUT: tl.constexpr,
-    RELOAD: tl.constexpr, PRECISION: tl.constexpr,
+    PARKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x3 = c + m3 FFN(c): float32 [M, D]."""
-    _, position, _, _, _, _ = rows
-    y = _residual(take_up(c, c_at, D, RELOAD), DROPOUT)
-    y = ffn(
-        c, c_at, y, ffn_weights(weights, index, D, F), D, F, BLOCK_F, RELOAD, PRECISION,
-    )  # fmt: skip
+    y = _residual(unpark(c, c_at, D, PARKED), DROPOUT)
+    y = ffn(c, c_at, y, ffn_at(weights, index, D, F), D, F, BLOCK_F, PARKED, PRECISION)
     if DROPOUT:
-        c = take_up(c, c_at, D, RELOAD)
-    return _add_update(y, c, user_row, position, k, stream, 2, dropout, D, DROPOUT)
+        c = unpark(c, c_at, D, PARKED)
+    return _add_update(y, c, user_row, rows.position, k, stream, 2, dropout, D, DROPOUT)
 
 
 @triton.jit
-def norm(x, weights, index, which: tl.constexpr, D: tl.constexpr):
+def norm(x, norms, index, which: tl.constexpr, D: tl.constexpr):
     """LN of a stream and step, ``which`` being 0, 1 or 2: float32 [M, D]."""
-    weight_ptr, bias_ptr = norm_weights(weights, index, which, D)
-    return layer_norm(x, weight_ptr, bias_ptr, D)
+    return layer_norm(x, norm_at(norms, index, which, D), D)
 
 
 @triton.jit
 def zero_padding(x, rows):
     """Keep a tile [M, D] at events, 0 at padding."""
-    _, position, length, _, _, _ = rows
-    return tl.where((position < length)[:, None], x, 0.0)
+    return tl.where((rows.position < rows.length)[:, None], x, 0.0)
 
 
 @triton.jit
 def after_cross(
     x2, h_at, rows, user_row, k, index, stream: tl.constexpr, weights, dropout,
     dtype: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr,
-    DROPOUT: tl.constexpr, RELOAD: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, PARKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute h = LN3(c + m3 FFN(c)) of c = LN2(x2), 0 at padding: [M, D].
 
-    With RELOAD, c stands where the step's h stood.
+    With PARKED, c stands where the step's h stood.
     """
-    c = norm(x2, weights, index, 1, D)
+    c = norm(x2, weights.norms, index, 1, D)
     if F > 0:
         c = c.to(dtype)
-        set_aside(h_at, c, D, RELOAD)
+        park(h_at, c, D, PARKED)
         x3 = before_norm3(
-            c, h_at, rows, user_row, k, index, stream, weights, dropout,
-            D, F, BLOCK_F, DROPOUT, RELOAD, PRECISION,
+            c, h_at, rows, user_row, k, index, stream, weights.ffn, dropout,
+            D, F, BLOCK_F, DROPOUT, PARKED, PRECISION,
         )  # fmt: skip
-        c = norm(x3, weights, index, 2, D)
+        c = norm(x3, weights.norms, index, 2, D)
     return zero_padding(c, rows).to(dtype)

@@ -1,11 +1,20 @@
-"""How the reasoning kernels are compiled: tiles, warps, and what waits in memory."""
+"""What the reasoning kernels serve, and how they are compiled: tiles, warps, what is parked."""
 
 from typing import Any, NamedTuple
 
 import torch
 import triton
 
-from lcr_fast.kernels.gpu import Gpu
+from lcr_fast.kernels.gpu import Gpu, dot_precision
+
+_WIDTHS = (32, 64, 128)
+_MIN_HEAD = 16  # the least depth of a tensor-core dot
+_MAX_SIZE = 128  # events a stream: one slot must fit a tile
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Compute capabilities where float32 operands are read from shared memory. Elsewhere they wait in
+# registers; beyond so many numbers in two parts, ptxas spills ten kilobytes a thread.
+READ_SHARED = (9,)
+_MOST_IN_REGISTERS = 64 * 64
 
 
 class Tile(NamedTuple):
@@ -23,12 +32,44 @@ def slots(search_size: int, rec_size: int) -> tuple[int, int]:
     )
 
 
+def obstacle(
+    *,
+    dim: int,
+    n_heads: int,
+    ffn_dim: int,
+    search_len: int,
+    rec_len: int,
+    dtype: torch.dtype,
+    gpu: Gpu | None = None,
+) -> str | None:
+    """Say why the kernels cannot serve a case on a GPU, or in the interpreter, or None."""
+    if dtype not in _DTYPES:
+        return f"it computes float32, float16 and bfloat16, not {dtype}"
+    if dim not in _WIDTHS:
+        return f"it needs a width of 32, 64 or 128, got {dim}"
+    if n_heads < 1 or dim % n_heads or dim // n_heads < _MIN_HEAD:
+        return f"it needs heads at least {_MIN_HEAD} wide, got {n_heads} heads of width {dim}"
+    if ffn_dim % 16:
+        return f"it needs an FFN width that is a multiple of 16, got {ffn_dim}"
+    if max(search_len, rec_len) > _MAX_SIZE:
+        return f"it holds {_MAX_SIZE} events a stream, got {max(search_len, rec_len)}"
+    if gpu is not None and gpu.major not in READ_SHARED and dot_precision(dtype) == "tf32x3":
+        rows = max(dim, *slots(search_len, rec_len))
+        if dim == 128 or rows * (dim // n_heads) > _MOST_IN_REGISTERS:
+            return (
+                f"on compute capability {gpu.major} the two parts of float32 operands do not fit "
+                f"registers at width {dim} with {n_heads} heads and {max(search_len, rec_len)} "
+                "events; torch.set_float32_matmul_precision('high') or halves do"
+            )
+    return None
+
+
 class Config(NamedTuple):
     """How a kernel is compiled."""
 
     num_warps: int
-    # What is kept in memory between its uses, not in registers: 0 nothing, 1 (forward) the states
-    # of the stream that is not at work, 2 every operand that a sublayer uses more than once.
+    # What is parked, in memory between its uses and not in registers: 0 nothing, 1 (forward) the
+    # states of the stream that is not at work, 2 every operand that a sublayer uses more than once.
     park: int = 0
     rows: int = 64  # of a tile, which short sequences share
     block_f: int = 32  # hidden units of the FFN at a time
@@ -43,7 +84,7 @@ class Config(NamedTuple):
 
 # By pass and kind of product (half, tf32, tf32x3), then rows of the longer slot, at most. Timed on
 # an H200 (docs/fused-kernel.md): 64 rows on four warps fill wgmma, eight warps repeat each other's
-# work, and a tile that waits in memory pays where registers would spill by the hundred bytes.
+# work, and parking a tile pays where registers would spill by the hundred bytes.
 _DEFAULTS = {
     ("fwd", "half"): {64: Config(4), 128: Config(8)},
     ("fwd", "tf32"): {64: Config(4), 128: Config(8, 2)},
@@ -134,9 +175,9 @@ def constants(
         "D": D,
         "F": F,
         "H": H,
-        "USERS": chosen.tile(*sizes).sequences,
+        "SEQUENCES": chosen.tile(*sizes).sequences,
         "PARK": chosen.park,
-        "RELOAD": chosen.park == 2,
+        "PARKED": chosen.park == 2,
         "BLOCK_F": min(chosen.block_f, 32 if F % 32 == 0 else 16),
         "PRECISION": f"{precision} cut" if chosen.cut else precision,
         "num_warps": chosen.num_warps,

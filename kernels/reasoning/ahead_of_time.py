@@ -1,0 +1,107 @@
+"""What is compiled of the reasoning kernels."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from lcr_fast.kernels.gpu import GPUS
+from lcr_fast.kernels.launch import TYPES, Type, Variant, describe
+from lcr_fast.kernels.reasoning.backward import (
+    cross_bwd_kernel,
+    ffn_bwd_kernel,
+    recompute_cross_kernel,
+    recompute_self_kernel,
+    self_bwd_kernel,
+)
+from lcr_fast.kernels.reasoning.config import READ_SHARED, constants, slots
+from lcr_fast.kernels.reasoning.forward import ForwardStream, latent_reasoning_fwd_kernel
+from lcr_fast.kernels.reasoning.weights import (
+    AttentionWeights,
+    FfnWeights,
+    NormWeights,
+    StepWeights,
+)
+
+_INT64 = ("lengths", "memory_lengths", "user_rows")
+_FLOAT32 = ("dh", "da", "dx2", "dmemory", "dkeys", "dnorm")
+
+
+def _types(dtype: torch.dtype, weights: torch.dtype) -> dict[str, Type]:
+    """Types of arguments that are not numbers of the states' dtype, nor int32."""
+    state, matrix, vector = f"*{TYPES[dtype]}", f"*{TYPES[dtype]}", f"*{TYPES[weights]}"
+    stream = ForwardStream(state, "*i64", state, state, state)
+    attention = AttentionWeights(matrix, vector, matrix, vector)
+    ffn, norms = FfnWeights(matrix, vector, matrix, vector), NormWeights(vector, vector)
+    return {
+        **{f"{name}_ptr": "*i64" for name in _INT64},
+        **{f"{name}_ptr": "*fp32" for name in _FLOAT32},
+        **dict.fromkeys(("search", "rec"), stream),
+        "weights": StepWeights(attention, attention, ffn, norms),
+        "attention": attention,
+        "ffn": ffn,
+        "norms": norms,
+        **dict.fromkeys(("noise_scale", "dropout_scale"), "fp32"),
+        **dict.fromkeys(("noise_seed", "dropout_seed"), "i64"),
+    }
+
+
+class _Call(NamedTuple):
+    """What decides the compile-time constants of a call."""
+
+    dim: int
+    size: int  # events of both streams
+    dtype: torch.dtype = torch.bfloat16
+    weights: torch.dtype = torch.float32
+    precision: str = "ieee"
+
+
+_CALLS = (
+    *(_Call(*shape) for shape in ((32, 20), (64, 30), (64, 50), (64, 128), (128, 50), (128, 128))),
+    *(_Call(*shape, torch.float32, precision="tf32") for shape in ((64, 30), (64, 50))),
+    *(_Call(*shape, torch.float32, precision="tf32x3") for shape in ((32, 20), (64, 30), (64, 50))),
+    _Call(128, 50, torch.float32, precision="tf32x3"),
+)
+
+
+def variants(arch: str) -> Iterator[Variant]:
+    """Yield what models with two heads and F = D launch, in training and in rollouts.
+
+    L is the longer history. Training pools every step and drops (``train``), or draws trajectories
+    (``rollout``); ``infer`` does neither. Backward is one kernel a stream, and that of the
+    cross-attention is the same in both.
+    """
+    plain = {"NOISE": False, "DROPOUT": False, "POOL": False, "SAVE": False}
+    train = {"NOISE": False, "DROPOUT": True, "POOL": True, "SAVE": True}
+    rollout = {"NOISE": True, "DROPOUT": False, "POOL": False, "SAVE": True}
+    for call in _CALLS:
+        dim, dtype = call.dim, call.dtype
+        if dim == 128 and call.precision == "tf32x3" and GPUS[arch].major not in READ_SHARED:
+            continue  # it is not served
+        sizes = (call.size, call.size)
+        slot, _ = slots(*sizes)
+        rows = {"SEARCH_SLOT": slot, "REC_SLOT": slot, "SLOT": slot, "MEMORY_SLOT": slot}
+        kind = TYPES[dtype]
+        if dtype == torch.float32:
+            kind += f"-{call.precision}"
+        suffix = f"{kind}-d{dim}-L{call.size}"
+        for which, name, kernel, switches in (
+            ("fwd", "fwd-infer", latent_reasoning_fwd_kernel, plain),
+            ("fwd", "fwd-train", latent_reasoning_fwd_kernel, train),
+            ("fwd", "fwd-rollout", latent_reasoning_fwd_kernel, rollout),
+            ("recompute", "recompute_self-train", recompute_self_kernel, train),
+            ("recompute", "recompute_self-rollout", recompute_self_kernel, rollout),
+            ("recompute", "recompute_cross-train", recompute_cross_kernel, train),
+            ("recompute", "recompute_cross-rollout", recompute_cross_kernel, rollout),
+            ("bwd", "ffn_bwd-train", ffn_bwd_kernel, train),
+            ("bwd", "ffn_bwd-rollout", ffn_bwd_kernel, rollout),
+            ("bwd", "cross_bwd", cross_bwd_kernel, {}),
+            ("bwd", "self_bwd-train", self_bwd_kernel, train),
+            ("bwd", "self_bwd-rollout", self_bwd_kernel, rollout),
+        ):
+            if dtype == torch.float32 and switches is rollout:
+                continue  # as in training but for the drawing, which halves show
+            compiled = constants(which, dim, dim, 2, sizes, dtype, call.precision, GPUS[arch])
+            compiled |= rows | switches
+            types = _types(dtype, call.weights)
+            yield describe(f"{name}-{suffix}", kernel, dtype, types, compiled)

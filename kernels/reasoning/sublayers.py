@@ -1,0 +1,299 @@
+"""Sublayers of a step, forward and backward: LayerNorm, attention, FFN.
+
+States come in the dtype of the tensors and are operands of the dots; everything between two
+rounded states (dot accumulators, softmax, LayerNorm, sums) is float32. An operand comes with the
+place where it is parked (``x_at`` beside ``x``); see :func:`unpark`.
+"""
+
+import triton
+import triton.language as tl
+
+from lcr_fast.kernels.core.product import product
+from lcr_fast.kernels.reasoning.tile import (
+    columns,
+    key_slots,
+    load_tile,
+    row_slots,
+    store_tile,
+    unpark,
+)
+
+LN_EPS = tl.constexpr(1e-5)  # of every LayerNorm, as in the reference
+LOG2_E = tl.constexpr(1.4426950408889634)
+# Lower bound of a row's largest score: finite, so that a row without keys gets exp2(-inf) = 0.
+LOWEST_SCORE = tl.constexpr(-1e30)
+
+
+@triton.jit
+def standardise(x, D: tl.constexpr):
+    """x_hat = (x - mean) rstd of each row, and rstd: float32 [M, D], [M]."""
+    mean = tl.sum(x, 1) / D
+    centred = x - mean[:, None]
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / D + LN_EPS)
+    return centred * rstd[:, None], rstd
+
+
+@triton.jit
+def layer_norm(x, norm, D: tl.constexpr):
+    """LN(x) = x_hat w + b for :class:`NormWeights` w, b of one norm: float32 [M, D]."""
+    column = tl.arange(0, D)
+    weight = tl.load(norm.weight + column).to(tl.float32)
+    bias = tl.load(norm.bias + column).to(tl.float32)
+    x_hat, _ = standardise(x, D)
+    return x_hat * weight[None, :] + bias[None, :]
+
+
+@triton.jit
+def layer_norm_bwd(dy, x, norm, dnorm_ptr, D: tl.constexpr):
+    """Backward of :func:`layer_norm`: dx, float32 [M, D].
+
+    Stores the tile's own dw and db at dnorm_ptr [2, D].
+
+        dx = rstd (g - mean(g) - x_hat mean(g x_hat)),  g = dy w;   dw = sum dy x_hat,  db = sum dy
+
+    Rows with dy = 0 add nothing and get 0.
+    """
+    column = tl.arange(0, D)
+    weight = tl.load(norm.weight + column).to(tl.float32)
+    x_hat, rstd = standardise(x, D)
+    tl.store(dnorm_ptr + column, tl.sum(dy * x_hat, 0))
+    tl.store(dnorm_ptr + D + column, tl.sum(dy, 0))
+    g = dy * weight[None, :]
+    mean_g = tl.sum(g, 1) / D
+    mean_gx = tl.sum(g * x_hat, 1) / D
+    return rstd[:, None] * (g - mean_g[:, None] - x_hat * mean_gx[:, None])
+
+
+@triton.jit
+def load_block(weight_ptr, rows, columns, STRIDE: tl.constexpr, dtype: tl.constexpr):
+    """W[rows, columns] of a row-major matrix of STRIDE columns, in the states' dtype."""
+    return tl.load(weight_ptr + rows[:, None] * STRIDE + columns[None, :]).to(dtype)
+
+
+@triton.jit
+def load_block_transposed(weight_ptr, rows, columns, STRIDE: tl.constexpr, dtype: tl.constexpr):
+    """W[rows, columns]^T, [columns, rows]."""
+    return load_block(weight_ptr, rows, columns, STRIDE, dtype).trans()
+
+
+@triton.jit
+def linear(x, weight_ptr, bias_ptr, rows, D: tl.constexpr, PRECISION: tl.constexpr):
+    """Compute x W[rows]^T + b[rows] for weights [out, D]: float32 [M, rows]."""
+    weight = load_block_transposed(weight_ptr, rows, tl.arange(0, D), D, x.dtype)
+    bias = tl.load(bias_ptr + rows).to(tl.float32)
+    return product(x, weight, PRECISION) + bias[None, :]
+
+
+@triton.jit
+def _project_head(
+    x, x_at, memory, memory_at, memory_length, head, weights,
+    D: tl.constexpr, WIDTH: tl.constexpr, SLOT: tl.constexpr, MEMORY_SLOT: tl.constexpr,
+    PARKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One head's queries [M_q, D/H] times log2(e) / sqrt(D/H), keys, values and probabilities.
+
+    p = softmax(q k^T) over a query's own keys, float32 [M_q, M_k]; zeros for a query without keys.
+    """
+    memory = unpark(memory, memory_at, D, PARKED)
+    v = linear(memory, weights.qkv_weight, weights.qkv_bias, 2 * D + head, D, PRECISION).to(x.dtype)
+    x = unpark(x, x_at, D, PARKED)
+    q = linear(x, weights.qkv_weight, weights.qkv_bias, head, D, PRECISION)
+    q = (q * (LOG2_E * WIDTH**-0.5)).to(x.dtype)
+    memory = unpark(memory, memory_at, D, PARKED)
+    k = linear(memory, weights.qkv_weight, weights.qkv_bias, D + head, D, PRECISION).to(x.dtype)
+    scores = product(q, k.trans(), PRECISION)  # [M_q, M_k]
+    query_slot = row_slots(x.shape[0], SLOT)
+    key_slot = key_slots(memory_length, MEMORY_SLOT)
+    scores = tl.where(query_slot[:, None] == key_slot[None, :], scores, float("-inf"))
+    top = tl.maximum(tl.max(scores, 1), LOWEST_SCORE)
+    p = tl.exp2(scores - top[:, None])
+    p = p / tl.maximum(tl.sum(p, 1), 1.0)[:, None]  # a sum over keys is at least 1
+    return q, k, v, p
+
+
+@triton.jit
+def attention(
+    x,  # [M_q, D]
+    x_at,  # where x is parked, if PARKED
+    memory,  # [M_k, D]
+    memory_at,
+    memory_length,  # [M_k] of each row's sequence
+    y,  # float32 [M_q, D], added to
+    has_keys,  # bool [M_q]: to the others nothing is added
+    weights,  # AttentionWeights of one stream and step
+    D: tl.constexpr,
+    H: tl.constexpr,
+    SLOT: tl.constexpr,
+    MEMORY_SLOT: tl.constexpr,
+    PARKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Multi-head attention, head by head: y = sum_h softmax(Q_h K_h^T / sqrt(D/H)) V_h Wo_h^T + bo.
+
+    The loop is not unrolled and its weights are read in it, so one head's are on chip at a time.
+    Returns float32 [M_q, D]; finite, and without meaning, for a query without keys.
+    """
+    WIDTH: tl.constexpr = D // H
+    column = tl.arange(0, D)
+    for h in tl.range(0, H, disable_licm=True):
+        head = h * WIDTH + tl.arange(0, WIDTH)
+        _, _, v, p = _project_head(
+            x, x_at, memory, memory_at, memory_length, head, weights,
+            D, WIDTH, SLOT, MEMORY_SLOT, PARKED, PRECISION,
+        )  # fmt: skip
+        o = product(p.to(x.dtype), v, PRECISION).to(x.dtype)  # [M_q, D/H]
+        out_weight = load_block_transposed(weights.out_weight, column, head, D, x.dtype)  # [D/H, D]
+        y = product(o, out_weight, PRECISION, y)
+    out_bias = tl.load(weights.out_bias + column).to(tl.float32)
+    return y + tl.where(has_keys[:, None], out_bias[None, :], 0.0)
+
+
+@triton.jit
+def _project_back(
+    dq, dk, dv, dx, dmemory, head, weights,
+    D: tl.constexpr, IS_SELF: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add dq Wq_h to dx and dk Wk_h + dv Wv_h to dmemory, or all to dx if the memory is x."""
+    column = tl.arange(0, D)
+    query_weight = load_block(weights.qkv_weight, head, column, D, dq.dtype)  # [D/H, D]
+    dx = product(dq, query_weight, PRECISION, dx)
+    key_weight = load_block(weights.qkv_weight, D + head, column, D, dq.dtype)
+    value_weight = load_block(weights.qkv_weight, 2 * D + head, column, D, dq.dtype)
+    if IS_SELF:
+        dx = product(dk, key_weight, PRECISION, dx)
+        dx = product(dv, value_weight, PRECISION, dx)
+    else:
+        dmemory = product(dk, key_weight, PRECISION, dmemory)
+        dmemory = product(dv, value_weight, PRECISION, dmemory)
+    return dx, dmemory
+
+
+@triton.jit
+def attention_bwd(
+    dy,  # [M_q, D] gradient of the sublayer's output, in the states' dtype
+    dy_at,  # where dy is parked, if PARKED
+    x,  # [M_q, D]
+    x_at,
+    memory,  # [M_k, D]
+    memory_at,
+    memory_length,  # [M_k] of each row's sequence
+    dx,  # float32 [M_q, D], added to
+    dmemory,  # float32 [M_k, D], added to; not used if the memory is x itself
+    heads_at,  # where o, dq [M_q, D] and dk, dv [M_k, D] are to be stored
+    dq_at,
+    dk_at,
+    dv_at,
+    weights,  # AttentionWeights of one stream and step
+    D: tl.constexpr,
+    H: tl.constexpr,
+    SLOT: tl.constexpr,
+    MEMORY_SLOT: tl.constexpr,
+    IS_SELF: tl.constexpr,
+    PARKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Backward of :func:`attention`, recomputing each head.
+
+        do = dy Wo_h;   dv = p^T do;   dp = do v^T;   ds = p (dp - rowsum(p dp))
+        dq = ds k / sqrt(D/H);   dk = ds^T q / sqrt(D/H)
+        dx += dq Wq_h;   dmemory += dk Wk_h + dv Wv_h
+
+    Stores what the weight gradients need: o (with dy), dq (with x), dk and dv (with memory).
+    Returns dx and dmemory; for self-attention all of it in dx.
+    """
+    WIDTH: tl.constexpr = D // H
+    column = tl.arange(0, D)
+    for h in tl.range(0, H, disable_licm=True):
+        head = h * WIDTH + tl.arange(0, WIDTH)
+        q, k, v, p = _project_head(
+            x, x_at, memory, memory_at, memory_length, head, weights,
+            D, WIDTH, SLOT, MEMORY_SLOT, PARKED, PRECISION,
+        )  # fmt: skip
+        o = product(p.to(x.dtype), v, PRECISION)
+        store_tile(columns(heads_at, h * WIDTH), o, WIDTH)
+
+        out_weight = load_block(weights.out_weight, column, head, D, x.dtype)  # [D, D/H]
+        dy = unpark(dy, dy_at, D, PARKED)
+        do = product(dy, out_weight, PRECISION).to(x.dtype)  # [M_q, D/H]
+        dv = product(p.to(x.dtype).trans(), do, PRECISION).to(x.dtype)
+        dp = product(do, v.trans(), PRECISION)  # [M_q, M_k]
+        ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(x.dtype)
+        dq = (product(ds, k, PRECISION) * WIDTH**-0.5).to(x.dtype)
+        dk = (product(ds.trans(), q, PRECISION) / LOG2_E).to(x.dtype)
+        store_tile(columns(dq_at, h * WIDTH), dq, WIDTH)
+        store_tile(columns(dk_at, h * WIDTH), dk, WIDTH)
+        store_tile(columns(dv_at, h * WIDTH), dv, WIDTH)
+
+        if not PARKED:
+            dx, dmemory = _project_back(
+                dq, dk, dv, dx, dmemory, head, weights, D, IS_SELF, PRECISION
+            )
+    if PARKED:  # in a loop of their own, dx and dmemory need not wait beside the scores
+        tl.debug_barrier()
+        for h in tl.range(0, H, disable_licm=True):
+            head = h * WIDTH + tl.arange(0, WIDTH)
+            dq = load_tile(columns(dq_at, h * WIDTH), WIDTH)
+            dk = load_tile(columns(dk_at, h * WIDTH), WIDTH)
+            dv = load_tile(columns(dv_at, h * WIDTH), WIDTH)
+            dx, dmemory = _project_back(
+                dq, dk, dv, dx, dmemory, head, weights, D, IS_SELF, PRECISION
+            )
+    return dx, dmemory
+
+
+@triton.jit
+def ffn(
+    x,  # [M, D]
+    x_at,
+    y,  # float32 [M, D], added to
+    weights,  # FfnWeights of one stream and step
+    D: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    PARKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """relu(x W1^T + b1) W2^T + b2 in blocks of BLOCK_F hidden units: float32 [M, D]."""
+    column = tl.arange(0, D)
+    for start in tl.range(0, F, BLOCK_F, disable_licm=True):
+        unit = start + tl.arange(0, BLOCK_F)
+        x = unpark(x, x_at, D, PARKED)
+        hidden = linear(x, weights.in_weight, weights.in_bias, unit, D, PRECISION)  # [M, BLOCK_F]
+        hidden = tl.maximum(hidden, 0.0).to(x.dtype)
+        out_weight = load_block_transposed(weights.out_weight, column, unit, F, x.dtype)
+        y = product(hidden, out_weight, PRECISION, y)
+    return y + tl.load(weights.out_bias + column).to(tl.float32)[None, :]
+
+
+@triton.jit
+def ffn_bwd(
+    dy,  # [M, D] gradient of the sublayer's output, in the states' dtype
+    dy_at,
+    x,  # [M, D]
+    x_at,
+    dx,  # float32 [M, D], added to
+    hidden_at,  # where the hidden units and their gradient are to be stored, [M, F]
+    dhidden_at,
+    weights,  # FfnWeights of one stream and step
+    D: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    PARKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Backward of :func:`ffn`: dhidden = dy W2 [hidden > 0], dx += dhidden W1."""
+    column = tl.arange(0, D)
+    for start in tl.range(0, F, BLOCK_F, disable_licm=True):
+        unit = start + tl.arange(0, BLOCK_F)
+        x = unpark(x, x_at, D, PARKED)
+        hidden = linear(x, weights.in_weight, weights.in_bias, unit, D, PRECISION)  # [M, BLOCK_F]
+        hidden = tl.maximum(hidden, 0.0).to(x.dtype)
+        store_tile(columns(hidden_at, start), hidden, BLOCK_F)
+        out_weight = load_block(weights.out_weight, column, unit, F, x.dtype)  # [D, BLOCK_F]
+        dy = unpark(dy, dy_at, D, PARKED)
+        dhidden = product(dy, out_weight, PRECISION)
+        dhidden = tl.where(hidden > 0.0, dhidden, 0.0).to(x.dtype)
+        store_tile(columns(dhidden_at, start), dhidden, BLOCK_F)
+        in_weight = load_block(weights.in_weight, unit, column, D, x.dtype)  # [BLOCK_F, D]
+        dx = product(dhidden, in_weight, PRECISION, dx)
+    return dx

@@ -1,0 +1,97 @@
+"""The weights of reasoning as the kernels take them, and where one stream and step's stand."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from lcr_fast.weights import ReasoningWeights
+
+
+class AttentionWeights(NamedTuple):
+    """Of all P sets of weights and both streams, or at those of one."""
+
+    qkv_weight: Any  # [P, 2, 3D, D]
+    qkv_bias: Any  # [P, 2, 3D]
+    out_weight: Any  # [P, 2, D, D]
+    out_bias: Any  # [P, 2, D]
+
+
+class FfnWeights(NamedTuple):
+    """Of all P sets of weights and both streams, or at those of one."""
+
+    in_weight: Any  # [P, 2, F, D]
+    in_bias: Any  # [P, 2, F]
+    out_weight: Any  # [P, 2, D, F]
+    out_bias: Any  # [P, 2, D]
+
+
+class NormWeights(NamedTuple):
+    """Of all P sets of weights, both streams and the three norms, or at those of one."""
+
+    weight: Any  # [P, 2, 3, D]
+    bias: Any  # [P, 2, 3, D]
+
+
+class StepWeights(NamedTuple):
+    """All of them; a kernel that reads fewer takes fewer."""
+
+    self_attention: AttentionWeights
+    cross_attention: AttentionWeights
+    ffn: FfnWeights
+    norms: NormWeights
+
+
+def step_weights(weights: ReasoningWeights, dtype: torch.dtype) -> StepWeights:
+    """Cast matrices, as the dots want them, once: not in every program, in twice the registers."""
+    return StepWeights(
+        AttentionWeights(
+            weights.self_qkv_weight.to(dtype),
+            weights.self_qkv_bias,
+            weights.self_out_weight.to(dtype),
+            weights.self_out_bias,
+        ),
+        AttentionWeights(
+            weights.cross_qkv_weight.to(dtype),
+            weights.cross_qkv_bias,
+            weights.cross_out_weight.to(dtype),
+            weights.cross_out_bias,
+        ),
+        FfnWeights(
+            weights.ffn_in_weight.to(dtype),
+            weights.ffn_in_bias,
+            weights.ffn_out_weight.to(dtype),
+            weights.ffn_out_bias,
+        ),
+        NormWeights(weights.norm_weight, weights.norm_bias),
+    )
+
+
+@triton.jit
+def attention_at(weights, index, D: tl.constexpr):
+    """Move to the attention of one stream and step; ``index`` = 2 set + stream."""
+    return AttentionWeights(
+        weights.qkv_weight + index * (3 * D * D),
+        weights.qkv_bias + index * (3 * D),
+        weights.out_weight + index * (D * D),
+        weights.out_bias + index * D,
+    )
+
+
+@triton.jit
+def ffn_at(weights, index, D: tl.constexpr, F: tl.constexpr):
+    """Move to the FFN of one stream and step."""
+    return FfnWeights(
+        weights.in_weight + index * (F * D),
+        weights.in_bias + index * F,
+        weights.out_weight + index * (D * F),
+        weights.out_bias + index * D,
+    )
+
+
+@triton.jit
+def norm_at(norms, index, which: tl.constexpr, D: tl.constexpr):
+    """Move to one norm of a stream and step: 0, 1 or 2."""
+    offset = (index * 3 + which) * D
+    return NormWeights(norms.weight + offset, norms.bias + offset)

@@ -1,0 +1,130 @@
+"""Scores of given candidates: the kernel and its launch."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lcr_fast.kernels.core.noise import Dropout
+from lcr_fast.kernels.gpu import gpu_of, on_device
+from lcr_fast.kernels.launch import launch
+from lcr_fast.kernels.ptxas import kernel
+from lcr_fast.kernels.scoring.config import PROGRAMS, config, constants, mlp_of
+from lcr_fast.kernels.scoring.tile import Stream, attend, load_vectors, score_tile, target_keys
+
+
+@kernel(do_not_specialize=["n_run", "threshold", "seed"])
+def score_fwd_kernel(
+    search,  # Stream
+    rec,  # Stream
+    items_ptr,  # [T, D]
+    ids_ptr,  # [B or 1, C]
+    user_ptr,  # [B, D]
+    target_weight_ptr,  # [2, D, D]
+    mlp,  # Mlp
+    user_rows_ptr,  # [B]
+    scores_ptr,  # [B, N, C]
+    ids_stride,
+    n_trajectories,
+    n_candidates,
+    n_run,  # trajectories of a program
+    threshold,
+    scale,
+    seed,
+    D: tl.constexpr,
+    HEAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    EVENTS: tl.constexpr,
+    H1_BLOCK: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+):
+    n_tiles = tl.cdiv(n_candidates, CANDIDATES)
+    n_runs = tl.cdiv(n_trajectories, n_run)
+    pid = tl.program_id(0).to(tl.int64)
+    tile, run, b = pid % n_tiles, pid // n_tiles % n_runs, pid // n_tiles // n_runs
+    c = tile.to(tl.int32) * CANDIDATES + tl.arange(0, CANDIDATES)
+    DTYPE: tl.constexpr = search.states.dtype.element_ty
+
+    search_length = tl.load(search.lengths + b).to(tl.int32)
+    rec_length = tl.load(rec.lengths + b).to(tl.int32)
+    row = tl.load(user_rows_ptr + b) if HEAD.DROPOUT else b
+    inside = c < n_candidates
+    ids = tl.load(ids_ptr + b * ids_stride + c, mask=inside, other=0)
+    e = load_vectors(items_ptr, ids, inside, 0, D, D, DTYPE)  # [P, D]
+    keys_s = target_keys(items_ptr, ids, inside, target_weight_ptr, D, KEY_BLOCK, DTYPE, PRECISION)
+    keys_r = target_keys(
+        items_ptr, ids, inside, target_weight_ptr + D * D, D, KEY_BLOCK, DTYPE, PRECISION
+    )
+
+    for n in range(run * n_run, tl.minimum((run + 1) * n_run, n_trajectories)):
+        bn = b * n_trajectories + n
+        z_s, _, _ = attend(
+            keys_s, search.states + bn * search.size * D, search_length, D, EVENTS, PRECISION
+        )
+        z_r, _, _ = attend(keys_r, rec.states + bn * rec.size * D, rec_length, D, EVENTS, PRECISION)
+        y = score_tile(
+            z_r, z_s, e, user_ptr + b * D, mlp, Dropout(threshold, scale, seed), row, c,
+            HEAD, H1_BLOCK, PRECISION,
+        )  # fmt: skip
+        tl.store(
+            scores_ptr + bn * n_candidates + c,
+            y.to(scores_ptr.dtype.element_ty),
+            mask=inside,
+        )
+
+
+def score_fwd(
+    search: Tensor,
+    rec: Tensor,
+    search_lengths: Tensor,
+    rec_lengths: Tensor,
+    items: Tensor,
+    ids: Tensor,
+    user: Tensor,
+    target_weight: Tensor,
+    mlp_weights: list[Tensor],
+    mlp_biases: list[Tensor],
+    dropout_rows: Tensor,
+    dropout_threshold: int,
+    dropout_seed: int,
+    dot: bool,
+) -> Tensor:
+    """Score the items ``ids`` [B, C], or [1, C] for all users: [B, N, C] in the states' dtype.
+
+    search [B, N, L_s, D], rec [B, N, L_r, D], lengths [B], items [T, D], user [B, D] or empty.
+    Dropout, of a threshold in units of 2^-16, needs N = 1 and ``dropout_rows`` int64 [B]. ``dot``
+    adds the dot product to the MLP; without an MLP it is the score anyway.
+    """
+    n_users, n_trajectories, search_size, dim = search.shape
+    n_candidates, rec_size = ids.shape[1], rec.shape[2]
+    scores = search.new_empty(n_users, n_trajectories, n_candidates)
+    if not scores.numel():
+        return scores
+    compiled = constants(dim, search.dtype, user, mlp_weights, dropout_threshold, dot)
+    sizes = (dim, n_candidates, max(search_size, rec_size), search.dtype, compiled["PRECISION"])
+    compiled |= config("score_fwd", *sizes, gpu_of(search.device))
+    n_tiles = triton.cdiv(n_candidates, compiled["CANDIDATES"])
+    n_run = n_trajectories if n_users * n_tiles >= PROGRAMS else 1
+    with on_device(search):
+        launch(
+            score_fwd_kernel,
+            (n_users * n_tiles * triton.cdiv(n_trajectories, n_run),),
+            Stream(search.contiguous(), search_lengths.contiguous(), search_size),
+            Stream(rec.contiguous(), rec_lengths.contiguous(), rec_size),
+            items.contiguous(),
+            ids.contiguous(),
+            user.contiguous(),
+            target_weight.contiguous(),
+            mlp_of(mlp_weights, mlp_biases, absent=target_weight),
+            dropout_rows.contiguous(),
+            scores,
+            n_candidates if ids.shape[0] > 1 else 0,
+            n_trajectories,
+            n_candidates,
+            n_run,
+            dropout_threshold,
+            65536 / (65536 - dropout_threshold),
+            dropout_seed,
+            **compiled,
+        )
+    return scores
