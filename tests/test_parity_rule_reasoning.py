@@ -66,8 +66,8 @@ WRONG_RESULTS = {
     "memory from before self-attention": ("plain", '"post_msa": a', '"post_msa": h'),
     "second stream reads the first one's new state": (
         "plain",
-        'if update != "jacobi" and cross',
-        "if cross",
+        'if steps.update != "jacobi" and steps.cross',
+        "if steps.cross",
     ),
     "no residual around self-attention": (
         "plain",
@@ -231,7 +231,8 @@ WRONG_GRADIENTS = {
     "weight gradient without the last step": (
         "plain",
         "w = sets[min(k, len(sets) - 1)]",
-        "w = sets[0] if k < steps - 1 else [type(s)(*(t.detach() for t in s)) for s in sets[0]]",
+        "w = sets[0] if k < steps.n_steps - 1 "
+        "else [type(s)(*(t.detach() for t in s)) for s in sets[0]]",
     ),
     "none through the steps before the last": (
         "plain",
