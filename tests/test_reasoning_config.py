@@ -29,8 +29,8 @@ def test_every_case_has_a_configuration(which, dtype, precision, gpu):
             assert compiled["num_warps"] in (4, 8, 16)
             assert compiled["PARK"] in (0, 1, 2)
             assert compiled["PARKED"] == (compiled["PARK"] == 2)
-            assert 48 % compiled["BLOCK_F"] == 0
-            assert compiled["PRECISION"].removesuffix(" cut") == precision
+            assert 48 % compiled["SHAPE"].BLOCK_F == 0
+            assert compiled["SHAPE"].PRECISION.removesuffix(" cut") == precision
             if which != "fwd":
                 assert compiled["PARK"] in (0, 2)
 

@@ -241,7 +241,7 @@ def test_parity_where_tf32_is_allowed(monkeypatch, tf32_allowed):
 
     def constants(*of_call):
         compiled = reasoning_constants(*of_call)
-        precisions.append(compiled["PRECISION"])
+        precisions.append(compiled["SHAPE"].PRECISION)
         return compiled
 
     reasoning_constants = kernels.constants

@@ -74,18 +74,16 @@ def recompute_self_kernel(
     dropout_threshold,
     dropout_scale,
     dropout_seed: tl.int64,
-    D: tl.constexpr,
-    F: tl.constexpr,
-    H: tl.constexpr,
+    SHAPE: tl.constexpr,
     SLOT: tl.constexpr,
     SEQUENCES: tl.constexpr,
     NOISE: tl.constexpr,
     DROPOUT: tl.constexpr,
     PARKED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Leave h, x1 and a of one stream in scratch; one program a tile and step."""
-    C: tl.constexpr = scratch_columns(D, F)
+    D: tl.constexpr = SHAPE.D
+    C: tl.constexpr = scratch_columns(D, SHAPE.F)
     M: tl.constexpr = SEQUENCES * SLOT
     noise = Noise(noise_scale, noise_seed)
     dropout = Dropout(dropout_threshold, dropout_scale, dropout_seed)
@@ -104,9 +102,8 @@ def recompute_self_kernel(
     )  # fmt: skip
     store_tile(at, h, D)
     x1 = before_norm1(
-        h, at, rows, user_row, k, index, stream, attention, dropout,
-        D, H, SLOT, DROPOUT, PARKED, PRECISION,
-    )  # fmt: skip
+        h, at, rows, user_row, k, index, stream, attention, dropout, SHAPE, SLOT, DROPOUT, PARKED
+    )
     store_tile(columns(at, C.x1), x1, D)
     a = zero_padding(norm(x1, norms, index, 0, D), rows)
     store_tile(columns(at, C.a), a, D)
@@ -129,18 +126,16 @@ def recompute_cross_kernel(
     dropout_threshold,
     dropout_scale,
     dropout_seed: tl.int64,
-    D: tl.constexpr,
-    F: tl.constexpr,
-    H: tl.constexpr,
+    SHAPE: tl.constexpr,
     SLOT: tl.constexpr,
     MEMORY_SLOT: tl.constexpr,
     SEQUENCES: tl.constexpr,
     DROPOUT: tl.constexpr,
     PARKED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Leave x2 of one stream in scratch, where a is; one program a tile and step."""
-    C: tl.constexpr = scratch_columns(D, F)
+    D: tl.constexpr = SHAPE.D
+    C: tl.constexpr = scratch_columns(D, SHAPE.F)
     M: tl.constexpr = SEQUENCES * SLOT
     dropout = Dropout(dropout_threshold, dropout_scale, dropout_seed)
     first = tl.program_id(0).to(tl.int64) * SEQUENCES
@@ -164,7 +159,7 @@ def recompute_cross_kernel(
     x2 = before_norm2(
         load_tile(a_at, D), a_at, load_tile(memory_at, D), memory_at, rows, memory_rows, gate,
         user_row, k, index, stream, attention, dropout,
-        D, H, SLOT, MEMORY_SLOT, DROPOUT, PARKED, PRECISION,
+        SHAPE, SLOT, MEMORY_SLOT, DROPOUT, PARKED,
     )  # fmt: skip
     store_tile(columns(at, C.x2), x2, D)
 
@@ -194,21 +189,19 @@ def ffn_bwd_kernel(
     dropout_threshold,
     dropout_scale,
     dropout_seed: tl.int64,
-    D: tl.constexpr,
-    F: tl.constexpr,
+    SHAPE: tl.constexpr,
     SLOT: tl.constexpr,
     SEQUENCES: tl.constexpr,
-    BLOCK_F: tl.constexpr,
     DROPOUT: tl.constexpr,
     POOL: tl.constexpr,
     PARKED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Of one stream and step, backward of h = LN3(c + m3 FFN(c)), c = LN2(x2), pooling included.
 
     Leaves dx2, and in scratch the gradient of the cross-attention's output.
     """
-    C: tl.constexpr = scratch_columns(D, F)
+    D: tl.constexpr = SHAPE.D
+    C: tl.constexpr = scratch_columns(D, SHAPE.F)
     M: tl.constexpr = SEQUENCES * SLOT
     dtype: tl.constexpr = scratch_ptr.dtype.element_ty
     dropout = Dropout(dropout_threshold, dropout_scale, dropout_seed)
@@ -227,11 +220,11 @@ def ffn_bwd_kernel(
     x2 = load_tile(columns(at, C.x2), D).to(tl.float32)
     c = norm(x2, norms, index, 1, D).to(dtype)
     x3 = c.to(tl.float32)
-    if F > 0:
+    if SHAPE.F > 0:
         store_tile(columns(at, C.c), c, D)
         x3 = before_norm3(
             c, columns(at, C.c), rows, user_row, k, index, stream, ffn, dropout,
-            D, F, BLOCK_F, DROPOUT, PARKED, PRECISION,
+            SHAPE, DROPOUT, PARKED,
         )  # fmt: skip
     if k == steps - 1:  # padding carries no gradient, whatever the upstream tensor holds there
         valid = (rows.position < rows.length)[:, None]
@@ -241,21 +234,21 @@ def ffn_bwd_kernel(
         dh = load_tile(tile_at(dh_ptr, rows, size, D), D)
     if POOL:
         h = x3
-        if F > 0:
+        if SHAPE.F > 0:
             h = norm(x3, norms, index, 2, D)
         dh = pool_bwd(
             dh, zero_padding(h, rows).to(dtype), key_slots(rows.length, SLOT),
             keys_ptr + stream * D, dpooled_ptr + at_h, dkeys_ptr + at_h, pooled_stride,
             first, n_sequences, n_trajectories, D, SEQUENCES,
         )  # fmt: skip
-    if F > 0:
+    if SHAPE.F > 0:
         dc = layer_norm_bwd(dh, x3, norm_at(norms, index, 2, D), dnorm + 4 * D, D)
         dy = apply_dropout(dc, user_row, rows.position, k, stream, 2, dropout, D, DROPOUT).to(dtype)
         store_tile(columns(at, C.ffn_dy), dy, D)
         dh = ffn_bwd(
             dy, columns(at, C.ffn_dy), c, columns(at, C.c), dc,
             columns(at, C.hidden), columns(at, C.dhidden),
-            ffn_at(ffn, index, D, F), D, F, BLOCK_F, PARKED, PRECISION,
+            ffn_at(ffn, index, D, SHAPE.F), SHAPE, PARKED,
         )  # fmt: skip
 
     x2 = load_tile(columns(at, C.x2), D).to(tl.float32)
@@ -283,17 +276,15 @@ def cross_bwd_kernel(
     k,
     set_stride,
     stream,
-    D: tl.constexpr,
-    F: tl.constexpr,
-    H: tl.constexpr,
+    SHAPE: tl.constexpr,
     SLOT: tl.constexpr,
     MEMORY_SLOT: tl.constexpr,
     SEQUENCES: tl.constexpr,
     PARKED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Of one stream and step, backward of x2 = a + g m2 MCA(a, memory): da and dmemory."""
-    C: tl.constexpr = scratch_columns(D, F)
+    D: tl.constexpr = SHAPE.D
+    C: tl.constexpr = scratch_columns(D, SHAPE.F)
     M: tl.constexpr = SEQUENCES * SLOT
     first = tl.program_id(0).to(tl.int64) * SEQUENCES
     rows = locate_rows(first, n_sequences, lengths_ptr, n_trajectories, size, M, SLOT)
@@ -313,7 +304,7 @@ def cross_bwd_kernel(
         columns(at, C.cross_heads), columns(at, C.cross_dq),
         columns(memory_at, C.cross_dk), columns(memory_at, C.cross_dv),
         attention_at(attention, 2 * k * set_stride + stream, D),
-        D, H, SLOT, MEMORY_SLOT, False, PARKED, PRECISION,
+        SHAPE, SLOT, MEMORY_SLOT, False, PARKED,
     )  # fmt: skip
     store_tile(tile_at(da_ptr, rows, size, D), da, D)
     store_tile(tile_at(dmemory_ptr, memory_rows, memory_size, D), dmemory, D)
@@ -343,18 +334,16 @@ def self_bwd_kernel(
     dropout_threshold,
     dropout_scale,
     dropout_seed: tl.int64,
-    D: tl.constexpr,
-    F: tl.constexpr,
-    H: tl.constexpr,
+    SHAPE: tl.constexpr,
     SLOT: tl.constexpr,
     SEQUENCES: tl.constexpr,
     DROPOUT: tl.constexpr,
     POOL: tl.constexpr,
     PARKED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Of one stream and step, backward of a = LN1(x1), x1 = h + m1 MSA(h), pooling included."""
-    C: tl.constexpr = scratch_columns(D, F)
+    D: tl.constexpr = SHAPE.D
+    C: tl.constexpr = scratch_columns(D, SHAPE.F)
     M: tl.constexpr = SEQUENCES * SLOT
     dtype: tl.constexpr = scratch_ptr.dtype.element_ty
     dropout = Dropout(dropout_threshold, dropout_scale, dropout_seed)
@@ -388,6 +377,6 @@ def self_bwd_kernel(
         dy, dy_at, h, at, h, at, rows.length, dx1, dx1,
         columns(at, C.self_heads), columns(at, C.self_dq), columns(at, C.self_dk),
         columns(at, C.self_dv),
-        attention_at(attention, index, D), D, H, SLOT, SLOT, True, PARKED, PRECISION,
+        attention_at(attention, index, D), SHAPE, SLOT, SLOT, True, PARKED,
     )  # fmt: skip
     store_tile(tile_at(dh_ptr, rows, size, D), dh, D)

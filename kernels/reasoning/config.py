@@ -64,6 +64,16 @@ def obstacle(
     return None
 
 
+class Shape(NamedTuple):
+    """What is compiled into all kernels of a pass."""
+
+    D: int
+    F: int  # width of the FFN, or 0
+    H: int  # heads
+    BLOCK_F: int  # hidden units of the FFN at a time
+    PRECISION: str  # of products (see core/product.py)
+
+
 class Config(NamedTuple):
     """How a kernel is compiled."""
 
@@ -172,14 +182,16 @@ def constants(
     """
     chosen = config(which, D, H, max(slots(*sizes)), dtype, precision, gpu)
     return {
-        "D": D,
-        "F": F,
-        "H": H,
+        "SHAPE": Shape(
+            D,
+            F,
+            H,
+            BLOCK_F=min(chosen.block_f, 32 if F % 32 == 0 else 16),
+            PRECISION=f"{precision} cut" if chosen.cut else precision,
+        ),
         "SEQUENCES": chosen.tile(*sizes).sequences,
         "PARK": chosen.park,
         "PARKED": chosen.park == 2,
-        "BLOCK_F": min(chosen.block_f, 32 if F % 32 == 0 else 16),
-        "PRECISION": f"{precision} cut" if chosen.cut else precision,
         "num_warps": chosen.num_warps,
         "num_stages": 1,
         "maxnreg": chosen.registers,

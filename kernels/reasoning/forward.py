@@ -63,20 +63,17 @@ def latent_reasoning_fwd_kernel(
     dropout_threshold,
     dropout_scale,
     dropout_seed: tl.int64,
-    D: tl.constexpr,
-    F: tl.constexpr,
-    H: tl.constexpr,
+    SHAPE: tl.constexpr,
     SEARCH_SLOT: tl.constexpr,
     REC_SLOT: tl.constexpr,
     SEQUENCES: tl.constexpr,
-    BLOCK_F: tl.constexpr,
     NOISE: tl.constexpr,
     DROPOUT: tl.constexpr,
     POOL: tl.constexpr,
     SAVE: tl.constexpr,
     PARK: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
+    D: tl.constexpr = SHAPE.D
     dtype: tl.constexpr = search.states.dtype.element_ty
     M_S: tl.constexpr = SEQUENCES * SEARCH_SLOT
     M_R: tl.constexpr = SEQUENCES * REC_SLOT
@@ -131,7 +128,7 @@ def latent_reasoning_fwd_kernel(
         h_s = unpark(h_s, h_at_s, D, PARK == 1)
         x1 = before_norm1(
             h_s, h_at_s, rows_s, user_row_s, k, index, SEARCH, weights.self_attention,
-            dropout, D, H, SEARCH_SLOT, DROPOUT, PARK > 1, PRECISION,
+            dropout, SHAPE, SEARCH_SLOT, DROPOUT, PARK > 1,
         )  # fmt: skip
         a_s = zero_padding(norm(x1, weights.norms, index, 0, D), rows_s).to(dtype)
         park(a_at_s, a_s, D, PARK > 0)
@@ -143,7 +140,7 @@ def latent_reasoning_fwd_kernel(
         h_r = unpark(h_r, h_at_r, D, PARK == 1)
         x1 = before_norm1(
             h_r, h_at_r, rows_r, user_row_r, k, index + 1, REC, weights.self_attention,
-            dropout, D, H, REC_SLOT, DROPOUT, PARK > 1, PRECISION,
+            dropout, SHAPE, REC_SLOT, DROPOUT, PARK > 1,
         )  # fmt: skip
         a_r = zero_padding(norm(x1, weights.norms, index + 1, 0, D), rows_r).to(dtype)
         park(a_at_r, a_r, D, PARK > 0)
@@ -157,11 +154,11 @@ def latent_reasoning_fwd_kernel(
         x2 = before_norm2(
             a_s, a_at_s, a_r, a_at_r, rows_s, rows_r, gate_s, user_row_s, k, index, SEARCH,
             weights.cross_attention, dropout,
-            D, H, SEARCH_SLOT, REC_SLOT, DROPOUT, PARK > 1, PRECISION,
+            SHAPE, SEARCH_SLOT, REC_SLOT, DROPOUT, PARK > 1,
         )  # fmt: skip
         h_s = after_cross(
             x2, h_at_s, rows_s, user_row_s, k, index, SEARCH, weights, dropout, dtype,
-            D, F, BLOCK_F, DROPOUT, PARK > 1, PRECISION,
+            SHAPE, DROPOUT, PARK > 1,
         )  # fmt: skip
         park(h_at_s, h_s, D, PARK > 0)
         if POOL:
@@ -175,11 +172,11 @@ def latent_reasoning_fwd_kernel(
         x2 = before_norm2(
             a_r, a_at_r, a_s, a_at_s, rows_r, rows_s, gate_r, user_row_r, k, index + 1, REC,
             weights.cross_attention, dropout,
-            D, H, REC_SLOT, SEARCH_SLOT, DROPOUT, PARK > 1, PRECISION,
+            SHAPE, REC_SLOT, SEARCH_SLOT, DROPOUT, PARK > 1,
         )  # fmt: skip
         h_r = after_cross(
             x2, h_at_r, rows_r, user_row_r, k, index + 1, REC, weights, dropout, dtype,
-            D, F, BLOCK_F, DROPOUT, PARK > 1, PRECISION,
+            SHAPE, DROPOUT, PARK > 1,
         )  # fmt: skip
         park(h_at_r, h_r, D, PARK > 0)
         if POOL:

@@ -100,14 +100,14 @@ def _add_update(
 @triton.jit
 def before_norm1(
     h, h_at, rows, user_row, k, index, stream: tl.constexpr, weights, dropout,
-    D: tl.constexpr, H: tl.constexpr, SLOT: tl.constexpr, DROPOUT: tl.constexpr,
-    PARKED: tl.constexpr, PRECISION: tl.constexpr,
+    SHAPE: tl.constexpr, SLOT: tl.constexpr, DROPOUT: tl.constexpr, PARKED: tl.constexpr,
 ):  # fmt: skip
     """x1 = h + m1 MSA(h): float32 [M, D]."""
+    D: tl.constexpr = SHAPE.D
     y = _residual(unpark(h, h_at, D, PARKED), DROPOUT)
     y = attention(
         h, h_at, h, h_at, rows.length, y, rows.position < rows.length,
-        attention_at(weights, index, D), D, H, SLOT, SLOT, PARKED, PRECISION,
+        attention_at(weights, index, D), SHAPE, SLOT, SLOT, PARKED,
     )  # fmt: skip
     if DROPOUT:
         h = unpark(h, h_at, D, PARKED)
@@ -118,14 +118,15 @@ def before_norm1(
 def before_norm2(
     a, a_at, memory, memory_at, rows, memory_rows, gate, user_row, k, index, stream: tl.constexpr,
     weights, dropout,
-    D: tl.constexpr, H: tl.constexpr, SLOT: tl.constexpr, MEMORY_SLOT: tl.constexpr,
-    DROPOUT: tl.constexpr, PARKED: tl.constexpr, PRECISION: tl.constexpr,
+    SHAPE: tl.constexpr, SLOT: tl.constexpr, MEMORY_SLOT: tl.constexpr, DROPOUT: tl.constexpr,
+    PARKED: tl.constexpr,
 ):  # fmt: skip
     """x2 = a + g m2 MCA(a, memory): float32 [M, D]; ``gate`` is bool [M]."""
+    D: tl.constexpr = SHAPE.D
     y = _residual(unpark(a, a_at, D, PARKED), DROPOUT)
     y = attention(
         a, a_at, memory, memory_at, memory_rows.length, y, gate,
-        attention_at(weights, index, D), D, H, SLOT, MEMORY_SLOT, PARKED, PRECISION,
+        attention_at(weights, index, D), SHAPE, SLOT, MEMORY_SLOT, PARKED,
     )  # fmt: skip
     if DROPOUT:
         a = unpark(a, a_at, D, PARKED)
@@ -135,12 +136,12 @@ def before_norm2(
 @triton.jit
 def before_norm3(
     c, c_at, rows, user_row, k, index, stream: tl.constexpr, weights, dropout,
-    D: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr, DROPOUT: tl.constexpr,
-    PARKED: tl.constexpr, PRECISION: tl.constexpr,
+    SHAPE: tl.constexpr, DROPOUT: tl.constexpr, PARKED: tl.constexpr,
 ):  # fmt: skip
     """x3 = c + m3 FFN(c): float32 [M, D]."""
+    D: tl.constexpr = SHAPE.D
     y = _residual(unpark(c, c_at, D, PARKED), DROPOUT)
-    y = ffn(c, c_at, y, ffn_at(weights, index, D, F), D, F, BLOCK_F, PARKED, PRECISION)
+    y = ffn(c, c_at, y, ffn_at(weights, index, D, SHAPE.F), SHAPE, PARKED)
     if DROPOUT:
         c = unpark(c, c_at, D, PARKED)
     return _add_update(y, c, user_row, rows.position, k, stream, 2, dropout, D, DROPOUT)
@@ -161,20 +162,19 @@ def zero_padding(x, rows):
 @triton.jit
 def after_cross(
     x2, h_at, rows, user_row, k, index, stream: tl.constexpr, weights, dropout,
-    dtype: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr,
-    DROPOUT: tl.constexpr, PARKED: tl.constexpr, PRECISION: tl.constexpr,
+    dtype: tl.constexpr, SHAPE: tl.constexpr, DROPOUT: tl.constexpr, PARKED: tl.constexpr,
 ):  # fmt: skip
     """Compute h = LN3(c + m3 FFN(c)) of c = LN2(x2), 0 at padding: [M, D].
 
     With PARKED, c stands where the step's h stood.
     """
+    D: tl.constexpr = SHAPE.D
     c = norm(x2, weights.norms, index, 1, D)
-    if F > 0:
+    if SHAPE.F > 0:
         c = c.to(dtype)
         park(h_at, c, D, PARKED)
         x3 = before_norm3(
-            c, h_at, rows, user_row, k, index, stream, weights.ffn, dropout,
-            D, F, BLOCK_F, DROPOUT, PARKED, PRECISION,
-        )  # fmt: skip
+            c, h_at, rows, user_row, k, index, stream, weights.ffn, dropout, SHAPE, DROPOUT, PARKED
+        )
         c = norm(x3, weights.norms, index, 2, D)
     return zero_padding(c, rows).to(dtype)

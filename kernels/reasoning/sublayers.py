@@ -87,13 +87,15 @@ def linear(x, weight_ptr, bias_ptr, rows, D: tl.constexpr, PRECISION: tl.constex
 @triton.jit
 def _project_head(
     x, x_at, memory, memory_at, memory_length, head, weights,
-    D: tl.constexpr, WIDTH: tl.constexpr, SLOT: tl.constexpr, MEMORY_SLOT: tl.constexpr,
-    PARKED: tl.constexpr, PRECISION: tl.constexpr,
+    SHAPE: tl.constexpr, SLOT: tl.constexpr, MEMORY_SLOT: tl.constexpr, PARKED: tl.constexpr,
 ):  # fmt: skip
     """One head's queries [M_q, D/H] times log2(e) / sqrt(D/H), keys, values and probabilities.
 
     p = softmax(q k^T) over a query's own keys, float32 [M_q, M_k]; zeros for a query without keys.
     """
+    D: tl.constexpr = SHAPE.D
+    WIDTH: tl.constexpr = D // SHAPE.H
+    PRECISION: tl.constexpr = SHAPE.PRECISION
     memory = unpark(memory, memory_at, D, PARKED)
     v = linear(memory, weights.qkv_weight, weights.qkv_bias, 2 * D + head, D, PRECISION).to(x.dtype)
     x = unpark(x, x_at, D, PARKED)
@@ -121,25 +123,26 @@ def attention(
     y,  # float32 [M_q, D], added to
     has_keys,  # bool [M_q]: to the others nothing is added
     weights,  # AttentionWeights of one stream and step
-    D: tl.constexpr,
-    H: tl.constexpr,
+    SHAPE: tl.constexpr,
     SLOT: tl.constexpr,
     MEMORY_SLOT: tl.constexpr,
     PARKED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Multi-head attention, head by head: y = sum_h softmax(Q_h K_h^T / sqrt(D/H)) V_h Wo_h^T + bo.
 
     The loop is not unrolled and its weights are read in it, so one head's are on chip at a time.
     Returns float32 [M_q, D]; finite, and without meaning, for a query without keys.
     """
+    D: tl.constexpr = SHAPE.D
+    H: tl.constexpr = SHAPE.H
     WIDTH: tl.constexpr = D // H
+    PRECISION: tl.constexpr = SHAPE.PRECISION
     column = tl.arange(0, D)
     for h in tl.range(0, H, disable_licm=True):
         head = h * WIDTH + tl.arange(0, WIDTH)
         _, _, v, p = _project_head(
-            x, x_at, memory, memory_at, memory_length, head, weights,
-            D, WIDTH, SLOT, MEMORY_SLOT, PARKED, PRECISION,
+            x, x_at, memory, memory_at, memory_length, head, weights, SHAPE, SLOT, MEMORY_SLOT,
+            PARKED,
         )  # fmt: skip
         o = product(p.to(x.dtype), v, PRECISION).to(x.dtype)  # [M_q, D/H]
         out_weight = load_block_transposed(weights.out_weight, column, head, D, x.dtype)  # [D/H, D]
@@ -184,13 +187,11 @@ def attention_bwd(
     dk_at,
     dv_at,
     weights,  # AttentionWeights of one stream and step
-    D: tl.constexpr,
-    H: tl.constexpr,
+    SHAPE: tl.constexpr,
     SLOT: tl.constexpr,
     MEMORY_SLOT: tl.constexpr,
     IS_SELF: tl.constexpr,
     PARKED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Backward of :func:`attention`, recomputing each head.
 
@@ -201,13 +202,16 @@ def attention_bwd(
     Stores what the weight gradients need: o (with dy), dq (with x), dk and dv (with memory).
     Returns dx and dmemory; for self-attention all of it in dx.
     """
+    D: tl.constexpr = SHAPE.D
+    H: tl.constexpr = SHAPE.H
     WIDTH: tl.constexpr = D // H
+    PRECISION: tl.constexpr = SHAPE.PRECISION
     column = tl.arange(0, D)
     for h in tl.range(0, H, disable_licm=True):
         head = h * WIDTH + tl.arange(0, WIDTH)
         q, k, v, p = _project_head(
-            x, x_at, memory, memory_at, memory_length, head, weights,
-            D, WIDTH, SLOT, MEMORY_SLOT, PARKED, PRECISION,
+            x, x_at, memory, memory_at, memory_length, head, weights, SHAPE, SLOT, MEMORY_SLOT,
+            PARKED,
         )  # fmt: skip
         o = product(p.to(x.dtype), v, PRECISION)
         store_tile(columns(heads_at, h * WIDTH), o, WIDTH)
@@ -247,13 +251,14 @@ def ffn(
     x_at,
     y,  # float32 [M, D], added to
     weights,  # FfnWeights of one stream and step
-    D: tl.constexpr,
-    F: tl.constexpr,
-    BLOCK_F: tl.constexpr,
+    SHAPE: tl.constexpr,
     PARKED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """relu(x W1^T + b1) W2^T + b2 in blocks of BLOCK_F hidden units: float32 [M, D]."""
+    D: tl.constexpr = SHAPE.D
+    F: tl.constexpr = SHAPE.F
+    BLOCK_F: tl.constexpr = SHAPE.BLOCK_F
+    PRECISION: tl.constexpr = SHAPE.PRECISION
     column = tl.arange(0, D)
     for start in tl.range(0, F, BLOCK_F, disable_licm=True):
         unit = start + tl.arange(0, BLOCK_F)
@@ -275,13 +280,14 @@ def ffn_bwd(
     hidden_at,  # where the hidden units and their gradient are to be stored, [M, F]
     dhidden_at,
     weights,  # FfnWeights of one stream and step
-    D: tl.constexpr,
-    F: tl.constexpr,
-    BLOCK_F: tl.constexpr,
+    SHAPE: tl.constexpr,
     PARKED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Backward of :func:`ffn`: dhidden = dy W2 [hidden > 0], dx += dhidden W1."""
+    D: tl.constexpr = SHAPE.D
+    F: tl.constexpr = SHAPE.F
+    BLOCK_F: tl.constexpr = SHAPE.BLOCK_F
+    PRECISION: tl.constexpr = SHAPE.PRECISION
     column = tl.arange(0, D)
     for start in tl.range(0, F, BLOCK_F, disable_licm=True):
         unit = start + tl.arange(0, BLOCK_F)
