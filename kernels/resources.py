@@ -117,9 +117,9 @@ def _sources(name: str) -> dict[str, str]:
 def fingerprint(name: str) -> str:
     """Digest what a module compiles.
 
-    That is its variants, and the kernels, device functions and their constants (tl.constexpr) of it
-    and of the modules of this package that it imports, directly or not. Comments, docstrings,
-    formatting and launchers do not count.
+    That is its variants, and the kernels, device functions, NamedTuples and constants
+    (tl.constexpr) of it and of the modules of this package that it imports, directly or not.
+    Comments, docstrings, formatting and launchers do not count.
     """
     parts = [
         repr((arch, full, *v[2:]))
@@ -129,11 +129,15 @@ def fingerprint(name: str) -> str:
     ]
     for source in _sources(name).values():
         for node in ast.parse(source).body:
-            if isinstance(node, ast.FunctionDef):
-                decorators = map(ast.unparse, node.decorator_list)
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                reasons = [*map(ast.unparse, node.decorator_list)]
+                if isinstance(node, ast.ClassDef):  # its fields are arguments, or columns
+                    reasons += map(ast.unparse, node.bases)
                 counts = any(
-                    decorator.startswith(("triton.jit", "triton.constexpr_function", "kernel("))
-                    for decorator in decorators
+                    reason.startswith(
+                        ("triton.jit", "triton.constexpr_function", "kernel(", "NamedTuple")
+                    )
+                    for reason in reasons
                 )
                 if ast.get_docstring(node) is not None:
                     node.body = node.body[1:]
