@@ -2,7 +2,7 @@
 //
 // Nothing is sorted. A row is read once, counting the candidates that beat the target and those
 // that equal it; its place in the list and every metric follow from these two numbers. The
-// definitions are in lcr_fast/ops/ranking.py, the oracle in lcr_fast/reference.py.
+// definitions are in lcr_fast/ops/ranking.py, the oracle in lcr_fast/reference.
 #pragma once
 #include <cstdint>
 

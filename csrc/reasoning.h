@@ -1,6 +1,6 @@
 // Transformer encoders and latent cross reasoning on CPU; torch-free.
 //
-// The definitions are in lcr_fast/reference.py. Only the valid rows of a user are read or computed;
+// The definitions are in lcr_fast/reference. Only the valid rows of a user are read or computed;
 // results behind them are 0. Arithmetic is float32, whatever the states are stored in, but for the
 // products of a forward pass on bfloat16 states, which may round their factors to bfloat16.
 #pragma once

@@ -1,6 +1,6 @@
 // Target-aware scoring on the CPU, float32; torch-free.
 //
-// The contract is in lcr_fast/ops/scoring.py, the oracle in lcr_fast/reference.py. Columns
+// The contract is in lcr_fast/ops/scoring.py, the oracle in lcr_fast/reference. Columns
 // (candidates) are the lanes everywhere: a history's part is a product with a few dozen columns.
 #pragma once
 #include <cstdint>
