@@ -21,7 +21,9 @@ SYNTHETIC_DEFAULTS: dict[str, dict[str, Any]] = {
     "model": {
         "dim": 32, "steps": 2, "max_search_len": 8, "max_rec_len": 12, "max_clicks": 2,
     },
-    "train": {"epochs": 10, "rl_epochs": 2, "rl_epoch_size": 1024, "noise_scale": 0.5},
+    "train": {
+        "epochs": 10, "align_pairs": 256, "rl_epochs": 2, "rl_epoch_size": 1024, "noise_scale": 0.5,
+    },
 }  # fmt: skip
 # A study trains dozens of models, so each a little shorter.
 STUDY_DEFAULTS = {
