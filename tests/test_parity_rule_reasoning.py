@@ -29,6 +29,9 @@ from lcr_fast.testing import (
     run_reasoning,
 )
 
+# They calibrate the rule, which changes less often than what it judges.
+pytestmark = pytest.mark.full
+
 CASES = {
     "plain": ReasoningCase(),
     "own weights": ReasoningCase(share_steps=False),
