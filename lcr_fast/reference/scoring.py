@@ -88,7 +88,7 @@ def seen_bonus(
         bonus_s [i was clicked] + bonus_r [i is an event]
 
     The steps know the item of an event by the likeness of vectors alone, which is little where an
-    item has few training events.
+    item has few training events. What padding gains means nothing: its score is -inf anyway.
     """
     total = bonus.new_zeros(())
     for gain, items in zip(bonus, seen, strict=True):
@@ -96,7 +96,7 @@ def seen_bonus(
         ordered = F.pad(items, (1, 0)).sort(1).values
         wanted = candidates.expand(len(items), -1).contiguous()
         place = torch.searchsorted(ordered, wanted).clamp(max=ordered.shape[1] - 1)
-        total = total + gain * ((ordered.gather(1, place) == wanted) & (wanted > 0))
+        total = total + gain * (ordered.gather(1, place) == wanted)
     return total
 
 
