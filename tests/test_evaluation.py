@@ -268,6 +268,11 @@ def test_data_without_searches_is_the_same_but_for_them(data):
         np.testing.assert_array_equal(theirs, ours)
 
 
+def test_no_distance_is_measured_where_nobody_has_both_streams(data, model):
+    distances = state_distances(model, data.without_searches())
+    assert distances == {"h_search": [], "h_rec": [], "a_search": [], "a_rec": []}
+
+
 def test_searches_are_exchanged_among_those_who_searched(data):
     samples = data.split("test")
     searched = samples.search_end > data.search_offsets[samples.users]

@@ -519,7 +519,11 @@ def test_weight_decay_touches_dense_weights_only(prepared, make_model, tmp_path)
     states = {}
     for decay in (0.0, 0.5):
         out = tmp_path / str(decay)
-        model = make_model(prepared, score="mlp")  # no layer of which starts at 0
+        model = make_model(prepared)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if not parameter.any():
+                    parameter.fill_(0.1)  # decay of 0 shows nothing
         decayed = config.replace(weight_decay=decay)
         run(make_model, prepared, "supervised", out, config=decayed, model=model)
         states[decay] = load_tensors(out / CHECKPOINT, "checkpoint")[0]
