@@ -109,7 +109,7 @@ class LCRConfig(_JsonConfig):
     n_layers: int = _option(1, "Transformer layers of each encoder")
     ffn_dim: int = _option(0, "hidden width of every FFN; 0 means dim")
     steps: int = _option(3, "latent reasoning steps K; 0 is the dual-encoder base")
-    max_search_len: int = _option(30, "most recent searches that are read")
+    max_search_len: int = _option(30, "most recent searches that are read; 0: none")
     max_rec_len: int = _option(30, "most recent recommendation events that are read")
     max_clicks: int = _option(5, "clicked items read per search")
     dropout: float = _option(0.2, "dropout on every sublayer's output and in the head")

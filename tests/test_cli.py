@@ -25,7 +25,7 @@ from lcr_fast.data.prepared import PreparedData
 from lcr_fast.experiments.comparison import VARIANTS, with_requirements
 from lcr_fast.model import LCRSER
 from lcr_fast.ops import _triton
-from lcr_fast.storage import claimed, load_tensors
+from lcr_fast.storage import claimed, load_json, load_tensors
 from lcr_fast.training.baselines import TITLES
 from lcr_fast.training.evaluation import rank_model
 from lcr_fast.training.objective import Supervised
@@ -191,7 +191,20 @@ def test_only_what_has_tcl_is_trained_with_a_weight_of_it(job):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", ["base", "rl"])
+def test_what_has_no_searches_neither_reads_nor_learns_them(job):
+    for variant in VARIANTS:
+        model = LCRSER.load(job / "run" / variant / "model.safetensors")
+        _, info = load_tensors(job / "run" / variant / CHECKPOINT, "checkpoint")
+        reads = variant != "nosearch"
+        assert bool(model.config.max_search_len) == reads
+        logged = {key for record in info["progress"]["history"] for key in record}
+        if info["objective"] == "supervised":
+            assert ("query_alignment" in logged) == reads
+        result = load_json(job / "run" / variant / "evaluation.json", "evaluation")
+        assert ("searches" in result) == reads
+
+
+@pytest.mark.parametrize("variant", ["base", "rl", "nosearch"])
 def test_a_model_evaluates_to_its_line_of_the_table(job, variant, tmp_path):
     path = tmp_path / "numbers.csv"
     model = job / "run" / variant / "model.safetensors"

@@ -246,30 +246,23 @@ def test_validation_score(data, model):
 # -- searches ------------------------------------------------------------------------------------
 
 
-def test_data_without_searches_is_the_same_but_for_them(data):
-    other = data.without_searches()
-    assert len(other.search_times) == len(other.click_items) == 0
-    batches = []
-    for each in (data, other):
-        batcher = make_batcher(each, "test", None)
-        rows = np.arange(len(batcher))
-        batches.append(batcher.gather(rows, *with_target(batcher.samples.items, None)))
-    for name, left in vars(batches[0]).items():
-        if not name.startswith("search"):
-            assert torch.equal(left, getattr(batches[1], name)), name
-    assert batches[0].search_lengths.any()
-    assert not batches[1].search_lengths.any()
-    samples = data.split("test")
-    for theirs, ours in zip(
-        other.seen_before(samples.users, samples.times),
-        data.seen_before(samples.users, samples.times),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(theirs, ours)
+@pytest.mark.parametrize("trim", [True, False])
+def test_a_model_of_no_searches_scores_all_histories_as_if_there_were_none(data, make_model, trim):
+    deaf = make_model(data, max_search_len=0).eval()
+    rows = np.arange(len(data.split("test")))
+    scores = []
+    for search_of in (None, np.full(len(rows), -1)):
+        batcher = make_batcher(data, "test", deaf, search_of=search_of)
+        batcher.trim = trim
+        batch = batcher.gather(rows, *with_target(batcher.samples.items, data.test_negatives))
+        assert batch.search_queries.shape[1] == 0
+        scores.append(deaf(batch))
+    assert torch.equal(*scores)
+    assert torch.isfinite(scores[0]).all()
 
 
-def test_no_distance_is_measured_where_nobody_has_both_streams(data, model):
-    distances = state_distances(model, data.without_searches())
+def test_no_distance_is_measured_where_nobody_has_both_streams(data, make_model):
+    distances = state_distances(make_model(data, max_search_len=0).eval(), data)
     assert distances == {"h_search": [], "h_rec": [], "a_search": [], "a_rec": []}
 
 

@@ -312,22 +312,6 @@ class PreparedData:
         arrays = {f.name: self.arrays.get(f"{name}_{f.name}") for f in fields(Samples)}
         return Samples(**arrays)  # type: ignore[arg-type]  # the required ones are there
 
-    def without_searches(self) -> PreparedData:
-        """Return the same users, items and samples with no search to read.
-
-        What users saw under their searches stays seen: no negative, and masked in the catalogue.
-        """
-        arrays = dict(self.arrays)
-        for offsets in ("search_offsets", "click_offsets"):
-            for name in _OFFSETS[offsets]:
-                if name in arrays:
-                    arrays[name] = arrays[name][:0]
-        arrays["search_offsets"] = np.zeros_like(arrays["search_offsets"])
-        arrays["click_offsets"] = np.zeros_like(arrays["click_offsets"][:1])
-        for split in SPLITS:
-            arrays[f"{split}_search_end"] = np.zeros_like(arrays[f"{split}_search_end"])
-        return PreparedData(arrays, self.manifest)
-
     def without_items_above(self, n_items: int) -> PreparedData:
         """Return what one can read who knows items 1..n_items alone; itself where that is all.
 

@@ -7,7 +7,7 @@ job can be resumed: what is finished is read back.
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,17 +51,19 @@ class Variant(NamedTuple):
     start: str | None  # the variant whose model is the starting point; None: a fresh one
     steps: bool  # latent reasoning or K = 0
     tcl: bool  # TCL in its own loss
-    searches: bool = True  # trained and evaluated with searches to read
+    searches: bool = True  # reads searches and learns from them
 
     @property
     def model_changes(self) -> dict[str, Any]:
         """What the variant fixes of the job's LCRConfig."""
-        return {} if self.steps else {"steps": 0}
+        steps = {} if self.steps else {"steps": 0}
+        return steps if self.searches else {**steps, "max_search_len": 0}
 
     @property
     def train_changes(self) -> dict[str, Any]:
         """What the variant fixes of the job's TrainConfig."""
-        return {} if self.tcl else {"tcl_weight": 0.0}
+        tcl = {} if self.tcl else {"tcl_weight": 0.0}
+        return tcl if self.searches else {**tcl, "align_queries": 0.0}
 
 
 VARIANTS = {
@@ -174,22 +176,16 @@ class Job:
         start: str | None = None,
         model: dict[str, Any] | None = None,
         train: dict[str, Any] | None = None,
-        searches: bool = True,
     ) -> dict[str, Any]:
         """Train from the cell ``start`` or from scratch, evaluate, and return all results.
 
-        ``model`` and ``train`` change the job's configs; without ``searches`` there are none to
-        read. With ``resume`` what is finished is read
+        ``model`` and ``train`` change the job's configs. With ``resume`` what is finished is read
         back. The result holds ``ranks``, :class:`~lcr_fast.training.ranks.Ranks` of the test users,
         and what they are worth as ``rows``.
         """
-        if not searches:
-            without = replace(
-                self, data=self.data.without_searches(),
-                measures=tuple(name for name in self.measures if name != "searches"),
-            )  # fmt: skip
-            return without.cell(name, title, objective, start=start, model=model, train=train)
         self.report(f"{title}:")
+        config = self.model.replace(**model or {})
+        measures = [m for m in self.measures if m != "searches" or config.max_search_len]
         last = set(self.last_measures) if objective != "supervised" else set()
         folder = self.out / name
         training = self.train.replace(**train or {})
@@ -203,7 +199,7 @@ class Job:
             result = load_json(folder / _EVALUATION, _EVALUATION_KIND)
             if not self.any_data and result["of"]["data"] != of["data"]:
                 raise ValueError(f"{folder / _EVALUATION}: cannot resume, {OTHER_DATA}")
-            complete = result.keys() >= set(self.measures) and result["last"].keys() >= last
+            complete = result.keys() >= set(measures) and result["last"].keys() >= last
             if complete and result["of"] == _plain(of) | {"data": result["of"]["data"]}:
                 self.report("  already evaluated")
                 return result | {"ranks": Ranks.load(folder / RANKS)}
@@ -213,7 +209,7 @@ class Job:
             )
         else:
             torch.manual_seed(training.seed)
-            network = LCRSER(self.model.replace(**model or {})).to(self.device)
+            network = LCRSER(config).to(self.device)
             network = attach_text(network, self.data)
         trainer = Trainer(
             network, self.data, training, objective, folder,
@@ -229,7 +225,7 @@ class Job:
             "seconds": trainer.progress.seconds,
             "history": trainer.progress.history,
             "rows": ranks.rows(),
-            **{name: _MEASURES[name](network, self) for name in self.measures},
+            **{name: _MEASURES[name](network, self) for name in measures},
             "last": measured_last,
             "of": of,
         }
@@ -277,7 +273,7 @@ def run_comparison(job: Job, variants: list[str]) -> str:
     for name, variant in cells.items():
         results[name] = job.cell(
             name, variant.title, variant.objective, start=variant.start,
-            model=variant.model_changes, train=variant.train_changes, searches=variant.searches,
+            model=variant.model_changes, train=variant.train_changes,
         )  # fmt: skip
     if NO_SEARCHES in results and "searches" in results.get("lcr", {}):
         searched = analysis.searched(job.data, "test")

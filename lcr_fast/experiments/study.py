@@ -124,7 +124,6 @@ class _Cells:
             key[1], f"seed {seed}, {kind.title}{shown}", kind.objective,
             start=None if kind.start is None else self.name(kind.start, change),
             model=model | kind.model_changes, train=training | kind.train_changes,
-            searches=kind.searches,
         )  # fmt: skip
 
     def numbers(self, variant: str, change: Change) -> list[Numbers]:
@@ -401,8 +400,11 @@ def _search_table(cells: _Cells) -> str:
     """Lay out what a user's own searches are worth to each model of the ablation."""
     groups = ("all", "repeat", "new")
     rows = []
-    for variant in (name for name in _ABLATION if VARIANTS[name].searches):
-        found = [cells.results[seed, cells.name(variant, {})]["searches"] for seed in cells.seeds]
+    for variant in _ABLATION:
+        results = [cells.results[seed, cells.name(variant, {})] for seed in cells.seeds]
+        found = [result["searches"] for result in results if "searches" in result]
+        if not found:
+            continue  # it reads none
         for than, title in (("others", "those of other users"), ("none", "none")):
             means = [
                 {
