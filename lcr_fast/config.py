@@ -231,6 +231,12 @@ class TrainConfig(_JsonConfig):
         "hr@1", "phase 2: hr@k, ndcg@k, mrr, or a sum of them, 0.5*hr@1+0.5*ndcg@10"
     )
     action: Literal["top1", "sampled", "target"] = _option("top1", "phase 2: the action a_n")
+    scale_advantages: bool = _option(
+        True, "phase 2: divide a group's advantages by the deviation of its rewards"
+    )
+    silent_groups: Literal["keep", "mask", "resample"] = _option(
+        "keep", "phase 2: keep or mask the KL of users whose trajectories earn alike, or draw anew"
+    )
     clip: float = _option(0.2, "phase 2: clipping of the probability ratio")
     kl: Literal["exact", "k3"] = _option("exact", "phase 2: KL to the frozen phase-1 policy")
     kl_weight: float = _option(0.1, "phase 2: weight of that KL")

@@ -392,13 +392,15 @@ def reward(scores, target, metric):
     return 1.0 if name == "hr" else 1 / math.log2(place + 1)
 
 
-def advantages(rewards):
+def advantages(rewards, scale=True):
     n = len(rewards)
     mean = sum(rewards) / n
-    if n == 1:
-        return [0.0]
+    if len(set(rewards)) == 1:
+        return [0.0] * n
+    if not scale:
+        return [r - mean for r in rewards]
     std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / (n - 1))
-    return [(r - mean) / (std + 1e-4) if std else 0.0 for r in rewards]
+    return [(r - mean) / (std + 1e-4) for r in rewards]
 
 
 def list_log_probability(scores, places):

@@ -94,15 +94,18 @@ def test_advantages_of_eight_binary_rewards(successes, positive, negative):
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1])
 @pytest.mark.parametrize("n", [1, 2, 3, 8])
 def test_equal_rewards_and_one_trajectory_have_no_advantage(value, n):
-    assert not group_advantages(torch.full((2, n), value)).any()
+    for scale in (True, False):
+        assert not group_advantages(torch.full((2, n), value), scale).any()
 
 
-def test_advantages_match_the_oracle_and_sum_to_zero():
+@pytest.mark.parametrize("scale", [True, False])
+def test_advantages_match_the_oracle_and_sum_to_zero(scale):
     rewards = torch.rand(5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rewards.requires_grad_()
-    advantages = group_advantages(rewards)
-    for row, expected in zip(advantages, rewards, strict=True):
-        assert row.tolist() == pytest.approx(oracle.advantages(expected.tolist()), rel=1e-12)
+    advantages = group_advantages(rewards, scale)
+    for row, given in zip(advantages, rewards, strict=True):
+        expected = oracle.advantages(given.tolist(), scale)
+        assert row.tolist() == pytest.approx(expected, rel=1e-12)
     assert advantages.sum(-1).abs().max() < 1e-12
     assert not advantages.requires_grad
 

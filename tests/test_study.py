@@ -90,6 +90,7 @@ def paper(prepared_folder, tmp_path_factory):
         ("kl_weight=0,1e-1", ("kl_weight", (0.0, 0.1))),
         ("n_trajectories=2, 4", ("n_trajectories", (2, 4))),
         ("action=top1,sampled", ("action", ("top1", "sampled"))),
+        ("scale_advantages=True,false", ("scale_advantages", (True, False))),
     ],
 )
 def test_axes_are_read(text, expected):
@@ -355,6 +356,7 @@ def test_a_quick_study_makes_its_own_data(tmp_path, monkeypatch, kind):
         ("rl", ["--axes", "dim=3"], "an axis must be one of reward, action"),
         ("rl", ["--axes", "clip"], "axis clip has no usual values: write clip=V,V,..."),
         ("rl", ["--axes", "n_trajectories=2,x"], "axis n_trajectories: '2,x' is no list of int"),
+        ("rl", ["--axes", "scale_advantages=2"], "axis scale_advantages: '2' is no list of bool"),
         ("rl", ["--axes", "kl_weight=0,-1"], "kl_weight must be at least 0, got -1.0"),
         ("rl", ["--axes", "action=best"], "action must be one of top1, sampled, target"),
         ("rl", ["--rewards", "--axes"], "nothing to study"),

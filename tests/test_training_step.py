@@ -5,6 +5,7 @@ autograd; gradients are held to its central differences along random directions.
 dropout, batches have users without events, padding among the candidates and targets anywhere.
 """
 
+import copy
 import dataclasses
 import math
 
@@ -14,6 +15,7 @@ import torch
 
 import oracle
 from lcr_fast import grpo
+from lcr_fast.batch import Batch
 from lcr_fast.config import TrainConfig
 from lcr_fast.testing import random_batch, random_model
 from lcr_fast.training.evaluation import make_batcher
@@ -264,7 +266,7 @@ class SlowGrpo:
                 ]
             else:
                 rewards = [oracle.reward(row, target, config.reward) for row in lists]
-            self.advantages.append(oracle.advantages(rewards))
+            self.advantages.append(oracle.advantages(rewards, config.scale_advantages))
             self.actions.append(chosen)
             self.old.append(
                 [
@@ -292,6 +294,8 @@ class SlowGrpo:
                     kl = oracle.kl_exact(row, reference)
                 else:
                     kl = oracle.kl_k3(log_prob, oracle.list_log_probability(reference, places))
+                if self.config.silent_groups != "keep" and not any(self.advantages[b]):
+                    kl = 0.0
                 values.append(self.config.kl_weight * kl - surrogate)
                 self.ratios.append(math.exp(log_prob - self.old[b][n]))
         return sum(values) / len(values)
@@ -304,6 +308,7 @@ class SlowGrpo:
         {"action": "sampled", "kl": "k3"},
         {"action": "target", "rl_trainable": "all"},
         {"reward": "hr@1", "kl_weight": 0.0, "action": "sampled"},
+        {"reward": "hr@3", "silent_groups": "mask", "scale_advantages": False},
     ],
     ids=str,
 )
@@ -337,6 +342,93 @@ def test_phase_2_is_the_clipped_surrogate_and_the_kl(prepared, make_model, monke
     assert len(rollouts) == 1
     assert 0 < far < n_updates * len(slow.ratios)  # some ratios are clipped, some are not
     assert any(any(row) for row in slow.advantages)
+    assert logs["signal"] == pytest.approx(np.mean([any(row) for row in slow.advantages]))
+    assert logs["signal"] < 1 or config.silent_groups == "keep"
+
+
+def all_users(prepared, make_model, **changes) -> tuple[Step, Batch]:
+    """Make an objective and a batch as it draws them, some of whose users have no signal."""
+    step = Step(prepared, make_model, "grpo", reward="hr@5", rl_negatives=9, **changes)
+    return step, step.objective.batch(np.arange(0, 120, 6), np.random.default_rng(0))
+
+
+def test_silent_users_are_exchanged_for_others_that_are_not(prepared, make_model, monkeypatch):
+    step, batch = all_users(prepared, make_model, silent_groups="resample", inner_epochs=1)
+    rolled, original = [], grpo.choose_actions
+
+    def spied(scores, target, *arguments):
+        rollout = original(scores, target, *arguments)
+        signal = (rollout.rewards != rollout.rewards[:, :1]).any(1)
+        rolled.append((scores.detach(), signal))
+        return rollout
+
+    monkeypatch.setattr(grpo, "choose_actions", spied)
+    gathered = []
+    gather = step.objective.batcher.gather
+
+    def watched(*arguments):
+        gathered.append(gather(*arguments))
+        return gathered[-1]
+
+    monkeypatch.setattr(step.objective.batcher, "gather", watched)
+    ((_, logs),) = step.objective.updates(batch, SEED)
+    draws, last = [signal for _, signal in rolled[:-1]], rolled[-1][1]
+    first, final = draws[0], gathered[-1]
+    assert 0 < first.float().mean() < 1
+    # Whoever has a signal stays, in place; others come in for those who have not.
+    stays = first | ~last
+    assert torch.equal(final.row[stays], batch.row[stays])
+    assert torch.equal(final.candidates[stays], batch.candidates[stays])
+    n_found = int(sum(signal.sum() for signal in draws))
+    assert int(last.sum()) == min(n_found, len(batch))
+    assert len(final.row.unique()) == len(batch)
+    assert logs["signal"] == pytest.approx(last.float().mean())
+    assert logs["drawn"] == pytest.approx(sum(map(len, draws)) / len(batch))
+    # Each looks as it did when it was drawn: its histories, its candidates, its noise.
+    seen = {}
+    for drawn, (scores, _) in zip((batch, *gathered[:-1]), rolled, strict=False):
+        seen |= dict(zip(drawn.row.tolist(), scores, strict=True))
+    for row, scores in zip(final.row.tolist(), rolled[-1][0], strict=True):
+        torch.testing.assert_close(scores, seen[row], rtol=0, atol=1e-12)
+
+
+def test_a_search_for_signal_ends(prepared, make_model):
+    """Without noise nobody's trajectories differ, and the batch stays as it is."""
+    step, batch = all_users(
+        prepared, make_model, silent_groups="resample", noise_scale=0.0, inner_epochs=1
+    )
+    ((loss, logs),) = step.objective.updates(batch, SEED)
+    assert loss.item() == 0
+    assert logs["signal"] == 0
+    assert 1 < logs["drawn"] <= 8
+    assert "silent_pull" not in logs  # nothing to compare with
+
+
+def test_the_pull_of_silent_users_is_that_of_their_kl(prepared, make_model):
+    step, batch = all_users(prepared, make_model, kl_weight=0.5, inner_epochs=1)
+    step.move(0.1)
+    parameters = list(step.trained.values())
+
+    def gradient(**changes):
+        objective = copy.copy(step.objective)
+        objective.config = step.config.replace(**changes)
+        ((loss, logs),) = objective.updates(batch, SEED)
+        flat = [
+            torch.zeros_like(p).flatten() if g is None else g.flatten()
+            for p, g in zip(
+                parameters,
+                torch.autograd.grad(loss, parameters, allow_unused=True),
+                strict=True,
+            )
+        ]
+        return torch.cat(flat), logs
+
+    whole, logs = gradient()
+    masked, other = gradient(silent_groups="mask")
+    policy, _ = gradient(kl_weight=0.0)
+    assert logs["silent_pull"] == pytest.approx(float((whole - masked).norm() / policy.norm()))
+    assert logs["silent_pull"] > 0.01
+    assert other["silent_pull"] == 0
 
 
 # -- switches ------------------------------------------------------------------------------------
@@ -378,6 +470,8 @@ SWITCHES = {
     "rl_trainable": ("all", "updates", PHASE_2),
     "reward": ("mrr", "updates", ("grpo",)),
     "action": ("sampled", "updates", ("grpo",)),
+    "scale_advantages": (False, "updates", ("grpo",)),
+    "silent_groups": ("mask", "updates", ("grpo",)),
     "clip": (0.5, "updates", ("grpo",)),
     "kl": ("k3", "updates", ("grpo",)),
     "kl_weight": (0.3, "updates", ("grpo",)),

@@ -119,7 +119,7 @@ def intervals(
     figure, panels = new_figure(len(metrics), width=4.5)
     names = [str(value) for value in values]
     slanted = max(map(len, names)) > 6
-    line = "-" if all(isinstance(value, (int, float)) for value in values) else "none"
+    line = "-" if all(type(value) in (int, float) for value in values) else "none"
     for panel, metric in zip(panels, metrics, strict=True):
         for place, (variant, by_metric) in enumerate(series.items()):
             points = by_metric[metric]

@@ -32,16 +32,22 @@ from lcr_fast.training.ranks import Interval, across_seeds
 from lcr_fast.training.trainer import PHASE_2, check_trainable, validation_scores
 
 REWARDS = ("hr@1", "hr@5", "ndcg@5", "ndcg@10", "mrr", "0.5*hr@1+0.5*ndcg@10")
-AXES: dict[str, tuple[float, ...]] = {
+AXES: dict[str, tuple[Any, ...]] = {
     "kl_weight": (0.0, 0.01, 0.1, 1.0),
     "noise_scale": (0.1, 0.25, 0.5, 1.0),
     "n_trajectories": (2, 4, 8, 16),
+    "silent_groups": ("keep", "mask", "resample"),
+    "scale_advantages": (True, False),
 }
 STEPS = (0, 1, 2, 3, 4, 5)
 _MEASURES = ("distances", "relevance", "diversity")
 # Fields of phase 2 that its control knows nothing of.
-_POLICY = ("reward", "action", "kl", "kl_weight", "clip", "temperature")
+_POLICY = (
+    "reward", "action", "scale_advantages", "silent_groups", "kl", "kl_weight", "clip",
+    "temperature",
+)  # fmt: skip
 _DIVERSITY = ("entropy", "coverage", "tail")
+_SIGNAL = ("signal", "silent_pull")  # of GRPO's log
 _METRICS = ("hr@1", "hr@5", "ndcg@5", "ndcg@10", "mrr")
 
 Numbers = dict[str, float]  # of one cell, by metric
@@ -61,14 +67,21 @@ def parse_axis(text: str) -> tuple[str, tuple[Any, ...]]:
             raise ValueError(f"axis {name} has no usual values: write {name}=V,V,...")
         return name, AXES[name]
     hint = typing.get_type_hints(TrainConfig)[name]
-    kind: Callable[[str], Any] = hint if hint in (int, float) else str
+    kind: Callable[[str], Any] = {int: int, float: float, bool: _boolean}.get(hint, str)
     try:
         parsed = tuple(kind(value.strip()) for value in values.split(","))
     except ValueError:
-        raise ValueError(f"axis {name}: {values!r} is no list of {kind.__name__} values") from None
+        raise ValueError(f"axis {name}: {values!r} is no list of {hint.__name__} values") from None
     for value in parsed:
         TrainConfig().replace(**{name: value})
     return name, parsed
+
+
+def _boolean(text: str) -> bool:
+    values = {"true": True, "false": False}
+    if text.lower() not in values:
+        raise ValueError
+    return values[text.lower()]
 
 
 class _Cells:
@@ -155,6 +168,9 @@ def _numbers(result: dict[str, Any]) -> Numbers:
         numbers |= {prefix + name: rows["sampled", name] for name in _METRICS}
         numbers[prefix + "catalogue_ndcg@10"] = rows.get(("catalogue", "ndcg@10"), math.nan)
         numbers |= {prefix + key: part["diversity"][key] for key in _DIVERSITY}
+    for name in _SIGNAL:  # of the epochs that log it
+        logged = [record[name] for record in result["history"] if name in record]
+        numbers[name] = sum(logged) / len(logged) if logged else math.nan
     scores = validation_scores(result)
     numbers["kept"] = float(max(scores) > scores[0])  # validation kept an epoch, not the start
     return numbers | {"seconds": result["seconds"]}
@@ -175,6 +191,10 @@ def _cell(interval: Interval, sign: str = "") -> str:
     if not math.isnan(interval.low):
         text += f" [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"
     return text
+
+
+def _mean(cells: list[Numbers], metric: str) -> str:
+    return _cell(Interval(_interval(cells, metric).mean, math.nan, math.nan, len(cells)))
 
 
 def _table(rows: list[list[str]], headers: list[str]) -> str:
@@ -238,11 +258,13 @@ def run_rl_study(
 
 
 _LEGEND = """All but the last two columns are of the weights after the last epoch, so that harm
-shows. RL - no RL, RL - control: paired differences in NDCG@5. entropy: of the softmax over the
-1 + {n_negatives} candidates, in nats. coverage: share of the items that stand in at least one
-user's top 10 of the catalogue; tail: share of the places in these lists that the 80 % least popular
-items take. chosen: NDCG@5 of the weights that validation chose; kept: in how many seeds these were
-not the start."""
+shows. RL - no RL, RL - control: paired differences in NDCG@5. signal: share of the users whose
+trajectories earn differently, so that they have an advantage; silent pull: norm of the gradient of
+the weighted KL of all others over that of the policy's objective, both over all epochs. entropy:
+of the softmax over the 1 + {n_negatives} candidates, in nats. coverage: share of the items that
+stand in at least one user's top 10 of the catalogue; tail: share of the places in these lists that
+the 80 % least popular items take. chosen: NDCG@5 of the weights that validation chose; kept: in how
+many seeds these were not the start."""
 
 
 def _with_default(values: tuple[Any, ...], default: Any) -> tuple[Any, ...]:
@@ -256,7 +278,7 @@ def _axis_table(cells: _Cells, name: str, values: tuple[Any, ...]) -> str:
     shown = ("ndcg@5", "hr@1", "mrr")
     headers = [
         name, *(metric.upper() for metric in shown), "RL - no RL", "control", "RL - control",
-        *_DIVERSITY, "chosen", "kept",
+        "signal", "silent pull", *_DIVERSITY, "chosen", "kept",
     ]  # fmt: skip
 
     def row(
@@ -265,7 +287,8 @@ def _axis_table(cells: _Cells, name: str, values: tuple[Any, ...]) -> str:
         kept = f"{sum(n['kept'] for n in numbers):.0f} of {len(numbers)}"
         return [
             title, *(_cell(_interval(numbers, "last_" + metric)) for metric in shown),
-            *differences, *(f"{_interval(numbers, 'last_' + d).mean:.3f}" for d in _DIVERSITY),
+            *differences, *(_mean(numbers, name) for name in _SIGNAL),
+            *(_mean(numbers, "last_" + name) for name in _DIVERSITY),
             _cell(_interval(numbers, "ndcg@5")), kept,
         ]  # fmt: skip
 

@@ -205,11 +205,12 @@ def target_rank(
     return _rank_dtype(rank.squeeze(-1), ties)
 
 
-def group_advantages(rewards: Tensor) -> Tensor:
+def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
     """Return (r - mean) / (std + 1e-4) over the last axis of ``rewards`` [..., N].
 
-    The std is the unbiased one. A group of one, or of equal rewards, gives exact zeros, which
-    rounding of the mean would not. float32 at least, without gradient.
+    The std is the unbiased one; without ``scale`` nothing is divided by it (Dr. GRPO, arXiv
+    2503.20783). A group of one, or of equal rewards, gives exact zeros, which rounding of the mean
+    would not. float32 at least, without gradient.
     """
     rewards = rewards.detach()
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
@@ -217,9 +218,11 @@ def group_advantages(rewards: Tensor) -> Tensor:
     if N < 2:
         return torch.zeros_like(rewards)
     centred = rewards - rewards.mean(-1, keepdim=True)  # (..., N)
-    std = (centred.square().sum(-1, keepdim=True) / (N - 1)).sqrt()  # (..., 1)
+    if scale:
+        std = (centred.square().sum(-1, keepdim=True) / (N - 1)).sqrt()  # (..., 1)
+        centred = centred / (std + 1e-4)
     equal = (rewards == rewards[..., :1]).all(-1, keepdim=True)
-    return torch.where(equal, torch.zeros_like(rewards), centred / (std + 1e-4))
+    return torch.where(equal, torch.zeros_like(rewards), centred)
 
 
 def catalogue_metrics(

@@ -27,7 +27,8 @@ from lcr_fast.reference import Streams
 from lcr_fast.training.evaluation import with_target
 
 _LOG = logging.getLogger("lcr_fast")
-_ALARM_EVERY = 10  # updates between two measurements of the gradients' cosine
+_ALARM_EVERY = 10  # updates between two comparisons of gradients
+_MOST_DRAWS = 8  # batches of users drawn for one whose trajectories earn differently
 
 
 class Update(NamedTuple):
@@ -285,6 +286,8 @@ class Grpo(_Trajectories):
     def updates(self, batch: Batch, seed: int) -> Iterator[Update]:
         """Roll out once, then update ``inner_epochs`` times on it."""
         config = self.config
+        if config.silent_groups == "resample":
+            batch, n_drawn = self._with_signal(batch, seed)
         with torch.no_grad():
             inputs = self.inputs(self.reference, batch)
             reference_scores = self.scores(self.reference, batch, inputs, seed) / config.temperature
@@ -295,18 +298,19 @@ class Grpo(_Trajectories):
                 inputs = self.inputs(self.model, batch)
             scores = self.scores(self.model, batch, inputs, seed) / config.temperature  # [B, N, C]
             if rollout is None:
-                rollout = grpo.choose_actions(
-                    scores, batch.target, config.action, config.reward, generator
-                )
-                advantages = grpo.group_advantages(rollout.rewards)  # [B, N]
+                rollout, advantages = self._act(scores, batch, generator)  # ..., [B, N]
+                silent = (advantages == 0).all(-1, keepdim=True)  # [B, 1]
             log_prob = grpo.list_log_probability(scores, rollout.actions)  # [B, N]
             if old is None:
                 old = log_prob.detach()
             surrogate = grpo.policy_objective(log_prob, old, advantages, config.clip)
-            kl = grpo.kl_divergence(scores, reference_scores, config.kl, rollout.actions).mean()
+            kls = grpo.kl_divergence(scores, reference_scores, config.kl, rollout.actions)  # [B, N]
+            if config.silent_groups != "keep":
+                kls = kls.masked_fill(silent, 0.0)
+            kl = kls.mean()
             measured = {
                 "reward": rollout.rewards.mean(),
-                "signal": (advantages != 0).any(-1).float().mean(),
+                "signal": 1 - silent.float().mean(),
                 "kl": kl,
                 "surrogate": surrogate,
                 "entropy": grpo.entropy(scores.detach()).mean(),
@@ -315,30 +319,83 @@ class Grpo(_Trajectories):
             # One wait for the device, not six.
             values = torch.stack([v.detach().float() for v in measured.values()]).tolist()
             logs = dict(zip(measured, values, strict=True))
+            if config.silent_groups == "resample":
+                logs["drawn"] = n_drawn / len(batch)
             if self.n_updates % _ALARM_EVERY == 0:
-                logs |= self._alarm(surrogate, scores, batch.target)
+                places = batch.target[:, None, None].expand(*scores.shape[:2], 1)
+                log_target = grpo.list_log_probability(scores, places).mean()
+                silent_kl = config.kl_weight * (kls * silent).mean()
+                logs |= self._compare(surrogate, log_target, silent_kl)
             self.n_updates += 1
             yield Update(config.kl_weight * kl - surrogate, logs)
 
-    def _alarm(self, surrogate: Tensor, scores: Tensor, target: Tensor) -> dict[str, float]:
-        """Compare the policy gradient with the gradient of mean log p(target)."""
+    def _act(
+        self, scores: Tensor, batch: Batch, generator: torch.Generator
+    ) -> tuple[grpo.Rollout, Tensor]:
+        """Act on scores [B, N, C] over the temperature: actions and rewards, advantages [B, N]."""
+        config = self.config
+        rollout = grpo.choose_actions(scores, batch.target, config.action, config.reward, generator)
+        return rollout, grpo.group_advantages(rollout.rewards, config.scale_advantages)
+
+    @torch.no_grad()
+    def _with_signal(self, batch: Batch, seed: int) -> tuple[Batch, int]:
+        """Put users whose rewards differ in the place of those whose do not (DAPO, 2503.14476).
+
+        At most ``_MOST_DRAWS`` times as many users as a batch holds are drawn, each at most once;
+        silent ones that are left stay. Returns the number drawn too, those given included.
+        """
+        rng = np.random.default_rng([seed, 2])
+        generator = torch.Generator(batch.device).manual_seed(seed)
+
+        def silent(users: Batch) -> NDArray[np.bool_]:
+            scores = self.scores(self.model, users, self.inputs(self.model, users), seed)
+            _, advantages = self._act(scores / self.config.temperature, users, generator)
+            return (advantages == 0).all(-1).cpu().numpy()
+
+        chosen = [t.cpu().numpy().copy() for t in (batch.row, batch.candidates, batch.target)]
+        size, n_users = len(batch), len(self.batcher)
+        others = rng.choice(n_users, min(n_users, _MOST_DRAWS * size), replace=False)
+        others = others[~np.isin(others, chosen[0])][: (_MOST_DRAWS - 1) * size]
+        left = np.flatnonzero(silent(batch))  # places to fill
+        n_drawn, n_silent = size, len(left)
+        for start in range(0, len(others), size):
+            if not len(left):
+                break
+            drawn = self.batch(others[start : start + size], rng)
+            n_drawn += len(drawn)
+            found = np.flatnonzero(~silent(drawn.to(batch.device)))[: len(left)]
+            places, left = left[: len(found)], left[len(found) :]
+            for array, new in zip(chosen, (drawn.row, drawn.candidates, drawn.target), strict=True):
+                array[places] = new.numpy()[found]
+        if len(left) == n_silent:
+            return batch, n_drawn
+        return self.batcher.gather(*chosen).to(batch.device), n_drawn
+
+    def _compare(self, surrogate: Tensor, log_target: Tensor, silent_kl: Tensor) -> dict:
+        """Compare the policy's gradient with others.
+
+        ``target_cosine``: its cosine with that of mean log p(target). ``silent_pull``: the norm of
+        the gradient of the silent groups' share of the weighted KL, over the policy's own. Neither
+        where the policy has no gradient.
+        """
         parameters = [p for _, p in self.parameters()]
-        places = target[:, None, None].expand(*scores.shape[:2], 1)
-        log_target = grpo.list_log_probability(scores, places).mean()
-        flat = [
+        policy, target, silent = (
             torch.cat([
                 torch.zeros_like(p).flatten() if g is None else g.flatten()
                 for p, g in zip(parameters, gradients, strict=True)
             ])
             for gradients in (
                 torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-                for value in (surrogate, log_target)
+                for value in (surrogate, log_target, silent_kl)
             )
-        ]  # fmt: skip
-        norms = flat[0].norm() * flat[1].norm()
-        if not norms > 0:
+        )  # fmt: skip
+        norm = policy.norm()
+        if not norm > 0:
             return {}
-        return {"target_cosine": (flat[0] @ flat[1] / norms).item()}
+        logs = {"silent_pull": (silent.norm() / norm).item()}
+        if target.norm() > 0:
+            logs["target_cosine"] = (policy @ target / (norm * target.norm())).item()
+        return logs
 
 
 OBJECTIVES: dict[str, type[Objective]] = {

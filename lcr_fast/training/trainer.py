@@ -36,9 +36,9 @@ CHECKPOINT, MODEL, METRICS = "checkpoint.safetensors", "model.safetensors", "met
 _CHECK_BLOCK = 4096  # samples whose seen items are counted at a time
 # Fields that phase 1 does not read.
 PHASE_2 = (
-    "reward", "action", "kl", "kl_weight", "clip", "temperature", "n_trajectories", "noise_scale",
-    "inner_epochs", "rl_epochs", "rl_epoch_size", "rl_batch_size", "rl_learning_rate",
-    "rl_negatives", "rl_trainable",
+    "reward", "action", "scale_advantages", "silent_groups", "kl", "kl_weight", "clip",
+    "temperature", "n_trajectories", "noise_scale", "inner_epochs", "rl_epochs", "rl_epoch_size",
+    "rl_batch_size", "rl_learning_rate", "rl_negatives", "rl_trainable",
 )  # fmt: skip
 # Fields that say nothing but when to stop, by phase.
 _LIMITS = {1: ("epochs", "min_updates", "patience"), 2: ("rl_epochs", "patience")}
