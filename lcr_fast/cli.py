@@ -33,7 +33,7 @@ STUDY_DEFAULTS = {
 _QUICK = {"epochs": 1, "rl_epochs": 1, "rl_epoch_size": 64, "rl_negatives": 19}
 _QUICK_USERS = 150
 _FROM_DATA = ("n_items", "n_users", "n_queries", "n_terms", "item_text_dim", "query_text_dim")
-READING = ("keep_duplicates", "time_unit", "test_query")  # options of readers
+READING = ("keep_duplicates", "time_unit", "test_query", "targets")  # options of readers
 _SECTIONS: dict[str, type] = {"model": LCRConfig, "train": TrainConfig}
 
 
@@ -174,6 +174,10 @@ def _add_prepare(commands: Any) -> None:
     reading.add_argument(
         "--test-query", action="store_true", default=None,
         help="of jdsearch: make the product found by a user's test query a target",
+    )  # fmt: skip
+    reading.add_argument(
+        "--targets", nargs="+", metavar="ACTION",
+        help="of synerise and ubi: the actions that may be predicted; default: carts, or clicks",
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ Ctrl-C ends it with the counts so far.
 import argparse
 import contextlib
 import csv
+import datetime
 import gzip
 import itertools
 import json
@@ -250,8 +251,112 @@ def frames(folder, rng):
         write_lines(path, text.splitlines())
 
 
+def dated(ms):
+    return datetime.datetime.fromtimestamp(ms // 1000, datetime.timezone.utc)
+
+
+def synerise(folder, rng):
+    events, searches = happenings(rng)
+
+    def table(rows, last):
+        columns = ("client_id", "timestamp", last)
+        times = [dated(row[1]).strftime("%Y-%m-%d %H:%M:%S") for row in rows]
+        values = [[row[0] for row in rows], times, [row[2] for row in rows]]
+        return pl.DataFrame(dict(zip(columns, values, strict=True)))
+
+    carts = [(user, time, item) for user, item, time in events]
+    queries = [
+        (
+            user,
+            time,
+            "[" + " ".join(f"{(int(words[0]) * place) % 256:3d}" for place in range(4)) + "]",
+        )
+        for user, time, words, _ in searches
+    ] + [(99, MS, "[ 1 2 3 4]")]
+    table(carts, "sku").write_parquet(folder / "add_to_cart.parquet")
+    table(carts[::2], "sku").write_parquet(folder / "product_buy.parquet")
+    table(queries, "query").write_parquet(folder / "search_query.parquet")
+
+
+def ubi(folder, rng):
+    events, searches = happenings(rng)
+    queries, actions = [], []
+
+    def at(ms):
+        if rng.random() < 0.2:
+            return ms
+        zone = rng.choice(("Z", "", "+00:00", "+0000"))
+        return (
+            dated(ms).strftime("%Y-%m-%dT%H:%M:%S") + rng.choice(("", f".{ms % 1000:03d}")) + zone
+        )
+
+    def action(name, user, time, item, query=None):
+        attributes = None if item is None else {"object": {"object_id": item}, "position": None}
+        actions.append({
+            "action_name": name, "client_id": f"c{user}", "timestamp": at(time),
+            "query_id": query, "event_attributes": attributes,
+        })  # fmt: skip
+
+    for key, (user, time, words, item) in enumerate(searches):
+        hits = [str(item or 1), str(rng.randrange(1, 30))]
+        name = rng.choice(("query_response_hit_ids", "query_response_object_ids"))
+        queries.append({
+            "query_id": f"q{key}", "client_id": f"c{user}", "timestamp": at(time),
+            "user_query": rng.choice((" ".join(words), "")), name: hits,
+        })  # fmt: skip
+        if rng.random() < 0.5:
+            action("impression", user, time, hits[0], f"q{key}")
+        if item:
+            action("click", user, time + rng.choice((500, -500)), item, f"q{key}")
+            action("purchase", user, time + 900, rng.choice((item, 29)), f"q{key}")
+    for user, item, time in events:
+        action(rng.choice(("click", "view", "login")), user, time, rng.choice((item, str(item))))
+    action("click", 1, MS + 10**7, 5)
+    kind = rng.choice(("plain", "source", "bulk", "both"))
+    lines = {"ubi_queries": [], "ubi_events": []}
+    for index, documents in (("ubi_queries", queries), ("ubi_events", actions)):
+        for number, document in enumerate(documents):
+            if kind == "source":
+                document = {"_index": index, "_id": f"{index}{number}", "_source": document}
+            elif kind in ("bulk", "both"):
+                lines[index].append(json.dumps({"index": {"_index": index, "_id": str(number)}}))
+            lines[index].append(json.dumps(document, ensure_ascii=rng.random() < 0.5))
+    if kind == "both":
+        write_lines(
+            folder / "ubi_queries_events.ndjson", [*lines["ubi_queries"], *lines["ubi_events"]]
+        )
+        return
+    for index, those in lines.items():
+        write_lines(folder / f"{index}{rng.choice(('.ndjson', '.jsonl.gz'))}", those)
+
+
+def amazon(folder, rng):
+    events, searches = happenings(rng)
+    reviews = [
+        {
+            "reviewerID": f"A{u}",
+            "asin": f"B{i}",
+            "overall": 5.0,
+            "unixReviewTime": t // 60_000 * 60,
+        }
+        for u, i, t in events
+    ]
+    end = rng.choice((".json", ".json.gz"))
+    write_lines(folder / f"reviews_Toys_5{end}", [json.dumps(review) for review in reviews])
+    texts = [" ".join(words) for _, _, words, _ in searches] or ["none"]
+    write_lines(folder / "query_text.txt", texts)
+    pairs = [
+        f"A{u}_{rng.randrange(len(texts))} 0 B{i} {int(rng.random() < 0.8)} "
+        for u, i, _ in events
+        for _ in range(rng.choice((0, 1, 2)))
+    ]
+    write_lines(folder / "train.qrels", pairs[::2])
+    write_lines(folder / "test.qrels", pairs[1::2])
+
+
 GENERATORS = {
     "kuaisar": kuaisar, "trivago": trivago, "jdsearch": jdsearch, "qilin": qilin, "frames": frames,
+    "synerise": synerise, "ubi": ubi, "amazon": amazon,
 }  # fmt: skip
 
 
@@ -264,6 +369,8 @@ def mutate(path, rng):
         mutate_bytes(path, rng)
     elif path.suffix == ".parquet":
         mutate_frame(path, rng)
+    elif {".json", ".ndjson", ".jsonl"} & set(path.suffixes) and rng.random() < 0.7:
+        mutate_json(path, rng)
     else:
         mutate_text(path, rng)
 
@@ -284,6 +391,37 @@ def mutate_bytes(path, rng):
     elif place < len(content):
         content[place] ^= 1 << rng.randrange(8)
     path.write_bytes(content)
+
+
+def mutate_json(path, rng):
+    """Change a value, a key or an object in a file of JSON lines."""
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        objects = [json.loads(line) for line in raw.decode("utf-8").splitlines()]
+        holder = rng.choice(objects)
+        while isinstance(inner := rng.choice(list(holder.values())), dict) and inner:
+            holder = inner
+        key = rng.choice(list(holder))
+    except (OSError, EOFError, ValueError, zlib.error, IndexError, AttributeError):
+        return mutate_bytes(path, rng)  # mutated before
+    change = rng.randrange(6)
+    if change <= 1:
+        odd = (None, True, 0, -1, 7, 7.0, 3.7, 1e18, 10**30, [], [7, None], {}, {"a": 1}, "\ud800")
+        dates = (
+            *("2024-02-30T00:00:00Z", "2024-06-01T00:00:00.9999Z", "2024-06-01 00:00:00-23:59"),
+            *("2024-06-01T24:00:00", "0001-01-01T00:00:00+01:00", "2024-06-01", "1717200000000"),
+            *("1969-12-31T23:59:59.9999Z", "2024-06-01T00:00:60Z", "2024-6-1T00:00:00Z"),
+        )
+        holder[key] = rng.choice(rng.choice((odd, dates, VALUES)))
+    elif change == 2:
+        del holder[key]
+    elif change == 3:
+        holder[rng.choice(("query_id", "_source", "_index", "index", "x"))] = holder[key]
+    elif change == 4:
+        objects.insert(rng.randrange(len(objects)), rng.choice((*objects, 7, None, {}, [{}])))
+    else:
+        objects.remove(rng.choice(objects))
+    write_lines(path, [json.dumps(each) for each in objects])
 
 
 def mutate_text(path, rng):

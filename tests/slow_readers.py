@@ -4,12 +4,14 @@ Nothing here is shared with the readers. Text is parsed letter by letter; of Par
 gives the values alone. A file that breaks a rule raises RefusedError.
 """
 
+import calendar
 import datetime
 import gzip
 import json
 import math
 import re
 import unicodedata
+import zlib
 from collections import defaultdict
 from pathlib import Path
 
@@ -509,6 +511,274 @@ def _ids(value):
     return None if value is None else [an_id(each) for each in value]
 
 
+def date_time(value):
+    if isinstance(value, datetime.datetime):
+        return milliseconds(value)
+    require(isinstance(value, str) and len(value) == 19 and value[0] in "123456789", value)
+    try:
+        found = datetime.datetime.strptime(value, "%Y-%m-%d %H:%M:%S")
+    except ValueError:
+        raise RefusedError(value) from None
+    require(found.strftime("%Y-%m-%d %H:%M:%S") == value, value)
+    return milliseconds(found)
+
+
+def codes(value):
+    if isinstance(value, str):
+        require(re.fullmatch(r"\[[ \n]*[0-9]+([ \n,]+[0-9]+)*[ \n]*\]", value, re.ASCII), value)
+        numbers = re.findall("[0-9]+", value)
+        require(all(str(int(number)) == number for number in numbers), value)
+        value = [int(number) for number in numbers]
+    require(isinstance(value, list) and value, value)
+    require(all(type(code) is int and 0 <= code <= 255 for code in value), value)
+    return value
+
+
+def synerise(folder, targets=("add_to_cart",)):
+    told, events, number = Told(), [], 0
+    for action in ("add_to_cart", "product_buy"):
+        rows = list(rows_of(folder / f"{action}.parquet", ("client_id", "timestamp", "sku")))
+        seen = set()
+        for row in rows:
+            number += 1
+            event = integer(row["client_id"]), date_time(row["timestamp"]), integer(row["sku"])
+            if event not in seen:
+                seen.add(event)
+                events.append((*event, number, action in targets))
+    users = {user for user, *_ in events}
+    names = ("client_id", "timestamp", "query")
+    searches, seen = [], set()
+    for line, row in enumerate(rows_of(folder / "search_query.parquet", names), 1):
+        search = integer(row["client_id"]), date_time(row["timestamp"]), codes(row["query"])
+        if search[0] not in users:
+            continue
+        require(not searches or len(search[2]) == len(searches[0][2]), "codes", search)
+        if repr(search) not in seen:
+            seen.add(repr(search))
+            searches.append((*search, line))
+    for user, time, query, line in searches:
+        told.search(line, user, time, [f"{place}:{code}" for place, code in enumerate(query)])
+    for user, time, item, order, target in sorted(events, key=lambda event: (event[1], event[3])):
+        told.event(user, item, time, order, target)
+        asked = [(t, k) for u, t, _, k in searches if u == user and time - 1_800_000 <= t <= time]
+        if asked:
+            told.click(max(asked)[1], item, time)
+    return told.done()
+
+
+def _once(pairs):
+    names = [name for name, _ in pairs]
+    require(len(set(names)) == len(names), "a key twice", names)
+    require(all(not isinstance(v, float) or math.isfinite(v) for _, v in pairs), pairs)
+    return dict(pairs)
+
+
+def _no_constant(text):
+    raise ValueError(text)
+
+
+def whole(value):
+    require(type(value) in (int, float), value)
+    return integer(value)
+
+
+def json_id(value, nullable=False):
+    """Give an id as text; 7 and "7" are one."""
+    if value is None or (nullable and value == ""):
+        require(nullable, "an id is missing")
+        return None
+    require(type(value) in (int, str), value)
+    require(type(value) is int or not re.search("[\ud800-\udfff]", value), "half a letter")
+    return an_id(str(value))
+
+
+def amazon(folder):
+    told = Told()
+    (reviews,) = (path for path in folder.iterdir() if path.name.startswith("reviews_"))
+    rows, first = [], {}
+    for line, row in enumerate(_lines(reviews), 1):
+        if row is None:
+            continue
+        time = whole(row.get("unixReviewTime"))
+        require(0 <= time <= MAX_MS // 1000, time)
+        review = json_id(row.get("reviewerID")), json_id(row.get("asin")), time * 1000
+        if review not in rows:
+            rows.append(review)
+            told.event(*review, line)
+            first.setdefault(review[:2], (line, review[2]))
+    text = read_text(folder / "query_text.txt")
+    require(not re.search("[\ud800-\udfff]", text), "not UTF-8")
+    queries = text.removesuffix("\n").split("\n") if text else []
+    asked = {}
+    for name in ("train.qrels", "test.qrels"):
+        path = folder / name
+        require(path.exists() or name == "test.qrels", "no file")
+        text = read_text(path) if path.exists() else ""
+        require(not re.search("[\ud800-\udfff]", text), "not UTF-8")
+        for line in text.removesuffix("\n").split("\n") if text else ():
+            fields = [field for field in re.split("[ \t]+", line.strip(" \t\r")) if field]
+            require(len(fields) == 4 and fields[3] in ("0", "1"), line)
+            require(not re.search(r"\s", "".join(fields), re.ASCII), line)
+            user, _, query = fields[0].rpartition("_")
+            require(user and re.fullmatch("0|[1-9][0-9]*", query), line)
+            require(int(query) < len(queries), "no such query", line)
+            if fields[3] == "1":
+                lot = zlib.crc32(f"{fields[0]} {fields[2]}".encode()), int(query)
+                asked.setdefault((user, fields[2]), []).append(lot)
+    for (user, item), (line, time) in first.items():
+        if lots := asked.get((user, item)):
+            terms = queries[min(lots)[1]].strip().split(" ")
+            told.search(line, user, time, terms)
+            told.click(line, item, time)
+    return told.done()
+
+
+def _lines(path):
+    """Read the objects of a JSON file, one a line, None for a blank line."""
+    text = read_text(path)
+    require(not re.search("[\ud800-\udfff]", text), "not UTF-8")
+    for line in text.split("\n"):
+        if not line or line.isspace():
+            yield None
+            continue
+        try:
+            value = json.loads(line, object_pairs_hook=_once, parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
+            raise RefusedError(error) from None
+        require(isinstance(value, dict), "no object")
+        yield value
+
+
+def instant(value):
+    if not isinstance(value, str):
+        ms = whole(value)
+        require(10**11 <= ms <= MAX_MS, ms)
+        return ms
+    found = re.fullmatch(
+        r"([0-9-]{10})[T ]([0-9:]{8})(\.[0-9]{1,9})?(Z|[+-][0-9]{2}:?[0-9]{2})?", value
+    )
+    require(found, value)
+    day, clock, fraction, zone = found.groups()
+    try:
+        at = datetime.datetime.strptime(f"{day} {clock}", "%Y-%m-%d %H:%M:%S")
+        require(at.strftime("%Y-%m-%d %H:%M:%S") == f"{day} {clock}".lstrip("0"), value)
+    except ValueError:
+        raise RefusedError(value) from None
+    ms = calendar.timegm(at.timetuple()) * 1000
+    if zone not in (None, "Z"):
+        hours, minutes = int(zone[1:3]), int(zone[-2:])
+        require(hours < 24 and minutes < 60, value)
+        ms -= int(f"{zone[0]}1") * (hours * 60 + minutes) * 60_000
+    digits = (fraction or ".0")[1:].ljust(9, "0")
+    ms += int(digits[:6]) // 1000 + (int(digits[3:]) >= 500_000)
+    require(0 <= ms <= MAX_MS, value)
+    return ms
+
+
+def ubi(folder, targets=("click", "click_through")):
+    told = Told()
+    tables, start = {"ubi_queries": [], "ubi_events": []}, 0
+    for path in sorted(folder.iterdir()):
+        own, row, following = _ubi_index(path.name), 0, None
+        for row, document in enumerate(_lines(path), 1):
+            if document is None:
+                continue
+            about = next(iter(document.values()), None)
+            bulk = len(document) == 1 and next(iter(document)) in ("index", "create")
+            if bulk and isinstance(about, dict) and set(about) <= {"_index", "_id"}:
+                following = _ubi_index(str(about.get("_index", "")))
+                continue
+            index, following = following or own, None
+            if isinstance(document.get("_source"), dict):
+                index = _ubi_index(str(document.get("_index", ""))) or index
+                document = document["_source"]
+            require(index, "of no index")
+            tables[index].append((start + row, document))
+        start += row
+    require(all(tables.values()), "an index without a document")
+    queries, results = {}, {}
+    hits = ("query_response_hit_ids", "query_response_object_ids", "query_response_objects_ids")
+    for row, document in tables["ubi_queries"]:
+        query, user, time = _ubi_base(document)
+        text = document.get("user_query")
+        require(text is None or isinstance(text, str), text)
+        require(not text or not re.search("[\ud800-\udfff]", text), "half a letter")
+        found = None
+        for name in hits:
+            listed = document.get(name)
+            require(listed in (None, "") or isinstance(listed, list), listed)
+            listed = None if listed in (None, "") else [json_id(each) for each in listed]
+            found = listed if found is None else found
+        if user is None:
+            continue
+        if query is not None:
+            queries.setdefault((user, query), []).append((time, row, text or ""))
+        if found:
+            results.setdefault((user, query), []).append((row, found))
+    events, seen = [], set()
+    for row, document in tables["ubi_events"]:
+        query, user, time = _ubi_base(document)
+        action = document.get("action_name")
+        require(isinstance(action, str), action)
+        require(not re.search("[\ud800-\udfff]", action), "half a letter")
+        item = document
+        for name in ("event_attributes", "object", "object_id"):
+            require(item is None or isinstance(item, dict), item)
+            item = None if item is None else item.get(name)
+        item = json_id(item, nullable=True)
+        event = (action, user, time, query, item)
+        if user is not None and event not in seen:
+            seen.add(event)
+            events.append((row, *event))
+    acted = [e for e in events if e[5] is not None and (e[1] in UBI_ACTIONS or e[1] in targets)]
+    require(any(action in targets for _, action, *_ in acted), "no target")
+    shown = {}
+    for _, action, user, _, query, item in events:
+        if action == "impression" and item is not None and query is not None:
+            shown.setdefault((user, query), []).append(item)
+    touched = {(e[2], e[4], e[5]) for e in events if e[1] != "impression" and e[5] is not None}
+    listed = {key: [i for _, ids in sorted(found) for i in ids] for key, found in results.items()}
+    if any((*key, i) in touched for key, ids in listed.items() if key[1] is not None for i in ids):
+        shown = {k: ids for k, ids in listed.items() if k[1] is not None} | shown
+    shown = {key: list(dict.fromkeys(ids)) for key, ids in shown.items()}
+    began = {}
+    for key, rows in queries.items():
+        time, row, text = min(rows)
+        terms = []
+        for run in runs_of(text, is_word):
+            spaced = "".join(f" {letter} " if is_han(letter) else letter for letter in run)
+            terms += spaced.split()
+        if terms:
+            began[key] = row, time
+            told.search(row, key[0], time, terms)
+    for row, action, user, time, query, item in acted:
+        among = shown.get((user, query), [])
+        target = action in targets
+        told.event(user, item, time, row, target, among if target and item in among else None)
+        if query is not None and (user, query) in began and (item in among or not among):
+            search, asked = began[user, query]
+            told.click(search, item, max(asked, time))
+    return told.done()
+
+
+UBI_ACTIONS = ("click", "click_through", "view", "watch", "add_to_cart", "purchase")
+
+
+def _ubi_index(name):
+    if name.startswith("ubi_queries_events"):
+        return None
+    return next((index for index in ("ubi_queries", "ubi_events") if name.startswith(index)), None)
+
+
+def _ubi_base(document):
+    query = json_id(document.get("query_id"), nullable=True)
+    return (
+        query,
+        json_id(document.get("client_id"), nullable=True),
+        instant(document.get("timestamp")),
+    )
+
+
 def dumps(told):
     """Print what was told, to see where two readings differ."""
     return json.dumps([told.events, told.searches], indent=1, sort_keys=True, default=str)
@@ -516,4 +786,5 @@ def dumps(told):
 
 READERS = {
     "kuaisar": kuaisar, "trivago": trivago, "jdsearch": jdsearch, "qilin": qilin, "frames": frames,
+    "synerise": synerise, "ubi": ubi, "amazon": amazon,
 }  # fmt: skip

@@ -21,6 +21,9 @@ SOURCES = {
     "kuaisar": "lcr_fast.data.kuaisar",
     "qilin": "lcr_fast.data.qilin",
     "jdsearch": "lcr_fast.data.jdsearch",
+    "synerise": "lcr_fast.data.synerise",
+    "ubi": "lcr_fast.data.ubi",
+    "amazon": "lcr_fast.data.amazon",
     "frames": "lcr_fast.data.frames",
 }
 

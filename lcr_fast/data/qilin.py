@@ -30,8 +30,6 @@ _RECOMMENDATIONS = "rec_result_details_with_idx"
 _RESULTS = "search_result_details_with_idx"
 _BURST_MS = 1000  # results in view within a second of each other were scrolled to together
 _LATEST_SECONDS = 1e12  # as ms this is 2001: whatever exceeds it is in ms
-# A Chinese character is a term, so is a run of other letters and digits: queries have no spaces.
-_TERM = r"\p{Han}|[\p{L}\p{N}--\p{Han}]+"
 
 _STRUCT = re.compile(r"\{([^{}]*)\}")
 _FIELD = re.compile(r"\s*'(\w+)':\s*('[^']*'|\"[^\"]*\"|[\w.+-]+)\s*(?:,|$)")
@@ -233,7 +231,7 @@ def _searches(asked: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, list[str
         "user",
         "time",
         search="request",
-        terms=pl.col("query").fill_null("").str.to_lowercase().str.extract_all(_TERM),
+        terms=pl.col("query").fill_null("").str.to_lowercase().str.extract_all(rules.TERM),
     )
     clicks = results.filter("click").select("time", search="request", item="note")
     return (

@@ -13,13 +13,18 @@ from typing import NamedTuple
 import polars as pl
 
 MAX_MS = 10**14  # the year 5138; times in us or ns lie beyond it
-_MIN_UNIX_MS = 10**11  # unix times in seconds lie below it
+MIN_UNIX_MS = 10**11  # unix times in seconds lie below it
 _MAX_INT = 2**63 - 10**6  # of Int64, with room to round ns
 _EXACT = 2**53  # the floats up to here hold every integer
 _NO_ID = ("", "nan", "NaN", "NaT", "None", "null", "NULL", "<NA>")
 _FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 _PER_MS = {"s": (1000, 1), "ms": (1, 1), "us": (1, 1000), "ns": (1, 10**6)}  # times, divided by
 TIME_UNITS = tuple(_PER_MS)
+# A Chinese character is a term of a text, so is a run of other letters and digits.
+TERM = r"\p{Han}|[\p{L}\p{N}--\p{Han}]+"
+_DATE_TIME = r"^[1-9][0-9]{3}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-5][0-9]$"
+_CODE = "(?:0|[1-9][0-9]{0,2})"  # a byte
+_CODES = rf"^\[[ \n]*{_CODE}(?:[ \n,]+{_CODE})*[ \n]*\]$"
 
 
 class Rule(NamedTuple):
@@ -125,6 +130,26 @@ def _ids(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
     return pl.when(ids.list.drop_nulls().list.len() == ids.list.len()).then(ids)
 
 
+def _date_time(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
+    if isinstance(dtype, pl.Datetime):
+        return time("ms").typed(column, dtype)
+    if dtype != pl.String:
+        return None
+    parsed = column.str.to_datetime("%Y-%m-%d %H:%M:%S", strict=False, time_unit="ms")
+    ms = pl.when(column.str.contains(_DATE_TIME)).then(parsed).cast(pl.Int64)
+    return pl.when(ms.is_between(-MAX_MS, MAX_MS)).then(ms)
+
+
+def _codes(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
+    if dtype == pl.String:
+        column = pl.when(column.str.contains(_CODES)).then(column.str.extract_all("[0-9]+"))
+    elif not (isinstance(dtype, pl.List) and dtype.inner.is_integer()):
+        return None
+    codes = column.cast(pl.List(pl.UInt8), strict=False)
+    whole = (codes.list.len() > 0) & (codes.list.drop_nulls().list.len() == codes.list.len())
+    return pl.when(whole).then(codes)
+
+
 TEXT = Rule("text", _text)
 INTEGER = Rule("an integer", _integer)
 NUMBER = Rule("a number", _number)
@@ -133,6 +158,8 @@ FLAG = Rule("true or false", _flag)
 ANYTHING = Rule("anything", lambda column, dtype: column)
 WORDS = Rule("a list of words", _words)
 IDS = Rule("a list of ids", _ids)
+DATE_TIME = Rule("a time as 2022-07-01 12:30:00", _date_time)
+CODES = Rule("a list of codes 0..255", _codes)
 
 
 def time(unit: str, *, least_ms: int = -MAX_MS, expected: str | None = None) -> Rule:
@@ -165,5 +192,5 @@ def time(unit: str, *, least_ms: int = -MAX_MS, expected: str | None = None) -> 
     return Rule(expected or f"a time in {unit}", typed)
 
 
-UNIX_MS = time("ms", least_ms=_MIN_UNIX_MS, expected="unix milliseconds")
+UNIX_MS = time("ms", least_ms=MIN_UNIX_MS, expected="unix milliseconds")
 SECONDS = time("s", least_ms=0, expected="a time in seconds")

@@ -499,3 +499,64 @@ def test_real_jdsearch(real_data):
     log = read("jdsearch", real_data("jdsearch_sample"))
     assert "3 users, 230 behaviours" in log.notes[0]
     assert log.events.height + log.clicks.height == 230
+
+
+# The full releases, as documented: every column, of which the readers need a few.
+
+
+def test_kuaisar_with_every_documented_column(tmp_path):
+    folder = tmp_path / "KuaiSAR_final"
+    folder.mkdir()
+    huge = (
+        "[" + ", ".join(["4711"] * 60_000) + "]"
+    )  # captions are lists of word ids, some of 400 kB
+    (folder / "rec_inter.csv").write_text(
+        "user_id,item_id,duration_ms,playing_time,timestamp,forward,like,follow,"
+        "search_item_related,search,click,time\n"
+        f'0,5,3000,1200,{MS}.0,0,1,0,1,0,1,"2023-05-22, 10:00"\n'
+        f"0,6,3000,0,{MS}.0,0,0,0,0,0,0,2023-05-22\n"
+        f"0,6,,,{MS + 5000}.0,,,,,,1,\n"
+    )
+    (folder / "src_inter.csv").write_text(
+        "keyword,item_id,click_cnt,search_session_id,item_type,user_id,search_session_timestamp,"
+        "search_source,search_session_time\n"
+        f'"[20, 34, 3]",7,2,0,NORMAL,0,{MS + 1000}.0,USER_INPUT,2023-05-22 10:00:01\n'
+    )
+    (folder / "user_features.csv").write_text(
+        "user_id,search_active_level,reco_active_level\n0,1,2"
+    )
+    (folder / "item_features.csv").write_text(f'item_id,caption,author_id\n5,"{huge}",1\n')
+    (folder / "social_network.csv").write_text('user_id,user_follow_id\n0,"[1, 2]"\n')
+    log = kuaisar.read(tmp_path)
+    assert rows_of(log.events, "user", "item", "time") == [(0, 5, MS), (0, 6, MS + 5000)]
+    assert rows_of(log.searches, "user", "time", "terms") == [(0, MS + 1000, ["20", "34", "3"])]
+    assert rows_of(log.clicks, "item", "time") == [(7, MS + 1000)]
+
+
+def test_qilin_with_every_documented_column(tmp_path):
+    """Of the configurations on Hugging Face: shards in folders, nested lists, extra result sets."""
+    struct = {"position": 1, "like": 0.0, "collect": 0.0, "comment": 0.0, "share": 0.0,
+              "page_time": None}  # fmt: skip
+    more = {"query": ["q"], "recent_clicked_note_idxs": [[1, 2]], "session_idx": [3]}
+    for part in ("train", "test"):
+        shown = [{"note_idx": 5, "click": 1.0, "request_timestamp": MS + 0.5, **struct}]
+        found = [{"note_idx": 6, "click": 1.0, "search_timestamp": MS / 1000, **struct}]
+        frames = {
+            "recommendation": {"rec_result_details_with_idx": [shown], "request_idx": [0]},
+            "search": {"search_result_details_with_idx": [found], "search_idx": [0],
+                       "query_from_type": [1], "dpr_results": [[[5, 0.3], [6, 0.1]]]},
+        }  # fmt: skip
+        if part == "test":
+            frames["recommendation"]["rec_results"] = [[5, 6]]
+            frames["search"] |= {"bm25_results": [[5, 6]], "search_results": [[6]]}
+        for name, columns in frames.items():
+            folder = tmp_path / f"{name}_{part}"
+            folder.mkdir()
+            frame = pl.DataFrame({"user_idx": [9], **more, **columns}, strict=False)
+            frame.write_parquet(folder / "train-00000-of-00001.parquet")
+    (tmp_path / "dqa").mkdir()
+    (tmp_path / "user_feat").mkdir()
+    log = qilin.read(tmp_path)
+    assert rows_of(log.events, "user", "item", "time") == [(9, 5, MS), (9, 5, MS)]
+    assert rows_of(log.searches, "user", "time", "terms") == [(9, MS, ["q"]), (9, MS, ["q"])]
+    assert log.clicks["item"].to_list() == [6, 6]
