@@ -42,11 +42,16 @@ Tensor dropout_masks(const Tensor& rows, int64_t seed, int64_t first_site, int64
         "first_site, n_sites, length and dim must not be negative, got ", first_site, ", ", n_sites,
         ", ", length, " and ", dim);
   check(threshold >= 0 && threshold < 65536, "threshold must be in 0..65535, got ", threshold);
-  Tensor out = torch::stable::new_empty(rows, {n_sites, rows.size(0), length, dim},
-                                        ScalarType::Float);
-  const DropoutArgs args{rows.const_data_ptr<int64_t>(), out.mutable_data_ptr<float>(),
-                         static_cast<uint64_t>(seed), first_site, rows.size(0), length, dim,
-                         static_cast<uint32_t>(threshold)};
+  Tensor out =
+      torch::stable::new_empty(rows, {n_sites, rows.size(0), length, dim}, ScalarType::Float);
+  const DropoutKey key{static_cast<uint32_t>(threshold), static_cast<uint64_t>(seed)};
+  const DropoutArgs args{rows.const_data_ptr<int64_t>(),
+                         out.mutable_data_ptr<float>(),
+                         key,
+                         first_site,
+                         rows.size(0),
+                         length,
+                         dim};
   parallel(n_sites * args.n_rows,
            [&](int64_t begin, int64_t end) { dropout_masks_cpu(args, begin, end); });
   return out;

@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu_level.h"
 #include "ranking.h"
 #include "torch_api.h"
 
@@ -75,7 +76,7 @@ Rows rows_of(const Tensor& t, const char* name) {
 }
 
 std::vector<int64_t> leading_sizes(const Tensor& t) {
-  return std::vector<int64_t>(t.sizes().begin(), t.sizes().end() - 1);
+  return {t.sizes().begin(), t.sizes().end() - 1};
 }
 
 const int64_t* indices(const Tensor& t, int64_t n, const char* name) {
@@ -172,7 +173,6 @@ std::tuple<Tensor, Tensor> ranking_metrics_cpu(const Tensor& scores, const Optio
                                                const OptionalTensor& excluded,
                                                std::vector<int64_t> kinds, std::vector<int64_t> ks,
                                                int64_t ties, int64_t output) {
-  check_cpu_level();
   RankingArgs args = ranking_args(scores, target, relevance, counts, excluded, kinds, ks, ties);
   const std::vector<int64_t> leading = leading_sizes(scores);
   Tensor out = new_output(scores, leading, output, args.metric);
@@ -218,7 +218,6 @@ std::tuple<Tensor, Tensor> catalogue_metrics_cpu(const Tensor& users, const Tens
                                                  std::vector<int64_t> kinds,
                                                  std::vector<int64_t> ks, int64_t ties,
                                                  int64_t output) {
-  check_cpu_level();
   CatalogueArgs args = catalogue_args(users, items, target, seen, kinds, ks, ties);
   Tensor out = new_output(users, {users.size(0)}, output, args.metric);
   const Faults faults = catalogue_cpu(args, parallel);
@@ -233,10 +232,7 @@ std::tuple<Tensor, Tensor> catalogue_metrics_cpu(const Tensor& users, const Tens
   return {out, fault_tensor(users, n_rows)};
 }
 
-int64_t cpu_level_op() {
-  check_cpu_level();
-  return cpu_level();
-}
+int64_t cpu_level_op() { return static_cast<int64_t>(cpu_level()); }
 
 #ifdef USE_CUDA
 void* current_stream(const Tensor& t) {

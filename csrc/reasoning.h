@@ -6,11 +6,11 @@
 #pragma once
 #include <cstdint>
 
+#include "float_type.h"
+#include "noise.h"
 #include "parallel.h"
 
 namespace lcr_fast {
-
-enum class FloatType { kFloat32, kFloat16, kBFloat16 };
 
 // One weight tensor as it is stored: [n_sets, 2, ...].
 struct WeightArg {
@@ -23,11 +23,6 @@ struct TransformerShape {
   int64_t n_heads;
   int64_t ffn_dim;  // 0: no FFN
   int64_t n_sets;   // layers of an encoder, sets of step weights of reasoning
-};
-
-struct DropoutKey {
-  uint32_t threshold;  // 0: no dropout
-  uint64_t seed;
 };
 
 constexpr int kReasoningWeights = 14;

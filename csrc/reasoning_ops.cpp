@@ -10,7 +10,6 @@
 namespace lcr_fast {
 namespace {
 
-using Tensors = std::vector<Tensor>;
 using Sizes = std::initializer_list<int64_t>;
 
 FloatType float_type(const Tensor& t, const char* name) {
@@ -24,14 +23,6 @@ FloatType float_type(const Tensor& t, const char* name) {
     default:
       fail(name, " must be float32, float16 or bfloat16");
   }
-}
-
-bool has_sizes(const Tensor& t, Sizes sizes) {
-  if (t.dim() != static_cast<int64_t>(sizes.size())) return false;
-  int64_t axis = 0;
-  for (int64_t size : sizes)
-    if (t.size(axis++) != size) return false;
-  return true;
 }
 
 // The data of a contiguous tensor of these sizes and the states' dtype.
@@ -115,7 +106,6 @@ struct ReasoningCall {
                 int64_t n_trajectories, double noise_scale, int64_t noise_seed,
                 int64_t dropout_threshold, int64_t dropout_seed)
       : dtype(search.scalar_type()) {
-    check_cpu_level();
     args.type = float_type(search, "search");
     args.shape = weights_shape(weight_tensors, 2, n_heads, dtype, weights);
     check(search.dim() == 3 && rec.dim() == 3, "search and rec must be [B, L, D]");
@@ -205,8 +195,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> cpu_latent_reasoning_bwd(
   Tensors dweights;
   for (size_t i = 0; i < weights.size(); ++i) {
     // Sets of weights beyond the steps, and a norm without an FFN, have no part in the result.
-    dweights.push_back(torch::stable::new_zeros(
-        weights[i], {weights[i].sizes().begin(), weights[i].sizes().end()}));
+    dweights.push_back(zeros_like(weights[i]));
     g.dweights[i] = dweights[i].mutable_data_ptr();
   }
   reasoning_backward(args, call.weights.data(), g, parallel);
@@ -220,7 +209,6 @@ struct EncoderCall {
               const Tensors& weight_tensors, int64_t stream, int64_t n_heads,
               int64_t dropout_threshold, int64_t dropout_seed)
       : dtype(x.scalar_type()) {
-    check_cpu_level();
     args.type = float_type(x, "x");
     args.shape = weights_shape(weight_tensors, 1, n_heads, dtype, weights);
     check(args.shape.ffn_dim > 0, "the encoder's FFN must have a width");
@@ -265,8 +253,7 @@ std::tuple<Tensor, Tensors> cpu_encode_bwd(const Tensor& dout, const Tensor& x,
   Tensors dweights;
   void* data[kEncoderWeights];
   for (size_t i = 0; i < weights.size(); ++i) {
-    dweights.push_back(torch::stable::new_zeros(
-        weights[i], {weights[i].sizes().begin(), weights[i].sizes().end()}));
+    dweights.push_back(zeros_like(weights[i]));
     data[i] = dweights[i].mutable_data_ptr();
   }
   encoder_backward(args, call.weights.data(), dout_data, dx.mutable_data_ptr(), data, parallel);

@@ -6,7 +6,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "ranking.h"
+#include "noise.h"
+#include "parallel.h"
 
 namespace lcr_fast {
 
@@ -28,15 +29,14 @@ struct ScoringArgs {
   int64_t inputs() const { return dim * (user == nullptr ? 3 : 4); }  // of the first layer
 };
 
-// Candidates of each user, rows of an item table, and the key of the head's dropout.
+// Candidates of each user: rows of an item table.
 struct CandidateArgs {
   const float* items;  // [n, dim]
   const int64_t* ids;  // [n_users, n_candidates], or [1, n_candidates] where step is 0
   int64_t step;        // n_candidates or 0
   int64_t n_candidates;
-  const int64_t* dropout_rows;  // [n_users]; read where threshold > 0
-  uint32_t threshold;           // rate in units of 2^-16
-  uint64_t seed;
+  DropoutKey dropout;           // of the head
+  const int64_t* dropout_rows;  // [n_users]; read where there is dropout
 };
 
 // scores [n_users, n_trajectories, n_candidates]

@@ -10,19 +10,15 @@
 namespace lcr_fast {
 namespace {
 
-using Tensors = std::vector<Tensor>;
-
 const float* floats(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
-  check(t.scalar_type() == ScalarType::Float && t.is_contiguous() &&
-            std::equal(t.sizes().begin(), t.sizes().end(), shape.begin(), shape.end()),
-        name, " must be contiguous float32 of a fitting shape");
+  check(t.scalar_type() == ScalarType::Float && t.is_contiguous() && has_sizes(t, shape), name,
+        " must be contiguous float32 of a fitting shape");
   return t.const_data_ptr<float>();
 }
 
 const int64_t* integers(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
-  check(t.scalar_type() == ScalarType::Long && t.is_contiguous() &&
-            std::equal(t.sizes().begin(), t.sizes().end(), shape.begin(), shape.end()),
-        name, " must be contiguous int64 of a fitting shape");
+  check(t.scalar_type() == ScalarType::Long && t.is_contiguous() && has_sizes(t, shape), name,
+        " must be contiguous int64 of a fitting shape");
   return t.const_data_ptr<int64_t>();
 }
 
@@ -38,7 +34,6 @@ const int64_t* ids_below(const Tensor& t, const char* name, std::initializer_lis
 ScoringArgs scoring_args(const Tensor& search, const Tensor& rec, const Tensor& search_lengths,
                          const Tensor& rec_lengths, const Tensor& user, const Tensor& target_weight,
                          const Tensors& mlp_weights, const Tensors& mlp_biases, bool dot) {
-  check_cpu_level();
   check(search.dim() == 4 && rec.dim() == 4, "states must be [B, N, L, D]");
   ScoringArgs args{};
   args.n_users = search.size(0);
@@ -89,8 +84,7 @@ CandidateArgs candidate_args(const ScoringArgs& args, const Tensor& items, const
   c.items = floats(items, "items", {items.size(0), args.dim});
   c.ids = ids_below(ids, "ids", {rows, c.n_candidates}, items.size(0));
   c.step = rows == args.n_users ? c.n_candidates : 0;
-  c.threshold = static_cast<uint32_t>(dropout_threshold);
-  c.seed = static_cast<uint64_t>(dropout_seed);
+  c.dropout = {static_cast<uint32_t>(dropout_threshold), static_cast<uint64_t>(dropout_seed)};
   if (dropout_threshold > 0)
     c.dropout_rows = integers(dropout_rows, "dropout_rows", {args.n_users});
   return c;
@@ -109,10 +103,6 @@ Tensor score_fwd(const Tensor& search, const Tensor& rec, const Tensor& search_l
       search, {args.n_users, args.n_trajectories, candidates.n_candidates});
   score_cpu(args, candidates, scores.mutable_data_ptr<float>(), parallel);
   return scores;
-}
-
-Tensor zeros_like(const Tensor& t) {
-  return torch::stable::new_zeros(t, std::vector<int64_t>(t.sizes().begin(), t.sizes().end()));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensors, Tensors> score_bwd(

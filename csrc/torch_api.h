@@ -37,22 +37,30 @@ namespace lcr_fast {
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <atomic>
 #include <exception>
+#include <initializer_list>
 #include <new>
+#include <vector>
 
-#include "cpu_level.h"
 #include "parallel.h"
 
 namespace lcr_fast {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
 
-inline void check_cpu_level() {
-  check(cpu_level() != -1, "LCR_FAST_CPU must be baseline, avx2, avx512 or avx512bf16");
-  check(cpu_level() != -2, "LCR_FAST_CPU names instructions that this CPU does not have");
+inline std::vector<int64_t> sizes_of(const Tensor& t) {
+  return {t.sizes().begin(), t.sizes().end()};
 }
+
+inline bool has_sizes(const Tensor& t, std::initializer_list<int64_t> sizes) {
+  return std::equal(t.sizes().begin(), t.sizes().end(), sizes.begin(), sizes.end());
+}
+
+inline Tensor zeros_like(const Tensor& t) { return torch::stable::new_zeros(t, sizes_of(t)); }
 
 // torch's threads as a Parallel. An exception would lose its message on its way through torch's C
 // functions, so the first one waits here until all tasks are over.

@@ -1,8 +1,9 @@
 // Rows of stored numbers to float32 and back, rounding to nearest even.
 #pragma once
+#include <cstdint>
 #include <cstring>
 
-#include "../reasoning.h"
+#include "../float_type.h"
 
 namespace lcr_fast {
 

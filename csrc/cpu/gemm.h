@@ -8,12 +8,14 @@
 //   C [M, N]  rows `c_row` floats apart; nothing behind column N is written
 //
 // B must be readable up to the next multiple of kLanes columns (pack() pads with zeros; scratch
-// needs kLanes floats to spare); what it holds there does not matter. Any M, N, K >= 0 and any
-// alignment. A sum over K is in order, whatever M and N, so a row does not depend on its company.
+// needs kLanes floats to spare), unless kInside; what it holds there does not matter. Any M, N, K
+// >= 0 and any alignment. A sum over K is in order, whatever M and N, so a row does not depend on
+// its company.
 //
 // Where LCR_PAIRS is defined, gemm<true> takes words for floats: K counts pairs of bfloat16, two
 // numbers of a row of A and of a column of B, whose products are added in float32.
 #pragma once
+#include "matrix.h"
 #include "simd.h"
 
 namespace lcr_fast {
@@ -21,12 +23,6 @@ namespace {
 
 // The same at every level: weights.h lays packed weights out for all of them.
 constexpr int64_t kPanel = 32;
-
-struct MatrixA {
-  const float* data;
-  int64_t row;
-  int64_t col = 1;
-};
 
 struct MatrixB {
   const float* data;
@@ -37,13 +33,6 @@ struct MatrixB {
 constexpr MatrixA transposed(const float* data, int64_t row) { return {data, 1, row}; }
 constexpr MatrixB packed(const float* data, int64_t k) { return {data, kPanel, k * kPanel}; }
 constexpr MatrixB row_major(const float* data, int64_t row) { return {data, row, kPanel}; }
-
-// What becomes of the sum: C (+)= relu(sum + bias).
-struct Epilogue {
-  const float* bias = nullptr;  // [N]
-  bool relu = false;
-  bool add = false;  // add to what C holds
-};
 
 // Floats that pack() writes for B [K, N].
 constexpr int64_t packed_size(int64_t k, int64_t n) { return round_up(n, kPanel) * k; }
@@ -81,25 +70,47 @@ LCR_INLINE Vec multiply_add(float x, Vec row, Vec sum) {
   return fma(splat(x), row, sum);
 }
 
-template <bool kPairs, int kRows, int kVecs>
-LCR_TARGET __attribute__((noinline)) void gemm_tile(const float* a, int64_t a_row, int64_t a_col,
-                                                    const float* b, int64_t b_row, int64_t k,
-                                                    float* c, int64_t c_row, int64_t width,
-                                                    const Epilogue& epilogue, int64_t column) {
+// C = A B, the sum over `k`, and what becomes of it.
+struct Product {
+  MatrixA a;
+  MatrixB b;
+  float* c;
+  int64_t c_row;
+  int64_t k;
+  Epilogue epilogue;
+};
+
+// The tile of C from `row` and `column` on, `width` columns wide.
+template <bool kPairs, bool kInside, int kRows, int kVecs>
+LCR_TARGET __attribute__((noinline)) void gemm_tile(const Product& p, int64_t row, int64_t column,
+                                                    int64_t width) {
+  const int64_t last = width - (kVecs - 1) * kLanes;  // columns of the last vector
   Vec sum[kRows][kVecs];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
     for (int j = 0; j < kVecs; ++j) sum[i][j] = Vec{};
-  for (int64_t p = 0; p < k; ++p, a += a_col, b += b_row) {
-    Vec row[kVecs];
-    for (int j = 0; j < kVecs; ++j) row[j] = load(b + j * kLanes);
+  const float* b = p.b.data + column / kPanel * p.b.panel + column % kPanel;
+  // Rows of A in threes, so that addresses need few registers: base, base + row, base + 2 row.
+  constexpr int kBases = (kRows + 2) / 3;
+  const float* base[kBases];
+  const int64_t a_row = p.a.row, a_col = p.a.col, b_row = p.b.row, k = p.k;
+#pragma GCC unroll 16
+  for (int i = 0; i < kBases; ++i) base[i] = p.a.data + (row + 3 * i) * a_row;
+  for (int64_t n = 0; n < k; ++n, b += b_row) {
+    Vec columns[kVecs];
+    for (int j = 0; j < kVecs; ++j)
+      columns[j] =
+          kInside && j + 1 == kVecs ? load_first(b + j * kLanes, last) : load(b + j * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-      const float x = a[i * a_row];
-      for (int j = 0; j < kVecs; ++j) sum[i][j] = multiply_add<kPairs>(x, row[j], sum[i][j]);
+      const float x = base[i / 3][i % 3 * a_row];
+      for (int j = 0; j < kVecs; ++j) sum[i][j] = multiply_add<kPairs>(x, columns[j], sum[i][j]);
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < kBases; ++i) base[i] += a_col;
   }
-  const int64_t last = width - (kVecs - 1) * kLanes;  // columns of the last vector
+  const Epilogue& epilogue = p.epilogue;
+  float* c = p.c + row * p.c_row + column;
   if (epilogue.bias != nullptr) {
     Vec bias[kVecs];
     for (int j = 0; j < kVecs; ++j)
@@ -108,65 +119,73 @@ LCR_TARGET __attribute__((noinline)) void gemm_tile(const float* a, int64_t a_ro
     for (int i = 0; i < kRows; ++i)
       for (int j = 0; j < kVecs; ++j) sum[i][j] += bias[j];
   }
-  if (epilogue.relu) {
+  if (epilogue.row_bias != nullptr) {
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i)
-      for (int j = 0; j < kVecs; ++j) sum[i][j] = maximum(sum[i][j], Vec{});
+      for (int j = 0; j < kVecs; ++j) sum[i][j] += epilogue.row_bias[row + i];
   }
   if (epilogue.add) {
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i)
       for (int j = 0; j < kVecs; ++j)
-        sum[i][j] += load_first(c + i * c_row + j * kLanes, j + 1 < kVecs ? kLanes : last);
+        sum[i][j] += load_first(c + i * p.c_row + j * kLanes, j + 1 < kVecs ? kLanes : last);
+  }
+  if (epilogue.relu) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i)
+      for (int j = 0; j < kVecs; ++j) sum[i][j] = maximum(Vec{}, sum[i][j]);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j + 1 < kVecs; ++j) store(c + i * c_row + j * kLanes, sum[i][j]);
-    store_first(c + i * c_row + (kVecs - 1) * kLanes, sum[i][kVecs - 1], last);
+    for (int j = 0; j + 1 < kVecs; ++j) store(c + i * p.c_row + j * kLanes, sum[i][j]);
+    store_first(c + i * p.c_row + (kVecs - 1) * kLanes, sum[i][kVecs - 1], last);
   }
 }
 
-using TileFn = void (*)(const float*, int64_t, int64_t, const float*, int64_t, int64_t, float*,
-                        int64_t, int64_t, const Epilogue&, int64_t);
+using TileFn = void (*)(const Product&, int64_t row, int64_t column, int64_t width);
 
 // The tile of `rows` rows and one or two vectors.
-template <bool kPairs>
+template <bool kPairs, bool kInside>
 constexpr TileFn kTiles[][kTileVecs] = {
     {nullptr, nullptr},
-    {gemm_tile<kPairs, 1, 1>, gemm_tile<kPairs, 1, 2>},
-    {gemm_tile<kPairs, 2, 1>, gemm_tile<kPairs, 2, 2>},
-    {gemm_tile<kPairs, 3, 1>, gemm_tile<kPairs, 3, 2>},
-    {gemm_tile<kPairs, 4, 1>, gemm_tile<kPairs, 4, 2>},
-    {gemm_tile<kPairs, 5, 1>, gemm_tile<kPairs, 5, 2>},
-    {gemm_tile<kPairs, 6, 1>, gemm_tile<kPairs, 6, 2>},
+    {gemm_tile<kPairs, kInside, 1, 1>, gemm_tile<kPairs, kInside, 1, 2>},
+    {gemm_tile<kPairs, kInside, 2, 1>, gemm_tile<kPairs, kInside, 2, 2>},
+    {gemm_tile<kPairs, kInside, 3, 1>, gemm_tile<kPairs, kInside, 3, 2>},
+    {gemm_tile<kPairs, kInside, 4, 1>, gemm_tile<kPairs, kInside, 4, 2>},
+    {gemm_tile<kPairs, kInside, 5, 1>, gemm_tile<kPairs, kInside, 5, 2>},
+    {gemm_tile<kPairs, kInside, 6, 1>, gemm_tile<kPairs, kInside, 6, 2>},
 #if LCR_BYTES == 64
-    {gemm_tile<kPairs, 7, 1>, gemm_tile<kPairs, 7, 2>},
-    {gemm_tile<kPairs, 8, 1>, gemm_tile<kPairs, 8, 2>},
-    {gemm_tile<kPairs, 9, 1>, gemm_tile<kPairs, 9, 2>},
-    {gemm_tile<kPairs, 10, 1>, gemm_tile<kPairs, 10, 2>},
-    {gemm_tile<kPairs, 11, 1>, gemm_tile<kPairs, 11, 2>},
-    {gemm_tile<kPairs, 12, 1>, gemm_tile<kPairs, 12, 2>},
+    {gemm_tile<kPairs, kInside, 7, 1>, gemm_tile<kPairs, kInside, 7, 2>},
+    {gemm_tile<kPairs, kInside, 8, 1>, gemm_tile<kPairs, kInside, 8, 2>},
+    {gemm_tile<kPairs, kInside, 9, 1>, gemm_tile<kPairs, kInside, 9, 2>},
+    {gemm_tile<kPairs, kInside, 10, 1>, gemm_tile<kPairs, kInside, 10, 2>},
+    {gemm_tile<kPairs, kInside, 11, 1>, gemm_tile<kPairs, kInside, 11, 2>},
+    {gemm_tile<kPairs, kInside, 12, 1>, gemm_tile<kPairs, kInside, 12, 2>},
 #endif
 };
 
-// Columns of B are taken one tile at a time, and for each all rows of A, in tiles of nearly equal
-// height: a tile of B stays in the first-level cache.
+// Columns of C that are made at a time, for all of its rows: a tile of B stays in the first cache.
+constexpr int64_t kTileColumns = kTileVecs * kLanes;
+
+// All `m` rows of C, from `column` on at most kTileColumns of its columns, in tiles of nearly equal
+// height. Where kInside, nothing behind those columns is read of B.
+template <bool kPairs, bool kInside>
+LCR_TARGET void gemm_columns(const Product& p, int64_t m, int64_t column, int64_t width) {
+  const int64_t n_tiles = (m + kMaxRows - 1) / kMaxRows;
+  const int64_t vecs = (width + kLanes - 1) / kLanes;
+  for (int64_t tile = 0; tile < n_tiles; ++tile) {
+    const int64_t begin = m * tile / n_tiles, end = m * (tile + 1) / n_tiles;
+    kTiles<kPairs, kInside>[end - begin][vecs - 1](p, begin, column, width);
+  }
+}
+
 template <bool kPairs = false>
 LCR_TARGET void gemm(int64_t m, int64_t n, int64_t k, const MatrixA& a, const MatrixB& b, float* c,
                      int64_t c_row, const Epilogue& epilogue = {}) {
-  const int64_t n_tiles = (m + kMaxRows - 1) / kMaxRows;
-  for (int64_t column = 0; column < n; column += kTileVecs * kLanes) {
-    const float* tile_b = b.data + column / kPanel * b.panel + column % kPanel;
-    const int64_t left = n - column;
-    const int64_t width = left < kTileVecs * kLanes ? left : kTileVecs * kLanes;
-    const int64_t vecs = (width + kLanes - 1) / kLanes;
-    for (int64_t tile = 0; tile < n_tiles; ++tile) {
-      const int64_t begin = m * tile / n_tiles, end = m * (tile + 1) / n_tiles;
-      const TileFn tile_fn = kTiles<kPairs>[end - begin][vecs - 1];
-      tile_fn(a.data + begin * a.row, a.row, a.col, tile_b, b.row, k, c + begin * c_row + column,
-              c_row, width, epilogue, column);
-    }
-  }
+  const Product p{a, b, c, c_row, k, epilogue};
+  for (int64_t column = 0; column < n; column += kTileColumns)
+    gemm_columns<kPairs, false>(p, m, column,
+                                n - column < kTileColumns ? n - column : kTileColumns);
 }
 
 }  // namespace

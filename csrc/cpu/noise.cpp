@@ -2,11 +2,29 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "../philox.h"
 
 namespace lcr_fast {
 namespace {
+
+constexpr int kLanes = 8;  // counters side by side, so that the compiler vectorises the rounds
+
+// The words of the counters (first, first + 1, ...; position, source, row).
+__attribute__((target_clones("avx512f", "avx2", "default"))) void words_from(
+    uint32_t first, uint32_t position, uint32_t source, uint32_t row, uint64_t seed,
+    uint32_t (&words)[4][kLanes]) {
+  uint32_t counter[4][kLanes];
+  for (uint32_t i = 0; i < kLanes; ++i) {
+    counter[0][i] = first + i;
+    counter[1][i] = position;
+    counter[2][i] = source;
+    counter[3][i] = row;
+  }
+  philox(counter, seed);
+  std::memcpy(words, counter, sizeof words);
+}
 
 constexpr float kTwoPi = 6.28318530717958647692f;
 
@@ -27,12 +45,15 @@ void normal_noise_rows(uint64_t seed, int64_t row, int64_t trajectory, int64_t s
   const auto source = static_cast<uint32_t>(2 * trajectory + stream);
   for (int64_t position = 0; position < length; ++position, out += out_row) {
     for (int64_t d = 0; d < dim; d += 4) {
-      const Words words = philox({static_cast<uint32_t>(d / 4), static_cast<uint32_t>(position),
-                                  source, static_cast<uint32_t>(row)},
-                                 seed);
+      // One counter at a time: its rounds hide behind the logarithms of the one before.
+      uint32_t words[4][1] = {{static_cast<uint32_t>(d / 4)},
+                              {static_cast<uint32_t>(position)},
+                              {source},
+                              {static_cast<uint32_t>(row)}};
+      philox(words, seed);
       float quad[4];
-      box_muller(words[0], words[1], quad);
-      box_muller(words[2], words[3], quad + 2);
+      box_muller(words[0][0], words[1][0], quad);
+      box_muller(words[2][0], words[3][0], quad + 2);
       std::copy_n(quad, std::min<int64_t>(4, dim - d), out + d);
     }
   }
@@ -45,60 +66,21 @@ void normal_noise_cpu(const NoiseArgs& args, int64_t begin, int64_t end) {
                       args.out + block * args.length * args.dim, args.dim);
 }
 
-namespace {
-
-constexpr int kLanes = 8;  // counters side by side, so that the compiler vectorises the rounds
-
-// Philox for the counters (first, first + 1, ..., position, site, row).
-__attribute__((target_clones("avx512f", "avx2", "default"))) void philox_lanes(
-    uint32_t first, uint32_t position, uint32_t site, uint32_t row, uint64_t seed,
-    uint32_t (&words)[4][kLanes]) {
-  uint32_t c0[kLanes], c1[kLanes], c2[kLanes], c3[kLanes];
-  for (int i = 0; i < kLanes; ++i) {
-    c0[i] = first + static_cast<uint32_t>(i);
-    c1[i] = position;
-    c2[i] = site;
-    c3[i] = row;
-  }
-  uint32_t key0 = static_cast<uint32_t>(seed);
-  uint32_t key1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    for (int i = 0; i < kLanes; ++i) {
-      const uint64_t p0 = uint64_t{kPhiloxMultiplier0} * c0[i];
-      const uint64_t p1 = uint64_t{kPhiloxMultiplier1} * c2[i];
-      c0[i] = static_cast<uint32_t>(p1 >> 32) ^ c1[i] ^ key0;
-      c2[i] = static_cast<uint32_t>(p0 >> 32) ^ c3[i] ^ key1;
-      c1[i] = static_cast<uint32_t>(p1);
-      c3[i] = static_cast<uint32_t>(p0);
-    }
-    key0 += kPhiloxWeyl0;
-    key1 += kPhiloxWeyl1;
-  }
-  std::copy_n(c0, kLanes, words[0]);
-  std::copy_n(c1, kLanes, words[1]);
-  std::copy_n(c2, kLanes, words[2]);
-  std::copy_n(c3, kLanes, words[3]);
-}
-
-}  // namespace
-
-void dropout_mask_rows(uint64_t seed, int64_t row, int64_t site, uint32_t threshold, int64_t length,
+void dropout_mask_rows(const DropoutKey& key, int64_t row, int64_t site, int64_t length,
                        int64_t dim, float* out, int64_t out_row) {
-  constexpr uint32_t kDropoutSites = uint32_t{1} << 31;
   constexpr int64_t kPerCall = 8 * kLanes;
-  const float kept = 65536.0f / static_cast<float>(65536 - threshold);
+  const float kept = keep_scale(key.threshold);
   uint32_t words[4][kLanes];
   float block[kPerCall];
   for (int64_t position = 0; position < length; ++position, out += out_row) {
     for (int64_t d = 0; d < dim; d += kPerCall) {
-      philox_lanes(static_cast<uint32_t>(d / 8), static_cast<uint32_t>(position),
-                   kDropoutSites + static_cast<uint32_t>(site), static_cast<uint32_t>(row), seed,
-                   words);
+      words_from(static_cast<uint32_t>(d / 8), static_cast<uint32_t>(position), site_word(site),
+                 static_cast<uint32_t>(row), key.seed, words);
       for (int lane = 0; lane < kLanes; ++lane) {
         for (int w = 0; w < 4; ++w) {
           const uint32_t word = words[w][lane];
-          block[8 * lane + 2 * w] = (word & 0xFFFF) >= threshold ? kept : 0.0f;
-          block[8 * lane + 2 * w + 1] = (word >> 16) >= threshold ? kept : 0.0f;
+          block[8 * lane + 2 * w] = (word & 0xFFFF) >= key.threshold ? kept : 0.0f;
+          block[8 * lane + 2 * w + 1] = (word >> 16) >= key.threshold ? kept : 0.0f;
         }
       }
       std::copy_n(block, std::min<int64_t>(kPerCall, dim - d), out + d);
@@ -108,9 +90,8 @@ void dropout_mask_rows(uint64_t seed, int64_t row, int64_t site, uint32_t thresh
 
 void dropout_masks_cpu(const DropoutArgs& args, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b)
-    dropout_mask_rows(args.seed, args.rows[b % args.n_rows], args.first_site + b / args.n_rows,
-                      args.threshold, args.length, args.dim, args.out + b * args.length * args.dim,
-                      args.dim);
+    dropout_mask_rows(args.key, args.rows[b % args.n_rows], args.first_site + b / args.n_rows,
+                      args.length, args.dim, args.out + b * args.length * args.dim, args.dim);
 }
 
 }  // namespace lcr_fast

@@ -18,12 +18,15 @@ namespace {
 // The kernels of a call whose states have this type.
 const ReasoningKernels& kernels_of(FloatType type) {
 #if defined(__x86_64__)
-  if (cpu_level() == 3 && type == FloatType::kBFloat16) return kReasoningAvx512Bf16;
-  if (cpu_level() >= 2) return kReasoningAvx512;
-  if (cpu_level() == 1) return kReasoningAvx2;
+  const CpuLevel level = cpu_level();
+  if (level >= CpuLevel::kAvx512Bf16 && type == FloatType::kBFloat16) return kReasoningAvx512Bf16;
+  if (level >= CpuLevel::kAvx512) return kReasoningAvx512;
+  if (level >= CpuLevel::kAvx2) return kReasoningAvx2;
 #endif
   return kReasoningBaseline;
 }
+
+static_assert(kReasoningWeights <= kMaxWeights && kEncoderWeights <= kMaxWeights);
 
 struct FreeAligned {
   void operator()(float* p) const { std::free(p); }
@@ -204,7 +207,7 @@ void reasoning_forward(const ReasoningArgs& args, const WeightArg* weights,
                        const ReasoningResults& results, int64_t n_threads,
                        const Parallel& parallel) {
   const ReasoningKernels& kernels = kernels_of(args.type);
-  const PackedWeights made = pack_weights(block_spec(args.shape, 2), reasoning_blocks(args.shape),
+  const PackedWeights made = pack_weights(spec_of(args.shape, 2), reasoning_blocks(args.shape),
                                           args.shape.n_sets, weights, kernels, false, parallel);
   const float* packed = made.forward.get();
   const int64_t n_items = args.n_users * args.n_trajectories, n_parts = 2 * args.n_steps;
@@ -232,8 +235,8 @@ void reasoning_backward(const ReasoningArgs& args, const WeightArg* weights,
                         const ReasoningGradients& gradients, const Parallel& parallel) {
   const TransformerShape& shape = args.shape;
   const ReasoningKernels& kernels = kernels_of(args.type);
-  GradientSums sums(block_spec(shape, 2), reasoning_blocks(shape), shape.n_sets, weights,
-                    args.n_users, kernels, parallel);
+  GradientSums sums(spec_of(shape, 2), reasoning_blocks(shape), shape.n_sets, weights, args.n_users,
+                    kernels, parallel);
   const int64_t size = kernels.backward_scratch(args);
   sums.run(parallel, [&](const BackwardWeights& w, int64_t user) {
     kernels.backward(args, w, gradients, user, thread_scratch(size));
@@ -247,7 +250,7 @@ void encoder_forward(const EncoderArgs& args, const WeightArg* weights, void* ou
                      const Parallel& parallel) {
   const ReasoningKernels& kernels = kernels_of(args.type);
   const PackedWeights packed =
-      pack_weights(block_spec(args.shape, 1), encoder_blocks(args.shape, args.stream),
+      pack_weights(spec_of(args.shape, 1), encoder_blocks(args.shape, args.stream),
                    args.shape.n_sets, weights, kernels, false, parallel);
   const int64_t size = kernels.encoder_scratch(args);
   parallel(args.n_users, [&](int64_t begin, int64_t end) {
@@ -260,7 +263,7 @@ void encoder_backward(const EncoderArgs& args, const WeightArg* weights, const v
                       void* const* dweights, const Parallel& parallel) {
   const TransformerShape& shape = args.shape;
   const ReasoningKernels& kernels = kernels_of(args.type);
-  GradientSums sums(block_spec(shape, 1), encoder_blocks(shape, args.stream), shape.n_sets, weights,
+  GradientSums sums(spec_of(shape, 1), encoder_blocks(shape, args.stream), shape.n_sets, weights,
                     args.n_users, kernels, parallel);
   const int64_t size = kernels.encoder_backward_scratch(args);
   sums.run(parallel, [&](const BackwardWeights& w, int64_t user) {

@@ -4,6 +4,7 @@
 // exports one table of functions.
 #pragma once
 #include "../noise.h"
+#include "../reasoning.h"
 #include "convert.h"
 #include "weights.h"
 
@@ -44,10 +45,9 @@ extern const ReasoningKernels kReasoningAvx2;
 extern const ReasoningKernels kReasoningAvx512;
 extern const ReasoningKernels kReasoningAvx512Bf16;
 
-// Where the dropout layers of each part start: see lcr_fast/ops/noise.py.
-constexpr int64_t kStreamSites = 1 << 12;
-constexpr int64_t kEncoderSites = 0;
-constexpr int64_t kReasoningSites = 1 << 13;
+inline BlockSpec spec_of(const TransformerShape& shape, int n_attentions) {
+  return block_spec(shape.dim, shape.ffn_dim, n_attentions);
+}
 
 }  // namespace lcr_fast
 
@@ -102,7 +102,7 @@ NormTape norm_tape(Arena& arena, const Dims& dims, int64_t m, bool keep, bool dr
 class Blocks {
  public:
   Blocks(const TransformerShape& shape, int n_attentions, const BackwardWeights& weights)
-      : spec_(block_spec(shape, n_attentions)),
+      : spec_(spec_of(shape, n_attentions)),
         forward_at_(forward_layout(spec_)),
         backward_at_(backward_layout(spec_)),
         gradient_at_(gradient_layout(spec_)),
@@ -332,9 +332,9 @@ class Reasoning {
   void draw_masks(int64_t k, int x) {
     if (args_.dropout.threshold == 0) return;
     for (int i = 0; i < (dims_.ffn > 0 ? 3 : 2); ++i)
-      dropout_mask_rows(args_.dropout.seed, args_.rows[user_],
-                        kReasoningSites + x * kStreamSites + 3 * k + i, args_.dropout.threshold,
-                        streams_[x].m, dims_.dim, streams_[x].norm[i].mask, dims_.stride);
+      dropout_mask_rows(args_.dropout, args_.rows[user_],
+                        kReasoningSites + x * kStreamSites + 3 * k + i, streams_[x].m, dims_.dim,
+                        streams_[x].norm[i].mask, dims_.stride);
   }
 
   const ReasoningArgs& args_;
@@ -566,9 +566,9 @@ LCR_TARGET void encode_layer(const EncoderArgs& args, const Dims& dims, const Bl
   const int64_t m = args.lengths[user];
   if (args.dropout.threshold > 0)
     for (int part = 0; part < 2; ++part)
-      dropout_mask_rows(args.dropout.seed, args.rows[user],
-                        kEncoderSites + args.stream * kStreamSites + 2 * i + part,
-                        args.dropout.threshold, m, dims.dim, layer.norm[part].mask, dims.stride);
+      dropout_mask_rows(args.dropout, args.rows[user],
+                        kEncoderSites + args.stream * kStreamSites + 2 * i + part, m, dims.dim,
+                        layer.norm[part].mask, dims.stride);
   self_attend(dims, w, m, {layer.h, layer.a, layer.update, layer.self, layer.norm[0]});
   feed_forward(dims, w, kEncoderFfn, 1, m, layer.a, layer.hidden, layer.update, layer.self.operands,
                layer.out, layer.norm[1]);

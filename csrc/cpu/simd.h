@@ -72,6 +72,7 @@ LCR_INLINE Vec select(IntVec mask, Vec yes, Vec no) {
   return (Vec)((mask & (IntVec)yes) | (~mask & (IntVec)no));
 }
 
+// The larger of both; b where one is NaN or both are 0.
 LCR_INLINE Vec maximum(Vec a, Vec b) {
 #if LCR_BYTES == 64 && defined(__x86_64__)
   return (Vec)_mm512_mask_max_ps((__m512)a, 0xffff, (__m512)a, (__m512)b);  // all lanes
@@ -157,9 +158,10 @@ LCR_INLINE void transpose_block(Vec (&rows)[kLanes]) {
 }
 
 // out[c][r] = in[r][c]: `in` [n_rows, n_cols] with rows `in_row` floats apart, `out` likewise.
-// Columns of `out` up to the next multiple of kLanes become 0.
-[[maybe_unused]] LCR_TARGET void transpose(const float* in, int64_t in_row, int64_t n_rows,
-                                           int64_t n_cols, float* out, int64_t out_row) {
+// Columns of `out` up to the next multiple of kLanes become 0 or, where kInside, stay as they are.
+template <bool kInside = false>
+LCR_TARGET void transpose(const float* in, int64_t in_row, int64_t n_rows, int64_t n_cols,
+                          float* out, int64_t out_row) {
   for (int64_t r = 0; r < n_rows; r += kLanes) {
     const int64_t n_r = n_rows - r < kLanes ? n_rows - r : kLanes;
     for (int64_t c = 0; c < n_cols; c += kLanes) {
@@ -169,7 +171,13 @@ LCR_INLINE void transpose_block(Vec (&rows)[kLanes]) {
       for (int64_t i = 0; i < kLanes; ++i)
         block[i] = i < n_r ? load_first(in + (r + i) * in_row + c, n_c) : Vec{};
       transpose_block(block);
-      for (int64_t i = 0; i < n_c; ++i) store(out + (c + i) * out_row + r, block[i]);
+      for (int64_t i = 0; i < n_c; ++i) {
+        float* row = out + (c + i) * out_row + r;
+        if (kInside)
+          store_first(row, block[i], n_r);
+        else
+          store(row, block[i]);
+      }
     }
   }
 }

@@ -4,6 +4,7 @@
 // hidden activations `ffn_stride`; both are multiples of 16. What stands in the columns between
 // width and stride does not matter. "add" in a name means that the result is added.
 #pragma once
+#include "../reasoning.h"
 #include "operands.h"
 #include "rows.h"
 #include "weights.h"

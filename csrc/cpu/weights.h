@@ -4,13 +4,11 @@
 #pragma once
 #include <cstdint>
 
-#include "../reasoning.h"
-
 namespace lcr_fast {
 
 constexpr int kMaxLinears = 10;
 constexpr int kMaxNorms = 3;
-constexpr int kMaxWeights = kReasoningWeights;
+constexpr int kMaxWeights = 14;
 
 // The linears of attention i are 4 i + one of these; the FFN's two follow the attentions'.
 enum AttentionLinear { kQuery, kKey, kValue, kOut };
@@ -33,8 +31,8 @@ struct BlockSpec {
   int64_t dim;
 };
 
-inline BlockSpec block_spec(const TransformerShape& shape, int n_attentions) {
-  const int64_t dim = shape.dim, ffn = shape.ffn_dim;
+// Width `dim`; `ffn` 0 means no FFN.
+inline BlockSpec block_spec(int64_t dim, int64_t ffn, int n_attentions) {
   BlockSpec spec{};
   for (int attention = 0; attention < n_attentions; ++attention) {
     const int tensor = 4 * attention;

@@ -1,0 +1,117 @@
+// One tile of columns (candidates), the unit of work of every scoring op; the loops over numbers
+// are in scoring_kernels.h.
+//
+// With G_x = H_x W1_x^T the first layer of the head is sum_x alpha_x G_x + (item and user part), so
+// that a long list of candidates never meets the wide input of the MLP; likewise P_x = H_x W_x
+// gives the attention's logits from the bare item vectors. Both are made once a user where that
+// costs less.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "../scoring.h"
+#include "scoring_kernels.h"
+
+namespace lcr_fast {
+
+constexpr int kSearch = 0, kRec = 1;
+// Columns of a tile: 7 vectors of AVX-512. An odd number of cache lines a row spreads over all
+// sets of the first cache.
+constexpr int64_t kColumns = 112;
+constexpr int64_t kFoldBytes = 16 << 20;  // folded histories kept at a time
+constexpr Epilogue kAdd{.add = true};
+
+using Buffer = std::vector<float>;
+
+// One call's weights, and how its histories are folded.
+struct ScoringNet {
+  ScoringNet(const ScoringArgs& args, bool fold_keys, bool fold_layer);
+
+  const float* states(int x, int64_t b, int64_t n) const {
+    return a.states[x] + (b * a.n_trajectories + n) * a.size[x] * dim;
+  }
+  int64_t length(int x, int64_t b) const { return a.lengths[x][b]; }
+  // Rows of W1^T that meet z_x: the recommendation stream comes first.
+  int64_t place(int x) const { return x == kRec ? 0 : dim; }
+
+  // Folded histories, per user and trajectory: P_s, P_r, then G_s, G_r.
+  int64_t key_floats() const { return fold_keys ? (a.size[0] + a.size[1]) * dim : 0; }
+  int64_t fold_floats() const {
+    return key_floats() + (fold_layer ? (a.size[0] + a.size[1]) * hidden : 0);
+  }
+  const float* keys(const float* folded, int x) const {
+    return folded + (x == kRec ? a.size[0] * dim : 0);
+  }
+  const float* layer(const float* folded, int x) const {
+    return folded + key_floats() + (x == kRec ? a.size[0] * hidden : 0);
+  }
+
+  // The folded history of one user and trajectory.
+  void fold(int64_t b, int64_t n, float* folded) const;
+  // What every candidate of a user gets in the first layer: b1 + W1_u e_u.
+  void user_bias(int64_t b, float* out) const;
+
+  const ScoringArgs& a;
+  const ScoringKernels& k;
+  const int64_t dim;
+  const bool mlp;
+  const bool dot;
+  const int64_t hidden;
+  const int64_t inputs;
+  const bool fold_keys, fold_layer;
+  Buffer first_transposed;  // [inputs, hidden]
+};
+
+// The columns of a tile that belong to one user.
+struct Segment {
+  int64_t user;
+  int64_t begin;
+  int64_t size;
+  const float* bias;    // [hidden] user part of the first layer
+  const float* folded;  // of the trajectory at hand
+};
+
+// Room for the intermediates of one tile of `ld` columns.
+struct TileWork {
+  TileWork(const ScoringNet& net, int64_t ld);
+  const float* scores() const { return layers.back().data(); }
+
+  int64_t ld;
+  Buffer alpha[2];             // [size, ld]
+  Buffer pooled;               // [2 dim, ld] z_r, z_s
+  Buffer products;             // [size, ld] H_x e, of the dot product
+  std::vector<Buffer> layers;  // [width, ld] after ReLU and dropout
+};
+
+// What the items of a tile contribute, whoever the user is.
+struct TileItems {
+  const float* transposed;  // [dim, ld]
+  const float* keys[2];     // [dim, ld] W_x e; unless keys are folded
+  const float* first;       // [hidden, ld] W1_e e
+};
+
+// Fill `et` [dim, ld], `keys` [dim, ld] unless they are folded, and `first` [hidden, ld].
+void prepare_items(const ScoringNet& net, const float* const* rows, int64_t n, int64_t ld,
+                   float* et, float* const keys[2], float* first);
+
+// Scores of one trajectory for a tile of columns. All intermediates stay in `work`.
+void score_tile(const ScoringNet& net, const Segment* segments, int64_t n_segments, int64_t n,
+                int64_t trajectory, int64_t first_column, const TileItems& items,
+                const CandidateArgs* candidates, TileWork& work);
+
+// How the columns of a call are cut: several short lists in a tile, or a long one in several.
+struct ColumnCut {
+  ColumnCut(int64_t n_users, int64_t n_candidates);
+
+  int64_t users;    // of a group
+  int64_t columns;  // of one user in a tile
+  int64_t n_tiles;
+  int64_t n_groups;
+  int64_t ld;
+};
+
+// Row pointers of the items in columns [c0, c1) of users [b0, b1).
+void item_rows(const CandidateArgs& candidates, int64_t dim, int64_t b0, int64_t b1, int64_t c0,
+               int64_t c1, std::vector<const float*>& rows);
+
+}  // namespace lcr_fast
