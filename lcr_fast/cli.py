@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lcr-fast {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_prepare(commands)
+    _add_inspect(commands)
     _add_train(commands)
     _add_evaluate(commands)
     _add_baselines(commands)
@@ -179,6 +180,23 @@ def _add_prepare(commands: Any) -> None:
         "--targets", nargs="+", metavar="ACTION",
         help="of synerise and ubi: the actions that may be predicted; default: carts, or clicks",
     )  # fmt: skip
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = _command(
+        commands, "inspect", _inspect, "say what prepared data hold, and what may mislead",
+        "Print sizes, spans, histories, repeats, ties, coverage, leakage in time and what the "
+        "streams share, and warn of what makes results mean little.",
+    )  # fmt: skip
+    parser.add_argument("data", metavar="DATA", type=Path, help="prepared data")
+    parser.add_argument("--split", choices=("valid", "test"), default="test")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from lcr_fast.data.prepared import PreparedData
+    from lcr_fast.report.facts import fact_table, facts_of
+
+    print(fact_table(facts_of(PreparedData.open(arguments.data), arguments.split)))
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
