@@ -1,5 +1,10 @@
 // Operator schemas and dispatch, on the LibTorch stable ABI only: one binary serves
 // torch 2.10 and later, and Python 3.10 and later.
+//
+// An operator has one definer, the language that implements it: here `m.def`, in Python those of the
+// Triton kernels. So a program without Python that loads this library, such as one that runs an
+// exported model, finds every operator of it with its schema. Python defines none of these; it reads
+// them, and does not use a library whose schemas differ from its own calls (lcr_fast/ops/_op.py).
 #include <Python.h>
 
 #include "noise.h"

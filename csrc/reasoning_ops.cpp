@@ -144,13 +144,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_latent_reasoning_fwd(
     const Tensor& search, const Tensor& rec, const Tensor& search_lengths,
     const Tensor& rec_lengths, const Tensor& rows, const Tensor& target_keys, Tensors weights,
     int64_t steps, int64_t n_heads, int64_t n_trajectories, double noise_scale, int64_t noise_seed,
-    int64_t dropout_threshold, int64_t dropout_seed, bool save_states) {
+    int64_t dropout_threshold, int64_t dropout_seed, bool save) {
   const ReasoningCall call(search, rec, search_lengths, rec_lengths, rows, target_keys, weights,
                            steps, n_heads, n_trajectories, noise_scale, noise_seed,
                            dropout_threshold, dropout_seed);
   const ReasoningArgs& args = call.args;
   const int64_t B = args.n_users, N = n_trajectories, D = args.shape.dim;
-  const int64_t n_saved = save_states ? steps - 1 : 0;
+  const int64_t n_saved = save ? steps - 1 : 0;
   ReasoningResults results{};
   const auto create = [&](std::vector<int64_t> sizes, void*& data) {
     Tensor t = torch::stable::new_empty(search, sizes, call.dtype);
@@ -267,7 +267,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lcr_fast, m) {
       "cpu_latent_reasoning_fwd(Tensor search, Tensor rec, Tensor search_lengths,"
       " Tensor rec_lengths, Tensor rows, Tensor target_keys, Tensor[] weights, int steps,"
       " int n_heads, int n_trajectories, float noise_scale, int noise_seed, int dropout_threshold,"
-      " int dropout_seed, bool save_states)"
+      " int dropout_seed, bool save)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "cpu_latent_reasoning_bwd(Tensor dsearch_out, Tensor drec_out, Tensor dpooled,"

@@ -44,7 +44,8 @@ class Backend(NamedTuple):
     prefix: str  # of its registered passes: lcr_fast::<prefix><op>
     devices: tuple[str, ...]  # where ``auto`` prefers it to the reference
     obstacle: Callable[[Any], str | None]  # of a case: None, or why it cannot be served
-    launchers: Sequence[Callable[..., Any]] = ()  # of each pass; none: the C++ extension has them
+    # Of each pass. None: C++ defines and implements them, for programs without Python too.
+    launchers: Sequence[Callable[..., Any]] = ()
 
 
 def kernel(module: str, name: str) -> Callable[..., Any]:
@@ -110,6 +111,7 @@ class Op:
                 f"{name}_bwd": (backward, self._fake_backward),
             }
         self._prefixes: dict[str, str] = {}
+        self._outdated: set[str] = set()
         # Looked up once: torch.compile cannot trace the question.
         self._built: dict[tuple[str, str], bool] = {}
         for backend in backends:
@@ -126,6 +128,11 @@ class Op:
                 for device in built:  # cpu: kernels may be interpreted
                     _LIBRARY.impl(name, backend.launchers[i], device.upper())
             built = {device for device in built if has_kernel(name, device)}
+            if built and not backend.launchers:
+                defined = getattr(torch.ops.lcr_fast, name).default._schema
+                if defined != torch._C.parse_schema(f"lcr_fast::{name}{schema}"):
+                    self._outdated.add(backend.name)
+                    built = set()
             if built:
                 torch.library.register_fake(f"lcr_fast::{name}", fake)
         self._built |= {(backend.name, device): device in built for device in ("cpu", "cuda")}
@@ -155,6 +162,8 @@ class Op:
                 return f"it needs {' or '.join(map(str.upper, backend.devices))} tensors"
             if (error := extension_error()) is not None:
                 return f"the C++ extension is not built ({error})"
+            if backend.name in self._outdated:
+                return "the C++ extension was built from other sources: build it again"
             if not self._built[backend.name, case.device]:
                 return f"the C++ extension was built without it for {case.device.upper()} tensors"
         return backend.obstacle(case)
