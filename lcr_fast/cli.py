@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_compare(commands)
     _add_recommend(commands)
     _add_extend(commands)
+    _add_export(commands)
     _add_study(commands)
     _add_bench_report(commands)
     return parser
@@ -403,6 +404,22 @@ def _add_extend(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", type=Path, help="a model.safetensors")
     parser.add_argument("--data", type=Path, required=True, help="prepared data with more ids")
     parser.add_argument("-o", "--out", type=Path, required=True, help="file to write, a new one")
+
+
+def _add_export(commands: Any) -> None:
+    parser = _command(
+        commands, "export", _export, "write a model as a program for another engine",
+        "Write what scores candidates, or with -k finds the best items of the catalogue, for any "
+        "number of users: pt2 for torch.export.load, aoti compiled for processes without Python, "
+        "onnx for other engines.",
+    )  # fmt: skip
+    parser.add_argument("model", metavar="MODEL", type=Path, help="a model.safetensors")
+    parser.add_argument("--format", choices=("pt2", "aoti", "onnx"), default="pt2")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="file to write")
+    parser.add_argument("-k", type=int, help="find K items a user; default: score candidates")
+    parser.add_argument("--data", type=Path, help="prepared data, of a model with text vectors")
+    _add_any_data(parser, "use the model although it was trained on other data")
+    _add_run_options(parser)
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -773,6 +790,23 @@ def _extend(arguments: argparse.Namespace) -> None:
         old, new = (getattr(m.config, f"n_{name}") for m in (model, extended))
         print(f"{name}: {old:,} + {new - old:,}")
     print(f"model: {arguments.out}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from lcr_fast import export
+    from lcr_fast.data.prepared import PreparedData
+    from lcr_fast.model import LCRSER
+    from lcr_fast.training.models import load_model
+
+    _set_threads(arguments)
+    options: dict[str, Any] = {"device": arguments.device, "backend": arguments.backend}
+    if arguments.data:
+        data = PreparedData.open(arguments.data)
+        model = load_model(arguments.model, data, any_data=arguments.any_data, **options)
+    else:
+        model = LCRSER.load(arguments.model, **options)
+    export.save(model, arguments.out, arguments.format, k=arguments.k)
+    print(f"{arguments.format}: {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -40,8 +40,8 @@ TINY = [
     *("--max-search-len", "4", "--max-rec-len", "5", "--schedule", "constant"),
 ]
 COMMANDS = (
-    "prepare", "train", "evaluate", "baselines", "compare", "recommend", "extend", "study",
-    "bench-report",
+    "prepare", "train", "evaluate", "baselines", "compare", "recommend", "extend", "export",
+    "study", "bench-report",
 )  # fmt: skip
 SERIES = (*TITLES, *VARIANTS)
 
@@ -109,6 +109,7 @@ def test_help_lists_the_commands(capsys):
         ("compare", "than metric any-data csv"),
         ("recommend", "data any-data users device backend threads"),
         ("extend", "data out"),
+        ("export", "format out data any-data device backend threads"),
     ],
 )
 def test_help_names_every_flag(capsys, command, flags):
