@@ -150,7 +150,8 @@ def save(model: LCRSER, path: str | Path, format: Format = "pt2", *, k: int | No
       processes without Python, which pass the tensors of a Batch in the order of its fields
       (``examples/aoti``).
     - ``onnx``: operator set ``OPSET``, on the reference whatever the model's backend, scores of
-      candidates alone. Inputs are named as the fields of a Batch, the output ``scores``.
+      candidates alone. Inputs are named as the fields of a Batch, the output ``scores``. Empty
+      axes are padded by the caller: at least one event, term and click.
 
     Raises ValueError where :func:`program` does, and for a format that cannot hold the model.
     """

@@ -1,10 +1,16 @@
 """Programs: torch.export gives a model's bits for every size, AOTInductor and ONNX its scores."""
 
+import dataclasses
 import importlib.util
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.cpp_extension import get_cxx_compiler, include_paths, library_paths
 
+import lcr_fast._C
 from lcr_fast import cli, export
 from lcr_fast.config import LCRConfig
 from lcr_fast.testing import assert_parity, random_batch, random_model
@@ -13,6 +19,7 @@ SIZES = {"n_items": 60, "n_users": 9, "n_terms": 20, "n_queries": 11}
 CONFIG = LCRConfig(
     **SIZES, dim=32, steps=2, max_search_len=4, max_rec_len=5, max_clicks=2, mlp_hidden=(16, 8)
 )
+EXAMPLE = Path(__file__).parents[1] / "examples" / "score.cpp"
 # (B, C): one, none, and more of either than a program was traced with.
 SHAPES = ((4, 7), (1, 1), (0, 3), (3, 0), (9, 40))
 BACKENDS = [
@@ -27,13 +34,14 @@ def make(backend: str, dtype=torch.float32, **changes):
     return random_model(config, torch.Generator().manual_seed(0), dtype)
 
 
-def batches(config: LCRConfig, shapes=SHAPES):
-    """Draw batches of all shapes, with histories as long as can be, shorter, and of one event."""
+def batches(config: LCRConfig, lengths=(0, 1, 3)):
+    """Draw batches of all shapes, their histories as long as can be, and of these lengths."""
     generator = torch.Generator().manual_seed(1)
-    for n_users, n_candidates in shapes:
+    for i, (n_users, n_candidates) in enumerate(SHAPES):
         batch = random_batch(config, n_users, n_candidates, generator)
         yield batch
-        for length in (0, 1, 3):
+        # Each length with each number of users would be more of the same.
+        for length in lengths if i < 2 else lengths[:1]:
             yield batch.replace(
                 rec_items=batch.rec_items[:, :length],
                 rec_lengths=batch.rec_lengths.clamp(max=length),
@@ -144,8 +152,52 @@ def test_onnx_runtime_scores_alike_for_every_size(tmp_path):
     session = onnxruntime.InferenceSession(path)
     eager = make("reference")
     exact = make("reference").double()
-    for batch in batches(model.config):
+    for batch in batches(model.config, lengths=(1, 3)):
         feed = {i.name: getattr(batch, i.name).numpy() for i in session.get_inputs()}
         (scores,) = session.run(["scores"], feed)
         with torch.no_grad():
             assert_parity("scores", torch.from_numpy(scores), eager(batch), exact(batch))
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """Compile a model; return it and the package."""
+    if shutil.which(get_cxx_compiler()) is None:
+        pytest.skip("needs a C++ compiler")
+    model, path = make("cpp"), tmp_path_factory.mktemp("aoti") / "scorer.pt2"
+    export.save(model, path, "aoti")
+    return model, path
+
+
+@pytest.mark.full
+def test_a_compiled_program_scores_alike_for_every_size(package):
+    model, path = package
+    scorer, exact = export.load(path, "aoti"), make("reference").double()
+    with torch.no_grad():
+        for batch in batches(model.config):
+            assert_parity("scores", scorer(batch), model(batch), exact(batch))
+
+
+@pytest.mark.full
+def test_a_compiled_program_runs_without_python(package, tmp_path):
+    """The C++ example finds the schemas of our operators in their library, not in Python."""
+    model, path = package
+    binary, file = tmp_path / "score", tmp_path / "batch.pt"
+    command = [get_cxx_compiler(), "-std=c++20", str(EXAMPLE), "-o", str(binary)]
+    command += [f"-I{folder}" for folder in include_paths()]
+    for folder in library_paths():
+        command += [f"-L{folder}", f"-Wl,-rpath,{folder}"]
+    subprocess.run([*command, "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"], check=True)
+    batch = next(batches(model.config))
+    torch.save([getattr(batch, field.name) for field in dataclasses.fields(batch)], file)
+
+    def run(*arguments):
+        return subprocess.run([binary, *arguments], capture_output=True, text=True)
+
+    ran = run(path, lcr_fast._C.__file__, file)
+    assert ran.returncode == 0, ran.stderr
+    scores = [[float(word) for word in line.split()] for line in ran.stdout.splitlines()]
+    with torch.no_grad():
+        assert torch.equal(torch.tensor(scores), export.load(path, "aoti")(batch))
+    assert run(path, tmp_path / "missing.so", file).returncode == 1
+    assert run(path, lcr_fast._C.__file__, tmp_path / "missing.pt").returncode == 1
