@@ -45,9 +45,10 @@ class Batch:
                 raise ValueError(
                     f"{name} must have {n_dims} dimensions, got shape {list(tensor.shape)}"
                 )
-            if tensor.shape[0] != len(self.user):
+            # Not len(): that is a number even where torch.export traces a size.
+            if tensor.shape[0] != self.user.shape[0]:
                 raise ValueError(
-                    f"{name} has {tensor.shape[0]} rows, but user has {len(self.user)}"
+                    f"{name} has {tensor.shape[0]} rows, but user has {self.user.shape[0]}"
                 )
         for name in ("search_terms", "search_clicks"):
             length = getattr(self, name).shape[1]

@@ -92,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_compare(commands)
     _add_recommend(commands)
     _add_extend(commands)
+    _add_export(commands)
+    _add_serve(commands)
     _add_study(commands)
     _add_bench_report(commands)
     return parser
@@ -403,6 +405,39 @@ def _add_extend(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", type=Path, help="a model.safetensors")
     parser.add_argument("--data", type=Path, required=True, help="prepared data with more ids")
     parser.add_argument("-o", "--out", type=Path, required=True, help="file to write, a new one")
+
+
+def _add_export(commands: Any) -> None:
+    parser = _command(
+        commands, "export", _export, "write a model as a program for another engine",
+        "Write what scores candidates, or with -k finds the best items of the catalogue, for any "
+        "number of users: pt2 for torch.export.load, aoti compiled for processes without Python, "
+        "onnx for other engines.",
+    )  # fmt: skip
+    parser.add_argument("model", metavar="MODEL", type=Path, help="a model.safetensors")
+    parser.add_argument("--format", choices=("pt2", "aoti", "onnx"), default="pt2")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="file to write")
+    parser.add_argument("-k", type=int, help="find K items a user; default: score candidates")
+    parser.add_argument("--data", type=Path, help="prepared data, of a model with text vectors")
+    _add_any_data(parser, "use the model although it was trained on other data")
+    _add_run_options(parser)
+
+
+def _add_serve(commands: Any) -> None:
+    parser = _command(
+        commands, "serve", _serve, "answer requests over HTTP",
+        "Answer POST /score and /recommend (JSON, ids of the raw data), GET /health and /metrics "
+        "until SIGTERM or Ctrl-C. Anyone who reaches the port may ask.",
+    )  # fmt: skip
+    _add_model_arguments(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=8000, help="0 for any that is free")
+    parser.add_argument(
+        "--max-batch", type=int, default=64, help="requests that are computed together"
+    )
+    parser.add_argument(
+        "--wait-ms", type=float, default=0.0, help="time that a first request waits for others"
+    )
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -740,9 +775,9 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 def _recommend(arguments: argparse.Namespace) -> None:
     from lcr_fast.data.prepared import PreparedData
+    from lcr_fast.serving.offline import recommend
     from lcr_fast.training.identity import describe_unknown
     from lcr_fast.training.models import load_model
-    from lcr_fast.training.serving import recommend
 
     _set_threads(arguments)
     data = PreparedData.open(arguments.data)
@@ -773,6 +808,43 @@ def _extend(arguments: argparse.Namespace) -> None:
         old, new = (getattr(m.config, f"n_{name}") for m in (model, extended))
         print(f"{name}: {old:,} + {new - old:,}")
     print(f"model: {arguments.out}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from lcr_fast import export
+    from lcr_fast.data.prepared import PreparedData
+    from lcr_fast.model import LCRSER
+    from lcr_fast.training.models import load_model
+
+    _set_threads(arguments)
+    options: dict[str, Any] = {"device": arguments.device, "backend": arguments.backend}
+    if arguments.data:
+        data = PreparedData.open(arguments.data)
+        model = load_model(arguments.model, data, any_data=arguments.any_data, **options)
+    else:
+        model = LCRSER.load(arguments.model, **options)
+    export.save(model, arguments.out, arguments.format, k=arguments.k)
+    print(f"{arguments.format}: {arguments.out}")
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from lcr_fast.data.prepared import PreparedData
+    from lcr_fast.serving.app import create_app, make_server
+    from lcr_fast.serving.engine import Engine
+    from lcr_fast.training.identity import describe_unknown
+    from lcr_fast.training.models import load_model
+
+    _set_threads(arguments)
+    data = PreparedData.open(arguments.data)
+    model = load_model(
+        arguments.model, data, arguments.device, arguments.backend, any_data=arguments.any_data
+    )
+    if unknown := describe_unknown(model.config, data):
+        print(unknown, file=sys.stderr)
+    app = create_app(
+        Engine(model, data), max_batch=arguments.max_batch, max_wait=arguments.wait_ms / 1e3
+    )
+    make_server(app, host=arguments.host, port=arguments.port, say=print).run()
 
 
 if __name__ == "__main__":

@@ -501,8 +501,9 @@ class LCRSER(nn.Module):
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        if exclude is not None and (exclude.ndim != 2 or exclude.shape[0] != len(batch)):
-            raise ValueError(f"exclude must be int64 [{len(batch)}, X], got {list(exclude.shape)}")
+        B = batch.user.shape[0]
+        if exclude is not None and (exclude.ndim != 2 or exclude.shape[0] != B):
+            raise ValueError(f"exclude must be int64 [{B}, X], got {list(exclude.shape)}")
         was_training = self.training
         self.eval()
         try:

@@ -25,12 +25,12 @@ from lcr_fast.data.prepared import PreparedData
 from lcr_fast.experiments.comparison import VARIANTS, with_requirements
 from lcr_fast.model import LCRSER
 from lcr_fast.ops import _triton
+from lcr_fast.serving.offline import recommend
 from lcr_fast.storage import claimed, load_json, load_tensors
 from lcr_fast.training.baselines import TITLES
 from lcr_fast.training.evaluation import rank_model
 from lcr_fast.training.objective import Supervised
 from lcr_fast.training.ranks import RANKS, Ranks, differences
-from lcr_fast.training.serving import recommend
 from lcr_fast.training.trainer import CHECKPOINT, Trainer
 
 WORLD = synthetic.World(n_users=24, n_topics=16)
@@ -40,8 +40,8 @@ TINY = [
     *("--max-search-len", "4", "--max-rec-len", "5", "--schedule", "constant"),
 ]
 COMMANDS = (
-    "prepare", "train", "evaluate", "baselines", "compare", "recommend", "extend", "study",
-    "bench-report",
+    "prepare", "train", "evaluate", "baselines", "compare", "recommend", "extend", "export",
+    "serve", "study", "bench-report",
 )  # fmt: skip
 SERIES = (*TITLES, *VARIANTS)
 
@@ -109,6 +109,8 @@ def test_help_lists_the_commands(capsys):
         ("compare", "than metric any-data csv"),
         ("recommend", "data any-data users device backend threads"),
         ("extend", "data out"),
+        ("export", "format out data any-data device backend threads"),
+        ("serve", "data any-data device backend threads host port max-batch wait-ms"),
     ],
 )
 def test_help_names_every_flag(capsys, command, flags):

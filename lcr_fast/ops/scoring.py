@@ -276,12 +276,12 @@ def score(
     """
     if ids is None:
         shape = candidates.shape
-        fits = candidates.ndim == 3 and shape[0] in (1, search.shape[0])
+        fits = candidates.ndim == 3 and shape[0] in (search.shape[0], 1)
         expected = f"[{search.shape[0]} or 1, C, {search.shape[-1]}]"
     else:
         fits = candidates.ndim == 2
         expected = f"a table [T, {search.shape[-1]}] with ids"
-        if ids.ndim != 2 or ids.shape[0] not in (1, search.shape[0]) or ids.dtype != torch.int64:
+        if ids.ndim != 2 or ids.shape[0] not in (search.shape[0], 1) or ids.dtype != torch.int64:
             raise ValueError(
                 f"ids must be int64 [{search.shape[0]} or 1, C], got {ids.dtype} {list(ids.shape)}"
             )

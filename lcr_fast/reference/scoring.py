@@ -94,7 +94,7 @@ def seen_bonus(
     for gain, items in zip(bonus, seen, strict=True):
         # One more column, of padding: no list is empty.
         ordered = F.pad(items, (1, 0)).sort(1).values
-        wanted = candidates.expand(len(items), -1).contiguous()
+        wanted = candidates.expand(items.shape[0], -1).contiguous()
         place = torch.searchsorted(ordered, wanted).clamp(max=ordered.shape[1] - 1)
         total = total + gain * (ordered.gather(1, place) == wanted)
     return total
@@ -122,7 +122,7 @@ def _listed(ids: Tensor, exclude: Tensor) -> Tensor:
     column = exclude - ids[0]
     outside = (column < 0) | (column >= len(ids))
     # A spare last column takes what lies outside this block.
-    marks = torch.zeros(len(exclude), len(ids) + 1, dtype=torch.bool, device=ids.device)
+    marks = torch.zeros(exclude.shape[0], len(ids) + 1, dtype=torch.bool, device=ids.device)
     return marks.scatter(1, column.masked_fill(outside, len(ids)), True)[:, :-1]
 
 
@@ -142,7 +142,7 @@ def score_topk(
     The best first, of equal scores the lower id; excluded items and scores of -inf do not count.
     What is missing is id 0 with score -inf. A user with a NaN score gets NaN scores.
     """
-    B = len(search)
+    B = search.shape[0]
     top_ids = torch.zeros(B, k, dtype=torch.int64, device=search.device)
     top = torch.full((B, k), -torch.inf, dtype=search.dtype, device=search.device)
     bad = torch.zeros(B, 1, dtype=torch.bool, device=search.device)

@@ -18,10 +18,10 @@ from lcr_fast.data.build import prepare
 from lcr_fast.data.folder import write_folder
 from lcr_fast.data.prepared import PreparedData
 from lcr_fast.model import LCRSER
+from lcr_fast.serving.offline import recommend
 from lcr_fast.training.evaluation import make_batcher, rank_model
 from lcr_fast.training.identity import assign, count_unknown, describe_unknown, extend
 from lcr_fast.training.models import attach_text, load_model
-from lcr_fast.training.serving import recommend
 from lcr_fast.training.trainer import Trainer
 
 # The day after: of users 5 is new, 6 too and has only searched, 3 stays away; items 50 and 51 are

@@ -1,0 +1,248 @@
+"""Models as programs: ``torch.export``, AOTInductor packages that run without Python, and ONNX.
+
+A program takes batches of any number of users, events, terms, clicks and candidates, up to the
+lengths that the model reads, and does what the model does in evaluation on one backend, whose ops
+stand in it as ``lcr_fast::...``. Importing this module tells torch what a Batch is made of;
+:func:`load` does that too.
+"""
+
+import dataclasses
+import importlib.util
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.overrides import TorchFunctionMode
+
+from lcr_fast.batch import Batch
+from lcr_fast.config import LCRConfig
+from lcr_fast.model import LCRSER
+from lcr_fast.storage import replacing
+
+Format = Literal["pt2", "aoti", "onnx"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+#: The ONNX operator set of ``onnx`` files.
+OPSET = 20
+_FIELDS = tuple(field.name for field in dataclasses.fields(Batch))
+_ONNX_BYTES = 2 << 30
+
+torch.export.register_dataclass(Batch, serialized_type_name="lcr_fast.Batch")
+torch.serialization.add_safe_globals([Batch])  # of the inputs that a program was traced with
+
+
+class _Scorer(nn.Module):
+    """Scores the batch's candidates: [B, C]."""
+
+    def __init__(self, model: LCRSER) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        with _SizesUnasked():
+            return self.model(batch)
+
+
+class _Recommender(nn.Module):
+    """Finds the k best unseen items of the catalogue: ids and scores, [B, k]."""
+
+    def __init__(self, model: LCRSER, k: int) -> None:
+        super().__init__()
+        self.model, self.k = model, k
+
+    def forward(self, batch: Batch, exclude: Tensor) -> tuple[Tensor, Tensor]:
+        with _SizesUnasked():
+            return self.model.recommend(batch, self.k, exclude)
+
+
+class _SizesUnasked(TorchFunctionMode):
+    """Trace products and attention in the form in which torch runs them.
+
+    Its rules for their shapes ask whether a size that could be broadcast is 1, and a program that
+    has answered no would refuse a history of one event. Said explicitly, there is nothing to ask.
+    """
+
+    _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in self._PRODUCTS and all(t.ndim == 3 for t in args):
+            left, right = args
+            return torch.bmm(left.expand(right.shape[0], -1, -1), right)
+        if function is F.scaled_dot_product_attention:
+            query, key, _ = args
+            mask = kwargs["attn_mask"].expand(*query.shape[:-1], key.shape[-2])
+            kwargs = {**kwargs, "attn_mask": mask}
+        return function(*args, **kwargs)
+
+
+def program(model: LCRSER, *, k: int | None = None) -> ExportedProgram:
+    """Export a model: ``program(model).module()(batch)`` gives the very bits of ``model(batch)``.
+
+    With ``k`` it is ``model.recommend(batch, k, exclude)``, ``exclude`` int64 [B, X]. What is
+    dynamic, from 0 on: B, C and X, the terms of a query; up to the config's limits the events of
+    either history and the clicks of a search. Ids and lengths are not checked as the model checks
+    them: on the reference an id out of range is an IndexError and a length is not seen.
+    Raises ValueError where text vectors are missing or ``k`` is below 1.
+    """
+    from torch.fx.experimental import _config as tracing
+
+    batch = _example(model.config).to(model.head.target_weight.device)
+    sizes = _dynamic(model.config)
+    inputs: tuple[Any, ...] = (batch,)
+    shapes: list[Any] = [[{a: sizes[name] for a, name in axes.items()} for axes in _axes()]]
+    module: nn.Module = _Scorer(model)
+    if k is not None:
+        module = _Recommender(model, k)
+        inputs = (batch, batch.search_terms[:, 0])
+        shapes.append({0: sizes["B"], 1: sizes["X"]})
+    was_training = model.training
+    model.eval()
+    try:
+        # Sizes of 0 and 1 are sizes like any other: without this they would be refused.
+        with torch.no_grad(), tracing.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+            return torch.export.export(module, inputs, dynamic_shapes=tuple(shapes))
+    finally:
+        model.train(was_training)
+
+
+def _example(config: LCRConfig) -> Batch:
+    """Make a batch to trace with; only its sizes matter, and that no free one is 0 or 1."""
+    B, C, T, M = 3, 5, 4, config.max_clicks
+    search, rec = config.max_search_len, config.max_rec_len
+    shapes = {
+        "rec_items": (B, rec), "search_queries": (B, search), "search_terms": (B, search, T),
+        "search_clicks": (B, search, M), "candidates": (B, C),
+    }  # fmt: skip
+    return Batch(**{name: torch.zeros(shapes.get(name, B), dtype=torch.int64) for name in _FIELDS})
+
+
+def _axes() -> list[dict[int, str]]:
+    """Name the axes of a Batch's fields, in their order."""
+    axes = {
+        "rec_items": {1: "L_r"}, "search_queries": {1: "L_s"}, "search_terms": {1: "L_s", 2: "T"},
+        "search_clicks": {1: "L_s", 2: "M"}, "candidates": {1: "C"},
+    }  # fmt: skip
+    return [{0: "B", **axes.get(name, {})} for name in _FIELDS]
+
+
+def _dynamic(config: LCRConfig) -> dict[str, Any]:
+    """Say between which sizes each axis may be."""
+    limits = {"L_s": config.max_search_len, "L_r": config.max_rec_len, "M": config.max_clicks}
+    unlimited = {name: Dim(name, min=0) for name in ("B", "T", "C", "X")}
+    # An axis of one place is that or nothing: torch would make two programs of it.
+    limited = {
+        name: Dim(name, min=0, max=limit) if limit > 1 else Dim.STATIC
+        for name, limit in limits.items()
+    }
+    return {**unlimited, **limited}
+
+
+def save(model: LCRSER, path: str | Path, format: Format = "pt2", *, k: int | None = None) -> None:
+    """Write a model as a program, replacing ``path`` atomically; ``k`` as for :func:`program`.
+
+    - ``pt2``: what ``torch.export`` makes of it.
+    - ``aoti``: that, compiled by AOTInductor, which takes a C++ compiler and its time. Also for
+      processes without Python, which pass the tensors of a Batch in the order of its fields
+      (``examples/aoti``).
+    - ``onnx``: operator set ``OPSET``, on the reference whatever the model's backend, scores of
+      candidates alone. Inputs are named as the fields of a Batch, the output ``scores``. Empty
+      axes are padded by the caller: at least one event, term and click.
+
+    Raises ValueError where :func:`program` does, and for a format that cannot hold the model.
+    """
+    path = Path(path)
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    write = {"pt2": _write_pt2, "aoti": _compile, "onnx": _write_onnx}[format]
+    if format == "onnx":
+        _check_onnx(model, k)
+        model = _on_reference(model)
+    exported = program(model, k=k)
+    with replacing(path) as temporary:
+        write(exported, temporary)
+
+
+def load(path: str | Path, format: Format = "pt2") -> Callable[..., Any]:
+    """Read what :func:`save` wrote: a function of a Batch, and of ``exclude`` where it has k.
+
+    A program is code: read none that you would not run. ONNX is for other readers: ValueError.
+    """
+    if format == "pt2":
+        with open(path, "rb") as file:
+            return torch.export.load(file).module()
+    if format == "aoti":
+        from torch._inductor import aoti_load_package
+
+        return aoti_load_package(path)
+    raise ValueError(f"a program in the format {format} is not for PyTorch")
+
+
+def _write_pt2(exported: ExportedProgram, path: Path) -> None:
+    with path.open("wb") as file:
+        torch.export.save(exported, file)
+
+
+def _compile(exported: ExportedProgram, path: Path) -> None:
+    from torch._inductor import aoti_compile_and_package
+
+    # The compiler insists on the end of the name.
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        package = Path(folder) / "program.pt2"
+        aoti_compile_and_package(exported, package_path=str(package))
+        package.replace(path)
+
+
+# -- ONNX -----------------------------------------------------------------------------------------
+
+
+def _check_onnx(model: LCRSER, k: int | None) -> None:
+    if k is not None:
+        raise ValueError("an ONNX program scores candidates; for the catalogue use pt2 or aoti")
+    for package in ("onnx", "onnxscript"):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(
+                f"format onnx needs the package {package}: pip install 'lcr-fast[onnx]'"
+            )
+    state = (*model.parameters(), *model.buffers())
+    if sum(t.numel() * t.element_size() for t in state) >= _ONNX_BYTES:
+        raise ValueError("an ONNX file holds less than 2 GiB, and the model's tensors are larger")
+
+
+def _on_reference(model: LCRSER) -> LCRSER:
+    """Make a model with the same tensors whose ops run on the reference."""
+    copy = LCRSER(model.config.replace(backend="reference"))
+    copy.set_text(model.item_text, model.query_text)
+    copy.to(model.head.target_weight.dtype).load_state_dict(model.state_dict())
+    return copy
+
+
+def _write_onnx(exported: ExportedProgram, path: Path) -> None:
+    import onnx_ir
+    from onnxscript import opset20 as op
+
+    def searchsorted(rows, values, **_):
+        """Count what is less, for ONNX has no such search; the lists are histories."""
+        less = op.Less(op.Unsqueeze(rows, [-2]), op.Unsqueeze(values, [-1]))
+        return op.ReduceSum(op.Cast(less, to=onnx_ir.DataType.INT64), [-1], keepdims=0)
+
+    made = torch.onnx.export(
+        exported, dynamo=True, opset_version=OPSET, verbose=False, input_names=list(_FIELDS),
+        output_names=["scores"],
+        custom_translation_table={torch.ops.aten.searchsorted.Tensor: searchsorted},
+    )  # fmt: skip
+    assert made is not None  # it is where the program is written to a file at once
+    # The axes' names, in place of torch's symbols.
+    inputs, outputs = made.model.graph.inputs, made.model.graph.outputs
+    names = {
+        str(value.shape[axis]): dim
+        for value, axes in zip(inputs, _axes(), strict=True)
+        for axis, dim in axes.items()
+    }
+    for value in (*inputs, *outputs):
+        value.shape = onnx_ir.Shape([names.get(str(size), size) for size in value.shape])
+    made.save(path, external_data=False)

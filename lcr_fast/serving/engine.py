@@ -1,0 +1,104 @@
+"""Engine: scores and recommendations for users of prepared data, in the data's own ids."""
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lcr_fast.data.prepared import IdTable, PreparedData
+from lcr_fast.model import LCRSER
+from lcr_fast.training.evaluation import make_batcher, padded_seen
+
+_END_OF_TIME = np.iinfo(np.int64).max
+
+
+class UnknownIdError(ValueError):
+    """An id that the data, or the model, does not know."""
+
+
+class ScoreRequest(NamedTuple):
+    """Scores of given items for one user."""
+
+    user: int
+    items: tuple[int, ...]
+
+
+class RecommendRequest(NamedTuple):
+    """The best k items for one user, of those that the user has not seen."""
+
+    user: int
+    k: int
+
+
+class Engine:
+    """A model beside the histories of its users, all that is known of them.
+
+    Answers do not depend on what else is in their batch. Raises ValueError where the model knows
+    more items than the data.
+    """
+
+    def __init__(self, model: LCRSER, data: PreparedData) -> None:
+        if model.config.n_items > data.n_items:
+            raise ValueError(
+                f"the model knows more items than the data: {model.config.n_items}, not "
+                f"{data.n_items}"
+            )
+        self.model = model
+        self.data = data
+        self._batcher = make_batcher(data, "test", model)
+        self._device = model.head.target_weight.device
+
+    def user(self, text: str) -> int:
+        """Look up a user; raises UnknownIdError."""
+        return _find(self.data.users, "user", text)
+
+    def item(self, text: str) -> int:
+        """Look up an item that the model knows; raises UnknownIdError."""
+        number = _find(self.data.items, "item", text)
+        if number > self.model.config.n_items:
+            raise UnknownIdError(f"item {text!r} is not in the model: it came after its training")
+        return number
+
+    @torch.inference_mode()
+    def score(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
+        """Score the items of each request, in their order. Raises ValueError on a NaN score."""
+        width = max(len(request.items) for request in requests)
+        candidates = np.zeros((len(requests), width), dtype=np.int64)
+        for row, request in zip(candidates, requests, strict=True):
+            row[: len(request.items)] = request.items
+        users = np.array([request.user for request in requests])
+        batch = self._batcher.at(users, _ends(users), candidates).to(self._device)
+        scores = self.model(batch)
+        if scores.isnan().any():
+            raise ValueError("the model's scores hold NaN")
+        rows = zip(requests, scores.tolist(), strict=True)
+        return [row[: len(request.items)] for request, row in rows]
+
+    @torch.inference_mode()
+    def recommend(self, requests: Sequence[RecommendRequest]) -> list[list[tuple[str, float]]]:
+        """Find the best items of each request, with their scores; fewer where all else is seen."""
+        users = np.array([request.user for request in requests])
+        times = _ends(users)
+        nothing = np.zeros((len(users), 0), dtype=np.int64)
+        batch = self._batcher.at(users, times, nothing).to(self._device)
+        seen = torch.from_numpy(padded_seen(self.data, users, times)).to(self._device)
+        items, scores = self.model.recommend(batch, max(r.k for r in requests), exclude=seen)
+        answers = []
+        for request, *found in zip(requests, items.tolist(), scores.tolist(), strict=True):
+            best = itertools.islice(zip(*found, strict=True), request.k)
+            answers.append([(self.data.items[item], score) for item, score in best if item])
+        return answers
+
+
+def _ends(users: NDArray) -> NDArray[np.int64]:
+    return np.full(len(users), _END_OF_TIME)
+
+
+def _find(table: IdTable, kind: str, text: str) -> int:
+    try:
+        return table.find(text)
+    except KeyError:
+        raise UnknownIdError(f"{kind} {text!r} is not in the data") from None

@@ -1,0 +1,42 @@
+"""Recommend to many users of prepared data, batch by batch."""
+
+from collections.abc import Iterator, Sequence
+
+from lcr_fast.data.prepared import PreparedData
+from lcr_fast.model import LCRSER
+from lcr_fast.serving.engine import Engine, RecommendRequest
+
+
+def recommend(
+    model: LCRSER,
+    data: PreparedData,
+    users: Sequence[str] | None = None,
+    k: int = 10,
+    batch_size: int = 256,
+) -> Iterator[tuple[str, int, str, float]]:
+    """Yield (user, rank, item, score) with raw ids, k unseen items a user, rank from 1.
+
+    ``users`` None means all; a user without any history gets what the model gives to nobody in
+    particular. What of the data the model does not know is skipped, as ``make_batcher`` says.
+    Raises ValueError, before anything is computed, for a user that the data does not know, and
+    where the model knows items that it does not.
+    """
+    if isinstance(users, str):  # whose letters would be taken for users
+        raise ValueError(f"users must be a sequence of ids, [{users!r}], got a text")
+    engine = Engine(model, data)
+    if users is None:
+        numbers = list(range(1, data.n_users + 1))
+    else:
+        numbers = [engine.user(str(user)) for user in users]
+    return _recommend(engine, numbers, k, batch_size)
+
+
+def _recommend(
+    engine: Engine, numbers: list[int], k: int, batch_size: int
+) -> Iterator[tuple[str, int, str, float]]:
+    for start in range(0, len(numbers), batch_size):
+        some = numbers[start : start + batch_size]
+        found = engine.recommend([RecommendRequest(user, k) for user in some])
+        for user, items in zip(some, found, strict=True):
+            for rank, (item, score) in enumerate(items, 1):
+                yield engine.data.users[user], rank, item, score
