@@ -2,8 +2,8 @@
 
 `--device cpu|cuda` (default: cuda where there is one), `--quick` for the cases that matter most,
 without torch.compile. All options of pytest-benchmark apply; with --benchmark-disable each body
-runs once, untimed, on few users, without torch.compile. `lcr-fast bench-report FILE` prints such a
-file as tables; `python benchmarks/gpu_check.py` runs all that concerns a GPU.
+runs once, untimed, on few users, without torch.compile. `python benchmarks/report.py FILE` prints
+such a file as tables; `python benchmarks/gpu_check.py` runs all that concerns a GPU.
 """
 
 import importlib.metadata

@@ -12,9 +12,9 @@
 - compiled: those with torch.compile again, as many as time is left for.
 
 The first five run side by side, as most of their time is compilation. A part that fails or runs
-out of time does not stop the others. FOLDER gets a JSON file named after the GPU, which `lcr-fast
-bench-report` reads, its tables as table.md, and a log a part. Exit status: 0 if all passed, 1 if
-not, 2 if there is no GPU.
+out of time does not stop the others. FOLDER gets a JSON file named after the GPU, which
+benchmarks/report.py reads, its tables as table.md, and a log a part. Exit status: 0 if all passed,
+1 if not, 2 if there is no GPU.
 """
 
 import argparse
@@ -290,8 +290,8 @@ def write_report(
     merged["checks"] = [result.as_dict() for result in results]
     path = folder / f"{result_name(versions)}.json"
     path.write_text(without_paths(json.dumps(merged, indent=1)), encoding="utf-8")
-    tables = _output(sys.executable, "-m", "lcr_fast.cli", "bench-report", str(path))
-    (folder / "table.md").write_text((tables or "no tables: bench-report failed") + "\n")
+    tables = _output(sys.executable, str(ROOT / "benchmarks" / "report.py"), str(path))
+    (folder / "table.md").write_text((tables or "no tables: benchmarks/report.py failed") + "\n")
     return path
 
 

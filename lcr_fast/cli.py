@@ -95,7 +95,6 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_serve(commands)
     _add_study(commands)
-    _add_bench_report(commands)
     return parser
 
 
@@ -445,27 +444,6 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, help="prepared data")
     _add_any_data(parser, "use the model although it was trained on other data")
     _add_run_options(parser)
-
-
-def _add_bench_report(commands: Any) -> None:
-    parser = _command(
-        commands, "bench-report", _bench_report, "tables and plots of benchmark files",
-        "Print what `pytest benchmarks --benchmark --benchmark-json=FILE` measured as Markdown "
-        "tables: our median, and how many times longer each of the others takes.",
-    )  # fmt: skip
-    parser.add_argument("files", metavar="JSON", type=Path, nargs="+", help="benchmark files")
-    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="also draw plots, into here")
-
-
-def _bench_report(arguments: argparse.Namespace) -> None:
-    from lcr_fast.experiments.bench_report import draw, read_run, report
-
-    runs = [read_run(path) for path in arguments.files]
-    print("\n\n".join(f"## {run.name}\n\n{report(run)}" for run in runs))
-    if arguments.plots:
-        files = [file for run in runs for file in draw(run, arguments.plots)]
-        # Older files do not say along which axes their cases differ.
-        print("\n" + ("\n".join(map(str, files)) or "no plots: too few cases differ by one axis"))
 
 
 def _check_csv(arguments: argparse.Namespace) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
-from lcr_fast import cli
-from lcr_fast.experiments.bench_report import duration, ratio, read_run, report, size
+import report as bench_report
+from report import duration, ratio, read_run, report, size
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -112,7 +112,7 @@ def test_each_precision_is_compared_with_its_own_first_row(tmp_path):
     shares += [row[-1] for dtype in ("fp32", "bf16") for row in cells(text, f"5, {dtype}")[1:]]
     assert shares == ["+0%", "+500%", "+500%"]
     assert [row[-1] for row in cells(text, "0, bf16")[1:]] == ["+0%"]
-    cli.main(["bench-report", str(path), "--plots", str(tmp_path)])
+    bench_report.main([str(path), "--plots", str(tmp_path)])
     pixels = matplotlib.image.imread(tmp_path / "gpu-latency.png")
     assert pixels.shape[1] == 2 * 5 * 120  # a panel a precision
 
@@ -128,7 +128,7 @@ def test_quantities(text, expected):
 
 
 def test_the_command_prints_tables_and_draws_plots(file, tmp_path, capsys):
-    cli.main(["bench-report", str(file), "--plots", str(tmp_path / "plots")])
+    bench_report.main([str(file), "--plots", str(tmp_path / "plots")])
     text = capsys.readouterr().out
     assert report(read_run(file)) in text
     names = {path.name for path in (tmp_path / "plots").iterdir()}
@@ -145,7 +145,7 @@ def test_the_command_prints_tables_and_draws_plots(file, tmp_path, capsys):
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
 def test_committed_results(path, tmp_path, capsys):
     cases = [entry["extra_info"]["case"] for entry in json.loads(path.read_text())["benchmarks"]]
-    cli.main(["bench-report", str(path), "--plots", str(tmp_path)])
+    bench_report.main([str(path), "--plots", str(tmp_path)])
     text = capsys.readouterr().out
     assert all(case in text for case in cases)
     assert report(read_run(path)) in PAGE, "print it again: docs/reproducing.md says how"
@@ -173,7 +173,7 @@ def test_a_bad_file_ends_in_one_sentence(tmp_path, capsys, content, complaint):
     if content is not None:
         path.write_text(content)
     with pytest.raises(SystemExit) as end:
-        cli.main(["bench-report", str(path)])
+        bench_report.main([str(path)])
     assert end.value.code == 2
     text = capsys.readouterr().err
     assert complaint in text

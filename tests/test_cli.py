@@ -41,7 +41,7 @@ TINY = [
 ]
 COMMANDS = (
     "prepare", "train", "evaluate", "baselines", "compare", "recommend", "extend", "export",
-    "serve", "study", "bench-report",
+    "serve", "study",
 )  # fmt: skip
 SERIES = (*TITLES, *VARIANTS)
 

@@ -13,8 +13,8 @@ import torch
 import gpu_check
 import kernel_check
 from gpu_check import Machine
-from lcr_fast.experiments.bench_report import read_run, report
 from parts import FAILED, NOT_RUN, PASSED, TIMED_OUT, Command, Part, Result, Runner
+from report import read_run, report
 
 BARE = Machine("cuda", 4, has_xdist=False, sanitizer=None)
 

@@ -1,6 +1,6 @@
 """The Triton kernels compile for real GPUs, here without one, and fit them.
 
-``python -m lcr_fast.kernels.resources`` compiles every variant into the committed table that these
+``python tools/kernel_resources.py`` compiles every variant into the committed table that these
 tests read. A few are compiled again here, in a process of its own: interpreted kernels cannot be.
 """
 
@@ -17,15 +17,17 @@ pytest.importorskip("triton")
 
 import triton
 
-from lcr_fast.kernels import ptxas, resources
-from lcr_fast.kernels.resources import SHARED_BYTES, Usage
+import kernel_resources as resources
+from kernel_resources import SHARED_BYTES, Usage
+from lcr_fast.kernels import ptxas
 
-PATH = Path(__file__).parents[1] / "docs" / "kernel-resources.md"
-TABLE = resources.from_markdown(PATH.read_text())
+ROOT = Path(__file__).parents[1]
+PATH = ROOT / "docs" / "kernel-resources.json"
+TABLE = resources.from_json(PATH.read_text())
 VARIANTS = {
     (name, arch): variant for arch in SHARED_BYTES for name, variant in resources.all_variants(arch)
 }
-REFRESH = "run `python -m lcr_fast.kernels.resources -o docs/kernel-resources.md`"
+REFRESH = "run `python tools/kernel_resources.py -o docs/kernel-resources.json`"
 
 MISCOMPILED = r"reasoning\.recompute_self-train-bf16-d64-L50"
 # One of each kernel that runs in every training step, at the default model's width.
@@ -59,14 +61,14 @@ def test_the_table_obeys_the_limits(arch):
 
 def run_resources(*arguments: object) -> subprocess.CompletedProcess:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "lcr_fast.kernels.resources", *map(str, arguments)]
+    command = [sys.executable, ROOT / "tools" / "kernel_resources.py", *map(str, arguments)]
     return subprocess.run(command, env=env, capture_output=True, text=True)
 
 
 def test_some_variants_compile_to_what_the_table_says():
     done = run_resources("--arch", "sm_80", "sm_90", "--only", COMPILED_HERE)
     assert done.returncode == 0, done.stderr
-    compiled = resources.from_markdown(done.stdout)
+    compiled = resources.from_json(done.stdout)
     assert compiled.rows
     for row in compiled.rows:
         assert_fits(row)
@@ -87,12 +89,22 @@ def test_the_check_finds_what_a_bad_ptxas_makes():
 
 
 def test_a_table_that_was_written_can_be_read():
-    text = resources.to_markdown(TABLE.rows, "Triton 3.7.1, ptxas 13.1")
-    assert resources.from_markdown(text)[::2] == ("Triton 3.7.1, ptxas 13.1", TABLE.rows)
-    with pytest.raises(ValueError, match="no line that names"):
-        resources.from_markdown("| kernel | arch |")
+    text = resources.to_json(TABLE)
+    assert resources.from_json(text) == TABLE
+    assert text == PATH.read_text()
+    with pytest.raises(ValueError, match="no table of this tool"):
+        resources.from_json("{}")
     with pytest.raises(ValueError, match="the columns must be kernel, arch"):
-        resources.from_markdown(text.replace("descriptors |", "stages |"))
+        resources.from_json(text.replace('"descriptors"', '"stages"'))
+
+
+def test_the_page_sums_up_the_table():
+    page = PATH.with_suffix(".md").read_text()
+    assert page == resources.to_page(TABLE), REFRESH
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if "_bwd |" in line]
+    name, _, registers, *_ = next(row for row in rows if row[0] == "reasoning.self_bwd")
+    of_sm_80 = [r for r in TABLE.rows if r.kernel.startswith(f"{name}-") and r.arch == "sm_80"]
+    assert int(registers.split(" / ")[0]) == max(row.registers for row in of_sm_80)
 
 
 @pytest.mark.parametrize(

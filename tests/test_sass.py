@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from lcr_fast.kernels.sass import garbage_descriptors
+from sass import garbage_descriptors
 
 # UR5 and UR7 are the high words of descriptors of A and B; UR4 and UR6 their addresses.
 _CONSTANTS = ["UMOV UR5, 0x40000040", "UMOV UR7, 0x40000040"]

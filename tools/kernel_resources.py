@@ -1,14 +1,14 @@
 """What every Triton kernel costs on a GPU, found out without one.
 
-    python -m lcr_fast.kernels.resources -o docs/kernel-resources.md
+    python tools/kernel_resources.py -o docs/kernel-resources.json
 
 compiles each :class:`Variant` of each kernel module for each architecture with the ptxas that our
-kernels are launched with, and writes a Markdown table: registers a thread, spilled bytes a thread,
-shared memory a program, tensor-core instructions, how many programs fit one multiprocessor, and
-whether a wgmma may read its operand at a garbage address. The table is committed; tests check that
-it is complete, up to date and within limits.
+kernels are launched with, and writes a table: registers a thread, spilled bytes a thread, shared
+memory a program, tensor-core instructions, how many programs fit one multiprocessor, and whether a
+wgmma may read its operand at a garbage address; and beside it a page of Markdown with a row for
+each kernel. Both are committed; tests check that they are complete, up to date and within limits.
 
-    python -m lcr_fast.kernels.resources --check docs/kernel-resources.md --products wgmma
+    python tools/kernel_resources.py --check docs/kernel-resources.json --products wgmma
 
 compiles rows of the table again, writes nothing, and fails if a descriptor may be garbage or if a
 kernel does not compile or fit. ``--ptxas`` takes another one, to see what it makes of the kernels.
@@ -21,6 +21,7 @@ import ast
 import hashlib
 import importlib
 import inspect
+import json
 import multiprocessing
 import pkgutil
 import re
@@ -39,7 +40,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import lcr_fast.kernels
-from lcr_fast.kernels import ptxas, sass
+import sass
+from lcr_fast.kernels import ptxas
 from lcr_fast.kernels.gpu import GPUS
 from lcr_fast.kernels.launch import Type, Variant
 
@@ -73,21 +75,12 @@ class Usage(NamedTuple):
     descriptors: str  # of wgmma: "good", how many may be garbage, or - for none
 
 
-_COLUMNS = (
-    "kernel", "arch", "warps", "registers", "spilled B", "shared B", "products", "programs / SM",
-    "descriptors",
-)  # fmt: skip
-_ALIGNMENT = ["---" if kind is str else "--:" for kind in Usage.__annotations__.values()]
-
-
 def _module_names() -> list[str]:
-    tools = ("ptxas", "resources", "sass")
-    names = (info.name for info in pkgutil.iter_modules(lcr_fast.kernels.__path__))
-    return [name for name in names if name not in tools]
+    return [info.name for info in pkgutil.iter_modules(lcr_fast.kernels.__path__)]
 
 
 def kernel_modules() -> dict[str, ModuleType]:
-    """Every op's package in this one, which lists variants, by its short name."""
+    """Every op's package in lcr_fast.kernels, which lists variants, by its short name."""
     modules = {
         name: importlib.import_module(f"lcr_fast.kernels.{name}") for name in _module_names()
     }
@@ -103,7 +96,7 @@ def all_variants(arch: str) -> Iterator[tuple[str, Variant]]:
 
 
 def _sources(name: str) -> dict[str, str]:
-    """Source of a module and of what it imports of this package, by name."""
+    """Source of a module and of what it imports of lcr_fast.kernels, by name."""
     found: dict[str, str] = {}
     waiting = [name]
     while waiting:
@@ -118,7 +111,7 @@ def fingerprint(name: str) -> str:
     """Digest what a module compiles.
 
     That is its variants, and the kernels, device functions, NamedTuples and constants
-    (tl.constexpr) of it and of the modules of this package that it imports, directly or not.
+    (tl.constexpr) of it and of the modules of lcr_fast.kernels that it imports, directly or not.
     Comments, docstrings, formatting and launchers do not count.
     """
     parts = [
@@ -273,51 +266,74 @@ def faults(rows: list[Usage]) -> list[str]:
     return found
 
 
-def to_markdown(rows: list[Usage], compiled_by: str) -> str:
-    """Write the committed table; :func:`from_markdown` reads it."""
-    prints = [f"{name} {fingerprint(name)}" for name in kernel_modules()]
-    lines = [
-        "# Resources of the Triton kernels",
-        "",
-        "Compiled ahead of time, without a GPU, by `python -m lcr_fast.kernels.resources`.",
-        "Registers and spilled bytes are a thread's, shared bytes a program's; programs / SM is",
-        "how many fit one multiprocessor. A program may have 163 KiB of shared memory on sm_80",
-        "and 227 KiB on sm_90 and sm_100. Products are on tensor cores (mma, wgmma, tcgen05).",
-        "Descriptors name the operands of wgmma in shared memory; none may be garbage on any path.",
-        "Spilled bytes are an observation: what is fastest was timed on a GPU.",
-        "",
-        f"{compiled_by}; sources: {', '.join(prints)}.",
-        "",
-        f"| {' | '.join(_COLUMNS)} |",
-        f"|{'|'.join(_ALIGNMENT)}|",
-        *(f"| {' | '.join(map(str, row))} |" for row in rows),
-    ]
-    return "\n".join(lines) + "\n"
-
-
 class Table(NamedTuple):
-    """A table read back."""
+    """All rows, and what they were made of."""
 
     compiled_by: str  # as :func:`compiler` says
     fingerprints: dict[str, str]  # by module
     rows: list[Usage]
 
 
-def from_markdown(text: str) -> Table:
-    """Read what :func:`to_markdown` wrote."""
-    head = re.search(r"^(Triton [^;]+); sources: (.*)\.$", text, re.MULTILINE)
-    if head is None:
-        raise ValueError("there is no line that names the compiler and the sources")
-    if f"| {' | '.join(_COLUMNS)} |" not in text.splitlines():
-        raise ValueError(f"the columns must be {', '.join(_COLUMNS)}")
-    types = list(Usage.__annotations__.values())
-    rows = []
-    for line in text.splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == len(_COLUMNS) and cells[1].startswith("sm_"):
-            rows.append(Usage(*(kind(cell) for kind, cell in zip(types, cells, strict=True))))
-    sources = (part.split() for part in head[2].split(", "))
-    return Table(head[1], dict(sources), rows)
+def to_json(table: Table) -> str:
+    """Write the committed table, a line a row; :func:`from_json` reads it."""
+    head = {"compiled by": table.compiled_by, "sources": table.fingerprints}
+    lines = [json.dumps(head)[:-1] + ",", f'"columns": {json.dumps(Usage._fields)},', '"rows": [']
+    return "\n".join([*lines, ",\n".join(map(json.dumps, table.rows)), "]}"]) + "\n"
+
+
+def from_json(text: str) -> Table:
+    """Read what :func:`to_json` wrote."""
+    try:
+        table = json.loads(text)
+        if tuple(table["columns"]) != Usage._fields:
+            raise ValueError(f"the columns must be {', '.join(Usage._fields)}")
+        rows = [Usage(*row) for row in table["rows"]]
+        return Table(table["compiled by"], table["sources"], rows)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"it is no table of this tool ({error!r})") from None
+
+
+_PAGE = """\
+# Resources of the Triton kernels
+
+Compiled ahead of time, without a GPU, by `python tools/kernel_resources.py`: {compiled_by}.
+A kernel is compiled in variants, of dtype, width, history length and switches; what each needs is
+in [kernel-resources.json](kernel-resources.json). Below are the worst of a kernel's variants, for
+sm_80, sm_90 and sm_100: registers and spilled bytes are a thread's, with how many variants spill;
+shared memory is a program's, of which it may have 163 KiB on sm_80 and 227 KiB on the others;
+programs are those that fit one multiprocessor. Products are on tensor cores (mma, wgmma, tcgen05).
+Descriptors name the operands of wgmma in shared memory; none may be garbage on any path. Spilled
+bytes are an observation: what is fastest was timed on a GPU.
+
+"""
+
+
+def _summary(rows: list[Usage]) -> list[str]:
+    """Sum up the variants of one kernel: the cells of its row, each for every architecture."""
+    by_arch = [[row for row in rows if row.arch == arch] for arch in SHARED_BYTES]
+    by_arch = [some for some in by_arch if some]
+    spills = ([row.spilled for row in some if row.spilled] for some in by_arch)
+    products = {part for row in rows for part in row.products.split(", ")}
+    cells = (
+        [len(some) for some in by_arch],
+        [max(row.registers for row in some) for some in by_arch],
+        [f"{max(some)} B ({len(some)})" if some else "0" for some in spills],
+        [f"{max(row.shared for row in some) / 1024:.0f}" for some in by_arch],
+        [min(row.programs for row in some) for some in by_arch],
+    )
+    return [*(" / ".join(map(str, cell)) for cell in cells), ", ".join(sorted(products))]
+
+
+def to_page(table: Table) -> str:
+    """Write the committed page, with a row for each kernel."""
+    columns = ("kernel", "variants", "registers", "spilled (variants)", "shared KiB",
+               "programs / SM", "products")  # fmt: skip
+    kernels: dict[str, list[Usage]] = {}
+    for row in table.rows:
+        kernels.setdefault(row.kernel.partition("-")[0], []).append(row)
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    lines += [f"| {' | '.join((name, *_summary(rows)))} |" for name, rows in kernels.items()]
+    return _PAGE.format(compiled_by=table.compiled_by) + "\n".join(lines) + "\n"
 
 
 def _up_to_date(table: Table) -> dict[tuple[str, str], Usage]:
@@ -329,13 +345,14 @@ def _up_to_date(table: Table) -> dict[tuple[str, str], Usage]:
 def main(argv: list[str] | None = None) -> int:
     """Compile, measure, write the table or check it; return the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m lcr_fast.kernels.resources",
+        prog="python tools/kernel_resources.py",
         description="Compile every variant of every Triton kernel and tabulate what it needs.",
     )
     parser.add_argument("--arch", nargs="+", choices=SHARED_BYTES, default=list(SHARED_BYTES))
     parser.add_argument(
         "-o", "--out", type=Path,
-        help="file of the table, else standard output; its rows that are up to date are kept",
+        help="file of the table, else standard output; its rows that are up to date are kept, and "
+        "the page is written beside it",
     )  # fmt: skip
     parser.add_argument("--only", default="", help="a regular expression that names must contain")
     parser.add_argument("--jobs", type=int, default=1, help="compile so many at once")
@@ -355,7 +372,7 @@ def main(argv: list[str] | None = None) -> int:
     old = Table("", {}, [])
     if (path := args.check or args.out) and path.exists():
         try:
-            old = from_markdown(path.read_text())
+            old = from_json(path.read_text())
         except ValueError as error:
             if args.check:
                 parser.error(f"{path}: {error}")
@@ -384,12 +401,13 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write("".join(f"{sentence}\n" for sentence in found))
         sys.stdout.write(f"{compiler(tool)}: {len(rows)} kernels, {len(found)} faults\n")
         return int(bool(found) or not rows)
-    table = to_markdown(rows, compiler(tool))
+    table = Table(compiler(tool), {name: fingerprint(name) for name in kernel_modules()}, rows)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(table)
+        args.out.write_text(to_json(table))
+        args.out.with_suffix(".md").write_text(to_page(table))
     else:
-        sys.stdout.write(table)
+        sys.stdout.write(to_json(table))
     return 0
 
 

@@ -1,13 +1,19 @@
 """Tables and plots of the JSON files that `pytest benchmarks --benchmark --benchmark-json` writes.
 
-Those of `benchmarks/gpu_check.py` also say what else was checked. A table has one row a case: our
-median with its quartiles, and how many times longer each of the others takes; below 1, they are
-faster. No number in them is made anywhere else.
+    python benchmarks/report.py FILE.json ... [--plots FOLDER]
+
+prints a table for each group of benchmarks, with one row a case: our median with its quartiles, and
+how many times longer each of the others takes; below 1, they are faster. Files of
+`benchmarks/gpu_check.py` also say what else was checked. No number in the tables is made anywhere
+else.
 """
 
+import argparse
+import io
 import itertools
 import json
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -404,3 +410,34 @@ def _draw_latency(run: Run, requests: list[Entry], path: Path) -> None:
 
 def _dtype_of(entries: list[Entry]) -> list[str]:
     return [str(entries[0].axes["dtype"])] if "dtype" in entries[0].axes else []
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the tables, draw the plots; bad input ends in one sentence and exit code 2."""
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/report.py",
+        description="Print what `pytest benchmarks --benchmark --benchmark-json=FILE` measured as "
+        "Markdown tables: our median, and how many times longer each of the others takes.",
+    )
+    parser.add_argument("files", metavar="JSON", type=Path, nargs="+", help="benchmark files")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="also draw plots, into here")
+    arguments = parser.parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # µs, whatever the locale can spell
+    try:
+        runs = [read_run(path) for path in arguments.files]
+        print("\n\n".join(f"## {run.name}\n\n{report(run)}" for run in runs))
+        if arguments.plots:
+            files = [file for run in runs for file in draw(run, arguments.plots)]
+            # Older files do not say along which axes their cases differ.
+            print(
+                "\n" + ("\n".join(map(str, files)) or "no plots: too few cases differ by one axis")
+            )
+    except OSError as error:
+        parser.exit(2, f"{parser.prog}: {error.filename}: {error.strerror}\n")
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
