@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from lcr_fast.kernels.ptxas import NoPtxasError, Ptxas
 from lcr_fast.ops import _triton, reasoning, scoring
 from lcr_fast.ops._dispatch import say_once
 
+TOOLS = Path(__file__).parents[1] / "tools"
 OLD = Ptxas("/old", (12, 8), "V12.8.93", "Triton's ptxas")
 NEWER = Ptxas("/newer", (12, 9), "V12.9.86", "Triton's ptxas-blackwell")
 NEWEST = Ptxas("/newest", (13, 1), "V13.1.80", "CUDA toolkit")
@@ -167,7 +169,8 @@ import json, os
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from lcr_fast.kernels import ptxas, resources
+import kernel_resources as resources
+from lcr_fast.kernels import ptxas
 
 name, variant = next(
     (name, v) for name, v in resources.all_variants("sm_90") if "user_bwd-no-dot-bf16" in name
@@ -200,10 +203,10 @@ print(json.dumps({
 
 def test_ours_are_keyed_by_their_ptxas_and_others_are_left_alone(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(TOOLS)}
     done = subprocess.run(
-        [sys.executable, "-c", _COMPILE], env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", _COMPILE], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["compiled by"] == found["versions"]
