@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import importlib.util
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -218,18 +219,22 @@ def test_order_copies_and_neighbours_change_no_bit(n_candidates):
         assert torch.equal(alone[0], scores[b])
 
 
-def test_padding_and_strides_change_no_bit():
-    case = Case(n_candidates=19)
-    expected = case.run("cpp")
+def assert_padding_and_strides_change_no_bit(case: Case, backend: str) -> None:
+    expected = case.run(backend)
     for name in ("search", "rec"):
         x = case.tensors[name]
         assert x.isnan().any()
         assert not expected[name][x.isnan()].any()
         case.tensors[name] = torch.where(x.isnan(), torch.inf, x)
-    case.tensors["candidates"] = case.items.transpose(0, 1).contiguous().transpose(0, 1)
+    x = case.tensors["candidates"]
+    case.tensors["candidates"] = x.transpose(0, 1).contiguous().transpose(0, 1)
     assert not case.tensors["candidates"].is_contiguous()
-    for name, value in case.run("cpp").items():
+    for name, value in case.run(backend).items():
         assert torch.equal(value, expected[name]), name
+
+
+def test_padding_and_strides_change_no_bit():
+    assert_padding_and_strides_change_no_bit(Case(n_candidates=19), "cpp")
 
 
 @pytest.mark.parametrize("n_candidates", [5, 100])
@@ -259,26 +264,32 @@ def test_halves_are_converted_and_rounded_once(dtype):
     assert_parity("scores", scores, eager, exact)
 
 
-def test_no_user_and_no_candidate():
-    empty = Case(n_users=0)
-    assert empty.run("cpp")["scores"].shape == (0, 5)
-    assert not empty.run("cpp")["weight 0"].any()
-    nothing = Case(n_candidates=0).run("cpp")
+def assert_serves_no_user_and_no_candidate(draw: Callable[..., Case], backend: str) -> None:
+    empty, nothing = draw(n_users=0).run(backend), draw(n_candidates=0).run(backend)
+    assert empty["scores"].shape == (0, 5)
     assert nothing["scores"].shape == (6, 0)
-    for name, value in nothing.items():
-        assert not value.any(), name
+    for results in (empty, nothing):
+        for name, value in results.items():
+            assert not value.any(), name
+
+
+def test_no_user_and_no_candidate():
+    assert_serves_no_user_and_no_candidate(Case, "cpp")
+
+
+def assert_only_inputs_and_ids_are_kept(case: Case, backend: str) -> None:
+    leaves = {k: v.contiguous().requires_grad_() for k, v in case.tensors.items()}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        case.call(backend, leaves)
+    pointers = {t.untyped_storage().data_ptr() for t in (*leaves.values(), *case.lengths)}
+    new = [t for t in kept if t.untyped_storage().data_ptr() not in pointers]
+    n_ids = case.upstream.shape[0] * case.upstream.shape[-1]
+    assert all(t.dtype == torch.int64 and t.numel() <= n_ids for t in new)
 
 
 def test_nothing_of_the_size_of_the_hidden_layers_is_kept():
-    case = Case(n_candidates=100)
-    leaves = {k: v.requires_grad_() for k, v in case.tensors.items()}
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        case.call("cpp", leaves)
-    pointers = {t.untyped_storage().data_ptr() for t in leaves.values()}
-    pointers |= {n.untyped_storage().data_ptr() for n in case.lengths}
-    new = [t for t in kept if t.untyped_storage().data_ptr() not in pointers]
-    assert all(t.dtype == torch.int64 and t.numel() <= 600 for t in new)  # the ids
+    assert_only_inputs_and_ids_are_kept(Case(n_candidates=100), "cpp")
 
 
 def check_registered_ops(prefix: str, case: Case):
@@ -359,6 +370,34 @@ EXCLUDED = torch.tensor([
 ])  # fmt: skip
 
 
+def assert_full_sort(case: Case, scores: torch.Tensor, k: int, backend: str) -> None:
+    """Hold the k best to a sort of ``scores`` [6, I + 1]; of equal ones the lower id is first."""
+    exclude = EXCLUDED.to(case.upstream.device)
+    ids, top = case.catalogue(ops.score_topk, k, exclude=exclude, backend=backend)
+    for b in range(6):
+        out = {0, *EXCLUDED[b].tolist()}
+        pairs = sorted((-s, i) for i, s in enumerate(scores[b].tolist()) if i not in out)
+        expected = [i for _, i in pairs[:k]]
+        assert ids[b].tolist() == expected + [0] * (k - len(expected))
+        assert top[b, : len(expected)].tolist() == [-s for s, _ in pairs[:k]]
+        assert torch.isneginf(top[b, len(expected) :]).all()
+
+
+def assert_counted(case, scores, target, bonus, backend: str) -> None:
+    """Hold ranks to a count in ``scores`` [6, I + 1]; the first user has no target."""
+    device = case.upstream.device
+    rank = case.catalogue(
+        ops.score_rank, target.to(device), bonus=None if bonus is None else bonus.to(device),
+        exclude=EXCLUDED.to(device), backend=backend,
+    )  # fmt: skip
+    assert rank[0] == 0
+    for b in range(1, 6):
+        out = {0, *EXCLUDED[b].tolist(), int(target[b])}
+        wanted = scores[b, target[b]] + (0 if bonus is None else bonus[b])
+        ahead = [i for i in range(1, scores.shape[1]) if i not in out and scores[b, i] >= wanted]
+        assert rank[b] == 1 + len(ahead)
+
+
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
 @pytest.mark.parametrize("copies", [False, True])
 @pytest.mark.parametrize("n_items", [1, 13, 112, 1009, 2300])
@@ -367,14 +406,7 @@ def test_topk_is_a_full_sort(n_items, copies, backend):
     scores = all_scores(case, backend)
     assert not scores[:, 1:].isnan().any()
     for k in (1, 7, n_items + 3):
-        ids, top = case.catalogue(ops.score_topk, k, exclude=EXCLUDED, backend=backend)
-        for b in range(6):
-            out = set(EXCLUDED[b].tolist())
-            pairs = sorted((-scores[b, i].item(), i) for i in range(1, n_items + 1) if i not in out)
-            expected = [i for _, i in pairs[:k]]
-            assert ids[b].tolist() == expected + [0] * (k - len(expected))
-            assert top[b, : len(expected)].tolist() == [-s for s, _ in pairs[:k]]
-            assert torch.isneginf(top[b, len(expected) :]).all()
+        assert_full_sort(case, scores, k, backend)
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
@@ -389,15 +421,7 @@ def test_ranks_are_counted(n_items, copies, backend):
         target = torch.randint(1, n_items + 1, (6,), generator=g)
         target[0], target[3] = 0, 9  # none; one that is excluded
         bonus = torch.randn(6, generator=g) if with_bonus else None
-        rank = case.catalogue(
-            ops.score_rank, target, bonus=bonus, exclude=EXCLUDED, backend=backend
-        )
-        assert rank[0] == 0
-        for b in range(1, 6):
-            out = {0, *EXCLUDED[b].tolist(), int(target[b])}
-            wanted = scores[b, target[b]] + (0 if bonus is None else bonus[b])
-            ahead = [i for i in range(1, n_items + 1) if i not in out and scores[b, i] >= wanted]
-            assert rank[b] == 1 + len(ahead)
+        assert_counted(case, scores, target, bonus, backend)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -641,23 +665,8 @@ def test_triton_chunks_and_runs_change_no_bit(monkeypatch):
 @on_triton
 def test_triton_reads_no_padding_and_keeps_only_its_inputs():
     case = kernel_case()
-    expected = case.run("triton")
-    for name in ("search", "rec"):
-        x = case.tensors[name]
-        assert x.isnan().any()
-        assert not expected[name][x.isnan()].any()
-        case.tensors[name] = torch.where(x.isnan(), torch.inf, x)
-    x = case.tensors["candidates"]
-    case.tensors["candidates"] = x.transpose(0, 1).contiguous().transpose(0, 1)
-    for name, value in case.run("triton").items():
-        assert torch.equal(value, expected[name]), name
-    leaves = {k: v.contiguous().requires_grad_() for k, v in case.tensors.items()}
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        case.call("triton", leaves)
-    pointers = {t.untyped_storage().data_ptr() for t in (*leaves.values(), *case.lengths)}
-    new = [t for t in kept if t.untyped_storage().data_ptr() not in pointers]
-    assert all(t.dtype == torch.int64 and t.numel() <= 30 for t in new)  # the ids
+    assert_padding_and_strides_change_no_bit(case, "triton")
+    assert_only_inputs_and_ids_are_kept(case, "triton")
 
 
 @on_triton
@@ -667,9 +676,7 @@ def test_triton_registered_ops():
 
 @on_triton
 def test_triton_serves_no_user_and_no_candidate():
-    assert kernel_case(n_users=0).run("triton")["scores"].shape == (0, 5)
-    for name, value in kernel_case(n_candidates=0).run("triton").items():
-        assert not value.any(), name
+    assert_serves_no_user_and_no_candidate(kernel_case, "triton")
 
 
 @on_triton
@@ -689,16 +696,7 @@ def test_triton_topk_is_a_full_sort(head, n_items, copies, monkeypatch):
         assert len(scores[0, 1:].unique()) < n_items / 2
     monkeypatch.setattr(catalogue, "MAX_K", 4)
     for k in (1, 6):
-        found, top = case.catalogue(
-            ops.score_topk, k, exclude=EXCLUDED.to(DEVICE), backend="triton"
-        )
-        for b in range(6):
-            out = set(EXCLUDED[b].tolist())
-            pairs = sorted((-scores[b, i].item(), i) for i in range(1, n_items + 1) if i not in out)
-            expected = [i for _, i in pairs[:k]]
-            assert found[b].tolist() == expected + [0] * (k - len(expected))
-            assert top[b, : len(expected)].tolist() == [-s for s, _ in pairs[:k]]
-            assert torch.isneginf(top[b, len(expected) :]).all()
+        assert_full_sort(case, scores, k, "triton")
 
 
 @on_triton
@@ -711,16 +709,7 @@ def test_triton_ranks_are_counted(head, copies):
     scores = case.call("reference", tensors, ids=torch.arange(151, device=DEVICE)[None])
     target = torch.tensor([0, 150, 17, 9, 1, 16])  # 9 is excluded
     bonus = torch.tensor([0.0, 0.0, 1.0, 0.0, -2.0, 0.5])
-    rank = case.catalogue(
-        ops.score_rank, target.to(DEVICE), bonus=bonus.to(DEVICE), exclude=EXCLUDED.to(DEVICE),
-        backend="triton",
-    )  # fmt: skip
-    assert rank[0] == 0
-    for b in range(1, 6):
-        out = {0, *EXCLUDED[b].tolist(), int(target[b])}
-        wanted = scores[b, target[b]] + bonus[b]
-        ahead = [i for i in range(1, 151) if i not in out and scores[b, i] >= wanted]
-        assert rank[b] == 1 + len(ahead)
+    assert_counted(case, scores.cpu(), target, bonus, "triton")
 
 
 @on_triton
