@@ -456,6 +456,8 @@ def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
 def _expand(name: str, tensor: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
     """View ``tensor`` in ``shape``, without a copy."""
     _check_device(name, tensor, device)
+    if tensor.shape == shape:  # the ordinary call, without a view
+        return tensor
     missing = len(shape) - tensor.dim()
     if missing < 0 or any(
         size not in (1, wanted) for size, wanted in zip(tensor.shape, shape[missing:], strict=True)
