@@ -193,6 +193,9 @@ class TrainConfig(_JsonConfig):
     )
     weight_decay: float = _option(1e-2, "decoupled decay, on dense weights only")
     grad_clip: float = _option(1.0, "largest gradient norm; 0 means no clipping")
+    tables: Literal["dense", "rows"] = _option(
+        "dense", "update every row of the tables in a step, or those alone that its batch touches"
+    )
     precision: Literal["float32", "bfloat16"] = _option(
         "float32",
         "dtype of states and item vectors; weights, optimizer and losses stay float32",

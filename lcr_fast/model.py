@@ -392,7 +392,12 @@ class LCRSER(nn.Module):
         """
         ids = batch.candidates if candidates is None else candidates  # [B, C]
         if self.item_text_projection is None:
-            scores = self._score(h, batch, self.item_embedding.weight, ids)
+            table, places = self.item_embedding.weight, ids
+            if self.item_embedding.sparse and torch.is_grad_enabled():
+                # The gradient of a table has its size: here, of the rows alone that are scored.
+                rows, places = ids.unique(return_inverse=True)
+                table = self.item_embedding(rows)
+            scores = self._score(h, batch, table, places)
         else:
             scores = self._score(h, batch, self.item_vectors(ids), None)
         return self._finish(scores, batch, ids)

@@ -455,6 +455,7 @@ SWITCHES = {
     "negatives": ("uniform", "batch", ALL),
     "n_negatives": (5, "batch", ("supervised",)),
     "rl_negatives": (5, "batch", PHASE_2),
+    "tables": ("rows", "", ()),
     "precision": ("bfloat16", "updates", ALL),
     "rank_loss": ("softmax", "updates", ("supervised", "noisy")),
     "align_queries": (0.7, "updates", ("supervised",)),

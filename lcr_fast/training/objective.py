@@ -25,6 +25,7 @@ from lcr_fast.model import LCRSER
 from lcr_fast.objectives import alignment, rank_loss, tcl
 from lcr_fast.reference import Streams
 from lcr_fast.training.evaluation import with_target
+from lcr_fast.training.rows import flat
 
 _LOG = logging.getLogger("lcr_fast")
 _ALARM_EVERY = 10  # updates between two comparisons of gradients
@@ -379,16 +380,12 @@ class Grpo(_Trajectories):
         where the policy has no gradient.
         """
         parameters = [p for _, p in self.parameters()]
-        policy, target, silent = (
-            torch.cat([
-                torch.zeros_like(p).flatten() if g is None else g.flatten()
-                for p, g in zip(parameters, gradients, strict=True)
-            ])
-            for gradients in (
-                torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-                for value in (surrogate, log_target, silent_kl)
-            )
-        )  # fmt: skip
+        gradients = [
+            torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+            for value in (surrogate, log_target, silent_kl)
+        ]
+        by_parameter = [flat(g, p) for p, *g in zip(parameters, *gradients, strict=True)]
+        policy, target, silent = (torch.cat(parts) for parts in zip(*by_parameter, strict=True))
         norm = policy.norm()
         if not norm > 0:
             return {}

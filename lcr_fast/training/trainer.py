@@ -26,6 +26,7 @@ from lcr_fast.training.evaluation import chance_level, make_batcher, validation_
 from lcr_fast.training.identity import assign, count_unknown
 from lcr_fast.training.models import OTHER_DATA
 from lcr_fast.training.objective import OBJECTIVES, Objective, warn_if_sinking
+from lcr_fast.training.rows import RowAdamW, clip_gradients, merge_gradients, use_rows
 
 _LOG = logging.getLogger("lcr_fast")
 CHECKPOINT_KIND = "checkpoint"
@@ -162,6 +163,7 @@ class Trainer:
         self.batcher = make_batcher(data, "train", model)
         self.validation = make_batcher(data, "valid", model)
         self.chance = chance_level(self.validation, config.valid_metric)
+        use_rows(model, config.tables == "rows")
         self.objective: Objective = OBJECTIVES[objective](model, self.batcher, config)
         self.schedule = self.objective.schedule
         trained = self.objective.parameters()
@@ -197,6 +199,7 @@ class Trainer:
             self._save()
         if progress.readout is not None:
             self._read(progress.readout)
+        use_rows(self.model, False)
         return self.model.requires_grad_(True).eval()
 
     def _goes_on(self) -> bool:
@@ -310,9 +313,10 @@ class Trainer:
         with range_("backward"):
             loss.backward()
         with range_("optimizer"):
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            merge_gradients(parameters)
             if self.config.grad_clip:
-                parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-                torch.nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
+                clip_gradients(parameters, self.config.grad_clip)
             self.optimizer.step()
 
     def _add(self, logs: dict[str, float]) -> None:
@@ -434,7 +438,7 @@ def _seed(rng: np.random.Generator) -> int:
 
 def make_optimizer(
     parameters: list[tuple[str, torch.nn.Parameter]], learning_rate: float, weight_decay: float
-) -> tuple[torch.optim.AdamW, list[str]]:
+) -> tuple[RowAdamW, list[str]]:
     """AdamW with decay on dense weights only, and the parameters' names in its numbering.
 
     Embedding rows that no batch touches would shrink towards each other until their scores tie;
@@ -447,5 +451,5 @@ def make_optimizer(
         {"params": [p for _, p in dense], "weight_decay": weight_decay},
         {"params": [p for _, p in rest], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate)
+    optimizer = RowAdamW(groups, lr=learning_rate)
     return optimizer, [name for name, _ in dense + rest]
