@@ -94,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_extend(commands)
     _add_export(commands)
     _add_serve(commands)
+    _add_adapt(commands)
     _add_study(commands)
     return parser
 
@@ -272,6 +273,7 @@ def _add_job_options(parser: argparse.ArgumentParser, defaults: dict[str, dict])
 
 def _add_study(commands: Any) -> None:
     from lcr_fast.experiments import study
+    from lcr_fast.experiments.grid import MAPS
 
     parser = commands.add_parser(
         "study", help="train many models over seeds: what phase 2 does, the paper's figures"
@@ -301,7 +303,16 @@ def _add_study(commands: Any) -> None:
         "--all-steps", type=int, nargs="+", default=list(study.STEPS), metavar="K",
         help="numbers of reasoning steps to compare",
     )  # fmt: skip
-    for each in (rl, paper):
+    grid = _command(
+        studies, "grid", _study_grid, "stability maps of TCL and of phase 2",
+        "Train the model for every pair of two settings: TCL's margin and weight, with both "
+        "distances, and phase 2's KL weight and noise. Marks what is level with the best. All "
+        "seeds share the data. The default takes about 25 minutes on one core.",
+    )  # fmt: skip
+    grid.add_argument(
+        "--maps", nargs="+", choices=tuple(MAPS), default=list(MAPS), help="which maps to make"
+    )
+    for each in (rl, paper, grid):
         each.add_argument("--seeds", type=int, help="number of seeds, from --seed on; default: 3")
         each.add_argument(
             "--quick", action="store_true",
@@ -439,6 +450,31 @@ def _add_serve(commands: Any) -> None:
     )
 
 
+def _add_adapt(commands: Any) -> None:
+    from lcr_fast.training.adaptive import SERVED, TITLES
+
+    parser = _command(
+        commands, "adapt", _adapt, "let each user take as many steps as it needs",
+        "Choose, on the validation users, a rule by which a user leaves before K steps, and write "
+        "the model with it: " + "; ".join(f"{name}, {TITLES[name]}" for name in SERVED) + ".",
+    )  # fmt: skip
+    _add_model_arguments(parser)
+    parser.add_argument("-o", "--out", type=Path, required=True, help="file to write, a new one")
+    goal = parser.add_mutually_exclusive_group()
+    goal.add_argument(
+        "--loss", type=float, help="most that the metric may lose to the best fixed number of "
+        "steps, with as few steps as that takes; default: 0.002",
+    )  # fmt: skip
+    goal.add_argument(
+        "--mean-steps", type=float, metavar="STEPS",
+        help="most steps on average, for the best metric that they reach",
+    )  # fmt: skip
+    parser.add_argument("--metric", default="ndcg@5", help="hr@k, ndcg@k, mrr, or a sum of them")
+    parser.add_argument(
+        "--rules", nargs="+", choices=SERVED, default=list(SERVED), help="rules to choose from"
+    )
+
+
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", type=Path, help="a model.safetensors")
     parser.add_argument("--data", type=Path, required=True, help="prepared data")
@@ -572,6 +608,14 @@ def _study_paper(arguments: argparse.Namespace) -> None:
         _print_results(job, run_paper_study(job, n_seeds, arguments.all_steps))
 
 
+def _study_grid(arguments: argparse.Namespace) -> None:
+    from lcr_fast.experiments.grid import run_grid_study
+
+    n_seeds = _n_seeds(arguments)
+    with _open_job(arguments, _study_defaults(arguments), "study-grid-") as job:
+        _print_results(job, run_grid_study(job, n_seeds, arguments.maps))
+
+
 def _n_seeds(arguments: argparse.Namespace) -> int:
     n = arguments.seeds if arguments.seeds is not None else 1 if arguments.quick else 3
     if n < 1:
@@ -674,6 +718,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     from lcr_fast.data.prepared import PreparedData
     from lcr_fast.experiments.tables import protocol_titles, write_rows
+    from lcr_fast.training.adaptive import StepCount
     from lcr_fast.training.evaluation import rank_model
     from lcr_fast.training.identity import describe_unknown
     from lcr_fast.training.models import load_model
@@ -689,9 +734,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print(model.backend_report())
     if unknown := describe_unknown(model.config, data):
         print(unknown)
+    steps = model.on_steps = StepCount(model.config.steps)
     ranks = rank_model(
         model, data, arguments.split, backend=model.config.backend, **_ranking(arguments)
     )
+    if taken := steps.describe():
+        print(taken)
     rows = ranks.rows(sorted(set(arguments.k)))
     titles = protocol_titles(ranks.n_negatives)
     for protocol in dict.fromkeys(row["protocol"] for row in rows):
@@ -754,6 +802,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 def _recommend(arguments: argparse.Namespace) -> None:
     from lcr_fast.data.prepared import PreparedData
     from lcr_fast.serving.offline import recommend
+    from lcr_fast.training.adaptive import StepCount
     from lcr_fast.training.identity import describe_unknown
     from lcr_fast.training.models import load_model
 
@@ -762,6 +811,7 @@ def _recommend(arguments: argparse.Namespace) -> None:
     model = load_model(
         arguments.model, data, arguments.device, arguments.backend, any_data=arguments.any_data
     )
+    steps = model.on_steps = StepCount(model.config.steps)
     lines = recommend(model, data, arguments.users, arguments.k)
     if unknown := describe_unknown(model.config, data):
         print(unknown, file=sys.stderr)
@@ -769,6 +819,32 @@ def _recommend(arguments: argparse.Namespace) -> None:
     writer.writerow(("user", "rank", "item", "score"))
     for user, rank, item, score in lines:
         writer.writerow((user, rank, item, f"{score:.6g}"))
+    if taken := steps.describe():
+        print(taken, file=sys.stderr)
+
+
+def _adapt(arguments: argparse.Namespace) -> None:
+    from lcr_fast.data.prepared import PreparedData
+    from lcr_fast.training.adaptive import adapt
+    from lcr_fast.training.models import load_model
+
+    _set_threads(arguments)
+    if arguments.out.exists():
+        raise ValueError(f"{arguments.out} exists already: name another file")
+    TrainConfig(valid_metric=arguments.metric)
+    loss = arguments.loss
+    if loss is None and arguments.mean_steps is None:
+        loss = 0.002
+    data = PreparedData.open(arguments.data)
+    model = load_model(
+        arguments.model, data, arguments.device, arguments.backend, any_data=arguments.any_data
+    )
+    print(adapt(
+        model, data, arguments.rules, metric=arguments.metric, loss=loss,
+        steps=arguments.mean_steps,
+    ))  # fmt: skip
+    model.save(arguments.out)
+    print(f"model: {arguments.out}")
 
 
 def _extend(arguments: argparse.Namespace) -> None:

@@ -220,6 +220,12 @@ class TrainConfig(_JsonConfig):
     tcl_margin: float = _option(0.1, "TCL margin m")
     tcl_distance: Literal["l2", "cosine"] = _option("l2", "TCL distance D")
     tcl_detach_negative: bool = _option(False, "no gradient through TCL's negative")
+    deep_supervision: float = _option(
+        0.0, "phase 1: weight of the ranking losses of h^(0) to h^(K-1), read by the same head"
+    )
+    deep_weights: Literal["uniform", "rising"] = _option(
+        "rising", "phase 1: shares of these K losses, all alike or as 1 : 2 : ... : K"
+    )
     rl_epochs: int = _option(2, "phase 2: most epochs")
     rl_epoch_size: int = _option(2048, "phase 2: users drawn for an epoch; 0 means all")
     rl_batch_size: int = _option(64, "phase 2: users in a batch")
@@ -263,6 +269,7 @@ class TrainConfig(_JsonConfig):
             (
                 "seed", "epochs", "learning_rate", "weight_decay", "grad_clip", "patience",
                 "min_updates", "align_queries", "align_items", "tcl_weight", "tcl_margin",
+                "deep_supervision",
                 "rl_epochs", "rl_epoch_size", "rl_learning_rate", "noise_scale", "clip",
                 "kl_weight",
             ),

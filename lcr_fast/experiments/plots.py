@@ -152,3 +152,35 @@ def latencies(rows: list[dict[str, Any]], path: Path) -> None:
         panel.set_title(f"{n} user{'s' * (n > 1)}")
         panel.grid(alpha=0.3)
     save_figure(figure, path)
+
+
+def heat_maps(maps: Sequence[tuple[Any, Mapping[tuple[float, float], Any]]], path: Path) -> None:
+    """Draw a mean for each pair of settings, a panel a map; what is level with the best is framed.
+
+    ``maps`` are pairs of a :class:`~lcr_fast.experiments.grid.Map` and its cells by place.
+    """
+    from matplotlib.patches import Rectangle
+
+    figure, panels = new_figure(len(maps), width=4.5)
+    for panel, (part, cells) in zip(panels, maps, strict=True):
+        (row, rows), (column, columns) = part.rows, part.columns
+        means = [[cells[a, b].mean for b in columns] for a in rows]
+        image = panel.imshow(means, aspect="auto", cmap="viridis")
+        middle = sum(image.get_clim()) / 2
+        for y, a in enumerate(rows):
+            for x, b in enumerate(columns):
+                cell = cells[a, b]
+                colour = "black" if cell.mean > middle else "white"
+                panel.text(x, y, f"{cell.mean:.3f}", ha="center", va="center", color=colour)
+                if cell.level:
+                    panel.add_patch(
+                        Rectangle(
+                            (x - 0.46, y - 0.46), 0.92, 0.92, fill=False, color="#ee6677", lw=2
+                        )
+                    )
+        panel.set_xticks(range(len(columns)), [str(v) for v in columns])
+        panel.set_yticks(range(len(rows)), [str(v) for v in rows])
+        panel.set_xlabel(column)
+        panel.set_ylabel(row)
+        panel.set_title(part.title)
+    save_figure(figure, path)

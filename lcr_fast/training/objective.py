@@ -103,12 +103,14 @@ class Objective:
 
 
 class Supervised(Objective):
-    """Phase 1: ranking loss, TCL and alignment (:mod:`lcr_fast.objectives`)."""
+    """Phase 1: ranking loss, of every step too, TCL and alignment (:mod:`lcr_fast.objectives`)."""
 
     phase = 1
 
     def __init__(self, model: LCRSER, batcher: Batcher, config: TrainConfig) -> None:
         super().__init__(model, batcher, config)
+        if config.deep_supervision and model.config.cross_memory == "initial":
+            raise ValueError("deep_supervision goes step by step, cross_memory=initial does not")
         self.pairs = training_pairs(batcher.data)
 
     @property
@@ -138,24 +140,37 @@ class Supervised(Objective):
         return self.batcher.gather(rows, *with_target(targets, negatives))
 
     def updates(self, batch: Batch, seed: int) -> Iterator[Update]:
-        """One update: L = L_rank + lambda L_TCL, and the weighted losses of alignment."""
+        """One update: L = L_rank + lambda L_TCL, and the weighted losses of alignment.
+
+        Deep supervision adds L_rank of the states before the last step, read by the same head.
+        """
         config, model = self.config, self.model
         model.train()
         model.dropout_seed = seed
         target = None
         if config.tcl_weight and model.config.steps:
             target = model.item_vectors(batch.candidates[:, 0])  # [B, D]
-        reasoned = model.reason(self.encode(model, batch), batch, target)
-        if config.precision == "float32":
-            scores = model.score(reasoned.streams, batch)
+        h0 = self.encode(model, batch)
+        if config.deep_supervision and model.config.steps:
+            by_step = model.reason_by_step(h0, batch, target)
+            reasoned = by_step[-1]
+            parts = [step.pooled for step in by_step if step.pooled is not None]
+            pooled = torch.cat(parts, 1) if parts else None
+            earlier = [model.read(h0, h0), *(step.streams for step in by_step[:-1])]
         else:
-            vectors = self.low(model.item_vectors(batch.candidates))
-            scores = _high(model.score_vectors(reasoned.streams, batch, vectors))
-        loss = rank_loss(scores, batch.target, config.rank_loss)
+            reasoned, earlier = model.reason(h0, batch, target), []
+            pooled = reasoned.pooled
+        loss = self._rank_loss(reasoned.streams, batch)
         logs = {"rank_loss": loss.item()}
-        if target is not None and reasoned.pooled is not None:
+        if earlier:
+            shares = _step_shares(len(earlier), config.deep_weights)
+            losses = torch.stack([self._rank_loss(h, batch) for h in earlier])
+            deep = losses @ losses.new_tensor(shares)
+            loss = loss + config.deep_supervision * deep
+            logs["deep_loss"] = deep.item()
+        if target is not None and pooled is not None:
             contrast = tcl(
-                _high(reasoned.pooled),
+                _high(pooled),
                 (batch.search_lengths, batch.rec_lengths),
                 target,
                 margin=config.tcl_margin,
@@ -168,6 +183,16 @@ class Supervised(Objective):
             loss = loss + weight * part
             logs[name] = part.item()
         yield Update(loss, logs)
+
+    def _rank_loss(self, h: Streams, batch: Batch) -> Tensor:
+        """L_rank of the batch's candidates, read from states."""
+        model, config = self.model, self.config
+        if config.precision == "float32":
+            scores = model.score(h, batch)
+        else:
+            vectors = self.low(model.item_vectors(batch.candidates))
+            scores = _high(model.score_vectors(h, batch, vectors))
+        return rank_loss(scores, batch.target, config.rank_loss)
 
     def _alignments(self, rng: np.random.Generator) -> dict[str, tuple[float, Tensor]]:
         """Draw pairs of each kind that counts and that the data has: weight and loss by name."""
@@ -190,6 +215,12 @@ class Supervised(Objective):
             vectors = model.item_vectors(items), model.item_vectors(following)
             losses["item_alignment"] = (config.align_items, alignment(*vectors, items, following))
         return losses
+
+
+def _step_shares(n: int, kind: str) -> list[float]:
+    """Share out 1 over the losses of h^(0) to h^(n-1)."""
+    weights = [1.0] * n if kind == "uniform" else [k + 1.0 for k in range(n)]
+    return [weight / sum(weights) for weight in weights]
 
 
 class _Trajectories(Objective):

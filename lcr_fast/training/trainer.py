@@ -159,6 +159,7 @@ class Trainer:
             counts = ", ".join(f"{n:,} {kind}" for kind, n in unknown.items())
             raise ValueError(f"the model has no row for {counts} of the data: extend it first")
         assign(model, data)
+        model.exits = None  # they were chosen for the weights that now change
         self.batcher = make_batcher(data, "train", model)
         self.validation = make_batcher(data, "valid", model)
         self.chance = chance_level(self.validation, config.valid_metric)
