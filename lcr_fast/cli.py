@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_serve(commands)
     _add_adapt(commands)
+    _add_distill(commands)
     _add_study(commands)
     return parser
 
@@ -475,6 +476,24 @@ def _add_adapt(commands: Any) -> None:
     )
 
 
+def _add_distill(commands: Any) -> None:
+    parser = _command(
+        commands, "distill", _distill, "teach a model of fewer steps what a trained one ranks",
+        "Train a student of 0 or 1 steps on the lists and pooled states of a teacher, from the "
+        "teacher's weights, and compare the two on the test users.",
+    )  # fmt: skip
+    parser.add_argument("teacher", metavar="TEACHER", type=Path, help="a model.safetensors")
+    parser.add_argument("--data", type=Path, required=True, help="prepared data")
+    parser.add_argument("--steps", type=int, default=0, help="reasoning steps of the student")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--resume", action="store_true", help="continue in --out")
+    _add_any_data(parser, "use the teacher although it was trained on other data")
+    _add_run_options(parser)
+    group = parser.add_argument_group("train config")
+    for name, options in _flags(TrainConfig).items():
+        group.add_argument("--" + name.replace("_", "-"), **options)
+
+
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", type=Path, help="a model.safetensors")
     parser.add_argument("--data", type=Path, required=True, help="prepared data")
@@ -845,6 +864,30 @@ def _adapt(arguments: argparse.Namespace) -> None:
     ))  # fmt: skip
     model.save(arguments.out)
     print(f"model: {arguments.out}")
+
+
+def _distill(arguments: argparse.Namespace) -> None:
+    from lcr_fast.data.prepared import PreparedData
+    from lcr_fast.experiments.distill import distill, distillation_table
+    from lcr_fast.storage import claimed
+    from lcr_fast.training.models import load_model
+
+    _set_threads(arguments)
+    flags = vars(arguments)
+    train = TrainConfig(**{f.name: flags[f.name] for f in fields(TrainConfig) if f.name in flags})
+    out = arguments.out
+    if not arguments.resume and out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty: continue with --resume, or name another")
+    data = PreparedData.open(arguments.data)
+    teacher = load_model(
+        arguments.teacher, data, arguments.device, arguments.backend, any_data=arguments.any_data
+    )
+    with claimed(out):
+        student = distill(
+            teacher, data, train, arguments.steps, out, resume=arguments.resume,
+            any_data=arguments.any_data, report=lambda line: print(line, flush=True),
+        )  # fmt: skip
+        print(f"\n{distillation_table(teacher, student, data)}\n\nmodel: {out}")
 
 
 def _extend(arguments: argparse.Namespace) -> None:

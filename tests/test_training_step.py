@@ -515,6 +515,10 @@ SWITCHES = {
     "tcl_detach_negative": (True, "updates", ("supervised",)),
     "deep_supervision": (0.7, "updates", ("supervised",)),
     "deep_weights": ("uniform", "updates", ("supervised",)),
+    "distill_kl": (0.5, "", ()),  # what these move: tests/test_distillation.py
+    "distill_states": (0.5, "", ()),
+    "distill_temperature": (0.5, "", ()),
+    "distill_trainable": ("histories", "", ()),
     "n_trajectories": (5, "updates", PHASE_2),
     "noise_scale": (0.4, "updates", PHASE_2),
     "inner_epochs": (2, "updates", PHASE_2),

@@ -61,6 +61,6 @@ def exit_scores(features: Tensor, exits: Exits) -> Tensor:
 
 
 def steps_taken(scores: Tensor) -> Tensor:
-    """Count the steps of each user: the first k of score >= 0, or all K: [..., K] -> int64 [...]."""
+    """Count steps: the first k whose score is 0 at least, or all K: [..., K] -> int64 [...]."""
     stays = ~(scores >= 0)  # NaN stays
     return stays.long().cumprod(-1).sum(-1)

@@ -55,7 +55,7 @@ class Inputs(NamedTuple):
     candidates: Tensor  # [B, C, D] item vectors
 
 
-def _high(x: Tensor) -> Tensor:
+def high(x: Tensor) -> Tensor:
     """Give losses and log-probabilities float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -160,17 +160,20 @@ class Supervised(Objective):
         else:
             reasoned, earlier = model.reason(h0, batch, target), []
             pooled = reasoned.pooled
-        loss = self._rank_loss(reasoned.streams, batch)
+        scores = self._scores(reasoned.streams, batch)
+        loss = rank_loss(scores, batch.target, config.rank_loss)
         logs = {"rank_loss": loss.item()}
         if earlier:
             shares = _step_shares(len(earlier), config.deep_weights)
-            losses = torch.stack([self._rank_loss(h, batch) for h in earlier])
+            losses = torch.stack(
+                [rank_loss(self._scores(h, batch), batch.target, config.rank_loss) for h in earlier]
+            )
             deep = losses @ losses.new_tensor(shares)
             loss = loss + config.deep_supervision * deep
             logs["deep_loss"] = deep.item()
         if target is not None and pooled is not None:
             contrast = tcl(
-                _high(pooled),
+                high(pooled),
                 (batch.search_lengths, batch.rec_lengths),
                 target,
                 margin=config.tcl_margin,
@@ -179,23 +182,26 @@ class Supervised(Objective):
             )
             loss = loss + config.tcl_weight * contrast
             logs["tcl"] = contrast.item()
-        for name, (weight, part) in self._alignments(np.random.default_rng([seed, 1])).items():
+        rng = np.random.default_rng([seed, 1])
+        for name, (weight, part) in self._terms(batch, reasoned.streams, scores, rng).items():
             loss = loss + weight * part
             logs[name] = part.item()
         yield Update(loss, logs)
 
-    def _rank_loss(self, h: Streams, batch: Batch) -> Tensor:
-        """L_rank of the batch's candidates, read from states."""
-        model, config = self.model, self.config
-        if config.precision == "float32":
-            scores = model.score(h, batch)
-        else:
-            vectors = self.low(model.item_vectors(batch.candidates))
-            scores = _high(model.score_vectors(h, batch, vectors))
-        return rank_loss(scores, batch.target, config.rank_loss)
+    def _scores(self, h: Streams, batch: Batch) -> Tensor:
+        """Score the batch's candidates from states: [B, C], in float32 at least."""
+        if self.config.precision == "float32":
+            return self.model.score(h, batch)
+        vectors = self.low(self.model.item_vectors(batch.candidates))
+        return high(self.model.score_vectors(h, batch, vectors))
 
-    def _alignments(self, rng: np.random.Generator) -> dict[str, tuple[float, Tensor]]:
-        """Draw pairs of each kind that counts and that the data has: weight and loss by name."""
+    def _terms(
+        self, batch: Batch, streams: Streams, scores: Tensor, rng: np.random.Generator
+    ) -> dict[str, tuple[float, Tensor]]:
+        """Give what the loss holds beside ranking and TCL: weight and loss by name.
+
+        That is the alignment of pairs, drawn of each kind that counts and that the data has.
+        """
         config, model, pairs = self.config, self.model, self.pairs
         device = model.head.target_weight.device
 
@@ -274,7 +280,7 @@ class _Trajectories(Objective):
         model.eval()
         config = self.config
         reasoned = model.rollout(inputs.h0, batch, config.n_trajectories, config.noise_scale, seed)
-        return _high(model.score_vectors(reasoned.streams, batch, inputs.candidates))
+        return high(model.score_vectors(reasoned.streams, batch, inputs.candidates))
 
 
 class NoisySupervised(_Trajectories):
