@@ -313,7 +313,26 @@ def _add_study(commands: Any) -> None:
     grid.add_argument(
         "--maps", nargs="+", choices=tuple(MAPS), default=list(MAPS), help="which maps to make"
     )
-    for each in (rl, paper, grid):
+    latency = _command(
+        studies, "latency", _study_latency, "accuracy against steps and time",
+        "Train Base, LCR for K = 1 to --steps, LCR with every step supervised, and a student of "
+        "K = 0; set their NDCG against the time of a forward, and rules for leaving early against "
+        "the best fixed number of steps, as many steps at random, and an oracle.",
+    )  # fmt: skip
+    strata = _command(
+        studies, "strata", _study_strata, "who gains from the steps",
+        "Train what study latency trains, or with --resume read it back, and show the differences "
+        "to Base by likeness of the histories, searches, noise and kind of target.",
+    )  # fmt: skip
+    strata.add_argument(
+        "--noise", type=float, nargs="*", default=[], metavar="CHANCE",
+        help="also train Base and LCR on synthetic worlds with these chances of a noise search",
+    )  # fmt: skip
+    strata.add_argument(
+        "--disjoint", action="store_true",
+        help="also on a synthetic world whose searches have nothing to do with the events",
+    )  # fmt: skip
+    for each in (rl, paper, grid, latency, strata):
         each.add_argument("--seeds", type=int, help="number of seeds, from --seed on; default: 3")
         each.add_argument(
             "--quick", action="store_true",
@@ -633,6 +652,26 @@ def _study_grid(arguments: argparse.Namespace) -> None:
     n_seeds = _n_seeds(arguments)
     with _open_job(arguments, _study_defaults(arguments), "study-grid-") as job:
         _print_results(job, run_grid_study(job, n_seeds, arguments.maps))
+
+
+def _study_latency(arguments: argparse.Namespace) -> None:
+    from lcr_fast.experiments.depth import run_latency_study
+
+    n_seeds = _n_seeds(arguments)
+    with _open_job(arguments, _study_defaults(arguments), "study-depth-") as job:
+        _print_results(job, run_latency_study(job, n_seeds))
+
+
+def _study_strata(arguments: argparse.Namespace) -> None:
+    from lcr_fast.data.synthetic import World
+    from lcr_fast.experiments.depth import run_strata_study
+
+    n_seeds = _n_seeds(arguments)
+    worlds = [World(noise=chance) for chance in arguments.noise]
+    if arguments.disjoint:
+        worlds.append(World(disjoint=True))
+    with _open_job(arguments, _study_defaults(arguments), "study-depth-") as job:
+        _print_results(job, run_strata_study(job, n_seeds, worlds))
 
 
 def _n_seeds(arguments: argparse.Namespace) -> int:
