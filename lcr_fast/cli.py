@@ -729,7 +729,7 @@ def _print_results(job: Any, tables: str) -> None:
     print(f"\n{tables}\n\ntables, plots and models: {job.out}")
 
 
-def _synthetic_data(folder: Path, seed: int, resume: bool, **world: int):
+def _synthetic_data(folder: Path, seed: int, resume: bool, **world: Any):
     from lcr_fast.data import synthetic
     from lcr_fast.data.build import prepare
     from lcr_fast.data.prepared import PreparedData

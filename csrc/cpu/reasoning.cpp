@@ -235,7 +235,7 @@ void adaptive_forward(const ReasoningArgs& args, const WeightArg* weights, const
                       void* const* states, int64_t* taken, int64_t n_threads,
                       const Parallel& parallel) {
   const ReasoningKernels& kernels = kernels_of(args.type);
-  const PackedWeights made = pack_weights(block_spec(args.shape, 2), reasoning_blocks(args.shape),
+  const PackedWeights made = pack_weights(spec_of(args.shape, 2), reasoning_blocks(args.shape),
                                           args.shape.n_sets, weights, kernels, false, parallel);
   const float* packed = made.forward.get();
   const ReasoningResults results{{states[0], states[1]}, nullptr, {nullptr, nullptr}};

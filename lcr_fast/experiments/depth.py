@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tabulate import tabulate
+from torch import Tensor
 
 from lcr_fast.data import synthetic
 from lcr_fast.data.build import prepare
@@ -25,6 +26,7 @@ from lcr_fast.experiments.distill import distill
 from lcr_fast.experiments.latency import forward_times
 from lcr_fast.experiments.tables import protocol_titles, write_rows
 from lcr_fast.model import LCRSER
+from lcr_fast.reference.transformer import zero_padding
 from lcr_fast.storage import replacing
 from lcr_fast.training import adaptive
 from lcr_fast.training.adaptive import LIST_RULES, SERVED, TITLES, Choice, Depths
@@ -281,11 +283,16 @@ def _rule_table(rows: list[dict[str, Any]]) -> str:
         values = (row[name], row[f"{name}_low"], row[f"{name}_high"])
         return "" if values[0] is None else _shown(Interval(*values, 0))
 
+    compared = ("less_best_fixed", "random_less_best_fixed", "less_random")
     lines = [
-        [TITLES.get(row["rule"], row["rule"]), row["goal"], f"{row['steps']:.2f}",
-         *(cell(row, name) for name in ("less_best_fixed", "random_less_best_fixed", "less_random"))]
+        [
+            TITLES.get(row["rule"], row["rule"]),
+            row["goal"],
+            f"{row['steps']:.2f}",
+            *(cell(row, name) for name in compared),
+        ]
         for row in rows
-    ]  # fmt: skip
+    ]
     headers = ["rule", "goal", "steps", "NDCG@5", "as many at random", "rule - random"]
     return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
 
@@ -318,7 +325,7 @@ def _curves(seeds: Sequence[SeedModels]) -> dict[str, list[tuple[float, float]]]
 def user_strata(model: LCRSER, data: PreparedData, split: str = "test") -> dict[str, NDArray]:
     """Sort the users of a split into strata: masks [n] by "kind: stratum".
 
-    Similarity is the cosine of the means of both histories' input vectors, a model's own and where
+    Similarity is the cosine of the mean vectors of queries and of items read, the model's and where
     there are any the text's, in thirds of the users who have both; noise the share of the searches
     read that the data knows to be noise.
     """
@@ -353,17 +360,14 @@ def _similarities(model: LCRSER, data: PreparedData, split: str) -> dict[str, ND
         batch = batch.to(model.head.target_weight.device)
         queries = model.query_vectors(batch.search_queries, batch.search_terms)
         kinds = {"similarity": (queries, model.item_vectors(batch.rec_items))}
-        if model.item_text is not None and model.query_text is not None:
-            texts = model.query_text[batch.search_queries], model.item_text[batch.rec_items]
-            kinds["text similarity"] = texts
-        for kind, pair in kinds.items():
-            means = []
-            for vectors, lengths in zip(
-                pair, (batch.search_lengths, batch.rec_lengths), strict=True
-            ):
-                valid = torch.arange(vectors.shape[1], device=batch.device) < lengths.unsqueeze(1)
-                means.append((vectors.double() * valid.unsqueeze(-1)).sum(1))
-            cosine = torch.nn.functional.cosine_similarity(*means)
+        texts = model.query_text, model.item_text
+        if isinstance(texts[0], Tensor) and isinstance(texts[1], Tensor):
+            kinds["text similarity"] = texts[0][batch.search_queries], texts[1][batch.rec_items]
+        for kind, (asked, events) in kinds.items():
+            cosine = torch.nn.functional.cosine_similarity(
+                zero_padding(asked.double(), batch.search_lengths).sum(1),
+                zero_padding(events.double(), batch.rec_lengths).sum(1),
+            )
             both = (batch.search_lengths > 0) & (batch.rec_lengths > 0)
             found.setdefault(kind, []).append(cosine.where(both, torch.nan).cpu().numpy())
     return {kind: np.concatenate(parts) for kind, parts in found.items()}
@@ -398,8 +402,8 @@ def run_strata_study(job: Job, n_seeds: int, worlds: Sequence[synthetic.World] =
     gains = {"lcr": mean[best], "distilled": mean["distilled"], "adaptive": served.gains}
     strata = user_strata(seeds[0].models["base"], job.data)
     rows = [
-        {"stratum": name, "n": int(member.sum()), "base": float(base[member].mean()), "model": model,
-         **_named("less_base", bootstrap((values - base)[member]))}
+        {"stratum": name, "n": int(member.sum()), "base": float(base[member].mean()),
+         "model": model, **_named("less_base", bootstrap((values - base)[member]))}
         for name, member in strata.items()
         for model, values in gains.items()
     ]  # fmt: skip
@@ -423,7 +427,7 @@ def run_strata_study(job: Job, n_seeds: int, worlds: Sequence[synthetic.World] =
 
 def _worlds_part(job: Job, n_seeds: int, worlds: Sequence[synthetic.World]) -> str:
     """Train Base and LCR on each world; write its rows and plot, return its table."""
-    rows = []
+    rows, lines = [], []
     for world in worlds:
         name = "disjoint" if world.disjoint else f"noise {world.noise:g}"
         out = job.out / "worlds" / name.replace(" ", "-")
@@ -450,16 +454,13 @@ def _worlds_part(job: Job, n_seeds: int, worlds: Sequence[synthetic.World]) -> s
             ]  # fmt: skip
             differences.append((gains[0], gains[1] - gains[0]))
         base, less = (np.mean(part, 0) for part in zip(*differences, strict=True))
+        spread = bootstrap(less)
         rows.append({
-            "world": name, "base": float(base.mean()), **_named("less_base", bootstrap(less)),
+            "world": name, "base": float(base.mean()), **_named("less_base", spread),
         })  # fmt: skip
+        lines.append([name, f"{base.mean():.4f}", _shown(spread)])
     write_rows(job.out / "worlds.csv", rows)
     plots.worlds(rows, job.out / "worlds.png")
-    lines = [
-        [row["world"], f"{row['base']:.4f}",
-         _shown(Interval(row["less_base"], row["less_base_low"], row["less_base_high"], 0))]
-        for row in rows
-    ]  # fmt: skip
     return tabulate(
         lines, ["world", "Base", f"LCR (K = {job.model.steps}) - Base"], tablefmt="github",
         disable_numparse=True,
