@@ -325,6 +325,10 @@ def _add_study(commands: Any) -> None:
         "to Base by likeness of the histories, searches, noise and kind of target.",
     )  # fmt: skip
     strata.add_argument(
+        "--runs", type=Path, nargs="+", metavar="RUN",
+        help="train nothing: strata of finished runs of lcr-fast train, of --data or their own",
+    )  # fmt: skip
+    strata.add_argument(
         "--noise", type=float, nargs="*", default=[], metavar="CHANCE",
         help="also train Base and LCR on synthetic worlds with these chances of a noise search",
     )  # fmt: skip
@@ -663,9 +667,17 @@ def _study_latency(arguments: argparse.Namespace) -> None:
 
 
 def _study_strata(arguments: argparse.Namespace) -> None:
+    from lcr_fast.data.prepared import PreparedData
     from lcr_fast.data.synthetic import World
-    from lcr_fast.experiments.depth import run_strata_study
+    from lcr_fast.experiments.depth import run_strata_of_runs, run_strata_study
 
+    if arguments.runs:
+        _set_threads(arguments)
+        data = PreparedData.open(arguments.data) if arguments.data else None
+        with _out_folder(arguments, "study-strata") as out:
+            table = run_strata_of_runs(arguments.runs, out, data, any_data=arguments.any_data)
+            print(f"{table}\n\ntables and plots: {out}")
+        return
     n_seeds = _n_seeds(arguments)
     worlds = [World(noise=chance) for chance in arguments.noise]
     if arguments.disjoint:

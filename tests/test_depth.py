@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import shutil
 
 import matplotlib.image
 import numpy as np
@@ -113,6 +114,8 @@ def test_strata_part_the_users(prepared, make_model):
         kind, stratum = name.split(": ")
         kinds.setdefault(kind, {})[stratum] = member
     assert {"similarity", "text similarity", "searches", "noise", "target"} <= set(kinds)
+    known = np.stack(list(kinds["noise"].values())).sum(0)
+    assert known.max() == 1
     parts = np.stack(list(kinds["searches"].values()))
     assert (parts.sum(0) == 1).all()
     assert all(
@@ -139,9 +142,28 @@ def test_strata_part_the_users(prepared, make_model):
     assert max(middle) < min(high)
     # Noise is the planted share among the searches that are read.
     truth = np.array(prepared.search_relevant)
-    for i in np.flatnonzero(kinds["noise"]["more"]):
+    for i in np.flatnonzero(kinds["noise"]["to 100%"]):
         begin, end = prepared.search_offsets[samples.users[i]], samples.search_end[i]
         assert (truth[max(begin, end - 4) : end] == 0).mean() > 2 / 3
+
+
+def test_strata_of_finished_runs_pool_their_users(study, prepared_folder, tmp_path):
+    seed = study / "seed-0"
+    run_folder = tmp_path / "run"
+    for name, cell in (("base", "base"), ("lcr", "k1")):
+        shutil.copytree(seed / cell, run_folder / name)
+    out = tmp_path / "out"
+    text = run(
+        "study", "strata", "--runs", run_folder, run_folder, "--data", prepared_folder, "--out", out
+    )
+    assert (out / "results.md").read_text() in text
+    row = read_csv(out / "strata.csv")[0]
+    less = gains(study, "k1") - gains(study, "base")
+    assert int(row["n"]) == 2 * len(less)
+    assert float(row["less_base"]) == pytest.approx(less.mean())
+    shutil.rmtree(run_folder / "lcr")
+    with pytest.raises(SystemExit):
+        run("study", "strata", "--runs", run_folder, "--data", prepared_folder)
 
 
 @pytest.mark.full

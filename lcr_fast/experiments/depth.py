@@ -7,6 +7,7 @@ with the steps, never stepped) or by a rule that validation chooses.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,10 +22,10 @@ from lcr_fast.data import synthetic
 from lcr_fast.data.build import prepare
 from lcr_fast.data.prepared import PreparedData
 from lcr_fast.experiments import plots
-from lcr_fast.experiments.comparison import Job
+from lcr_fast.experiments.comparison import VARIANTS, Job
 from lcr_fast.experiments.distill import distill
 from lcr_fast.experiments.latency import forward_times
-from lcr_fast.experiments.tables import protocol_titles, write_rows
+from lcr_fast.experiments.tables import BASE, protocol_titles, write_rows
 from lcr_fast.model import LCRSER
 from lcr_fast.reference.transformer import zero_padding
 from lcr_fast.storage import replacing
@@ -33,14 +34,22 @@ from lcr_fast.training.adaptive import LIST_RULES, SERVED, TITLES, Choice, Depth
 from lcr_fast.training.diversity import tail_items
 from lcr_fast.training.evaluation import make_batcher, rank_model, with_target
 from lcr_fast.training.models import fit_config, load_model
-from lcr_fast.training.ranks import Interval, bootstrap, weighted_metric
+from lcr_fast.training.ranks import (
+    RANKS,
+    Interval,
+    Ranks,
+    bootstrap,
+    samples_digest,
+    weighted_metric,
+)
 from lcr_fast.training.trainer import MODEL
 
 METRIC = "ndcg@5"
 DEEP_SUPERVISION = 0.3  # where the config has none
 LOSS = 0.002  # that an adaptive model may lose on validation
 TARGET_STEPS = 0.6  # of those of the best fixed number, that it is to take at most
-_SEARCH_BINS = ((0, 0), (1, 2), (3, 5), (6, np.inf))
+_SEARCH_BINS = ((0, 0), (1, 5), (6, 10), (11, 15), (16, np.inf))
+_NOISE_EDGES = (0.0, 1 / 3, 1 / 2, 2 / 3, 1.0)  # shares of the searches read
 
 
 class SeedModels(NamedTuple):
@@ -341,8 +350,8 @@ def user_strata(model: LCRSER, data: PreparedData, split: str = "test") -> dict[
         name = f"{low}" if low == high else f"{low} or more" if high == np.inf else f"{low}-{high}"
         found[f"searches: {name}"] = (searches >= low) & (searches <= high)
     noise = _noise_share(model, data, split)
-    for name, low, high in (("up to 1/3", -1, 1 / 3), ("to 2/3", 1 / 3, 2 / 3), ("more", 2 / 3, 1)):
-        found[f"noise: {name}"] = (noise > low) & (noise <= high)
+    for low, high in itertools.pairwise(_NOISE_EDGES):
+        found[f"noise: to {high:.0%}"] = (noise > (low or -1)) & (noise <= high)
     repeat, tail = np.array(samples.repeat), tail_items(data)[samples.items]
     found |= {"target: repeat": repeat, "target: new": ~repeat}
     found |= {"target: head item": ~tail, "target: tail item": tail}
@@ -401,28 +410,74 @@ def run_strata_study(job: Job, n_seeds: int, worlds: Sequence[synthetic.World] =
     base = mean["base"]
     gains = {"lcr": mean[best], "distilled": mean["distilled"], "adaptive": served.gains}
     strata = user_strata(seeds[0].models["base"], job.data)
-    rows = [
-        {"stratum": name, "n": int(member.sum()), "base": float(base[member].mean()),
-         "model": model, **_named("less_base", bootstrap((values - base)[member]))}
-        for name, member in strata.items()
-        for model, values in gains.items()
-    ]  # fmt: skip
-    write_rows(job.out / "strata.csv", rows)
-    plots.strata(rows, _COMPARED, job.out / "strata.png")
-    lines = []
-    for name, member in strata.items():
-        cells = [_shown(bootstrap((values - base)[member])) for values in gains.values()]
-        lines.append([name, f"{member.sum():,}", f"{base[member].mean():.4f}", *cells])
-    headers = ["stratum", "users", "Base", *(f"{t} - Base" for t in _COMPARED.values())]
     title = best.replace("k", "K = ") if best != "base" else "K = 0"
     parts = [
         _head(job, n_seeds, "Who gains"),
         f"LCR is that of {title}, which validation likes best.",
-        tabulate(lines, headers, tablefmt="github", disable_numparse=True),
+        _strata_part(strata, base, gains, _COMPARED, job.out),
     ]
     if worlds:
         parts.append("### Other worlds\n\n" + _worlds_part(job, n_seeds, worlds))
     return _write(job.out, parts)
+
+
+def _strata_part(
+    strata: Mapping[str, NDArray], base: NDArray, gains: Mapping[str, NDArray],
+    titles: Mapping[str, str], out: Path,
+) -> str:  # fmt: skip
+    """Write differences to Base by stratum, rows and plot; return their table."""
+    rows, lines = [], []
+    for name, member in strata.items():
+        n, of_base = int(member.sum()), float(base[member].mean())
+        line = [name, f"{n:,}", f"{of_base:.4f}"]
+        for model, values in gains.items():
+            spread = bootstrap((values - base)[member])
+            row = {"stratum": name, "n": n, "base": of_base, "model": model}
+            rows.append({**row, **_named("less_base", spread)})
+            line.append(_shown(spread))
+        lines.append(line)
+    write_rows(out / "strata.csv", rows)
+    plots.strata(rows, titles, out / "strata.png")
+    headers = ["stratum", "users", "Base", *(f"{titles[name]} - Base" for name in gains)]
+    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+
+
+def run_strata_of_runs(
+    runs: Sequence[Path], out: Path, data: PreparedData | None = None, *, any_data: bool = False
+) -> str:
+    """Say who gains in finished runs of ``lcr-fast train``, a seed each, whose users are pooled.
+
+    Base is compared to the others of the ablation that all runs have. ``data`` is that of the runs;
+    by default each has its own beside it. Strata are those of a run's Base model. Raises ValueError
+    where a run has no Base, or nothing to compare it to.
+    """
+    names = [
+        name for name in (BASE, "lcr", "tcl", "rl")
+        if all((run / name / RANKS).is_file() for run in runs)
+    ]  # fmt: skip
+    if names[:1] != [BASE] or len(names) < 2:
+        raise ValueError("every run must hold Base and one other model of the ablation")
+    parts: list[tuple[dict[str, NDArray], dict[str, NDArray]]] = []
+    for run in runs:
+        mine = data or PreparedData.open(run / "data")
+        model = load_model(run / BASE / MODEL, mine, "cpu", any_data=any_data)
+        ranks = {name: Ranks.load(run / name / RANKS) for name in names}
+        if any(r.samples != samples_digest(mine, "test") for r in ranks.values()):
+            raise ValueError(f"{run}: its ranks are of other samples")
+        gains = {
+            name: weighted_metric(r.by_protocol["sampled"], METRIC) for name, r in ranks.items()
+        }
+        parts.append((user_strata(model, mine), gains))
+    gains = {name: np.concatenate([part[1][name] for part in parts]) for name in names}
+    none = {run: np.zeros(len(part[1][BASE]), dtype=bool) for run, part in enumerate(parts)}
+    strata = {
+        name: np.concatenate([part[0].get(name, none[run]) for run, part in enumerate(parts)])
+        for name in dict.fromkeys(name for part in parts for name in part[0])
+    }
+    titles = {name: VARIANTS[name].title for name in names[1:]}
+    table = _strata_part(strata, gains.pop(BASE), gains, titles, out)
+    head = f"Who gains: test NDCG@5 of {len(runs)} run{'s' * (len(runs) > 1)}, users pooled, "
+    return _write(out, [head + "[95 % bootstrap interval over users].", table])
 
 
 def _worlds_part(job: Job, n_seeds: int, worlds: Sequence[synthetic.World]) -> str:
