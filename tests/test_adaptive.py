@@ -11,6 +11,7 @@ import torch
 from lcr_fast import cli
 from lcr_fast.config import LCRConfig
 from lcr_fast.data.prepared import PreparedData
+from lcr_fast.export import program
 from lcr_fast.model import LCRSER
 from lcr_fast.ops import adaptive_reasoning, latent_reasoning, latent_states
 from lcr_fast.ops._extension import extension_error
@@ -206,6 +207,12 @@ def test_exits_are_saved_and_kept_by_extension(model, prepared, tmp_path):
         assert other.exits.rule == "confidence"
         assert torch.equal(other.exits.weight, model.exits.weight)
         assert torch.equal(other.exits.bias, model.exits.bias)
+
+
+def test_a_program_takes_all_steps(model, prepared):
+    model.exits = some_exits(model, prepared)
+    with pytest.raises(ValueError, match="export the one without exits"):
+        program(model)
 
 
 # -- rules and thresholds ------------------------------------------------------------------------

@@ -202,19 +202,15 @@ def test_a_disjoint_world_asks_for_what_is_never_recommended():
     occasions = {int(terms[1].removeprefix("for")) for terms in log.searches["terms"].to_list()}
     assert min(occasions) >= half
     # Nor does the topic of a search say anything of the next event's.
-    following = (
-        log.searches.sort("time")
-        .join_asof(
-            log.events.sort("time"), on="time", by="user", strategy="forward", suffix="_event"
-        )
-        .drop_nulls("item")
-    )
-    pairs = np.stack((
-        following["topic"].to_numpy() - half,
-        following["item"].to_numpy() // world.items_per_topic,
-    ))  # fmt: skip
+    pairs = []
+    for (user,), events in log.events.sort("order").group_by("user"):
+        times, items = events["time"].to_numpy(), events["item"].to_numpy()
+        for search in log.searches.filter(pl.col("user") == user).to_dicts():
+            place = int((times < search["time"]).sum())
+            if place < len(times):
+                pairs.append((search["topic"] - half, items[place] // world.items_per_topic))
     table = np.zeros((half, half))
-    np.add.at(table, tuple(pairs), 1)
+    np.add.at(table, tuple(np.transpose(pairs)), 1)
     expected = table.sum(1, keepdims=True) * table.sum(0) / table.sum()
     statistic = ((table - expected) ** 2 / expected).sum()
     n = (half - 1) ** 2
