@@ -199,11 +199,11 @@ def run_latency_study(job: Job, n_seeds: int) -> str:
         f"The best fixed number of steps by validation is that of {gains[best][0]}. Distilled "
         f"keeps {kept[0]:+.4f} of its {kept[1]:+.4f} over Base. Times are of one forward over 100 "
         "candidates on this machine, in turns: the median [95 % interval], and in the last column "
-        "the mean over batches against that of the best fixed number.",
+        "the mean over batches of the fastest turn, against that of the best fixed number.",
         f"### Rules for leaving early\n\nThresholds lose at most {LOSS} to the best fixed reading "
         "of the same model on validation, or take at most "
-        f"{TARGET_STEPS:.0%} of the best fixed number's steps. Rules below the line look at lists "
-        "and are for comparison only. Differences are to the best fixed number.\n\n"
+        f"{TARGET_STEPS:.0%} of the best fixed number's steps. Overlap, KL and entropy look at "
+        "lists and are for comparison only. Differences are to the best fixed number.\n\n"
         + _rule_table(rules),
         _adaptive_line(served),
     ]
