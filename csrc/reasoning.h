@@ -53,6 +53,20 @@ void reasoning_forward(const ReasoningArgs& args, const WeightArg* weights,
                        const ReasoningResults& results, int64_t n_threads,
                        const Parallel& parallel);
 
+// A user leaves after the first k < K steps at which
+//   bias[k] + weight . [m; |m - m'|; |m - 2 m' + m''|] >= 0
+// where m [2 D] holds the means of both streams' states after k steps, m' and m'' those before.
+struct ExitArgs {
+  const float* weight;  // [2 D + 2]
+  const float* bias;    // [K]
+};
+
+// As reasoning_forward without noise, trajectories and pooling. `taken` [B] are the steps of each
+// user; the steps behind them are not computed.
+void adaptive_forward(const ReasoningArgs& args, const WeightArg* weights, const ExitArgs& exits,
+                      void* const* states, int64_t* taken, int64_t n_threads,
+                      const Parallel& parallel);
+
 struct ReasoningGradients {
   const void* dstates[2];  // [B, N, L, D]
   const void* dpooled;     // [B, N, K, 2, 2, D], or null

@@ -168,6 +168,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_latent_reasoning_fwd(
   return {out_search, out_rec, pooled, saved_search, saved_rec};
 }
 
+std::tuple<Tensor, Tensor, Tensor> cpu_adaptive_reasoning(
+    const Tensor& search, const Tensor& rec, const Tensor& search_lengths,
+    const Tensor& rec_lengths, Tensors weights, const Tensor& exit_weight, const Tensor& exit_bias,
+    int64_t steps, int64_t n_heads) {
+  const Tensor none = torch::stable::new_empty(search, {0}, search.scalar_type());
+  const ReasoningCall call(search, rec, search_lengths, rec_lengths, none, none, weights, steps,
+                           n_heads, 1, 0.0, 0, 0, 0);
+  const ReasoningArgs& args = call.args;
+  const auto floats = [](const Tensor& t, const char* name, int64_t size) {
+    check(has_sizes(t, {size}) && t.scalar_type() == ScalarType::Float && t.is_contiguous(), name,
+          " must be contiguous float32 [", size, "]");
+    return t.const_data_ptr<float>();
+  };
+  const ExitArgs exits{floats(exit_weight, "exit_weight", 2 * args.shape.dim + 2),
+                       floats(exit_bias, "exit_bias", steps)};
+  Tensor out_search = torch::stable::empty_like(search), out_rec = torch::stable::empty_like(rec);
+  Tensor taken = torch::stable::new_empty(search, {args.n_users}, ScalarType::Long);
+  void* const states[2] = {out_search.mutable_data_ptr(), out_rec.mutable_data_ptr()};
+  adaptive_forward(args, call.weights.data(), exits, states, taken.mutable_data_ptr<int64_t>(),
+                   torch::stable::get_num_threads(), parallel);
+  return {out_search, out_rec, taken};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensors> cpu_latent_reasoning_bwd(
     const Tensor& dsearch_out, const Tensor& drec_out, const Tensor& dpooled, const Tensor& search,
     const Tensor& rec, const Tensor& search_lengths, const Tensor& rec_lengths, const Tensor& rows,
@@ -276,6 +299,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lcr_fast, m) {
       " float noise_scale, int noise_seed, int dropout_threshold, int dropout_seed,"
       " Tensor saved_search, Tensor saved_rec) -> (Tensor, Tensor, Tensor, Tensor[])");
   m.def(
+      "cpu_adaptive_reasoning(Tensor search, Tensor rec, Tensor search_lengths,"
+      " Tensor rec_lengths, Tensor[] weights, Tensor exit_weight, Tensor exit_bias, int steps,"
+      " int n_heads) -> (Tensor, Tensor, Tensor)");
+  m.def(
       "cpu_encode_fwd(Tensor x, Tensor lengths, Tensor rows, Tensor[] weights, int stream,"
       " int n_heads, int dropout_threshold, int dropout_seed) -> Tensor");
   m.def(
@@ -285,6 +312,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lcr_fast, m) {
 STABLE_TORCH_LIBRARY_IMPL(lcr_fast, CPU, m) {
   m.impl("cpu_latent_reasoning_fwd", TORCH_BOX(&cpu_latent_reasoning_fwd));
   m.impl("cpu_latent_reasoning_bwd", TORCH_BOX(&cpu_latent_reasoning_bwd));
+  m.impl("cpu_adaptive_reasoning", TORCH_BOX(&cpu_adaptive_reasoning));
   m.impl("cpu_encode_fwd", TORCH_BOX(&cpu_encode_fwd));
   m.impl("cpu_encode_bwd", TORCH_BOX(&cpu_encode_bwd));
 }

@@ -94,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_extend(commands)
     _add_export(commands)
     _add_serve(commands)
+    _add_adapt(commands)
+    _add_distill(commands)
     _add_study(commands)
     return parser
 
@@ -272,6 +274,7 @@ def _add_job_options(parser: argparse.ArgumentParser, defaults: dict[str, dict])
 
 def _add_study(commands: Any) -> None:
     from lcr_fast.experiments import study
+    from lcr_fast.experiments.grid import MAPS
 
     parser = commands.add_parser(
         "study", help="train many models over seeds: what phase 2 does, the paper's figures"
@@ -301,7 +304,39 @@ def _add_study(commands: Any) -> None:
         "--all-steps", type=int, nargs="+", default=list(study.STEPS), metavar="K",
         help="numbers of reasoning steps to compare",
     )  # fmt: skip
-    for each in (rl, paper):
+    grid = _command(
+        studies, "grid", _study_grid, "stability maps of TCL and of phase 2",
+        "Train the model for every pair of two settings: TCL's margin and weight, with both "
+        "distances, and phase 2's KL weight and noise. Marks what is level with the best. All "
+        "seeds share the data. The default takes about 25 minutes on one core.",
+    )  # fmt: skip
+    grid.add_argument(
+        "--maps", nargs="+", choices=tuple(MAPS), default=list(MAPS), help="which maps to make"
+    )
+    latency = _command(
+        studies, "latency", _study_latency, "accuracy against steps and time",
+        "Train Base, LCR for K = 1 to --steps, LCR with every step supervised, and a student of "
+        "K = 0; set their NDCG against the time of a forward, and rules for leaving early against "
+        "the best fixed number of steps, as many steps at random, and an oracle.",
+    )  # fmt: skip
+    strata = _command(
+        studies, "strata", _study_strata, "who gains from the steps",
+        "Train what study latency trains, or with --resume read it back, and show the differences "
+        "to Base by likeness of the histories, searches, noise and kind of target.",
+    )  # fmt: skip
+    strata.add_argument(
+        "--runs", type=Path, nargs="+", metavar="RUN",
+        help="train nothing: strata of finished runs of lcr-fast train, of --data or their own",
+    )  # fmt: skip
+    strata.add_argument(
+        "--noise", type=float, nargs="*", default=[], metavar="CHANCE",
+        help="also train Base and LCR on synthetic worlds with these chances of a noise search",
+    )  # fmt: skip
+    strata.add_argument(
+        "--disjoint", action="store_true",
+        help="also on a synthetic world whose searches have nothing to do with the events",
+    )  # fmt: skip
+    for each in (rl, paper, grid, latency, strata):
         each.add_argument("--seeds", type=int, help="number of seeds, from --seed on; default: 3")
         each.add_argument(
             "--quick", action="store_true",
@@ -439,6 +474,49 @@ def _add_serve(commands: Any) -> None:
     )
 
 
+def _add_adapt(commands: Any) -> None:
+    from lcr_fast.training.adaptive import SERVED, TITLES
+
+    parser = _command(
+        commands, "adapt", _adapt, "let each user take as many steps as it needs",
+        "Choose, on the validation users, a rule by which a user leaves before K steps, and write "
+        "the model with it: " + "; ".join(f"{name}, {TITLES[name]}" for name in SERVED) + ".",
+    )  # fmt: skip
+    _add_model_arguments(parser)
+    parser.add_argument("-o", "--out", type=Path, required=True, help="file to write, a new one")
+    goal = parser.add_mutually_exclusive_group()
+    goal.add_argument(
+        "--loss", type=float, help="most that the metric may lose to the best fixed number of "
+        "steps, with as few steps as that takes; default: 0.002",
+    )  # fmt: skip
+    goal.add_argument(
+        "--mean-steps", type=float, metavar="STEPS",
+        help="most steps on average, for the best metric that they reach",
+    )  # fmt: skip
+    parser.add_argument("--metric", default="ndcg@5", help="hr@k, ndcg@k, mrr, or a sum of them")
+    parser.add_argument(
+        "--rules", nargs="+", choices=SERVED, default=list(SERVED), help="rules to choose from"
+    )
+
+
+def _add_distill(commands: Any) -> None:
+    parser = _command(
+        commands, "distill", _distill, "teach a model of fewer steps what a trained one ranks",
+        "Train a student of 0 or 1 steps on the lists and pooled states of a teacher, from the "
+        "teacher's weights, and compare the two on the test users.",
+    )  # fmt: skip
+    parser.add_argument("teacher", metavar="TEACHER", type=Path, help="a model.safetensors")
+    parser.add_argument("--data", type=Path, required=True, help="prepared data")
+    parser.add_argument("--steps", type=int, default=0, help="reasoning steps of the student")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--resume", action="store_true", help="continue in --out")
+    _add_any_data(parser, "use the teacher although it was trained on other data")
+    _add_run_options(parser)
+    group = parser.add_argument_group("train config")
+    for name, options in _flags(TrainConfig).items():
+        group.add_argument("--" + name.replace("_", "-"), **options)
+
+
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", type=Path, help="a model.safetensors")
     parser.add_argument("--data", type=Path, required=True, help="prepared data")
@@ -572,6 +650,42 @@ def _study_paper(arguments: argparse.Namespace) -> None:
         _print_results(job, run_paper_study(job, n_seeds, arguments.all_steps))
 
 
+def _study_grid(arguments: argparse.Namespace) -> None:
+    from lcr_fast.experiments.grid import run_grid_study
+
+    n_seeds = _n_seeds(arguments)
+    with _open_job(arguments, _study_defaults(arguments), "study-grid-") as job:
+        _print_results(job, run_grid_study(job, n_seeds, arguments.maps))
+
+
+def _study_latency(arguments: argparse.Namespace) -> None:
+    from lcr_fast.experiments.depth import run_latency_study
+
+    n_seeds = _n_seeds(arguments)
+    with _open_job(arguments, _study_defaults(arguments), "study-depth-") as job:
+        _print_results(job, run_latency_study(job, n_seeds))
+
+
+def _study_strata(arguments: argparse.Namespace) -> None:
+    from lcr_fast.data.prepared import PreparedData
+    from lcr_fast.data.synthetic import World
+    from lcr_fast.experiments.depth import run_strata_of_runs, run_strata_study
+
+    if arguments.runs:
+        _set_threads(arguments)
+        data = PreparedData.open(arguments.data) if arguments.data else None
+        with _out_folder(arguments, "study-strata") as out:
+            table = run_strata_of_runs(arguments.runs, out, data, any_data=arguments.any_data)
+            print(f"{table}\n\ntables and plots: {out}")
+        return
+    n_seeds = _n_seeds(arguments)
+    worlds = [World(noise=chance) for chance in arguments.noise]
+    if arguments.disjoint:
+        worlds.append(World(disjoint=True))
+    with _open_job(arguments, _study_defaults(arguments), "study-depth-") as job:
+        _print_results(job, run_strata_study(job, n_seeds, worlds))
+
+
 def _n_seeds(arguments: argparse.Namespace) -> int:
     n = arguments.seeds if arguments.seeds is not None else 1 if arguments.quick else 3
     if n < 1:
@@ -627,7 +741,7 @@ def _print_results(job: Any, tables: str) -> None:
     print(f"\n{tables}\n\ntables, plots and models: {job.out}")
 
 
-def _synthetic_data(folder: Path, seed: int, resume: bool, **world: int):
+def _synthetic_data(folder: Path, seed: int, resume: bool, **world: Any):
     from lcr_fast.data import synthetic
     from lcr_fast.data.build import prepare
     from lcr_fast.data.prepared import PreparedData
@@ -674,6 +788,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     from lcr_fast.data.prepared import PreparedData
     from lcr_fast.experiments.tables import protocol_titles, write_rows
+    from lcr_fast.training.adaptive import StepCount
     from lcr_fast.training.evaluation import rank_model
     from lcr_fast.training.identity import describe_unknown
     from lcr_fast.training.models import load_model
@@ -689,9 +804,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print(model.backend_report())
     if unknown := describe_unknown(model.config, data):
         print(unknown)
+    steps = model.on_steps = StepCount(model.config.steps)
     ranks = rank_model(
         model, data, arguments.split, backend=model.config.backend, **_ranking(arguments)
     )
+    if taken := steps.describe():
+        print(taken)
     rows = ranks.rows(sorted(set(arguments.k)))
     titles = protocol_titles(ranks.n_negatives)
     for protocol in dict.fromkeys(row["protocol"] for row in rows):
@@ -754,6 +872,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 def _recommend(arguments: argparse.Namespace) -> None:
     from lcr_fast.data.prepared import PreparedData
     from lcr_fast.serving.offline import recommend
+    from lcr_fast.training.adaptive import StepCount
     from lcr_fast.training.identity import describe_unknown
     from lcr_fast.training.models import load_model
 
@@ -762,6 +881,7 @@ def _recommend(arguments: argparse.Namespace) -> None:
     model = load_model(
         arguments.model, data, arguments.device, arguments.backend, any_data=arguments.any_data
     )
+    steps = model.on_steps = StepCount(model.config.steps)
     lines = recommend(model, data, arguments.users, arguments.k)
     if unknown := describe_unknown(model.config, data):
         print(unknown, file=sys.stderr)
@@ -769,6 +889,56 @@ def _recommend(arguments: argparse.Namespace) -> None:
     writer.writerow(("user", "rank", "item", "score"))
     for user, rank, item, score in lines:
         writer.writerow((user, rank, item, f"{score:.6g}"))
+    if taken := steps.describe():
+        print(taken, file=sys.stderr)
+
+
+def _adapt(arguments: argparse.Namespace) -> None:
+    from lcr_fast.data.prepared import PreparedData
+    from lcr_fast.training.adaptive import adapt
+    from lcr_fast.training.models import load_model
+
+    _set_threads(arguments)
+    if arguments.out.exists():
+        raise ValueError(f"{arguments.out} exists already: name another file")
+    TrainConfig(valid_metric=arguments.metric)
+    loss = arguments.loss
+    if loss is None and arguments.mean_steps is None:
+        loss = 0.002
+    data = PreparedData.open(arguments.data)
+    model = load_model(
+        arguments.model, data, arguments.device, arguments.backend, any_data=arguments.any_data
+    )
+    print(adapt(
+        model, data, arguments.rules, metric=arguments.metric, loss=loss,
+        steps=arguments.mean_steps,
+    ))  # fmt: skip
+    model.save(arguments.out)
+    print(f"model: {arguments.out}")
+
+
+def _distill(arguments: argparse.Namespace) -> None:
+    from lcr_fast.data.prepared import PreparedData
+    from lcr_fast.experiments.distill import distill, distillation_table
+    from lcr_fast.storage import claimed
+    from lcr_fast.training.models import load_model
+
+    _set_threads(arguments)
+    flags = vars(arguments)
+    train = TrainConfig(**{f.name: flags[f.name] for f in fields(TrainConfig) if f.name in flags})
+    out = arguments.out
+    if not arguments.resume and out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty: continue with --resume, or name another")
+    data = PreparedData.open(arguments.data)
+    teacher = load_model(
+        arguments.teacher, data, arguments.device, arguments.backend, any_data=arguments.any_data
+    )
+    with claimed(out):
+        student = distill(
+            teacher, data, train, arguments.steps, out, resume=arguments.resume,
+            any_data=arguments.any_data, report=lambda line: print(line, flush=True),
+        )  # fmt: skip
+        print(f"\n{distillation_table(teacher, student, data)}\n\nmodel: {out}")
 
 
 def _extend(arguments: argparse.Namespace) -> None:

@@ -223,6 +223,18 @@ class TrainConfig(_JsonConfig):
     tcl_margin: float = _option(0.1, "TCL margin m")
     tcl_distance: Literal["l2", "cosine"] = _option("l2", "TCL distance D")
     tcl_detach_negative: bool = _option(False, "no gradient through TCL's negative")
+    deep_supervision: float = _option(
+        0.0, "phase 1: weight of the ranking losses of h^(0) to h^(K-1), read by the same head"
+    )
+    deep_weights: Literal["uniform", "rising"] = _option(
+        "rising", "phase 1: shares of these K losses, all alike or as 1 : 2 : ... : K"
+    )
+    distill_kl: float = _option(1.0, "distillation: weight of the KL of the teacher's list")
+    distill_states: float = _option(1.0, "distillation: weight of the distance of pooled states")
+    distill_temperature: float = _option(1.0, "distillation: temperature of both lists")
+    distill_trainable: Literal["all", "histories"] = _option(
+        "all", "distillation: train everything, or what reads histories, not items and head"
+    )
     rl_epochs: int = _option(2, "phase 2: most epochs")
     rl_epoch_size: int = _option(2048, "phase 2: users drawn for an epoch; 0 means all")
     rl_batch_size: int = _option(64, "phase 2: users in a batch")
@@ -266,14 +278,16 @@ class TrainConfig(_JsonConfig):
             (
                 "seed", "epochs", "learning_rate", "weight_decay", "grad_clip", "patience",
                 "min_updates", "align_queries", "align_items", "tcl_weight", "tcl_margin",
+                "deep_supervision", "distill_kl", "distill_states",
                 "rl_epochs", "rl_epoch_size", "rl_learning_rate", "noise_scale", "clip",
                 "kl_weight",
             ),
             0,
         )  # fmt: skip
         self._check(minimum, {"seed": 2**63 - 1})
-        if self.temperature <= 0:
-            raise ValueError(f"TrainConfig.temperature must be positive, got {self.temperature}")
+        for name in ("temperature", "distill_temperature"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"TrainConfig.{name} must be positive, got {getattr(self, name)}")
         for name in ("reward", "valid_metric"):
             try:
                 parse_reward(getattr(self, name))

@@ -87,10 +87,12 @@ def program(model: LCRSER, *, k: int | None = None) -> ExportedProgram:
     dynamic, from 0 on: B, C and X, the terms of a query; up to the config's limits the events of
     either history and the clicks of a search. Ids and lengths are not checked as the model checks
     them: on the reference an id out of range is an IndexError and a length is not seen.
-    Raises ValueError where text vectors are missing or ``k`` is below 1.
+    Raises ValueError where text vectors are missing, ``k`` is below 1 or the model has exits.
     """
     from torch.fx.experimental import _config as tracing
 
+    if model.exits is not None:
+        raise ValueError("a model that leaves early is no program: export the one without exits")
     batch = _example(model.config).to(model.head.target_weight.device)
     sizes = _dynamic(model.config)
     inputs: tuple[Any, ...] = (batch,)

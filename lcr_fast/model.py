@@ -2,6 +2,7 @@
 
 import math
 import mmap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from lcr_fast.config import LCRConfig
 from lcr_fast.ops import reasoning, scoring
 from lcr_fast.ops._op import Case, Op
 from lcr_fast.ops._triton import ptxas_in_use
+from lcr_fast.ops.adaptive import adaptive_reasoning
 from lcr_fast.ops.noise import Dropout, Noise
 from lcr_fast.ops.reasoning import Reasoned
 from lcr_fast.profiling import ranged
-from lcr_fast.reference import States, Steps, Streams
+from lcr_fast.reference import Exits, States, Steps, Streams
 from lcr_fast.storage import load_tensors, save_tensors
 from lcr_fast.weights import REC, SEARCH, EncoderWeights, ReasoningWeights, ScoringWeights
 
@@ -169,6 +171,10 @@ class LCRSER(nn.Module):
         self.data_fingerprint: str | None = None
         #: Name of those ids in their order: data that goes on with them has others behind.
         self.vocabulary: str | None = None
+        #: When a user leaves before K steps, in evaluation mode; saved with the model.
+        self.exits: Exits | None = None
+        #: Told the steps [B] of each user of a batch where ``exits`` decide them.
+        self.on_steps: Callable[[Tensor], None] | None = None
         # An explicit backend that cannot serve this model must fail here, not mid-training.
         if config.backend != "auto":
             self._choices("cuda" if config.backend == "triton" else "cpu")
@@ -318,14 +324,44 @@ class LCRSER(nn.Module):
     def reason(self, h0: Streams, batch: Batch, target: Tensor | None = None) -> Reasoned:
         """Run the K reasoning steps from h^(0): what the aggregation reads, [B, L, D].
 
-        With item vectors ``target`` [B, D] also what each step's states pool to at them.
+        With item vectors ``target`` [B, D] also what each step's states pool to at them. In
+        evaluation mode and without them a model with ``exits`` takes as many steps as they say.
         """
+        if self.exits is not None and not self.training and target is None:
+            adapted = adaptive_reasoning(
+                *h0, batch.search_lengths, batch.rec_lengths, self.reasoning.weights(),
+                self._steps(), self.exits, backend=self.config.backend,
+            )  # fmt: skip
+            if self.on_steps is not None:
+                self.on_steps(adapted.taken)
+            return Reasoned(*self.read(h0, (adapted.search, adapted.rec)), None)
         reasoned = reasoning.latent_reasoning(
             *h0, batch.search_lengths, batch.rec_lengths, self.reasoning.weights(), self._steps(),
             target_keys=None if target is None else self.target_keys(target).to(h0[0].dtype),
             dropout=self._dropout(batch), backend=self.config.backend,
         )  # fmt: skip
         return Reasoned(*self.read(h0, reasoned.streams), reasoned.pooled)
+
+    def reason_by_step(
+        self, h0: Streams, batch: Batch, target: Tensor | None = None
+    ) -> list[Reasoned]:
+        """Run the K steps one by one: what the aggregation reads after 1 to K of them, [B, L, D].
+
+        Each entry as :meth:`reason` gives it, ``pooled`` of its own step; without dropout the last
+        one's states are the same bits. With dropout every step has masks of a seed of its own.
+        """
+        keys = None if target is None else self.target_keys(target).to(h0[0].dtype)
+        weights, steps, dropout = self.reasoning.weights(), self._steps(), self._dropout(batch)
+        h, found = h0, []
+        for k in range(self.config.steps):
+            reasoned = reasoning.latent_reasoning(
+                *h, batch.search_lengths, batch.rec_lengths, weights.step(k), steps.step(k),
+                target_keys=keys, backend=self.config.backend,
+                dropout=None if dropout is None else dropout.again(k),
+            )  # fmt: skip
+            h = reasoned.streams
+            found.append(Reasoned(*self.read(h0, h), reasoned.pooled))
+        return found
 
     def read(self, h0: Streams, h: Streams) -> Streams:
         """Give what the aggregation reads: (1 - s) h^(0) + s h^(K), s the config's ``readout``.
@@ -564,6 +600,7 @@ class LCRSER(nn.Module):
             "config": self.config.to_dict(),
             "data": self.data_fingerprint,
             "vocabulary": self.vocabulary,
+            "exits": None if self.exits is None else self.exits.to_dict(),
         }
         save_tensors(path, _KIND, self.state_dict(), info)
 
@@ -589,6 +626,7 @@ class LCRSER(nn.Module):
                 state[name] = torch.cat((rows, more))
         weight = self.head.target_weight
         extended.to(weight.device, weight.dtype).load_state_dict(state)
+        extended.exits = self.exits
         return extended.train(self.training)
 
     @classmethod
@@ -618,6 +656,8 @@ class LCRSER(nn.Module):
                 )
         model.to(tensors["head.target_weight"].dtype).load_state_dict(tensors)
         model.data_fingerprint, model.vocabulary = info["data"], info.get("vocabulary")
+        if info.get("exits") is not None:
+            model.exits = Exits.from_dict(info["exits"])
         return model.to(device).eval()
 
 

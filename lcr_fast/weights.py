@@ -50,6 +50,11 @@ class ReasoningWeights(NamedTuple):
     norm_weight: Tensor  # [P, 2, 3, D] LN1, LN2, LN3
     norm_bias: Tensor  # [P, 2, 3, D]
 
+    def step(self, k: int) -> "ReasoningWeights":
+        """Give the set of step k alone, from 0: [1, 2, ...] each."""
+        p = min(k, len(self.norm_bias) - 1)
+        return ReasoningWeights(*(w[p : p + 1] for w in self))
+
 
 class ScoringWeights(NamedTuple):
     """Target-aware aggregation and head. With ``score="dot"`` the MLP lists are empty."""

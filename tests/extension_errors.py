@@ -67,6 +67,15 @@ def reasoning(**changes: object) -> None:
     call("cpu_latent_reasoning_fwd", arguments, changes)
 
 
+def adaptive(**changes: object) -> None:
+    arguments = {
+        "search": zeros(B, L, D), "rec": zeros(B, L, D), "search_lengths": zeros(B, dtype=I64),
+        "rec_lengths": zeros(B, dtype=I64), "weights": block(2), "exit_weight": zeros(2 * D + 2),
+        "exit_bias": zeros(1), "steps": 1, "n_heads": 2,
+    }  # fmt: skip
+    call("cpu_adaptive_reasoning", arguments, changes)
+
+
 def encode(**changes: object) -> None:
     arguments = {
         "x": zeros(B, L, D), "lengths": zeros(B, dtype=I64), "rows": zeros(B, dtype=I64),
@@ -178,6 +187,8 @@ ERRORS: dict[str, Callable[[], None]] = {
     "n_trajectories must be at least 1, got 0": lambda: reasoning(n_trajectories=0),
     "dropout needs n_trajectories = 1, got 2":
         lambda: reasoning(n_trajectories=2, dropout_threshold=1),
+    "exit_weight must be contiguous float32 [18]": lambda: adaptive(exit_weight=zeros(18, 1)),
+    "exit_bias must be contiguous float32 [1]": lambda: adaptive(exit_bias=zeros(2)),
     "the encoder's FFN must have a width": lambda: encode(weights=block(1, ffn_dim=0)),
     "stream must be 0 or 1, got -1": lambda: encode(stream=-1),
     "x must be [B, L, D]": lambda: encode(x=zeros(B, D)),

@@ -15,7 +15,7 @@ import torch
 
 from lcr_fast import cli
 from lcr_fast.config import TrainConfig
-from lcr_fast.experiments import study
+from lcr_fast.experiments import grid, study
 from lcr_fast.experiments.comparison import VARIANTS, Job
 from lcr_fast.experiments.study import parse_axis
 from lcr_fast.model import LCRSER
@@ -23,7 +23,7 @@ from lcr_fast.storage import load_tensors
 from lcr_fast.training import evaluation
 from lcr_fast.training.baselines import TITLES
 from lcr_fast.training.diversity import list_diversity, tail_items
-from lcr_fast.training.ranks import across_seeds
+from lcr_fast.training.ranks import Ranks, across_seeds, bootstrap, weighted_metric
 from lcr_fast.training.trainer import CHECKPOINT, Trainer
 
 TINY = [
@@ -381,3 +381,52 @@ def test_a_study_is_not_resumed_with_another_config(rl, prepared_folder, capsys)
     with pytest.raises(SystemExit):
         rl_study(prepared_folder, rl, *RL, "--resume", "--clip", "0.5")
     assert "the config differs in clip" in capsys.readouterr().err
+
+
+# -- study grid ----------------------------------------------------------------------------------
+
+
+def test_the_grid_marks_what_is_level_with_its_best_place(prepared_folder, tmp_path, monkeypatch):
+    small = {
+        "tcl-l2": grid.MAPS["tcl-l2"]._replace(
+            rows=("tcl_margin", (0.1, 0.5)), columns=("tcl_weight", (1.0,))
+        ),
+        "kl-noise": grid.MAPS["kl-noise"]._replace(
+            rows=("kl_weight", (0.1,)), columns=("noise_scale", (0.1, 1.0))
+        ),
+    }
+    monkeypatch.setattr(grid, "MAPS", small)
+    out = tmp_path / "run"
+    options = ["--data", prepared_folder, "--out", out, "--seeds", 2, "--maps", *small]
+    text = run("study", "grid", *options, *TINY)
+    assert (out / "results.md").read_text() in text
+    assert_drawn(out / "maps.png")
+    rows = read_csv(out / "results.csv")
+    assert [(r["map"], r["row"], r["column"]) for r in rows] == [
+        ("tcl-l2", "0.1", "1.0"), ("tcl-l2", "0.5", "1.0"),
+        ("kl-noise", "0.1", "0.1"), ("kl-noise", "0.1", "1.0"),
+    ]  # fmt: skip
+    gains = {}
+    for row in rows:
+        name = (
+            f"tcl,tcl_margin={row['row']},tcl_weight=1.0,tcl_distance=l2"
+            if row["map"] == "tcl-l2"
+            else f"rl,kl_weight=0.1,noise_scale={row['column']}"
+        )
+        mine = []
+        for seed in (0, 1):
+            folder = out / f"seed-{seed}" / name
+            ranks = Ranks.load(folder / "ranks.safetensors").by_protocol["sampled"]
+            if row["map"] == "kl-noise":
+                last = json.loads((folder / "evaluation.json").read_text())["last"]
+                ranks = np.array(last["test_ranks"])
+            mine.append(weighted_metric(ranks, "ndcg@5"))
+        gains[row["map"], row["row"], row["column"]] = np.mean(mine, 0)
+        assert float(row["mean"]) == pytest.approx(np.mean(mine))
+        seeds = [float(value) for value in row["seeds"].split()]
+        assert seeds == pytest.approx([m.mean() for m in mine], abs=1e-6)
+    for row in rows:
+        best = max((g for key, g in gains.items() if key[0] == row["map"]), key=lambda g: g.mean())
+        spread = bootstrap(gains[row["map"], row["row"], row["column"]] - best)
+        assert (float(row["low"]), float(row["high"])) == pytest.approx(spread[1:3])
+        assert (row["level"] == "True") == (spread.high >= 0)

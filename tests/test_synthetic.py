@@ -171,6 +171,11 @@ def test_read(tmp_path, monkeypatch):
         ('{"min_events": 30}', r"max_events must be at least min_events \(30\), got 24"),
         ('{"drift": 5}', r"drift must be within 0\.\.1, got 5"),
         ('{"text_noise": NaN}', "text_noise must be a number, got nan"),
+        ('{"disjoint": 1}', "disjoint must be true or false, got 1"),
+        (
+            '{"disjoint": true, "n_topics": 9}',
+            "n_topics must be at least 10 for 2 interests, got 9",
+        ),
         ('{"popularity": 1e400}', "popularity must be a number, got inf"),
     ],
 )
@@ -184,3 +189,29 @@ def test_bad_worlds(tmp_path, text, message):
 def test_missing_world(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.json"):
         read("synthetic", tmp_path / "nothing.json")
+
+
+def test_a_disjoint_world_asks_for_what_is_never_recommended():
+    world = World(n_users=60, disjoint=True)
+    log = generate(world)
+    half = world.n_topics // 2
+    topics = {item // world.items_per_topic for item in log.events["item"].to_list()}
+    assert topics == set(range(half))
+    assert set(log.searches["topic"].to_list()) == set(range(half, world.n_topics))
+    assert log.searches["relevant"].sum() == 0
+    occasions = {int(terms[1].removeprefix("for")) for terms in log.searches["terms"].to_list()}
+    assert min(occasions) >= half
+    # Nor does the topic of a search say anything of the next event's.
+    pairs = []
+    for (user,), events in log.events.sort("order").group_by("user"):
+        times, items = events["time"].to_numpy(), events["item"].to_numpy()
+        for search in log.searches.filter(pl.col("user") == user).to_dicts():
+            place = int((times < search["time"]).sum())
+            if place < len(times):
+                pairs.append((search["topic"] - half, items[place] // world.items_per_topic))
+    table = np.zeros((half, half))
+    np.add.at(table, tuple(np.transpose(pairs)), 1)
+    expected = table.sum(1, keepdims=True) * table.sum(0) / table.sum()
+    statistic = ((table - expected) ** 2 / expected).sum()
+    n = (half - 1) ** 2
+    assert abs(statistic - n) < 5 * np.sqrt(2 * n)

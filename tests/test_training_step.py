@@ -190,6 +190,55 @@ def without_dropout(policy: oracle.Model) -> oracle.Model:
     return other
 
 
+def slow_deep_phase_1(policy, batch, config):
+    """Phase 1 with the ranking losses of h^(0) to h^(K-1), step by step with other masks each."""
+    one = moved(policy, {}, 0.0)
+    one.config = policy.config.replace(steps=1)
+    K, weight = policy.config.steps, policy.head().target_weight
+    shares = [1.0] * K if config.deep_weights == "uniform" else [k + 1.0 for k in range(K)]
+    total, distances = 0.0, []
+    for b in range(len(batch)):
+        states = [policy.encode(batch, b, SEED)]
+        target = policy.item(int(batch.candidates[b, 0]))
+        for k in range(K):
+            after, before = one.reason(states[-1], batch, b, SEED + k)
+            states.append(after[-1])
+            distances += oracle.tcl_distances(after, before, target, weight, config.tcl_distance)
+        losses = [
+            oracle.rank_loss(
+                list(policy.scores(h, batch, b, SEED)), int(batch.target[b]), config.rank_loss
+            )
+            for h in states
+        ]
+        deep = sum(s * loss for s, loss in zip(shares, losses, strict=False)) / sum(shares)
+        total += losses[-1] + config.deep_supervision * deep
+    tcl = oracle.hinge(distances, config.tcl_margin) if config.tcl_weight else 0.0
+    return total / len(batch) + config.tcl_weight * tcl
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"deep_weights": "rising"},
+        {"deep_weights": "uniform", "rank_loss": "softmax"},
+        {"tcl_weight": 0.0},
+    ],
+    ids=str,
+)
+def test_deep_supervision_ranks_from_every_state(prepared, make_model, changes):
+    step = Step(prepared, make_model, "supervised", deep_supervision=0.6, **changes)
+    (update,) = step.objective.updates(step.batch, SEED)
+    step.check(update.loss, lambda policy: slow_deep_phase_1(policy, step.batch, step.config))
+    assert update.logs["deep_loss"] > 0
+
+
+def test_deep_supervision_needs_steps_that_stand_alone(prepared, make_model):
+    model = make_model(prepared, cross_memory="initial")
+    batcher = make_batcher(prepared, "train", model)
+    with pytest.raises(ValueError, match="cross_memory=initial does not"):
+        OBJECTIVES["supervised"](model, batcher, TrainConfig(deep_supervision=0.1))
+
+
 def test_phase_1_logs_its_two_losses(prepared, make_model):
     step = Step(prepared, make_model, "supervised")
     ((loss, logs),) = step.objective.updates(step.batch, SEED)
@@ -465,6 +514,12 @@ SWITCHES = {
     "tcl_margin": (0.3, "updates", ("supervised",)),
     "tcl_distance": ("cosine", "updates", ("supervised",)),
     "tcl_detach_negative": (True, "updates", ("supervised",)),
+    "deep_supervision": (0.7, "updates", ("supervised",)),
+    "deep_weights": ("uniform", "updates", ("supervised",)),
+    "distill_kl": (0.5, "", ()),  # what these move: tests/test_distillation.py
+    "distill_states": (0.5, "", ()),
+    "distill_temperature": (0.5, "", ()),
+    "distill_trainable": ("histories", "", ()),
     "n_trajectories": (5, "updates", PHASE_2),
     "noise_scale": (0.4, "updates", PHASE_2),
     "inner_epochs": (2, "updates", PHASE_2),
@@ -483,7 +538,9 @@ SWITCHES = {
 def outcome(data, make_model, name: str, **changes) -> dict[str, list]:
     """Collect what a config makes of an objective: schedule, batch, updates on a fixed batch."""
     model = make_model(data, dropout=0.3)
-    config = CONFIG.replace(**{"rl_negatives": 9, "align_queries": 0.4, **changes})
+    config = CONFIG.replace(
+        **{"rl_negatives": 9, "align_queries": 0.4, "deep_supervision": 0.4, **changes}
+    )
     objective = OBJECTIVES[name](model, make_batcher(data, "train", model), config)
     drawn = objective.batch(np.arange(0, 120, 6), np.random.default_rng(0))
     fixed = random_batch(model.config, 6, 6, torch.Generator().manual_seed(0))

@@ -231,6 +231,38 @@ void reasoning_forward(const ReasoningArgs& args, const WeightArg* weights,
     });
 }
 
+void adaptive_forward(const ReasoningArgs& args, const WeightArg* weights, const ExitArgs& exits,
+                      void* const* states, int64_t* taken, int64_t n_threads,
+                      const Parallel& parallel) {
+  const ReasoningKernels& kernels = kernels_of(args.type);
+  const PackedWeights made = pack_weights(spec_of(args.shape, 2), reasoning_blocks(args.shape),
+                                          args.shape.n_sets, weights, kernels, false, parallel);
+  const float* packed = made.forward.get();
+  const ReasoningResults results{{states[0], states[1]}, nullptr, {nullptr, nullptr}};
+  const int64_t size = kernels.exit_scratch(args);
+  const Parallel in_turn = [](int64_t n, const Task& task) { task(0, n); };
+  const auto reason = [&](int64_t item, float* scratch, const Parallel& streams) {
+    int64_t k = 0;
+    for (; k < args.n_steps; ++k) {
+      if (kernels.leaves(args, exits, item, k, scratch)) {
+        kernels.leave(args, states, item, scratch);
+        break;
+      }
+      for (int64_t part = 2 * k; part < 2 * k + 2; ++part)
+        streams(2, [&](int64_t begin, int64_t end) {
+          for (int64_t x = begin; x < end; ++x)
+            kernels.forward_part(args, packed, results, item, part, static_cast<int>(x), scratch);
+        });
+    }
+    taken[item] = k;
+  };
+  if (args.n_users == 1 && n_threads > 1) return reason(0, thread_scratch(size), parallel);
+  parallel(args.n_users, [&](int64_t begin, int64_t end) {
+    float* scratch = thread_scratch(size);
+    for (int64_t item = begin; item < end; ++item) reason(item, scratch, in_turn);
+  });
+}
+
 void reasoning_backward(const ReasoningArgs& args, const WeightArg* weights,
                         const ReasoningGradients& gradients, const Parallel& parallel) {
   const TransformerShape& shape = args.shape;

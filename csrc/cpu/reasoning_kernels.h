@@ -28,6 +28,12 @@ struct ReasoningKernels {
   // from there on. Both streams must have done a part before the next one starts.
   void (*forward_part)(const ReasoningArgs&, const float* packed, const ReasoningResults&,
                        int64_t item, int64_t part, int stream, float* scratch);
+  // Of an item that may leave: scratch of forward_part and of these.
+  int64_t (*exit_scratch)(const ReasoningArgs&);
+  // Does the item leave after k steps? To be asked of k = 0, 1, ... in turn, before part 2 k.
+  bool (*leaves)(const ReasoningArgs&, const ExitArgs&, int64_t item, int64_t k, float* scratch);
+  // Write the states of an item that leaves.
+  void (*leave)(const ReasoningArgs&, void* const* states, int64_t item, float* scratch);
   int64_t (*backward_scratch)(const ReasoningArgs&);
   void (*backward)(const ReasoningArgs&, const BackwardWeights&, const ReasoningGradients&,
                    int64_t user, float* scratch);
@@ -378,6 +384,76 @@ LCR_TARGET void forward_part(const ReasoningArgs& args, const float* packed,
   }
 }
 
+// -- leaving early --------------------------------------------------------------------------------
+
+// The mean states after the last three steps, behind an item's other scratch.
+struct ExitMeans {
+  ExitMeans(Arena& arena, const Dims& dims) {
+    for (float*& mean : means) mean = arena.take(2 * dims.stride);
+  }
+
+  // Both streams' means after k steps.
+  float* at(int64_t k) { return means[k % 3]; }
+
+  float* means[3];
+};
+
+int64_t exit_scratch(const ReasoningArgs& args) {
+  Arena arena(nullptr);
+  const Reasoning reasoning(args, {}, -1, false, arena);
+  ExitMeans(arena, Dims(args.shape));
+  return arena.size();
+}
+
+LCR_TARGET bool leaves(const ReasoningArgs& args, const ExitArgs& exits, int64_t item, int64_t k,
+                       float* scratch) {
+  Arena arena(scratch);
+  Reasoning reasoning(args, {}, item, false, arena);
+  const Dims& dims = reasoning.dims();
+  ExitMeans means(arena, dims);
+  const int64_t D = dims.dim, tail = (D - 1) / kLanes * kLanes;
+  float total = exits.bias[k];
+  Vec change = {}, curvature = {};
+  for (int x = 0; x < 2; ++x) {
+    if (k == 0) reasoning.read_input(x);
+    const Stream& s = reasoning.stream(x);
+    const float* weight = exits.weight + x * D;
+    const Vec share = splat(s.m > 0 ? 1.0f / static_cast<float>(s.m) : 0.0f);
+    Vec dot = {};
+    for (int64_t j = 0; j < D; j += kLanes) {
+      const int64_t n = j < tail ? kLanes : D - tail;
+      Vec sum = {};
+      for (int64_t i = 0; i < s.m; ++i) sum += load(s.h + i * dims.stride + j);
+      const Vec mean = select(first_lanes(n), sum * share, Vec{});
+      const int64_t place = x * dims.stride + j;
+      store(means.at(k) + place, mean);
+      dot = fma(mean, load_first(weight + j, n), dot);
+      if (k == 0) continue;
+      const Vec last = load(means.at(k - 1) + place), moved = mean - last;
+      change = fma(moved, moved, change);
+      if (k == 1) continue;
+      const Vec turned = moved - (last - load(means.at(k - 2) + place));
+      curvature = fma(turned, turned, curvature);
+    }
+    total += sum_lanes(dot);
+  }
+  total += exits.weight[2 * D] * __builtin_sqrtf(sum_lanes(change));
+  total += exits.weight[2 * D + 1] * __builtin_sqrtf(sum_lanes(curvature));
+  return total >= 0.0f;
+}
+
+LCR_TARGET void leave(const ReasoningArgs& args, void* const* states, int64_t item,
+                      float* scratch) {
+  Arena arena(scratch);
+  Reasoning reasoning(args, {}, item, false, arena);
+  const Dims& dims = reasoning.dims();
+  for (int x = 0; x < 2; ++x) {
+    const int64_t length = args.length[x];
+    write_rows(states[x], args.type, item * length * dims.dim, reasoning.stream(x).m, length, dims,
+               reasoning.stream(x).h);
+  }
+}
+
 // -- backward of reasoning ------------------------------------------------------------------------
 
 // What a user's backward pass holds beside an item's activations.
@@ -649,7 +725,8 @@ LCR_TARGET void encoder_backward(const EncoderArgs& args, const BackwardWeights&
 
 constexpr ReasoningKernels kReasoningTable = {
     pack_forward,    pack_backward,    forward_scratch,
-    forward_part,    backward_scratch, backward,
+    forward_part,    exit_scratch,     leaves,
+    leave,           backward_scratch, backward,
     encoder_scratch, encoder_forward,  encoder_backward_scratch,
     encoder_backward};
 

@@ -15,6 +15,9 @@ clicks on items of what is asked for.
 Neither the search nor the candidate item tells the two apart: only the occasion does, looked up in
 the recommendation stream. ``searches.relevant`` keeps the truth, 1 for announcements, 0 for noise.
 
+In a ``disjoint`` world every search asks at random for topics that the recommendation stream never
+has: reading the streams together can bring nothing.
+
 Words and items come with frozen text vectors, as if from a language model: an item's is its
 topic's direction with an own part, a query's the sum of its two words' directions.
 """
@@ -64,12 +67,17 @@ class World:
     click_rate: float = 0.5  # share of searches with clicks
     max_clicks: int = 2
     popularity: float = 0.7  # exponent of the items' Zipf law within a topic
+    disjoint: bool = False  # searches ask for other topics than those recommended, at random
     text_dim: int = 32  # 0 for ids alone
     text_noise: float = 0.5  # length of an item's own part beside its topic's unit vector
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
+            if f.type == "bool":
+                if not isinstance(value, bool):
+                    raise ValueError(f"{f.name} must be true or false, got {value!r}")
+                continue
             kinds = (int,) if f.type == "int" else (int, float)
             if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
                 raise ValueError(f"{f.name} must be {_NUMBERS[str(f.type)]}, got {value!r}")
@@ -81,11 +89,17 @@ class World:
             raise ValueError(
                 f"max_events must be at least min_events ({self.min_events}), got {self.max_events}"
             )
-        if self.n_topics < 2 * self.n_interests + 1:
+        least = (2 * self.n_interests + 1) * (2 if self.disjoint else 1)
+        if self.n_topics < least:
             raise ValueError(
-                f"n_topics must be at least {2 * self.n_interests + 1} for {self.n_interests} "
-                f"interests, got {self.n_topics}"
+                f"n_topics must be at least {least} for {self.n_interests} interests, got "
+                f"{self.n_topics}"
             )
+
+    @property
+    def n_wanted(self) -> int:
+        """How many of the topics, the first ones, the recommendation stream has."""
+        return self.n_topics // 2 if self.disjoint else self.n_topics
 
 
 def read(path: str | os.PathLike) -> InteractionLog:
@@ -174,7 +188,7 @@ class _User:
         self.world, self.rng = world, rng
         self.items: list[int] = []
         self.searches: list[_Search] = []
-        self.interests = [int(t) for t in rng.permutation(world.n_topics)[: world.n_interests]]
+        self.interests = [int(t) for t in rng.permutation(world.n_wanted)[: world.n_interests]]
         self.past = set(self.interests)
         weights = np.arange(1, world.items_per_topic + 1) ** -world.popularity
         self.item_law = weights / weights.sum()
@@ -205,14 +219,20 @@ class _User:
 
     def _new_topic(self) -> int:
         """Draw a topic the user has not been interested in; any topic once there is none left."""
-        others = [t for t in range(self.world.n_topics) if t not in self.past]
-        return int(self.rng.choice(others or self.world.n_topics))
+        n = self.world.n_wanted
+        others = [t for t in range(n) if t not in self.past]
+        return int(self.rng.choice(others or n))
 
     def _item(self, topic: int) -> int:
         rank = int(self.rng.choice(self.world.items_per_topic, p=self.item_law))
         return topic * self.world.items_per_topic + rank
 
     def _search(self, now: int, topic: int, occasion: int, relevant: bool) -> None:
+        if self.world.disjoint:
+            topic, occasion = self.rng.integers(
+                self.world.n_wanted, self.world.n_topics, 2
+            ).tolist()
+            relevant = False
         # After the previous event and before this one, with room for the clicks.
         time = now * _EVENT_MS - _EVENT_MS // 2 + int(self.rng.integers(_EVENT_MS // 4))
         n_clicks = 0

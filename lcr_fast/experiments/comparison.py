@@ -248,6 +248,11 @@ _MEASURES: dict[str, Callable[[LCRSER, Job], Any]] = {
         model, job.data, protocols=job.protocols
     ),
     "diversity": lambda model, job: list_diversity(model, job.data)._asdict(),
+    "test_ranks": lambda model, job: (
+        evaluation.rank_model(model, job.data, protocols=("sampled",))
+        .by_protocol["sampled"]
+        .tolist()
+    ),
 }
 
 

@@ -152,3 +152,109 @@ def latencies(rows: list[dict[str, Any]], path: Path) -> None:
         panel.set_title(f"{n} user{'s' * (n > 1)}")
         panel.grid(alpha=0.3)
     save_figure(figure, path)
+
+
+def heat_maps(maps: Sequence[tuple[Any, Mapping[tuple[float, float], Any]]], path: Path) -> None:
+    """Draw a mean for each pair of settings, a panel a map; what is level with the best is framed.
+
+    ``maps`` are pairs of a :class:`~lcr_fast.experiments.grid.Map` and its cells by place.
+    """
+    from matplotlib.patches import Rectangle
+
+    figure, panels = new_figure(len(maps), width=4.5)
+    for panel, (part, cells) in zip(panels, maps, strict=True):
+        (row, rows), (column, columns) = part.rows, part.columns
+        means = [[cells[a, b].mean for b in columns] for a in rows]
+        image = panel.imshow(means, aspect="auto", cmap="viridis")
+        middle = sum(image.get_clim()) / 2
+        for y, a in enumerate(rows):
+            for x, b in enumerate(columns):
+                cell = cells[a, b]
+                colour = "black" if cell.mean > middle else "white"
+                panel.text(x, y, f"{cell.mean:.3f}", ha="center", va="center", color=colour)
+                if cell.level:
+                    panel.add_patch(
+                        Rectangle(
+                            (x - 0.46, y - 0.46), 0.92, 0.92, fill=False, color="#ee6677", lw=2
+                        )
+                    )
+        panel.set_xticks(range(len(columns)), [str(v) for v in columns])
+        panel.set_yticks(range(len(rows)), [str(v) for v in rows])
+        panel.set_xlabel(column)
+        panel.set_ylabel(row)
+        panel.set_title(part.title)
+    save_figure(figure, path)
+
+
+def pareto(
+    points: Mapping[str, tuple[str, Interval]], times: Sequence[dict[str, Any]], path: Path
+) -> None:
+    """Draw accuracy against the time of a forward, a panel a number of users.
+
+    ``points`` are titles and accuracies by model, ``times`` rows of
+    :func:`~lcr_fast.experiments.latency.forward_times`.
+    """
+    users = list(dict.fromkeys(row["users"] for row in times))
+    figure, panels = new_figure(len(users), width=5.0)
+    for panel, n in zip(panels, users, strict=True):
+        for place, row in enumerate(r for r in times if r["users"] == n):
+            title, y = points[row["model"]]
+            colour = f"C{place}"
+            panel.plot(row["mean_ms"], y.mean, "o", color=colour, label=title)
+            panel.vlines(row["mean_ms"], y.low, y.high, color=colour)
+        panel.set_xlabel("ms a forward, mean")
+        panel.set_title(f"{n} user{'s' * (n > 1)}")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("test NDCG@5")
+    _legend(figure, panels[0], 3)
+    save_figure(figure, path)
+
+
+def rule_curves(
+    curves: Mapping[str, Sequence[tuple[float, float]]], fixed: Sequence[float], path: Path
+) -> None:
+    """Draw a metric against the mean number of steps, a line a rule; ``fixed`` by k = 0 to K."""
+    figure, (axis,) = new_figure(width=8.0)
+    for title, points in curves.items():
+        axis.plot(*zip(*points, strict=True), label=title)
+    axis.plot(range(len(fixed)), fixed, "ks", label="fixed")
+    axis.set_xlabel("steps, mean of the test users")
+    axis.set_ylabel("test NDCG@5")
+    axis.grid(alpha=0.3)
+    _legend(figure, axis, 2)
+    save_figure(figure, path)
+
+
+def strata(rows: Sequence[dict[str, Any]], titles: Mapping[str, str], path: Path) -> None:
+    """Draw differences to Base by stratum with intervals, a colour a model."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(row["stratum"] for row in rows))
+    figure = Figure(figsize=(7.0, 1.0 + 0.34 * len(names)), layout="constrained")
+    axis = figure.subplots()
+    for place, (model, title) in enumerate(titles.items()):
+        mine = [row for row in rows if row["model"] == model]
+        y = [names.index(row["stratum"]) + 0.22 * (place - 1) for row in mine]
+        axis.plot([row["less_base"] for row in mine], y, "o", color=f"C{place}", label=title)
+        lows, highs = ([row[f"less_base_{end}"] for row in mine] for end in ("low", "high"))
+        axis.hlines(y, lows, highs, color=f"C{place}")
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.set_xlabel("test NDCG@5 less that of Base")
+    axis.grid(alpha=0.3)
+    _legend(figure, axis, len(titles))
+    save_figure(figure, path)
+
+
+def worlds(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw what LCR gains over Base in each synthetic world, with intervals."""
+    figure, (axis,) = new_figure()
+    x = range(len(rows))
+    axis.plot(x, [row["less_base"] for row in rows], "o")
+    axis.vlines(x, *([row[f"less_base_{end}"] for row in rows] for end in ("low", "high")))
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set_xticks(x, [row["world"] for row in rows])
+    axis.set_ylabel("test NDCG@5, LCR - Base")
+    axis.grid(alpha=0.3)
+    save_figure(figure, path)

@@ -1,6 +1,7 @@
 """The ops: one contract each, one reference, and faster implementations behind it."""
 
 from lcr_fast.ops._dispatch import choose_backend
+from lcr_fast.ops.adaptive import Adapted, adaptive_reasoning
 from lcr_fast.ops.noise import Dropout, Noise, dropout_masks, normal_noise
 from lcr_fast.ops.ranking import (
     catalogue_metrics,
@@ -18,9 +19,11 @@ from lcr_fast.ops.reasoning import (
 from lcr_fast.ops.scoring import score, score_rank, score_topk
 
 __all__ = [
+    "Adapted",
     "Dropout",
     "Noise",
     "Reasoned",
+    "adaptive_reasoning",
     "catalogue_metrics",
     "catalogue_rank",
     "choose_backend",

@@ -131,6 +131,10 @@ class Dropout(NamedTuple):
         if states.ndim != 3:
             raise ValueError(f"dropout needs states [B, L, D], got {list(states.shape)}")
 
+    def again(self, k: int) -> "Dropout":
+        """Give the k-th of other, independent keys of the same rate; 0 is this one."""
+        return self._replace(seed=(self.seed + k) % 2**63)
+
     def draw(self, first_site: int, n_sites: int, length: int, dim: int) -> Tensor:
         """Masks for ``n_sites`` layers on states [B, length, dim]: [n_sites, B, length, dim]."""
         return dropout_masks(self.rows, self.seed, first_site, n_sites, length, dim, self.rate)

@@ -77,7 +77,7 @@ def _dtype_obstacle(case: EncodeCase | ReasoningCase) -> str | None:
     return None
 
 
-def _cpp_obstacle(case: ReasoningCase) -> str | None:
+def cpp_obstacle(case: ReasoningCase) -> str | None:
     return _dtype_obstacle(case) or _switch_obstacle(case)
 
 
@@ -129,7 +129,7 @@ LATENT_REASONING = Op(
             _triton_obstacle,
             [kernel("reasoning", f"latent_reasoning_{name}") for name in ("fwd", "bwd")],
         ),
-        Backend("cpp", "cpu_", ("cpu",), _cpp_obstacle),
+        Backend("cpp", "cpu_", ("cpu",), cpp_obstacle),
     ],
     gradients=("search", "rec", "target_keys", "weights"),
     saved=("saved_search", "saved_rec"),  # the inputs of all steps but the first
@@ -235,10 +235,11 @@ def encode(
     return ENCODE(chosen, call).view(x.shape)
 
 
-def _check_reasoning(
+def check_reasoning(
     search: Tensor, rec: Tensor, search_lengths: Tensor, rec_lengths: Tensor,
     weights: ReasoningWeights, steps: Steps,
 ) -> None:  # fmt: skip
+    """Raise ValueError where the arguments of :func:`latent_reasoning` do not fit together."""
     dim = weights.self_qkv_weight.shape[-1]
     _check_stream(("search", "search_lengths"), search, search_lengths, dim)
     _check_stream(("rec", "rec_lengths"), rec, rec_lengths, dim)
@@ -255,6 +256,15 @@ def _check_reasoning(
         )
 
 
+def case_of(search: Tensor, rec: Tensor, weights: ReasoningWeights, steps: Steps) -> ReasoningCase:
+    """Tell what decides who can serve the arguments of :func:`latent_reasoning`."""
+    return ReasoningCase(
+        search.device.type, search.dtype, search.shape[-1], steps.n_heads,
+        weights.ffn_in_weight.shape[-2], search.shape[-2], rec.shape[-2], steps.update,
+        steps.cross_memory, steps.embedding is not None,
+    )  # fmt: skip
+
+
 def latent_states(
     search: Tensor,
     rec: Tensor,
@@ -269,7 +279,7 @@ def latent_states(
 
     Arguments as for :func:`latent_reasoning`.
     """
-    _check_reasoning(search, rec, search_lengths, rec_lengths, weights, steps)
+    check_reasoning(search, rec, search_lengths, rec_lengths, weights, steps)
     masks = None
     if dropout is not None:
         dropout.check(search)
@@ -317,7 +327,7 @@ def latent_reasoning(
     Raises ValueError on other shapes or dtypes, and where ``backend`` cannot serve the call.
 
     """
-    _check_reasoning(search, rec, search_lengths, rec_lengths, weights, steps)
+    check_reasoning(search, rec, search_lengths, rec_lengths, weights, steps)
     leading = search.shape[:-2]
     if target_keys is not None and target_keys.shape != (*leading, 2, search.shape[-1]):
         raise ValueError(
@@ -329,11 +339,7 @@ def latent_reasoning(
         noise.check(search)
         if dropout is not None or target_keys is not None:
             raise ValueError("noise goes with neither dropout nor target_keys")
-    case = ReasoningCase(
-        search.device.type, search.dtype, search.shape[-1], steps.n_heads,
-        weights.ffn_in_weight.shape[-2], search.shape[-2], rec.shape[-2], steps.update,
-        steps.cross_memory, steps.embedding is not None,
-    )  # fmt: skip
+    case = case_of(search, rec, weights, steps)
     chosen = LATENT_REASONING.choose(backend, case, notice=search.dtype != torch.float64)
     if chosen == "reference" or steps.n_steps == 0:
         if noise is not None:

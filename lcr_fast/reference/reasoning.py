@@ -28,6 +28,16 @@ class Steps(NamedTuple):
     update: str = "jacobi"
     cross_memory: str = "post_msa"
 
+    def step(self, k: int) -> "Steps":
+        """Step k alone, from 0, as a reasoning of its own.
+
+        Raises ValueError where every step reads the state before the first one.
+        """
+        if self.cross_memory == "initial":
+            raise ValueError("cross_memory=initial reads h^(0) in every step: none stands alone")
+        embedding = None if self.embedding is None else self.embedding[k : k + 1]
+        return self._replace(n_steps=1, embedding=embedding)
+
 
 class States(NamedTuple):
     """Every state of the reasoning; each entry is (search, recommendation), [..., L, D]."""

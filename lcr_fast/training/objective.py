@@ -56,7 +56,7 @@ class Inputs(NamedTuple):
     candidates: Tensor  # [B, C, D] item vectors
 
 
-def _high(x: Tensor) -> Tensor:
+def high(x: Tensor) -> Tensor:
     """Give losses and log-probabilities float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -104,12 +104,14 @@ class Objective:
 
 
 class Supervised(Objective):
-    """Phase 1: ranking loss, TCL and alignment (:mod:`lcr_fast.objectives`)."""
+    """Phase 1: ranking loss, of every step too, TCL and alignment (:mod:`lcr_fast.objectives`)."""
 
     phase = 1
 
     def __init__(self, model: LCRSER, batcher: Batcher, config: TrainConfig) -> None:
         super().__init__(model, batcher, config)
+        if config.deep_supervision and model.config.cross_memory == "initial":
+            raise ValueError("deep_supervision goes step by step, cross_memory=initial does not")
         self.pairs = training_pairs(batcher.data)
 
     @property
@@ -139,24 +141,40 @@ class Supervised(Objective):
         return self.batcher.gather(rows, *with_target(targets, negatives))
 
     def updates(self, batch: Batch, seed: int) -> Iterator[Update]:
-        """One update: L = L_rank + lambda L_TCL, and the weighted losses of alignment."""
+        """One update: L = L_rank + lambda L_TCL, and the weighted losses of alignment.
+
+        Deep supervision adds L_rank of the states before the last step, read by the same head.
+        """
         config, model = self.config, self.model
         model.train()
         model.dropout_seed = seed
         target = None
         if config.tcl_weight and model.config.steps:
             target = model.item_vectors(batch.candidates[:, 0])  # [B, D]
-        reasoned = model.reason(self.encode(model, batch), batch, target)
-        if config.precision == "float32":
-            scores = model.score(reasoned.streams, batch)
+        h0 = self.encode(model, batch)
+        if config.deep_supervision and model.config.steps:
+            by_step = model.reason_by_step(h0, batch, target)
+            reasoned = by_step[-1]
+            parts = [step.pooled for step in by_step if step.pooled is not None]
+            pooled = torch.cat(parts, 1) if parts else None
+            earlier = [model.read(h0, h0), *(step.streams for step in by_step[:-1])]
         else:
-            vectors = self.low(model.item_vectors(batch.candidates))
-            scores = _high(model.score_vectors(reasoned.streams, batch, vectors))
+            reasoned, earlier = model.reason(h0, batch, target), []
+            pooled = reasoned.pooled
+        scores = self._scores(reasoned.streams, batch)
         loss = rank_loss(scores, batch.target, config.rank_loss)
         logs = {"rank_loss": loss.item()}
-        if target is not None and reasoned.pooled is not None:
+        if earlier:
+            shares = _step_shares(len(earlier), config.deep_weights)
+            losses = torch.stack(
+                [rank_loss(self._scores(h, batch), batch.target, config.rank_loss) for h in earlier]
+            )
+            deep = losses @ losses.new_tensor(shares)
+            loss = loss + config.deep_supervision * deep
+            logs["deep_loss"] = deep.item()
+        if target is not None and pooled is not None:
             contrast = tcl(
-                _high(reasoned.pooled),
+                high(pooled),
                 (batch.search_lengths, batch.rec_lengths),
                 target,
                 margin=config.tcl_margin,
@@ -165,13 +183,26 @@ class Supervised(Objective):
             )
             loss = loss + config.tcl_weight * contrast
             logs["tcl"] = contrast.item()
-        for name, (weight, part) in self._alignments(np.random.default_rng([seed, 1])).items():
+        rng = np.random.default_rng([seed, 1])
+        for name, (weight, part) in self._terms(batch, reasoned.streams, scores, rng).items():
             loss = loss + weight * part
             logs[name] = part.item()
         yield Update(loss, logs)
 
-    def _alignments(self, rng: np.random.Generator) -> dict[str, tuple[float, Tensor]]:
-        """Draw pairs of each kind that counts and that the data has: weight and loss by name."""
+    def _scores(self, h: Streams, batch: Batch) -> Tensor:
+        """Score the batch's candidates from states: [B, C], in float32 at least."""
+        if self.config.precision == "float32":
+            return self.model.score(h, batch)
+        vectors = self.low(self.model.item_vectors(batch.candidates))
+        return high(self.model.score_vectors(h, batch, vectors))
+
+    def _terms(
+        self, batch: Batch, streams: Streams, scores: Tensor, rng: np.random.Generator
+    ) -> dict[str, tuple[float, Tensor]]:
+        """Give what the loss holds beside ranking and TCL: weight and loss by name.
+
+        That is the alignment of pairs, drawn of each kind that counts and that the data has.
+        """
         config, model, pairs = self.config, self.model, self.pairs
         device = model.head.target_weight.device
 
@@ -191,6 +222,12 @@ class Supervised(Objective):
             vectors = model.item_vectors(items), model.item_vectors(following)
             losses["item_alignment"] = (config.align_items, alignment(*vectors, items, following))
         return losses
+
+
+def _step_shares(n: int, kind: str) -> list[float]:
+    """Share out 1 over the losses of h^(0) to h^(n-1)."""
+    weights = [1.0] * n if kind == "uniform" else [k + 1.0 for k in range(n)]
+    return [weight / sum(weights) for weight in weights]
 
 
 class _Trajectories(Objective):
@@ -244,7 +281,7 @@ class _Trajectories(Objective):
         model.eval()
         config = self.config
         reasoned = model.rollout(inputs.h0, batch, config.n_trajectories, config.noise_scale, seed)
-        return _high(model.score_vectors(reasoned.streams, batch, inputs.candidates))
+        return high(model.score_vectors(reasoned.streams, batch, inputs.candidates))
 
 
 class NoisySupervised(_Trajectories):

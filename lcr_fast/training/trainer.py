@@ -22,6 +22,7 @@ from lcr_fast.data.prepared import PreparedData
 from lcr_fast.model import LCRSER
 from lcr_fast.profiling import range_
 from lcr_fast.storage import load_tensors, replacing, save_tensors
+from lcr_fast.training.distillation import Distilled
 from lcr_fast.training.evaluation import chance_level, make_batcher, validation_score
 from lcr_fast.training.identity import assign, count_unknown
 from lcr_fast.training.models import OTHER_DATA
@@ -34,6 +35,7 @@ VALIDATION = "valid_"  # how the name of the validation metric begins in a recor
 _CHECKPOINT_SECONDS = 30.0  # between two checkpoints inside an epoch
 _READOUTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 CHECKPOINT, MODEL, METRICS = "checkpoint.safetensors", "model.safetensors", "metrics.jsonl"
+DISTILL = "distill"  # the objective that has a teacher
 _CHECK_BLOCK = 4096  # samples whose seen items are counted at a time
 # Fields that phase 1 does not read.
 PHASE_2 = (
@@ -45,13 +47,18 @@ PHASE_2 = (
 _LIMITS = {1: ("epochs", "min_updates", "patience"), 2: ("rl_epochs", "patience")}
 
 
+def phase_of(objective: str) -> int:
+    """Tell the phase of an objective by its name; distillation counts as phase 1."""
+    return 1 if objective == DISTILL else OBJECTIVES[objective].phase
+
+
 def check_trainable(data: PreparedData, config: TrainConfig, objectives: Iterable[str]) -> None:
     """Raise ValueError where training would fail, or choose its model blindly, later on."""
     samples = data.split("train")
     if not len(samples):
         raise ValueError("the data has no training samples")
     chance_level(make_batcher(data, "valid", None), config.valid_metric)
-    phases = {OBJECTIVES[name].phase for name in objectives}
+    phases = {phase_of(name) for name in objectives}
     left, user = _fewest_unseen(data)
     if 1 in phases and config.negatives == "in_batch":
         if config.batch_size < 2:
@@ -94,7 +101,7 @@ def resume_conflicts(info: dict[str, Any], train: dict[str, Any]) -> list[str]:
     ``info`` is that of its checkpoint, ``train`` its config's new values. When to stop may change,
     as long as it lies ahead and no learning rate depends on it.
     """
-    phase = OBJECTIVES[info["objective"]].phase
+    phase = phase_of(info["objective"])
     saved, progress = info["train"], Progress(**info["progress"])
     if phase == 1:
         saved, train = phase_1_fields(saved), phase_1_fields(train)
@@ -127,7 +134,8 @@ class Progress:
 class Trainer:
     """Train a model on prepared data by one objective.
 
-    ``objective`` is ``supervised`` (phase 1), ``grpo`` (phase 2) or ``noisy`` (phase 2's control).
+    ``objective`` is ``supervised`` (phase 1), ``distill`` (phase 1 beside a ``teacher``), ``grpo``
+    (phase 2) or ``noisy`` (phase 2's control).
     The folder ``out`` receives the best model by the config's ``valid_metric``
     (``model.safetensors``), a checkpoint, and one JSON line an epoch in ``metrics.jsonl``; a
     TensorBoard log too where TensorBoard is installed. Files are replaced atomically, so a killed
@@ -149,6 +157,7 @@ class Trainer:
         *,
         resume: bool = False,
         any_data: bool = False,
+        teacher: LCRSER | None = None,
         report: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.model, self.config, self.out, self.report = model, config, Path(out), report
@@ -160,11 +169,16 @@ class Trainer:
             counts = ", ".join(f"{n:,} {kind}" for kind, n in unknown.items())
             raise ValueError(f"the model has no row for {counts} of the data: extend it first")
         assign(model, data)
+        model.exits = None  # they were chosen for the weights that now change
         self.batcher = make_batcher(data, "train", model)
         self.validation = make_batcher(data, "valid", model)
         self.chance = chance_level(self.validation, config.valid_metric)
         use_rows(model, config.tables == "rows")
-        self.objective: Objective = OBJECTIVES[objective](model, self.batcher, config)
+        self.objective: Objective
+        if teacher is None:
+            self.objective = OBJECTIVES[objective](model, self.batcher, config)
+        else:
+            self.objective = Distilled(model, self.batcher, config, teacher)
         self.schedule = self.objective.schedule
         trained = self.objective.parameters()
         self.optimizer, self._names = make_optimizer(

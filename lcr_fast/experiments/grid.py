@@ -1,0 +1,150 @@
+"""Stability maps: two settings of a loss against each other, over seeds.
+
+Which settings of TCL, and of phase 2's noise and KL term, are as good as the best one, user by
+user? A map's region is what the data cannot tell from its best cell.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from tabulate import tabulate
+
+from lcr_fast.experiments import plots
+from lcr_fast.experiments.comparison import VARIANTS, Job
+from lcr_fast.experiments.tables import protocol_titles, write_rows
+from lcr_fast.storage import replacing
+from lcr_fast.training.ranks import bootstrap, weighted_metric
+from lcr_fast.training.trainer import check_trainable
+
+METRIC = "ndcg@5"
+
+
+class Map(NamedTuple):
+    """Two fields of the TrainConfig and their values; others fixed."""
+
+    title: str
+    variant: str
+    rows: tuple[str, tuple[float, ...]]
+    columns: tuple[str, tuple[float, ...]]
+    fixed: dict[str, Any]
+
+
+_TCL = ("tcl_margin", (0.0, 0.1, 0.5)), ("tcl_weight", (0.01, 0.1, 1.0))
+MAPS = {
+    "tcl-l2": Map("TCL, l2", "tcl", *_TCL, {"tcl_distance": "l2"}),
+    "tcl-cosine": Map("TCL, cosine", "tcl", *_TCL, {"tcl_distance": "cosine"}),
+    "kl-noise": Map(
+        "phase 2, last weights", "rl",
+        ("kl_weight", (0.01, 0.1, 1.0)), ("noise_scale", (0.1, 0.5, 1.0)), {},
+    ),
+}  # fmt: skip
+
+
+class Cell(NamedTuple):
+    """One place of a map, over the seeds."""
+
+    mean: float
+    low: float  # its difference to the best place, user by user: 95 % interval
+    high: float
+    seeds: tuple[float, ...]
+
+    @property
+    def level(self) -> bool:
+        """Whether the data cannot tell it from the best."""
+        return self.high >= 0
+
+
+def run_grid_study(job: Job, n_seeds: int, names: Sequence[str]) -> str:
+    """Train every place of the maps over seeds; return the tables.
+
+    Writes ``results.csv``, ``results.md`` and a plot a map. Phase 2 counts with its last weights:
+    validation would keep the start where it harms.
+    """
+    maps = [MAPS[name] for name in dict.fromkeys(names)]
+    job = dataclasses.replace(
+        job, measures=(), last_measures=("test_ranks",), protocols=("sampled",)
+    )
+    job.check(VARIANTS[part.variant].objective for part in maps)
+    for part in maps:
+        for _, change in _places(part):
+            objective = VARIANTS[part.variant].objective
+            check_trainable(job.data, job.train.replace(**change), [objective])
+    job.open()
+    found = {name: _measure(job, n_seeds, MAPS[name]) for name in dict.fromkeys(names)}
+    write_rows(job.out / "results.csv", [
+        {"map": name, "row": row, "column": column, "metric": METRIC, **cell._asdict(),
+         "level": cell.level, "seeds": " ".join(f"{value:.6f}" for value in cell.seeds)}
+        for name, cells in found.items()
+        for (row, column), cell in cells.items()
+    ])  # fmt: skip
+    plots.heat_maps([(MAPS[name], cells) for name, cells in found.items()], job.out / "maps.png")
+    n = job.data.test_negatives.shape[1]
+    spread = "one seed" if n_seeds == 1 else f"means over {n_seeds} seeds"
+    head = (
+        f"Stability, test NDCG@5, {protocol_titles(n)['sampled']}; {spread}. In brackets the 95 % "
+        "interval of the difference to the map's best place: bootstrap over users of each user's "
+        "mean over the seeds. Bold: the interval does not lie below 0."
+    )
+    tables = [
+        f"### {MAPS[name].title}\n\n{_table(MAPS[name], cells)}" for name, cells in found.items()
+    ]
+    text = "\n\n".join([head, *tables])
+    with replacing(job.out / "results.md") as path:
+        path.write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+def _places(part: Map) -> list[tuple[tuple[float, float], dict[str, Any]]]:
+    (row, rows), (column, columns) = part.rows, part.columns
+    return [((a, b), {row: a, column: b, **part.fixed}) for a in rows for b in columns]
+
+
+def _measure(job: Job, n_seeds: int, part: Map) -> dict[tuple[float, float], Cell]:
+    """Train the places of a map; the values of each user [n] are means over the seeds."""
+    variant = VARIANTS[part.variant]
+    gains: dict[tuple[float, float], list[NDArray]] = {place: [] for place, _ in _places(part)}
+    for seed in (job.train.seed + i for i in range(n_seeds)):
+        mine = dataclasses.replace(
+            job, out=job.out / f"seed-{seed}", train=job.train.replace(seed=seed)
+        )
+        if variant.start is not None:
+            first = VARIANTS[variant.start]
+            mine.cell(
+                variant.start, f"seed {seed}, {first.title}", first.objective,
+                model=first.model_changes, train=first.train_changes,
+            )  # fmt: skip
+        for place, change in _places(part):
+            shown = ",".join(f"{name}={value}" for name, value in change.items())
+            result = mine.cell(
+                f"{part.variant},{shown}", f"seed {seed}, {variant.title}, {shown}",
+                variant.objective, start=variant.start, model=variant.model_changes,
+                train=variant.train_changes | change,
+            )  # fmt: skip
+            last = result["last"]
+            ranks = np.array(last["test_ranks"]) if last else result["ranks"].by_protocol["sampled"]
+            gains[place].append(weighted_metric(ranks, METRIC))
+    means = {place: np.mean(values, 0) for place, values in gains.items()}
+    best = max(means, key=lambda place: float(means[place].mean()))
+    cells = {}
+    for place, values in means.items():
+        spread = bootstrap(values - means[best])
+        seeds = tuple(float(v.mean()) for v in gains[place])
+        cells[place] = Cell(float(values.mean()), spread.low, spread.high, seeds)
+    return cells
+
+
+def _table(part: Map, cells: dict[tuple[float, float], Cell]) -> str:
+    (row, rows), (column, columns) = part.rows, part.columns
+    lines = []
+    for a in rows:
+        texts = []
+        for b in columns:
+            cell = cells[a, b]
+            mean = f"**{cell.mean:.3f}**" if cell.level else f"{cell.mean:.3f}"
+            texts.append(f"{mean} [{cell.low:+.3f}, {cell.high:+.3f}]")
+        lines.append([str(a), *texts])
+    headers = [f"{row} \\ {column}", *map(str, columns)]
+    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)

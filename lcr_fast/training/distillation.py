@@ -1,0 +1,106 @@
+"""Distillation: a student of fewer steps learns a trained model's lists and pooled states.
+
+Not in the paper. The student ranks as in phase 1 and is besides held to its frozen teacher:
+
+    L = L_phase-1 + lambda_KL t^2 KL( softmax(y_T / t) || softmax(y_S / t) )
+                  + lambda_z mean_x |z_x,S(e_t) - z_x,T(e_t)|^2 / D
+
+over a sample's candidates, z_x the aggregation of what each reads at the target.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lcr_fast.batch import Batch
+from lcr_fast.config import TrainConfig
+from lcr_fast.data.batching import Batcher
+from lcr_fast.model import LCRSER
+from lcr_fast.reference import Streams
+from lcr_fast.training.objective import Supervised, high
+from lcr_fast.weights import REC, SEARCH
+
+
+def student_of(teacher: LCRSER, steps: int) -> LCRSER:
+    """Make a model of fewer steps from a teacher's weights, with steps of its first sets.
+
+    It reads h^(K) alone, has no text vectors yet and knows the ids that the teacher knows. Raises
+    ValueError for more steps than the teacher takes.
+    """
+    config = teacher.config
+    if not 0 <= steps <= config.steps:
+        raise ValueError(f"steps must be within 0..{config.steps}, the teacher's, got {steps}")
+    student = LCRSER(config.replace(steps=steps, readout=1.0))
+    given = teacher.state_dict()
+    state = {
+        name: given[name][: len(tensor)] if _of_steps(name) else given[name]
+        for name, tensor in student.state_dict().items()
+    }
+    weight = teacher.head.target_weight
+    student.to(weight.device, weight.dtype).load_state_dict(state)
+    student.data_fingerprint, student.vocabulary = teacher.data_fingerprint, teacher.vocabulary
+    return student
+
+
+def _of_steps(name: str) -> bool:
+    """Tell the tensors whose first axis counts steps, or sets of their weights."""
+    return name.startswith(("reasoning.", "step_embedding"))
+
+
+class Distilled(Supervised):
+    """Phase 1 beside a frozen teacher, which has its text vectors where it reads any."""
+
+    def __init__(
+        self,
+        model: LCRSER,
+        batcher: Batcher,
+        config: TrainConfig,
+        teacher: LCRSER,
+    ) -> None:
+        super().__init__(model, batcher, config)
+        self.teacher = teacher.requires_grad_(False)
+
+    def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """List what is trained: everything, or what reads histories.
+
+        With the latter the student shares item vectors, queries and head with its teacher.
+        """
+        named = super().parameters()
+        if self.config.distill_trainable == "all":
+            return named
+        trained = ("encoder.", "reasoning.", "step_embedding", "search_position", "rec_position")
+        return [(name, p) for name, p in named if name.startswith(trained)]
+
+    def _terms(
+        self, batch: Batch, streams: Streams, scores: Tensor, rng: np.random.Generator
+    ) -> dict[str, tuple[float, Tensor]]:
+        """Add what holds the student to its teacher."""
+        config, teacher = self.config, self.teacher.eval()
+        terms = super()._terms(batch, streams, scores, rng)
+        if not (config.distill_kl or config.distill_states):
+            return terms
+        with torch.no_grad():
+            seen = teacher.final_states(batch)
+            taught = high(teacher.score(seen, batch)) / config.distill_temperature
+        if config.distill_kl:
+            padding = batch.candidates == 0
+            p = taught.log_softmax(-1).masked_fill(padding, 0.0)
+            q = (scores / config.distill_temperature).log_softmax(-1).masked_fill(padding, 0.0)
+            kl = (taught.softmax(-1) * (p - q)).sum(-1).mean()
+            terms["distill_kl"] = (config.distill_kl * config.distill_temperature**2, kl)
+        if config.distill_states:
+            far = [
+                (mine - its).square().mean()
+                for mine, its in zip(
+                    self._pooled(self.model, streams, batch),
+                    self._pooled(teacher, seen, batch), strict=True,
+                )
+            ]  # fmt: skip
+            terms["distill_states"] = (config.distill_states, torch.stack(far).mean())
+        return terms
+
+    def _pooled(self, model: LCRSER, streams: Streams, batch: Batch) -> list[Tensor]:
+        """Pool what a model reads at its own vector of the target, column 0: [B, 1, D] each."""
+        target = model.item_vectors(batch.candidates[:, :1])
+        lengths = batch.search_lengths, batch.rec_lengths
+        return [high(model.pool(streams[x], lengths[x], target, x)[0]) for x in (SEARCH, REC)]

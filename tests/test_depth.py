@@ -1,0 +1,179 @@
+"""Studies of depth: what they train, how strata and controls are made, that tables add up."""
+
+import contextlib
+import csv
+import io
+import shutil
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from lcr_fast import cli
+from lcr_fast.data.prepared import PreparedData
+from lcr_fast.experiments import depth
+from lcr_fast.model import LCRSER
+from lcr_fast.training import adaptive
+from lcr_fast.training.diversity import tail_items
+from lcr_fast.training.models import load_model
+from lcr_fast.training.ranks import Ranks, weighted_metric
+from lcr_fast.training.trainer import Trainer
+
+TINY = [
+    *("--epochs", "1", "--dim", "8", "--steps", "2", "--mlp-hidden", "8", "--seeds", "1"),
+    *("--max-search-len", "4", "--max-rec-len", "5"),
+]
+
+
+def run(*argv) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        cli.main([str(word) for word in argv])
+    return out.getvalue()
+
+
+def read_csv(path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def study(prepared_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("depth") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        times = depth.forward_times
+        patch.setattr(depth, "forward_times", lambda *a: times(*a, users=(1, 3), turns=1))
+        text = run("study", "latency", "--data", prepared_folder, "--out", out, *TINY)
+    (out.parent / "text").write_text(text)
+    return out
+
+
+def gains(study, name) -> np.ndarray:
+    ranks = Ranks.load(study / "seed-0" / name / "ranks.safetensors").by_protocol["sampled"]
+    return weighted_metric(ranks, "ndcg@5")
+
+
+def test_the_latency_study_compares_all_depths(study, prepared_folder):
+    assert (study / "results.md").read_text() in (study.parent / "text").read_text()
+    rows = {row["model"]: row for row in read_csv(study / "results.csv")}
+    assert list(rows) == [
+        "base", "long", "k1", "k2", "deep0", "deep1", "deep2", "adaptive", "distilled"
+    ]  # fmt: skip
+    base = gains(study, "base")
+    for name in ("base", "long", "k1", "k2"):
+        mine = gains(study, name)
+        assert float(rows[name]["ndcg@5"]) == pytest.approx(mine.mean())
+        assert float(rows[name]["less_base"]) == pytest.approx((mine - base).mean(), abs=1e-12)
+    assert float(rows["deep2"]["ndcg@5"]) == pytest.approx(gains(study, "deep").mean())
+    data = PreparedData.open(prepared_folder)
+    folder = study / "seed-0"
+    student = load_model(folder / "distilled" / "model.safetensors", data, "cpu")
+    assert student.config.steps == 0
+    assert LCRSER.load(folder / "k1" / "model.safetensors").config.steps == 1
+    deep = load_model(folder / "deep" / "model.safetensors", data, "cpu")
+    depths = adaptive.read_depths(deep, data, "test").gains("ndcg@5").mean(0)
+    assert [float(rows[f"deep{k}"]["ndcg@5"]) for k in range(3)] == pytest.approx(list(depths))
+    times = {(row["model"], row["users"]) for row in read_csv(study / "latency.csv")}
+    assert times == {
+        (name, n) for name in ("base", "k1", "k2", "distilled", "adaptive") for n in "13"
+    }
+    for name in ("pareto", "rules"):
+        assert min(matplotlib.image.imread(study / f"{name}.png").shape[:2]) > 200
+
+
+def test_rules_are_set_against_chance_and_the_oracle(study):
+    rows = read_csv(study / "rules.csv")
+    assert {row["rule"] for row in rows} <= {*adaptive.TITLES, "oracle"}
+    assert rows[0]["rule"] == "fixed"
+    for row in rows:
+        if row["rule"] == "fixed":  # where all take as many steps, chance changes nothing
+            assert float(row["less_random"]) == pytest.approx(0, abs=1e-12)
+    assert max(float(row["less_best_fixed"]) for row in rows) == float(rows[-1]["less_best_fixed"])
+
+
+def test_strata_reads_back_what_latency_trained(study, prepared_folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_epoch", None)
+        options = ["--data", prepared_folder, "--out", study, "--resume", *TINY]
+        text = run("study", "strata", *options)
+    assert text.count("already evaluated") == 5
+    rows = read_csv(study / "strata.csv")
+    base = gains(study, "base")
+    (everybody,) = (r for r in rows if (r["stratum"], r["model"]) == ("all: all", "lcr"))
+    assert float(everybody["base"]) == pytest.approx(base.mean())
+    assert int(everybody["n"]) == len(base)
+    assert min(matplotlib.image.imread(study / "strata.png").shape[:2]) > 200
+
+
+def test_strata_part_the_users(prepared, make_model):
+    model = make_model(prepared).eval()
+    strata = depth.user_strata(model, prepared)
+    samples = prepared.split("test")
+    n_searches = samples.search_end - prepared.search_offsets[samples.users]
+    kinds: dict = {}
+    for name, member in strata.items():
+        kind, stratum = name.split(": ")
+        kinds.setdefault(kind, {})[stratum] = member
+    assert {"similarity", "text similarity", "searches", "noise", "target"} <= set(kinds)
+    known = np.stack(list(kinds["noise"].values())).sum(0)
+    assert known.max() == 1
+    parts = np.stack(list(kinds["searches"].values()))
+    assert (parts.sum(0) == 1).all()
+    assert all(
+        (n_searches[member] == 0).all() for name, member in kinds["searches"].items() if name == "0"
+    )
+    assert (kinds["target"]["new"] == ~np.array(samples.repeat)).all()
+    tails = tail_items(prepared)[samples.items]
+    assert (kinds["target"].get("tail item", np.zeros(len(tails), bool)) == tails).all()
+    # Similarity is that of sums of vectors, user by user.
+    queries, items = np.array(prepared.query_text), np.array(prepared.item_text)
+    similarity = {}
+    for i, user in enumerate(samples.users):
+        begin, end = prepared.search_offsets[user], samples.search_end[i]
+        asked = prepared.search_queries[max(begin, end - 4) : end]
+        begin, end = prepared.rec_offsets[user], samples.rec_end[i]
+        seen = prepared.rec_items[max(begin, end - 5) : end]
+        if len(asked) and len(seen):
+            a, b = queries[asked].sum(0), items[seen].sum(0)
+            similarity[i] = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+    thirds = [kinds["text similarity"][name] for name in ("low", "middle", "high")]
+    low, middle, high = ([similarity[i] for i in np.flatnonzero(member)] for member in thirds)
+    assert len(low) + len(middle) + len(high) == len(similarity)
+    assert max(low) < min(middle)
+    assert max(middle) < min(high)
+    # Noise is the planted share among the searches that are read.
+    truth = np.array(prepared.search_relevant)
+    for i in np.flatnonzero(kinds["noise"]["to 100%"]):
+        begin, end = prepared.search_offsets[samples.users[i]], samples.search_end[i]
+        assert (truth[max(begin, end - 4) : end] == 0).mean() > 2 / 3
+
+
+def test_strata_of_finished_runs_pool_their_users(study, prepared_folder, tmp_path):
+    seed = study / "seed-0"
+    run_folder = tmp_path / "run"
+    for name, cell in (("base", "base"), ("lcr", "k1")):
+        shutil.copytree(seed / cell, run_folder / name)
+    out = tmp_path / "out"
+    text = run(
+        "study", "strata", "--runs", run_folder, run_folder, "--data", prepared_folder, "--out", out
+    )
+    assert (out / "results.md").read_text() in text
+    row = read_csv(out / "strata.csv")[0]
+    less = gains(study, "k1") - gains(study, "base")
+    assert int(row["n"]) == 2 * len(less)
+    assert float(row["less_base"]) == pytest.approx(less.mean())
+    shutil.rmtree(run_folder / "lcr")
+    with pytest.raises(SystemExit):
+        run("study", "strata", "--runs", run_folder, "--data", prepared_folder)
+
+
+@pytest.mark.full
+def test_other_worlds_are_trained_apart(prepared_folder, study, monkeypatch):
+    from lcr_fast.data import synthetic
+
+    small = synthetic.World
+    monkeypatch.setattr(synthetic, "World", lambda **c: small(n_users=24, n_targets=14, **c))
+    options = ["--data", prepared_folder, "--out", study, "--resume", *TINY]
+    text = run("study", "strata", *options, "--noise", "0", "--disjoint")
+    assert [row["world"] for row in read_csv(study / "worlds.csv")] == ["noise 0", "disjoint"]
+    assert "### Other worlds" in text
+    assert (study / "worlds" / "disjoint" / "seed-0" / "lcr" / "ranks.safetensors").is_file()
