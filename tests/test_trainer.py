@@ -639,7 +639,7 @@ def test_grpo_starts_at_the_reference(prepared, make_model, action, kl):
     updates = objective.updates(batch, 5)
     loss, logs = next(updates)
     assert set(logs) == {
-        "reward", "signal", "kl", "surrogate", "entropy", "clipped", "target_cosine",
+        "reward", "signal", "kl", "surrogate", "entropy", "clipped", "target_cosine", "silent_pull",
     }  # fmt: skip
     assert logs["kl"] == logs["clipped"] == 0
     assert 0 < logs["entropy"] < np.log(10)
