@@ -10,6 +10,7 @@ import torch
 from lcr_fast.batch import Batch
 from lcr_fast.config import LCRConfig
 from lcr_fast.model import LCRSER
+from lcr_fast.serving.scorer import fastest
 
 _TURNS = 300  # calls of each depth, fewer where they take longer than _SECONDS
 _SECONDS = 3.0
@@ -95,12 +96,13 @@ def measure(calls: dict[int, Callable[[], object]]) -> dict[int, float]:
 
 def _call(model: LCRSER, n_users: int, n_candidates: int, k: int | None) -> Callable[[], object]:
     batch = full_batch(model.config, n_users, n_candidates).to(model.head.target_weight.device)
+    scorer = fastest(model)
 
     @torch.inference_mode()
     def call() -> object:
         if k is not None:
             return model.recommend(batch, k)[0].tolist()  # which waits for a GPU
-        return model(batch).tolist()
+        return scorer(batch).tolist()
 
     return call
 

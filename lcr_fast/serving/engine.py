@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from lcr_fast.data.prepared import IdTable, PreparedData
 from lcr_fast.model import LCRSER
-from lcr_fast.serving.scorer import Scorer, obstacle
+from lcr_fast.serving.scorer import fastest
 from lcr_fast.training.evaluation import make_batcher, padded_seen
 
 _END_OF_TIME = np.iinfo(np.int64).max
@@ -49,7 +49,7 @@ class Engine:
             )
         self.model = model
         self.data = data
-        self._scorer = Scorer(model) if obstacle(model) is None else model
+        self._scorer = fastest(model)
         self._batcher = make_batcher(data, "test", model)
         self._device = model.head.target_weight.device
 
