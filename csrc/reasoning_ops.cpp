@@ -4,13 +4,10 @@
 #include <tuple>
 #include <vector>
 
-#include "reasoning.h"
-#include "torch_api.h"
+#include "op_arguments.h"
 
 namespace lcr_fast {
 namespace {
-
-using Sizes = std::initializer_list<int64_t>;
 
 FloatType float_type(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
@@ -24,6 +21,43 @@ FloatType float_type(const Tensor& t, const char* name) {
       fail(name, " must be float32, float16 or bfloat16");
   }
 }
+
+}  // namespace
+
+TransformerShape weights_shape(const Tensors& weights, size_t n_attentions, int64_t n_heads,
+                               ScalarType dtype, std::vector<WeightArg>& args) {
+  const size_t ffn = 4 * n_attentions, norm = ffn + 4;
+  check(weights.size() == norm + 2, "expected ", norm + 2, " weights, got ", weights.size());
+  const Tensor& qkv = weights[0];
+  check(qkv.dim() == 4 && weights[ffn].dim() == 4,
+        "weights of linear layers must be [P, 2, out, in]");
+  const TransformerShape shape{qkv.size(3), n_heads, weights[ffn].size(2), qkv.size(0)};
+  const int64_t P = shape.n_sets, D = shape.dim, F = shape.ffn_dim;
+  check(D > 0 && n_heads > 0 && D % n_heads == 0, "n_heads must divide the width ", D, ", got ",
+        n_heads);
+  bool fit = true;
+  for (size_t i = 0; i < ffn; i += 4)
+    fit = fit && has_sizes(weights[i], {P, 2, 3 * D, D}) &&
+          has_sizes(weights[i + 1], {P, 2, 3 * D}) && has_sizes(weights[i + 2], {P, 2, D, D}) &&
+          has_sizes(weights[i + 3], {P, 2, D});
+  const auto n_norms = static_cast<int64_t>(n_attentions) + 1;
+  fit = fit && has_sizes(weights[ffn], {P, 2, F, D}) && has_sizes(weights[ffn + 1], {P, 2, F}) &&
+        has_sizes(weights[ffn + 2], {P, 2, D, F}) && has_sizes(weights[ffn + 3], {P, 2, D}) &&
+        has_sizes(weights[norm], {P, 2, n_norms, D}) &&
+        has_sizes(weights[norm + 1], {P, 2, n_norms, D});
+  check(fit, "the weights must have the sizes of lcr_fast.weights for width ", D, " and FFN width ",
+        F);
+  for (const Tensor& w : weights) {
+    check(w.is_contiguous() && (w.scalar_type() == ScalarType::Float || w.scalar_type() == dtype),
+          "weights must be contiguous, in float32 or the states' dtype");
+    args.push_back({w.const_data_ptr(), float_type(w, "weights")});
+  }
+  return shape;
+}
+
+namespace {
+
+using Sizes = std::initializer_list<int64_t>;
 
 // The data of a contiguous tensor of these sizes and the states' dtype.
 const void* states_data(const Tensor& t, const char* name, ScalarType dtype, Sizes sizes) {
@@ -64,38 +98,6 @@ DropoutKey dropout_key(int64_t threshold, int64_t seed) {
   check(threshold >= 0 && threshold < 65536, "dropout_threshold must be in 0..65535, got ",
         threshold);
   return {static_cast<uint32_t>(threshold), static_cast<uint64_t>(seed)};
-}
-
-// The shape that the weights give, and where they are; `n_attentions` a set.
-TransformerShape weights_shape(const Tensors& weights, size_t n_attentions, int64_t n_heads,
-                               ScalarType dtype, std::vector<WeightArg>& args) {
-  const size_t ffn = 4 * n_attentions, norm = ffn + 4;
-  check(weights.size() == norm + 2, "expected ", norm + 2, " weights, got ", weights.size());
-  const Tensor& qkv = weights[0];
-  check(qkv.dim() == 4 && weights[ffn].dim() == 4,
-        "weights of linear layers must be [P, 2, out, in]");
-  const TransformerShape shape{qkv.size(3), n_heads, weights[ffn].size(2), qkv.size(0)};
-  const int64_t P = shape.n_sets, D = shape.dim, F = shape.ffn_dim;
-  check(D > 0 && n_heads > 0 && D % n_heads == 0, "n_heads must divide the width ", D, ", got ",
-        n_heads);
-  bool fit = true;
-  for (size_t i = 0; i < ffn; i += 4)
-    fit = fit && has_sizes(weights[i], {P, 2, 3 * D, D}) &&
-          has_sizes(weights[i + 1], {P, 2, 3 * D}) && has_sizes(weights[i + 2], {P, 2, D, D}) &&
-          has_sizes(weights[i + 3], {P, 2, D});
-  const auto n_norms = static_cast<int64_t>(n_attentions) + 1;
-  fit = fit && has_sizes(weights[ffn], {P, 2, F, D}) && has_sizes(weights[ffn + 1], {P, 2, F}) &&
-        has_sizes(weights[ffn + 2], {P, 2, D, F}) && has_sizes(weights[ffn + 3], {P, 2, D}) &&
-        has_sizes(weights[norm], {P, 2, n_norms, D}) &&
-        has_sizes(weights[norm + 1], {P, 2, n_norms, D});
-  check(fit, "the weights must have the sizes of lcr_fast.weights for width ", D, " and FFN width ",
-        F);
-  for (const Tensor& w : weights) {
-    check(w.is_contiguous() && (w.scalar_type() == ScalarType::Float || w.scalar_type() == dtype),
-          "weights must be contiguous, in float32 or the states' dtype");
-    args.push_back({w.const_data_ptr(), float_type(w, "weights")});
-  }
-  return shape;
 }
 
 // The arguments that both passes of reasoning share, checked, with what they point to.
@@ -164,7 +166,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_latent_reasoning_fwd(
   Tensor pooled = create(pooled_sizes, results.pooled);
   Tensor saved_search = create({n_saved, B, N, args.length[0], D}, results.saved[0]);
   Tensor saved_rec = create({n_saved, B, N, args.length[1], D}, results.saved[1]);
-  reasoning_forward(args, call.weights.data(), results, torch::stable::get_num_threads(), parallel);
+  // One user takes one thread: two would meet after each half of a step, and wait there for whoever
+  // else the system lets run. `cpu_request` can be asked for two.
+  reasoning_forward(args, call.weights.data(), results, 1, parallel);
   return {out_search, out_rec, pooled, saved_search, saved_rec};
 }
 

@@ -4,11 +4,9 @@
 #include <tuple>
 #include <vector>
 
-#include "scoring.h"
-#include "torch_api.h"
+#include "op_arguments.h"
 
 namespace lcr_fast {
-namespace {
 
 const float* floats(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
   check(t.scalar_type() == ScalarType::Float && t.is_contiguous() && has_sizes(t, shape), name,
@@ -30,6 +28,27 @@ const int64_t* ids_below(const Tensor& t, const char* name, std::initializer_lis
   return ids;
 }
 
+void set_head(ScoringArgs& args, const Tensor& target_weight, const Tensors& mlp_weights,
+              const Tensors& mlp_biases, bool dot) {
+  args.dot = dot;
+  const int64_t D = args.dim;
+  args.target_weight = floats(target_weight, "target_weight", {2, D, D});
+  check(mlp_weights.size() == mlp_biases.size(), "each layer needs a weight and a bias, got ",
+        mlp_weights.size(), " and ", mlp_biases.size());
+  for (const Tensor& weight : mlp_weights)
+    check(weight.dim() == 2, "mlp_weights must be matrices [out, in]");
+  int64_t in = args.inputs();
+  for (size_t l = 0; l < mlp_weights.size(); ++l) {
+    const int64_t out = mlp_weights[l].size(0);
+    args.weights.push_back(floats(mlp_weights[l], "mlp_weights", {out, in}));
+    args.biases.push_back(floats(mlp_biases[l], "mlp_biases", {out}));
+    args.widths.push_back(in = out);
+  }
+  check(mlp_weights.empty() || in == 1, "the MLP must end in one score");
+}
+
+namespace {
+
 // States [B, N, L, D].
 ScoringArgs scoring_args(const Tensor& search, const Tensor& rec, const Tensor& search_lengths,
                          const Tensor& rec_lengths, const Tensor& user, const Tensor& target_weight,
@@ -41,32 +60,19 @@ ScoringArgs scoring_args(const Tensor& search, const Tensor& rec, const Tensor& 
   args.dim = search.size(3);
   args.size[0] = search.size(2);
   args.size[1] = rec.size(2);
-  args.dot = dot;
   const int64_t B = args.n_users, N = args.n_trajectories, D = args.dim;
   args.states[0] = floats(search, "search", {B, N, args.size[0], D});
   args.states[1] = floats(rec, "rec", {B, N, args.size[1], D});
   args.lengths[0] = ids_below(search_lengths, "search_lengths", {B}, args.size[0] + 1);
   args.lengths[1] = ids_below(rec_lengths, "rec_lengths", {B}, args.size[1] + 1);
-  args.target_weight = floats(target_weight, "target_weight", {2, D, D});
-  check(mlp_weights.size() == mlp_biases.size(), "each layer needs a weight and a bias, got ",
-        mlp_weights.size(), " and ", mlp_biases.size());
-  for (const Tensor& weight : mlp_weights)
-    check(weight.dim() == 2, "mlp_weights must be matrices [out, in]");
   // Its width tells, because a user vector of no users has no elements either.
-  if (!mlp_weights.empty() && mlp_weights[0].size(1) == 4 * D)
-    args.user = floats(user, "user", {B, D});
-  // An empty tensor may have no storage, and null would mean that there is no user vector.
-  static const float kNothing = 0;
-  if (!mlp_weights.empty() && mlp_weights[0].size(1) == 4 * D && args.user == nullptr)
-    args.user = &kNothing;
-  int64_t in = args.inputs();
-  for (size_t l = 0; l < mlp_weights.size(); ++l) {
-    const int64_t out = mlp_weights[l].size(0);
-    args.weights.push_back(floats(mlp_weights[l], "mlp_weights", {out, in}));
-    args.biases.push_back(floats(mlp_biases[l], "mlp_biases", {out}));
-    args.widths.push_back(in = out);
+  if (!mlp_weights.empty() && mlp_weights[0].dim() == 2 && mlp_weights[0].size(1) == 4 * D) {
+    // An empty tensor may have no storage, and null would mean that there is no user vector.
+    static const float kNothing = 0;
+    const float* vectors = floats(user, "user", {B, D});
+    args.user = vectors == nullptr ? &kNothing : vectors;
   }
-  check(mlp_weights.empty() || in == 1, "the MLP must end in one score");
+  set_head(args, target_weight, mlp_weights, mlp_biases, dot);
   return args;
 }
 

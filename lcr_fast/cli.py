@@ -428,6 +428,10 @@ def _add_recommend(commands: Any) -> None:
     _add_model_arguments(parser)
     parser.add_argument("--users", nargs="+", help="ids of the raw data; default: all users")
     parser.add_argument("-k", type=int, default=10, help="items a user")
+    parser.add_argument(
+        "--budget-ms", type=float,
+        help="one user at a time, with as many steps as take at most this (p99, measured first)",
+    )  # fmt: skip
 
 
 def _add_extend(commands: Any) -> None:
@@ -871,6 +875,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 def _recommend(arguments: argparse.Namespace) -> None:
     from lcr_fast.data.prepared import PreparedData
+    from lcr_fast.serving.budget import with_budget
     from lcr_fast.serving.offline import recommend
     from lcr_fast.training.adaptive import StepCount
     from lcr_fast.training.identity import describe_unknown
@@ -881,8 +886,13 @@ def _recommend(arguments: argparse.Namespace) -> None:
     model = load_model(
         arguments.model, data, arguments.device, arguments.backend, any_data=arguments.any_data
     )
+    batch_size = 256
+    if arguments.budget_ms is not None:
+        choice = with_budget(model, arguments.budget_ms, k=arguments.k)
+        print(choice.describe(), file=sys.stderr)
+        model, batch_size = choice.model, 1
     steps = model.on_steps = StepCount(model.config.steps)
-    lines = recommend(model, data, arguments.users, arguments.k)
+    lines = recommend(model, data, arguments.users, arguments.k, batch_size)
     if unknown := describe_unknown(model.config, data):
         print(unknown, file=sys.stderr)
     writer = csv.writer(sys.stdout)
@@ -975,6 +985,10 @@ def _export(arguments: argparse.Namespace) -> None:
     print(f"{arguments.format}: {arguments.out}")
 
 
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
 def _serve(arguments: argparse.Namespace) -> None:
     from lcr_fast.data.prepared import PreparedData
     from lcr_fast.serving.app import create_app, make_server
@@ -992,7 +1006,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     app = create_app(
         Engine(model, data), max_batch=arguments.max_batch, max_wait=arguments.wait_ms / 1e3
     )
-    make_server(app, host=arguments.host, port=arguments.port, say=print).run()
+    make_server(app, host=arguments.host, port=arguments.port, say=_say).run()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from lcr_fast.batch import Batch
 from lcr_fast.config import LCRConfig
 from lcr_fast.model import LCRSER
+from lcr_fast.serving.scorer import Scorer, obstacle
 from lcr_fast.storage import replacing
 
 Format = Literal["pt2", "aoti", "onnx"]
@@ -30,15 +31,16 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 OPSET = 20
 _FIELDS = tuple(field.name for field in dataclasses.fields(Batch))
 _ONNX_BYTES = 2 << 30
+_B = 3  # users to trace with
 
 torch.export.register_dataclass(Batch, serialized_type_name="lcr_fast.Batch")
 torch.serialization.add_safe_globals([Batch])  # of the inputs that a program was traced with
 
 
-class _Scorer(nn.Module):
+class _Traced(nn.Module):
     """Scores the batch's candidates: [B, C]."""
 
-    def __init__(self, model: LCRSER) -> None:
+    def __init__(self, model: LCRSER | Scorer) -> None:
         super().__init__()
         self.model = model
 
@@ -89,18 +91,26 @@ def program(model: LCRSER, *, k: int | None = None) -> ExportedProgram:
     them: on the reference an id out of range is an IndexError and a length is not seen.
     Raises ValueError where text vectors are missing, ``k`` is below 1 or the model has exits.
     """
-    from torch.fx.experimental import _config as tracing
+    _refuse_exits(model)
+    if k is None:
+        return _trace(model, _Traced(model))
+    exclude = torch.zeros(_B, 2, dtype=torch.int64, device=model.head.target_weight.device)
+    return _trace(model, _Recommender(model, k), exclude)
 
+
+def _refuse_exits(model: LCRSER) -> None:
     if model.exits is not None:
         raise ValueError("a model that leaves early is no program: export the one without exits")
-    batch = _example(model.config).to(model.head.target_weight.device)
+
+
+def _trace(model: LCRSER, module: nn.Module, exclude: Tensor | None = None) -> ExportedProgram:
+    from torch.fx.experimental import _config as tracing
+
+    inputs: tuple[Any, ...] = (_example(model.config).to(model.head.target_weight.device),)
     sizes = _dynamic(model.config)
-    inputs: tuple[Any, ...] = (batch,)
     shapes: list[Any] = [[{a: sizes[name] for a, name in axes.items()} for axes in _axes()]]
-    module: nn.Module = _Scorer(model)
-    if k is not None:
-        module = _Recommender(model, k)
-        inputs = (batch, batch.search_terms[:, 0])
+    if exclude is not None:
+        inputs = (*inputs, exclude)
         shapes.append({0: sizes["B"], 1: sizes["X"]})
     was_training = model.training
     model.eval()
@@ -114,7 +124,7 @@ def program(model: LCRSER, *, k: int | None = None) -> ExportedProgram:
 
 def _example(config: LCRConfig) -> Batch:
     """Make a batch to trace with; only its sizes matter, and that no free one is 0 or 1."""
-    B, C, T, M = 3, 5, 4, config.max_clicks
+    B, C, T, M = _B, 5, 4, config.max_clicks
     search, rec = config.max_search_len, config.max_rec_len
     shapes = {
         "rec_items": (B, rec), "search_queries": (B, search), "search_terms": (B, search, T),
@@ -148,9 +158,9 @@ def save(model: LCRSER, path: str | Path, format: Format = "pt2", *, k: int | No
     """Write a model as a program, replacing ``path`` atomically; ``k`` as for :func:`program`.
 
     - ``pt2``: what ``torch.export`` makes of it.
-    - ``aoti``: that, compiled by AOTInductor, which takes a C++ compiler and its time. Also for
-      processes without Python, which pass the tensors of a Batch in the order of its fields
-      (``examples/aoti``).
+    - ``aoti``: compiled by AOTInductor, which takes a C++ compiler and its time; where a Scorer can
+      serve the model, that is what is compiled, a single operator. Also for processes without
+      Python, which pass the tensors of a Batch in the order of its fields (``examples/score.cpp``).
     - ``onnx``: operator set ``OPSET``, on the reference whatever the model's backend, scores of
       candidates alone. Inputs are named as the fields of a Batch, the output ``scores``. Empty
       axes are padded by the caller: at least one event, term and click.
@@ -160,11 +170,15 @@ def save(model: LCRSER, path: str | Path, format: Format = "pt2", *, k: int | No
     path = Path(path)
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    _refuse_exits(model)
     write = {"pt2": _write_pt2, "aoti": _compile, "onnx": _write_onnx}[format]
     if format == "onnx":
         _check_onnx(model, k)
         model = _on_reference(model)
-    exported = program(model, k=k)
+    if format == "aoti" and k is None and obstacle(model) is None:
+        exported = _trace(model, _Traced(Scorer(model)))  # one operator, and nothing to compile
+    else:
+        exported = program(model, k=k)
     with replacing(path) as temporary:
         write(exported, temporary)
 

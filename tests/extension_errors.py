@@ -19,6 +19,9 @@ def zeros(*shape: int, dtype: torch.dtype = F32) -> Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
+IDS = zeros(B, dtype=I64)
+
+
 def call(op: str, arguments: dict[str, object], changes: dict[str, object]) -> None:
     assert not changes.keys() - arguments.keys()
     getattr(torch.ops.lcr_fast, op)(*(arguments | changes).values())
@@ -113,13 +116,26 @@ def rank(**changes: object) -> None:
     call("cpu_score_rank", arguments, changes)
 
 
+def request(**changes: object) -> None:
+    ids = {"user": zeros(B, dtype=I64), "rec_items": zeros(B, L, dtype=I64)}
+    ids |= {"rec_lengths": IDS, "search_queries": zeros(B, L, dtype=I64)}
+    ids |= {f"search_{name}": zeros(B, L, 2, dtype=I64) for name in ("terms", "clicks")}
+    ids |= {"search_lengths": IDS, "candidates": zeros(B, 4, dtype=I64)}
+    weights = {"items": zeros(N_ITEMS + 1, D), "queries": zeros(4, D), "users": zeros(0)}
+    weights |= {"search_position": zeros(L, D), "rec_position": zeros(L, D)}
+    weights |= {"encoder": block(1), "reasoning": block(2), "target_weight": zeros(2, D, D)}
+    weights |= {"seen_bonus": zeros(2), "mlp_weights": [], "mlp_biases": []}
+    more = {"steps": 1, "n_heads": 2, "max_clicks": 2, "readout": 1.0, "terms": True, "dot": True}
+    call("cpu_request", {**ids, **weights, **more, "n_threads": 1}, changes)
+
+
 def at(place: int | tuple[int, ...], value: float, like: Tensor) -> Tensor:
     changed = like.clone()
     changed[place] = value
     return changed
 
 
-IDS, ROW_IDS = zeros(B, dtype=I64), zeros(B, L, dtype=I64)
+ROW_IDS = zeros(B, L, dtype=I64)
 INTS = zeros(B, dtype=torch.int32)
 MANY_AXES = zeros(*(4,) * 6)[::2, ::2, ::2, ::2, ::2]
 TRANSPOSED = zeros(1, 2, 3 * D, D).mT.contiguous().mT
@@ -214,6 +230,19 @@ ERRORS: dict[str, Callable[[], None]] = {
     "items must be [I + 1, D] and exclude [B, X]": lambda: topk(exclude=IDS),
     "k must be at least 1, got 0": lambda: topk(k=0),
     "target must be in 0..6, got -1": lambda: rank(target=IDS - 1),
+    # request_ops.cpp
+    "a batch has the dimensions of lcr_fast.Batch": lambda: request(candidates=IDS),
+    "steps and max_clicks must not be negative and n_threads be positive, got -1, 2 and 1":
+        lambda: request(steps=-1),
+    "search_clicks must be in 0..6, got 7":
+        lambda: request(search_clicks=zeros(B, L, 2, dtype=I64) + 7),
+    "users must be [rows, dim]":
+        lambda: request(mlp_weights=[zeros(1, 4 * D)], mlp_biases=[zeros(1)]),
+    "rec_position has 1 rows, and a history 3 events": lambda: request(rec_position=zeros(1, D)),
+    "the encoder must be of width 8 and have an FFN": lambda: request(encoder=block(1, ffn_dim=0)),
+    "the reasoning must be of width 8 and have a set of weights for each step":
+        lambda: request(reasoning=[w.expand(2, *w.shape[1:]).contiguous() for w in block(2)],
+                        steps=3),
 }  # fmt: skip
 
 

@@ -107,7 +107,7 @@ def test_help_lists_the_commands(capsys):
         ("evaluate", "data any-data split protocols catalogue-users csv device backend threads"),
         ("baselines", "data protocols catalogue-users csv"),
         ("compare", "than metric any-data csv"),
-        ("recommend", "data any-data users device backend threads"),
+        ("recommend", "data any-data users budget-ms device backend threads"),
         ("extend", "data out"),
         ("export", "format out data any-data device backend threads"),
         ("serve", "data any-data device backend threads host port max-batch wait-ms"),

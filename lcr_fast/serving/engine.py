@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from lcr_fast.data.prepared import IdTable, PreparedData
 from lcr_fast.model import LCRSER
+from lcr_fast.serving.scorer import fastest
 from lcr_fast.training.evaluation import make_batcher, padded_seen
 
 _END_OF_TIME = np.iinfo(np.int64).max
@@ -36,8 +37,8 @@ class RecommendRequest(NamedTuple):
 class Engine:
     """A model beside the histories of its users, all that is known of them.
 
-    Answers do not depend on what else is in their batch. Raises ValueError where the model knows
-    more items than the data.
+    The model is in evaluation. Answers depend on what else is in their batch by rounding alone.
+    Raises ValueError where the model knows more items than the data.
     """
 
     def __init__(self, model: LCRSER, data: PreparedData) -> None:
@@ -48,6 +49,7 @@ class Engine:
             )
         self.model = model
         self.data = data
+        self._scorer = fastest(model)
         self._batcher = make_batcher(data, "test", model)
         self._device = model.head.target_weight.device
 
@@ -71,7 +73,7 @@ class Engine:
             row[: len(request.items)] = request.items
         users = np.array([request.user for request in requests])
         batch = self._batcher.at(users, _ends(users), candidates).to(self._device)
-        scores = self.model(batch)
+        scores = self._scorer(batch)
         if scores.isnan().any():
             raise ValueError("the model's scores hold NaN")
         rows = zip(requests, scores.tolist(), strict=True)

@@ -1,0 +1,116 @@
+// Schema, checks and dispatch of a whole request on the CPU, on the LibTorch stable ABI only.
+#include <algorithm>
+#include <vector>
+
+#include "op_arguments.h"
+#include "request.h"
+
+namespace lcr_fast {
+namespace {
+
+// The rows of a table of vectors [rows, dim].
+const float* table(const Tensor& t, const char* name, int64_t dim) {
+  check(t.dim() == 2, name, " must be [rows, dim]");
+  return floats(t, name, {t.size(0), dim});
+}
+
+// The first position vectors, enough for `length` events.
+const float* positions(const Tensor& t, const char* name, int64_t dim, int64_t length) {
+  const float* data = table(t, name, dim);
+  check(length <= t.size(0), name, " has ", t.size(0), " rows, and a history ", length, " events");
+  return data;
+}
+
+// On this thread.
+void alone(int64_t n_tasks, const Task& task) {
+  if (n_tasks > 0) task(0, n_tasks);
+}
+
+Tensor request(const Tensor& user, const Tensor& rec_items, const Tensor& rec_lengths,
+               const Tensor& search_queries, const Tensor& search_terms,
+               const Tensor& search_clicks, const Tensor& search_lengths, const Tensor& candidates,
+               const Tensor& items, const Tensor& queries, const Tensor& users,
+               const Tensor& search_position, const Tensor& rec_position, Tensors encoder,
+               Tensors reasoning, const Tensor& target_weight, const Tensor& seen_bonus,
+               Tensors mlp_weights, Tensors mlp_biases, int64_t steps, int64_t n_heads,
+               int64_t max_clicks, double readout, bool terms, bool dot, int64_t n_threads) {
+  check(rec_items.dim() == 2 && search_terms.dim() == 3 && search_clicks.dim() == 3 &&
+            candidates.dim() == 2 && target_weight.dim() == 3,
+        "a batch has the dimensions of lcr_fast.Batch");
+  check(steps >= 0 && max_clicks >= 0 && n_threads >= 1,
+        "steps and max_clicks must not be negative and n_threads be positive, got ", steps, ", ",
+        max_clicks, " and ", n_threads);
+  const int64_t B = rec_items.size(0), D = target_weight.size(1);
+  const int64_t n_search = search_terms.size(1), n_rec = rec_items.size(1);
+  RequestArgs a{};
+  a.n_users = B;
+  a.dim = D;
+  a.length[0] = n_search;
+  a.length[1] = n_rec;
+  a.lengths[0] = ids_below(search_lengths, "search_lengths", {B}, n_search + 1);
+  a.lengths[1] = ids_below(rec_lengths, "rec_lengths", {B}, n_rec + 1);
+  a.n_terms = search_terms.size(2);
+  a.n_clicks = search_clicks.size(2);
+  a.n_read_clicks = std::min(a.n_clicks, max_clicks);
+  a.n_candidates = candidates.size(1);
+  a.items = table(items, "items", D);
+  a.query_table = table(queries, "queries", D);
+  a.position[0] = positions(search_position, "search_position", D, n_search);
+  a.position[1] = positions(rec_position, "rec_position", D, n_rec);
+  a.rec_items = ids_below(rec_items, "rec_items", {B, n_rec}, items.size(0));
+  a.clicks = ids_below(search_clicks, "search_clicks", {B, n_search, a.n_clicks}, items.size(0));
+  a.candidates = ids_below(candidates, "candidates", {B, a.n_candidates}, items.size(0));
+  a.by_terms = terms;
+  if (terms)
+    a.terms = ids_below(search_terms, "search_terms", {B, n_search, a.n_terms}, queries.size(0));
+  else
+    a.queries = ids_below(search_queries, "search_queries", {B, n_search}, queries.size(0));
+  if (seen_bonus.numel() > 0) a.seen_bonus = floats(seen_bonus, "seen_bonus", {2});
+  std::vector<WeightArg> encoder_weights, reasoning_weights;
+  a.encoder = weights_shape(encoder, 1, n_heads, ScalarType::Float, encoder_weights);
+  check(a.encoder.dim == D && a.encoder.ffn_dim > 0, "the encoder must be of width ", D,
+        " and have an FFN");
+  a.encoder_weights = encoder_weights.data();
+  if (steps > 0) {
+    a.reasoning = weights_shape(reasoning, 2, n_heads, ScalarType::Float, reasoning_weights);
+    check(a.reasoning.dim == D && (a.reasoning.n_sets == 1 || a.reasoning.n_sets >= steps),
+          "the reasoning must be of width ", D, " and have a set of weights for each step");
+    a.reasoning_weights = reasoning_weights.data();
+  }
+  a.n_steps = steps;
+  a.readout = static_cast<float>(readout);
+  ScoringArgs head{};
+  head.n_users = B;
+  head.n_trajectories = 1;
+  head.dim = D;
+  const bool reads_users =
+      !mlp_weights.empty() && mlp_weights[0].dim() == 2 && mlp_weights[0].size(1) == 4 * D;
+  if (reads_users) {
+    a.users = table(users, "users", D);
+    a.user = ids_below(user, "user", {B}, users.size(0));
+    head.user = a.users;  // the rows of the request's users take its place
+  }
+  set_head(head, target_weight, mlp_weights, mlp_biases, dot);
+  a.head = &head;
+  Tensor scores = torch::stable::new_empty(items, {B, a.n_candidates});
+  if (n_threads == 1)
+    score_request(a, scores.mutable_data_ptr<float>(), n_threads, alone);
+  else
+    score_request(a, scores.mutable_data_ptr<float>(), n_threads, parallel);
+  return scores;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lcr_fast, m) {
+  m.def(
+      "cpu_request(Tensor user, Tensor rec_items, Tensor rec_lengths, Tensor search_queries,"
+      " Tensor search_terms, Tensor search_clicks, Tensor search_lengths, Tensor candidates,"
+      " Tensor items, Tensor queries, Tensor users, Tensor search_position, Tensor rec_position,"
+      " Tensor[] encoder, Tensor[] reasoning, Tensor target_weight, Tensor seen_bonus,"
+      " Tensor[] mlp_weights, Tensor[] mlp_biases, int steps, int n_heads, int max_clicks,"
+      " float readout, bool terms, bool dot, int n_threads) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(lcr_fast, CPU, m) { m.impl("cpu_request", TORCH_BOX(&request)); }
+
+}  // namespace lcr_fast

@@ -1,0 +1,77 @@
+"""A whole request from ids to scores as one op: what LCRSER.forward does op by op.
+
+It spares a request of few users the way through Python and the dispatcher between the stages.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lcr_fast.ops._op import Backend, Op
+
+
+class RequestCase(NamedTuple):
+    """All that decides which implementations can serve a call."""
+
+    device: str
+    dtype: torch.dtype
+    update: str
+    cross_memory: str
+    step_embedding: bool
+    text: bool  # items or queries have text vectors
+
+
+class Request(NamedTuple):
+    """The arguments of the registered op, in the order of its schema; absent tensors are empty.
+
+    The first are those of a :class:`~lcr_fast.Batch`, the weights float32.
+    """
+
+    user: Tensor
+    rec_items: Tensor
+    rec_lengths: Tensor
+    search_queries: Tensor
+    search_terms: Tensor
+    search_clicks: Tensor
+    search_lengths: Tensor
+    candidates: Tensor
+    items: Tensor  # [I + 1, D]
+    queries: Tensor  # [rows, D], of terms or of queries
+    users: Tensor  # [U + 1, D]
+    search_position: Tensor  # [L_s or more, D]
+    rec_position: Tensor  # [L_r or more, D]
+    encoder: tuple[Tensor, ...]
+    reasoning: tuple[Tensor, ...]
+    target_weight: Tensor
+    seen_bonus: Tensor  # [2]
+    mlp_weights: tuple[Tensor, ...]
+    mlp_biases: tuple[Tensor, ...]
+    steps: int
+    n_heads: int
+    max_clicks: int
+    readout: float
+    terms: bool  # a query is the mean of its terms' vectors
+    dot: bool
+    n_threads: int
+
+
+def _obstacle(case: RequestCase) -> str | None:
+    if case.dtype != torch.float32:
+        return f"it computes float32, not {case.dtype}"
+    if case.update != "jacobi":
+        return f"it has no update={case.update!r}"
+    if case.cross_memory != "post_msa":
+        return f"it has no cross_memory={case.cross_memory!r}"
+    if case.step_embedding:
+        return "it has no step embedding"
+    return "it has no text vectors" if case.text else None
+
+
+REQUEST = Op(
+    "request",
+    Request,
+    ("scores",),
+    lambda call: call.items.new_empty(call.candidates.shape),
+    [Backend("cpp", "cpu_", ("cpu",), _obstacle)],
+)

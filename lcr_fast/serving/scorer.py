@@ -1,0 +1,79 @@
+"""Scorer: a model that scores requests by one call of the C++ extension."""
+
+from torch import Tensor, nn
+
+from lcr_fast.batch import Batch
+from lcr_fast.model import LCRSER
+from lcr_fast.ops.request import REQUEST, Request, RequestCase
+
+
+class Scorer(nn.Module):
+    """Scores a batch's candidates as ``model(batch)`` does in evaluation on ``cpp``.
+
+    To the bit where the width is a multiple of 64; in others torch adds the vectors of a query's
+    terms in another order. On one thread, unless ``n_threads`` says otherwise: where others want
+    the cores too, waiting for a second one costs more than it brings. Reads the model's own
+    tensors, which must not move; trained on, the model needs a new Scorer. No gradients. Raises
+    ValueError where one call cannot serve the model, and RuntimeError on ids or lengths out of
+    range.
+    """
+
+    def __init__(self, model: LCRSER, n_threads: int = 1) -> None:
+        super().__init__()
+        if n_threads < 1:
+            raise ValueError(f"n_threads must be at least 1, got {n_threads}")
+        if (why := obstacle(model)) is not None:
+            raise ValueError(f"one call cannot serve this model: {why}")
+        config, head = model.config, model.head.weights()
+        empty = model.search_position.detach().new_empty(0)
+        users = model.user_embedding
+        bonus = model.head.seen_bonus
+
+        def ready(tensors) -> tuple[Tensor, ...]:
+            return tuple(t.detach().contiguous() for t in tensors)
+
+        self._weights = {
+            "items": model.item_embedding.weight.detach(),
+            "queries": model.query_embedding.weight.detach(),
+            "users": empty if users is None else users.weight.detach(),
+            "search_position": model.search_position.detach(),
+            "rec_position": model.rec_position.detach(),
+            "encoder": ready(model.encoder.weights()),
+            "reasoning": ready(model.reasoning.weights()),
+            "target_weight": head.target_weight.detach(),
+            "seen_bonus": empty if bonus is None else bonus.detach() * config.dim,
+            "mlp_weights": ready(head.mlp_weights),
+            "mlp_biases": ready(head.mlp_biases),
+            "steps": config.steps,
+            "n_heads": config.n_heads,
+            "max_clicks": config.max_clicks,
+            "readout": config.readout,
+            "terms": config.query_encoder == "terms",
+            "dot": head.dot,
+            "n_threads": n_threads,
+        }
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Score the batch's candidates: [B, C], -inf where a candidate is 0."""
+        ids = {name: getattr(batch, name).contiguous() for name in Request._fields[:8]}
+        return REQUEST("cpp", Request(**ids, **self._weights))
+
+
+def fastest(model: LCRSER) -> nn.Module:
+    """Take a Scorer where one can serve the model, else the model itself."""
+    return Scorer(model) if obstacle(model) is None else model
+
+
+def obstacle(model: LCRSER) -> str | None:
+    """Say why one call cannot serve a model, or None where it can."""
+    config = model.config
+    if config.backend not in ("auto", "cpp"):
+        return f"its backend is {config.backend}"
+    if model.exits is not None:
+        return "its users leave the reasoning early"
+    weight = model.head.target_weight
+    case = RequestCase(
+        weight.device.type, weight.dtype, config.update, config.cross_memory,
+        config.step_embedding, bool(config.item_text_dim or config.query_text_dim),
+    )  # fmt: skip
+    return REQUEST.obstacles(case)["cpp"]
