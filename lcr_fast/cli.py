@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_baselines(commands)
     _add_compare(commands)
+    _add_report(commands)
     _add_recommend(commands)
     _add_extend(commands)
     _add_export(commands)
@@ -418,6 +419,41 @@ def _add_compare(commands: Any) -> None:
     parser.add_argument("--metric", default="ndcg@5", help="hr@k, ndcg@k or mrr")
     _add_any_data(parser, "compare although the runs are of other prepared data")
     parser.add_argument("--csv", type=Path, help="also write every number to this file")
+
+
+def _add_report(commands: Any) -> None:
+    parser = _command(
+        commands, "report", _report, "write a page that shows a run",
+        "Write one HTML file that needs no network: results with intervals, differences, learning "
+        "curves, what the states do, a few users with their histories, and the data.",
+    )  # fmt: skip
+    parser.add_argument(
+        "run_folder", metavar="RUN", type=Path,
+        help="folder of a job, of a seed of a study, or of a study (its first seed)",
+    )  # fmt: skip
+    parser.add_argument("--data", type=Path, help="prepared data; default: those in RUN")
+    parser.add_argument("-o", "--out", type=Path, help="file to write; default: RUN/report.html")
+    parser.add_argument("--users", type=int, default=6, metavar="N", help="users to look at")
+    parser.add_argument(
+        "--model", metavar="NAME",
+        help="whose users; default: of those that reason the one that validation ranks first",
+    )  # fmt: skip
+    _add_any_data(parser, "use the data although the run is of other data")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from lcr_fast.report.make import report
+
+    out = arguments.out or arguments.run_folder / "report.html"
+    if out.is_dir():
+        raise ValueError(f"--out {out}: a folder; name a file in it")
+    lacking = report(
+        arguments.run_folder, out, data=arguments.data, model=arguments.model,
+        n_users=arguments.users, any_data=arguments.any_data,
+    )  # fmt: skip
+    for line in lacking:
+        print(line)
+    print(f"page: {out}")
 
 
 def _add_recommend(commands: Any) -> None:

@@ -37,8 +37,8 @@ from lcr_fast.training.trainer import (
 )
 
 Report = Callable[[str], None]
-_EVALUATION, _JOB = "evaluation.json", "job.json"
-_EVALUATION_KIND, _JOB_KIND = "evaluation", "job"
+EVALUATION, JOB = "evaluation.json", "job.json"
+EVALUATION_KIND, JOB_KIND = "evaluation", "job"
 BASELINES = "baselines"  # a folder of a job
 NO_SEARCHES = "nosearch"  # the variant that says what searches are worth
 
@@ -132,10 +132,10 @@ class Job:
             "model": self.model.to_dict(),
             "train": self.train.to_dict(),
         }
-        path = self.out / _JOB
+        path = self.out / JOB
         if self.resume and path.is_file():
-            self._check_same_job(load_json(path, _JOB_KIND), job)
-        save_json(path, _JOB_KIND, job)
+            self._check_same_job(load_json(path, JOB_KIND), job)
+        save_json(path, JOB_KIND, job)
 
     def _check_same_job(self, saved: dict[str, Any], job: dict[str, Any]) -> None:
         """Raise ValueError where what was trained would not be what the configs say now.
@@ -162,7 +162,7 @@ class Job:
         refused += [f for info in runs for f in resume_conflicts(info, {**info["train"], **now})]
         if refused:
             names = ", ".join(dict.fromkeys(refused))
-            raise ValueError(f"{self.out / _JOB}: cannot resume, the config differs in {names}")
+            raise ValueError(f"{self.out / JOB}: cannot resume, the config differs in {names}")
         changes = ", ".join(f"{f} {saved['train'].get(f)} -> {value}" for f, value in now.items())
         kept = ", ".join(str(path.parent.relative_to(self.out)) for path in checkpoints)
         self.report(f"resuming with {changes}; kept and gone on from: {kept}")
@@ -195,10 +195,10 @@ class Job:
             "train": phase_1_fields(values) if objective == "supervised" else values,
             "ranking": self.ranking,
         }
-        if self.resume and (folder / _EVALUATION).is_file() and (folder / RANKS).is_file():
-            result = load_json(folder / _EVALUATION, _EVALUATION_KIND)
+        if self.resume and (folder / EVALUATION).is_file() and (folder / RANKS).is_file():
+            result = load_json(folder / EVALUATION, EVALUATION_KIND)
             if not self.any_data and result["of"]["data"] != of["data"]:
-                raise ValueError(f"{folder / _EVALUATION}: cannot resume, {OTHER_DATA}")
+                raise ValueError(f"{folder / EVALUATION}: cannot resume, {OTHER_DATA}")
             complete = result.keys() >= set(measures) and result["last"].keys() >= last
             if complete and result["of"] == _plain(of) | {"data": result["of"]["data"]}:
                 self.report("  already evaluated")
@@ -229,7 +229,7 @@ class Job:
             "last": measured_last,
             "of": of,
         }
-        save_json(folder / _EVALUATION, _EVALUATION_KIND, result)
+        save_json(folder / EVALUATION, EVALUATION_KIND, result)
         self.report(f"  {folder / MODEL}, {folder / METRICS}")
         return result | {"ranks": ranks}
 

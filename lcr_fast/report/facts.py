@@ -144,7 +144,7 @@ def _overlaps(data: PreparedData, split: str) -> Iterator[Fact]:
     last = samples.search_end[rows] - 1
     hours = (samples.times[rows] - data.search_times[last]) / 3.6e6
     middle = float(np.median(hours)) if len(rows) else float("nan")
-    text = _duration(middle * 3.6e6) if len(rows) else "none"
+    text = duration(middle * 3.6e6) if len(rows) else "none"
     yield Fact("streams", f"from the last search to a {split} target, median", text, middle)
     first, clicks = data.click_offsets[last], np.diff(data.click_offsets)[last]
     owner, places = np.repeat(rows, clicks), ranges(first, clicks)
@@ -197,14 +197,15 @@ def _span(times: NDArray[np.int64]) -> str:
     if not len(times):
         return "none"
     first, last = int(times.min()), int(times.max())
-    days = _duration(last - first)
+    days = duration(last - first)
     if first < _LEAST_UNIX_MS:
         return f"{days}, on a clock of its own"
     dates = (f"{_EPOCH + timedelta(milliseconds=each):%Y-%m-%d %H:%M}" for each in (first, last))
     return f"{' to '.join(dates)} ({days})"
 
 
-def _duration(ms: float) -> str:
+def duration(ms: float) -> str:
+    """Spell a time in the largest unit that it has two of."""
     for unit, length in (("days", 86_400_000), ("hours", 3_600_000), ("minutes", 60_000)):
         if ms >= 2 * length:
             return f"{ms / length:,.1f} {unit}"
