@@ -2,7 +2,8 @@
 
     python tests/browser.py PAGE.html FOLDER
 
-writes a screenshot of the page for each width and colour scheme.
+writes a screenshot of the page for each width and colour scheme, with all that folds open, or with
+--fold as a reader finds it.
 """
 
 import base64
