@@ -28,7 +28,7 @@ def test_files(page):
 
 
 def commands() -> list[str]:
-    pages = ("reproducing.md", "studies.md", "learning.md")
+    pages = ("reproducing.md", "studies.md", "learning.md", "questions.md")
     text = "\n".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in pages)
     pieces = re.findall(r"`([^`]+)`", text) + re.findall(r"^    (.+)$", text, re.M)
     split = (command.strip() for piece in pieces for command in piece.split("&&"))

@@ -202,7 +202,7 @@ def pareto(
             colour = f"C{place}"
             panel.plot(row["mean_ms"], y.mean, "o", color=colour, label=title)
             panel.vlines(row["mean_ms"], y.low, y.high, color=colour)
-        panel.set_xlabel("ms a forward, mean")
+        panel.set_xlabel("ms a forward, fastest turns")
         panel.set_title(f"{n} user{'s' * (n > 1)}")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("test NDCG@5")
