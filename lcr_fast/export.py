@@ -255,10 +255,16 @@ def _write_onnx(exported: ExportedProgram, path: Path) -> None:
     # The axes' names, in place of torch's symbols.
     inputs, outputs = made.model.graph.inputs, made.model.graph.outputs
     names = {
-        str(value.shape[axis]): dim
+        str(_known(value.shape)[axis]): dim
         for value, axes in zip(inputs, _axes(), strict=True)
         for axis, dim in axes.items()
     }
     for value in (*inputs, *outputs):
-        value.shape = onnx_ir.Shape([names.get(str(size), size) for size in value.shape])
+        sizes = [names.get(str(size), size) for size in _known(value.shape)]
+        value.shape = onnx_ir.Shape(sizes)
     made.save(path, external_data=False)
+
+
+def _known(shape: Any) -> Any:
+    assert shape is not None  # of what was traced
+    return shape

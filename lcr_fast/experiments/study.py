@@ -67,7 +67,8 @@ def parse_axis(text: str) -> tuple[str, tuple[Any, ...]]:
             raise ValueError(f"axis {name} has no usual values: write {name}=V,V,...")
         return name, AXES[name]
     hint = typing.get_type_hints(TrainConfig)[name]
-    kind: Callable[[str], Any] = {int: int, float: float, bool: _boolean}.get(hint, str)
+    kinds: dict[Any, Callable[[str], Any]] = {int: int, float: float, bool: _boolean}
+    kind = kinds.get(hint, str)
     try:
         parsed = tuple(kind(value.strip()) for value in values.split(","))
     except ValueError:

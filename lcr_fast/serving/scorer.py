@@ -1,5 +1,7 @@
 """Scorer: a model that scores requests by one call of the C++ extension."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from lcr_fast.batch import Batch
@@ -32,7 +34,7 @@ class Scorer(nn.Module):
         def ready(tensors) -> tuple[Tensor, ...]:
             return tuple(t.detach().contiguous() for t in tensors)
 
-        self._weights = {
+        self._weights: dict[str, Any] = {
             "items": model.item_embedding.weight.detach(),
             "queries": model.query_embedding.weight.detach(),
             "users": empty if users is None else users.weight.detach(),
