@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import logging
+import os
 import sys
 import typing
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ _QUICK = {"epochs": 1, "rl_epochs": 1, "rl_epoch_size": 64, "rl_negatives": 19}
 _QUICK_USERS = 150
 _FROM_DATA = ("n_items", "n_users", "n_queries", "n_terms", "item_text_dim", "query_text_dim")
 READING = ("keep_duplicates", "time_unit", "test_query", "targets")  # options of readers
+_SHARED = ("train", "evaluate", "recommend")  # commands that several processes can share
 _SECTIONS: dict[str, type] = {"model": LCRConfig, "train": TrainConfig}
 
 
@@ -45,8 +47,9 @@ def main(argv: list[str] | None = None) -> None:
         sys.stdout.reconfigure(encoding="utf-8")
     arguments = _parser().parse_args(argv)
     try:
-        arguments.run(arguments)
-        sys.stdout.flush()
+        with _processes(arguments):
+            arguments.run(arguments)
+            sys.stdout.flush()
     except BrokenPipeError:
         # The interpreter would complain once more when it flushes stdout.
         sys.stderr.close()
@@ -63,6 +66,20 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\nstopped; --resume continues from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+@contextlib.contextmanager
+def _processes(arguments: argparse.Namespace) -> Iterator[None]:
+    """Join the other processes where torchrun has started several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield
+        return
+    if arguments.command not in _SHARED:
+        raise ValueError(f"runs in one process; torchrun is for {', '.join(_SHARED)}")
+    from lcr_fast.training.distributed import joined
+
+    with joined(arguments.device) as arguments.device:
+        yield
 
 
 class _Parser(argparse.ArgumentParser):
@@ -748,6 +765,7 @@ def _open_job(
     from lcr_fast.experiments.comparison import Job
     from lcr_fast.model import LCRSER
     from lcr_fast.storage import claimed
+    from lcr_fast.training import distributed
     from lcr_fast.training.evaluation import PROTOCOLS
     from lcr_fast.training.models import fit_config
 
@@ -757,10 +775,19 @@ def _open_job(
     LCRSER(configs["model"]).backend_report(arguments.device)
     data = PreparedData.open(arguments.data) if arguments.data else None
     name = arguments.data.resolve().name if arguments.data else "synthetic"
-    with _out_folder(arguments, prefix + name) as out, claimed(out):
+    small = {"n_users": _QUICK_USERS} if vars(arguments).get("quick") else {}
+    with contextlib.ExitStack() as held:
+
+        def claim() -> Path:
+            out = held.enter_context(_out_folder(arguments, prefix + name))
+            held.enter_context(claimed(out))
+            if data is None and not (arguments.resume and (out / "data").is_dir()):
+                _make_synthetic(out / "data", configs["train"].seed, **small)
+            return out
+
+        out = distributed.current().by_first(claim)
         if data is None:
-            small = {"n_users": _QUICK_USERS} if vars(arguments).get("quick") else {}
-            data = _synthetic_data(out / "data", configs["train"].seed, arguments.resume, **small)
+            data = PreparedData.open(out / "data")
         print(data.summary())
         print(f"writing to {out}")
         yield Job(
@@ -781,15 +808,11 @@ def _print_results(job: Any, tables: str) -> None:
     print(f"\n{tables}\n\ntables, plots and models: {job.out}")
 
 
-def _synthetic_data(folder: Path, seed: int, resume: bool, **world: Any):
+def _make_synthetic(folder: Path, seed: int, **world: Any) -> None:
     from lcr_fast.data import synthetic
     from lcr_fast.data.build import prepare
-    from lcr_fast.data.prepared import PreparedData
 
-    if resume and folder.is_dir():
-        return PreparedData.open(folder)
-    log = synthetic.generate(synthetic.World(seed=seed, **world))
-    return prepare(log, folder, seed=seed)
+    prepare(synthetic.generate(synthetic.World(seed=seed, **world)), folder, seed=seed)
 
 
 @contextlib.contextmanager

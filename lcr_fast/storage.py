@@ -29,6 +29,20 @@ _DTYPES = {
 }  # fmt: skip
 
 
+_discards = False
+
+
+@contextlib.contextmanager
+def discarding() -> Iterator[None]:
+    """Write no file meanwhile: another process writes the same ones."""
+    global _discards
+    _discards = True
+    try:
+        yield
+    finally:
+        _discards = False
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary file that takes ``path``'s place once it is complete and on disk.
@@ -38,6 +52,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     where there is no room for it.
     """
     path = Path(path)
+    if _discards:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / path.name
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(path.parent, f".{path.name}.*{_PARTIAL}")
     handle, temporary = _create(path)
@@ -98,6 +116,8 @@ def claimed(folder: Path) -> Iterator[None]:
 
 def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], info: Any) -> None:
     """Write tensors and the JSON value ``info`` to ``path``, a file of the given ``kind``."""
+    if _discards:  # neither copied nor hashed
+        return
     # Large elements first, so that each tensor is aligned.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     arrays = {name: tensors[name].detach().cpu().contiguous() for name in names}

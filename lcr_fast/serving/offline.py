@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from lcr_fast.data.prepared import PreparedData
 from lcr_fast.model import LCRSER
 from lcr_fast.serving.engine import Engine, RecommendRequest
+from lcr_fast.training import distributed
 
 
 def recommend(
@@ -19,7 +20,8 @@ def recommend(
     ``users`` None means all; a user without any history gets what the model gives to nobody in
     particular. What of the data the model does not know is skipped, as ``make_batcher`` says.
     Raises ValueError, before anything is computed, for a user that the data does not know, and
-    where the model knows items that it does not.
+    where the model knows items that it does not. Processes of one job share the work, and each
+    yields all of it.
     """
     if isinstance(users, str):  # whose letters would be taken for users
         raise ValueError(f"users must be a sequence of ids, [{users!r}], got a text")
@@ -34,9 +36,14 @@ def recommend(
 def _recommend(
     engine: Engine, numbers: list[int], k: int, batch_size: int
 ) -> Iterator[tuple[str, int, str, float]]:
-    for start in range(0, len(numbers), batch_size):
-        some = numbers[start : start + batch_size]
-        found = engine.recommend([RecommendRequest(user, k) for user in some])
-        for user, items in zip(some, found, strict=True):
+    share = distributed.current()
+    starts = range(0, len(numbers), share.count * batch_size)
+    mine = (numbers[start + share.rank * batch_size :][:batch_size] for start in starts)
+    lists = (
+        (some, engine.recommend([RecommendRequest(user, k) for user in some]) if some else [])
+        for some in mine
+    )
+    for users, found in share.rounds(lists):
+        for user, items in zip(users, found, strict=True):
             for rank, (item, score) in enumerate(items, 1):
                 yield engine.data.users[user], rank, item, score

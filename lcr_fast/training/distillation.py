@@ -58,6 +58,8 @@ class Distilled(Supervised):
         teacher: LCRSER,
     ) -> None:
         super().__init__(model, batcher, config)
+        if self.share.count > 1:
+            raise ValueError("distillation runs in one process, not under torchrun")
         self.teacher = teacher.requires_grad_(False)
 
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:

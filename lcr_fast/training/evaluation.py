@@ -15,6 +15,7 @@ from lcr_fast.data.batching import Batcher
 from lcr_fast.data.prepared import PreparedData, Samples
 from lcr_fast.model import LCRSER
 from lcr_fast.ops.ranking import target_rank
+from lcr_fast.training import distributed
 from lcr_fast.training.baselines import TITLES, Baselines
 from lcr_fast.training.ranks import Ranks, samples_digest, weighted_metric
 from lcr_fast.training.scorers import CatalogueScore, Score, Scorer, model_scorer
@@ -69,7 +70,7 @@ def rank_targets(
     - ``impressions``: the items shown with the target, 0 where the data has none.
 
     ``rows`` are the samples to rank, all of them by default; the others stay 0. Over the catalogue
-    a progress bar shows on a terminal.
+    a progress bar shows on a terminal. Processes of one job share the work.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
@@ -84,8 +85,9 @@ def rank_targets(
         leave=False,
         disable=protocol != "catalogue" or not sys.stderr.isatty(),
     )
+    share = distributed.current()
     with bar, torch.inference_mode():
-        for start in range(0, len(chosen), batch_size):
+        for start in share.blocks(len(chosen), batch_size):
             rows = chosen[start : start + batch_size]
             if protocol == "impressions":
                 rows, candidates, columns = _shown(samples, rows)
@@ -109,8 +111,8 @@ def rank_targets(
                 scores = score(batch.candidates)
                 rank = target_rank(scores, batch.target, excluded=excluded, backend=backend)
             ranks[rows] = rank.cpu().numpy()
-            bar.update(len(rows))
-    return ranks
+            bar.update(share.count * len(rows))
+    return share.united(ranks)
 
 
 def with_target(targets: NDArray, negatives: NDArray | None) -> tuple[NDArray, NDArray]:

@@ -24,6 +24,7 @@ from lcr_fast.data.pairs import training_pairs
 from lcr_fast.model import LCRSER
 from lcr_fast.objectives import alignment, rank_loss, tcl
 from lcr_fast.reference import Streams
+from lcr_fast.training import distributed
 from lcr_fast.training.evaluation import with_target
 from lcr_fast.training.rows import flat
 
@@ -70,6 +71,7 @@ class Objective:
 
     def __init__(self, model: LCRSER, batcher: Batcher, config: TrainConfig) -> None:
         self.model, self.batcher, self.config = model, batcher, config
+        self.share = distributed.current()
         kind = "popularity" if config.negatives == "in_batch" else config.negatives
         self.sampler = NegativeSampler(batcher.data, kind)
 
@@ -148,18 +150,19 @@ class Supervised(Objective):
         config, model = self.config, self.model
         model.train()
         model.dropout_seed = seed
+        mine, n = self.share.deal(batch), len(batch)
         target = None
         if config.tcl_weight and model.config.steps:
-            target = model.item_vectors(batch.candidates[:, 0])  # [B, D]
-        h0 = self.encode(model, batch)
+            target = model.item_vectors(mine.candidates[:, 0])  # [B, D]
+        h0 = self.encode(model, mine)
         if config.deep_supervision and model.config.steps:
-            by_step = model.reason_by_step(h0, batch, target)
+            by_step = model.reason_by_step(h0, mine, target)
             reasoned = by_step[-1]
             parts = [step.pooled for step in by_step if step.pooled is not None]
             pooled = torch.cat(parts, 1) if parts else None
             earlier = [model.read(h0, h0), *(step.streams for step in by_step[:-1])]
         else:
-            reasoned, earlier = model.reason(h0, batch, target), []
+            reasoned, earlier = model.reason(h0, mine, target), []
             pooled = reasoned.pooled
         scores = self._scores(reasoned.streams, batch)
         loss = rank_loss(scores, batch.target, config.rank_loss)
@@ -174,9 +177,9 @@ class Supervised(Objective):
             logs["deep_loss"] = deep.item()
         if target is not None and pooled is not None:
             contrast = tcl(
-                high(pooled),
+                self.share.collect(high(pooled), n),
                 (batch.search_lengths, batch.rec_lengths),
-                target,
+                self.share.collect(target, n),
                 margin=config.tcl_margin,
                 kind=config.tcl_distance,
                 detach_negative=config.tcl_detach_negative,
@@ -190,11 +193,14 @@ class Supervised(Objective):
         yield Update(loss, logs)
 
     def _scores(self, h: Streams, batch: Batch) -> Tensor:
-        """Score the batch's candidates from states: [B, C], in float32 at least."""
+        """Score the batch's candidates, [B, C], from this process's states; at least float32."""
+        mine = self.share.deal(batch)
         if self.config.precision == "float32":
-            return self.model.score(h, batch)
-        vectors = self.low(self.model.item_vectors(batch.candidates))
-        return high(self.model.score_vectors(h, batch, vectors))
+            scores = self.model.score(h, mine)
+        else:
+            vectors = self.low(self.model.item_vectors(mine.candidates))
+            scores = high(self.model.score_vectors(h, mine, vectors))
+        return self.share.collect(scores, len(batch))
 
     def _terms(
         self, batch: Batch, streams: Streams, scores: Tensor, rng: np.random.Generator
@@ -203,24 +209,28 @@ class Supervised(Objective):
 
         That is the alignment of pairs, drawn of each kind that counts and that the data has.
         """
-        config, model, pairs = self.config, self.model, self.pairs
+        config, model, pairs, share = self.config, self.model, self.pairs, self.share
         device = model.head.target_weight.device
 
         def draw(*sides: NDArray) -> list[Tensor]:
             rows = rng.integers(len(sides[0]), size=config.align_pairs)
             return [torch.from_numpy(side[rows].astype(np.int64)).to(device) for side in sides]
 
+        def vectors(ids: Tensor) -> Tensor:
+            return share.collect(model.item_vectors(share.deal(ids)), len(ids))
+
         losses = {}
         if config.align_queries and len(pairs.queries):
             queries, clicked = draw(pairs.queries, pairs.clicked)
             terms = torch.from_numpy(self.batcher.terms(queries.cpu().numpy())).to(device)
-            asked = model.query_vectors(queries, terms)
-            loss = alignment(asked, model.item_vectors(clicked), queries, clicked)
+            asked = model.query_vectors(share.deal(queries), share.deal(terms))
+            asked = share.collect(asked, len(queries))
+            loss = alignment(asked, vectors(clicked), queries, clicked)
             losses["query_alignment"] = (config.align_queries, loss)
         if config.align_items and len(pairs.items):
             items, following = draw(pairs.items, pairs.following)
-            vectors = model.item_vectors(items), model.item_vectors(following)
-            losses["item_alignment"] = (config.align_items, alignment(*vectors, items, following))
+            loss = alignment(vectors(items), vectors(following), items, following)
+            losses["item_alignment"] = (config.align_items, loss)
         return losses
 
 
@@ -270,8 +280,12 @@ class _Trajectories(Objective):
         return self.batcher.gather(rows, *with_target(targets, negatives))
 
     def inputs(self, model: LCRSER, batch: Batch) -> Inputs:
-        """Compute what no trajectory changes: h^(0) and the candidates' vectors, dropout off."""
+        """Compute what no trajectory of this process's users changes, dropout off.
+
+        That is h^(0) and the candidates' vectors.
+        """
         model.eval()
+        batch = self.share.deal(batch)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_encoder):
             vectors = self.low(model.item_vectors(batch.candidates))
             return Inputs(self.encode(model, batch), vectors)
@@ -279,9 +293,10 @@ class _Trajectories(Objective):
     def scores(self, model: LCRSER, batch: Batch, inputs: Inputs, seed: int) -> Tensor:
         """Score the candidates on N noisy trajectories, dropout off: float32 [B, N, C]."""
         model.eval()
-        config = self.config
-        reasoned = model.rollout(inputs.h0, batch, config.n_trajectories, config.noise_scale, seed)
-        return high(model.score_vectors(reasoned.streams, batch, inputs.candidates))
+        config, mine = self.config, self.share.deal(batch)
+        reasoned = model.rollout(inputs.h0, mine, config.n_trajectories, config.noise_scale, seed)
+        scores = high(model.score_vectors(reasoned.streams, mine, inputs.candidates))
+        return self.share.collect(scores, len(batch))
 
 
 class NoisySupervised(_Trajectories):
@@ -421,7 +436,10 @@ class Grpo(_Trajectories):
             torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
             for value in (surrogate, log_target, silent_kl)
         ]
-        by_parameter = [flat(g, p) for p, *g in zip(parameters, *gradients, strict=True)]
+        by_parameter = [
+            flat([self.share.total(gradient) for gradient in some], parameter)
+            for parameter, *some in zip(parameters, *gradients, strict=True)
+        ]
         policy, target, silent = (torch.cat(parts) for parts in zip(*by_parameter, strict=True))
         norm = policy.norm()
         if not norm > 0:

@@ -328,6 +328,7 @@ class Trainer:
             loss.backward()
         with range_("optimizer"):
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            self.objective.share.sum_gradients(parameters)
             merge_gradients(parameters)
             if self.config.grad_clip:
                 clip_gradients(parameters, self.config.grad_clip)
@@ -374,6 +375,8 @@ class Trainer:
         with replacing(self.out / METRICS) as path:
             lines = (json.dumps(record) + "\n" for record in self.progress.history)
             path.write_text("".join(lines), encoding="utf-8")
+        if self.objective.share.rank:
+            return
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
