@@ -13,8 +13,9 @@
 
 The first five run side by side, as most of their time is compilation. A part that fails or runs
 out of time does not stop the others. FOLDER gets a JSON file named after the GPU, which
-benchmarks/report.py reads, its tables as table.md, and a log a part. Exit status: 0 if all passed,
-1 if not, 2 if there is no GPU.
+benchmarks/report.py reads, its tables as table.md, and a log a part; where benchmarks/results has a
+file of the same GPU, table.md ends with what each case took then and takes now. Exit status: 0 if
+all passed, 1 if not, 2 if there is no GPU.
 """
 
 import argparse
@@ -281,6 +282,39 @@ def say_result(result: Result) -> None:
             _say("\n".join([f"  {outcome.title} ends:", *(f"    {line}" for line in outcome.tail)]))
 
 
+def _medians(run: dict[str, Any]) -> dict[tuple[str, str], float]:
+    """Seconds of every case that was timed, and captured in a graph if it was."""
+    found = {}
+    for case in run["benchmarks"]:
+        extra = case.get("extra_info", {})
+        test = case["fullname"].rpartition("::test_")[2].partition("[")[0]
+        name = f"{test}, {extra.get('case')}"
+        if (stats := case.get("stats")) and "median" in stats:
+            found[name, "called"] = stats["median"]
+        if captured := extra.get("others", {}).get("captured"):
+            found[name, "captured"] = captured["median"]
+    return found
+
+
+def then_and_now(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Compare the cases that two runs share, in Markdown; empty if they share none."""
+    old, new = _medians(before), _medians(now)
+    rows = [
+        f"| {name} | {how} | {1e3 * old[name, how]:.3g} | {1e3 * new[name, how]:.3g} "
+        f"| {old[name, how] / new[name, how]:.2f} |"
+        for name, how in new
+        if (name, how) in old
+    ]
+    if not rows:
+        return ""
+    head = (
+        f"\n## Then and now\n\nMedian milliseconds in the run of {before['datetime'][:10]}, with "
+        "the software of that day, and in this one; a ratio above 1 is faster now.\n\n"
+        "| case | | then | now | ratio |\n|---|---|--:|--:|--:|\n"
+    )
+    return head + "\n".join(rows) + "\n"
+
+
 def write_report(
     folder: Path, versions: dict[str, str], results: list[Result], work: Path, command: str
 ) -> Path:
@@ -291,7 +325,13 @@ def write_report(
     path = folder / f"{result_name(versions)}.json"
     path.write_text(without_paths(json.dumps(merged, indent=1)), encoding="utf-8")
     tables = _output(sys.executable, str(ROOT / "benchmarks" / "report.py"), str(path))
-    (folder / "table.md").write_text((tables or "no tables: benchmarks/report.py failed") + "\n")
+    committed = ROOT / "benchmarks" / "results" / path.name
+    comparison = (
+        then_and_now(json.loads(committed.read_text()), merged) if committed.exists() else ""
+    )
+    (folder / "table.md").write_text(
+        (tables or "no tables: benchmarks/report.py failed") + "\n" + comparison
+    )
     return path
 
 

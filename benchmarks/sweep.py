@@ -58,22 +58,21 @@ def jobs() -> Iterator[Job]:
     for kind in KINDS:
         for dim in (32, 64, 128):
             for size, slot in ((30, 32), (50, 64), (100, 128)):
-                for warps in (4, 8):
-                    for park in (0, 1, 2):
-                        for rows in sorted({slot, max(64, slot), 128}):
-                            config = Config(warps, park, rows)
-                            yield Job("forward", kind, dim, size, config)
-                            if park != 1:  # backward has no stream that is not at work
-                                yield Job("backward", kind, dim, size, config)
+                tiles = itertools.product((4, 8), sorted({slot, max(64, slot), 128}))
+                for warps, rows in tiles:
+                    for heads, registers in itertools.product((32, 64), (None, 168)):
+                        config = Config(
+                            warps, rows=rows, block_heads=heads, block_f=heads, registers=registers
+                        )
+                        yield Job("forward", kind, dim, size, config)
+                    for parked in (False, True):
+                        yield Job("backward", kind, dim, size, Config(warps, parked, rows))
             for candidates, hidden, warps in (
                 (16, 16, 4), (32, 16, 4), (32, 32, 4), (32, 32, 8), (64, 32, 4), (64, 32, 8),
             ):  # fmt: skip
                 for stages in (1, 2):
                     tiles = Tiles(candidates, 32, hidden, warps, stages)
                     yield Job("score", kind, dim, 30, tiles)
-    for size in (30, 50):
-        for registers in (128, 168):
-            yield Job("forward", "half", 64, size, Config(4, registers=registers))
 
 
 # -- the calls ------------------------------------------------------------------------------------

@@ -343,3 +343,26 @@ def test_a_wrong_result_is_found(monkeypatch, capsys):
     setting = kernel_check.Setting(torch.float32, "cpu", TINY)
     assert kernel_check.check(["ranking"], {"fp32": setting}) == 1
     assert "ranking, fp32: FAILED" in capsys.readouterr().out
+
+
+def test_the_report_says_what_a_case_took_then_and_takes_now():
+    def timed(name: str, called: float, captured: float | None = None) -> dict:
+        others = {} if captured is None else {"captured": {"median": captured}}
+        return {
+            "fullname": f"benchmarks/bench_reasoning.py::test_forward[{name}]",
+            "stats": {"median": called},
+            "extra_info": {"case": name, "others": others},
+        }
+
+    before = {
+        "datetime": "2026-11-25T10:00:00",
+        "benchmarks": [timed("B = 1", 4e-3, 6e-4), timed("B = 2", 1.0)],
+    }
+    now = {"benchmarks": [timed("B = 1", 2e-3, 3e-4), timed("B = 3", 1.0)]}
+    table = gpu_check.then_and_now(before, now)
+    assert "| forward, B = 1 | called | 4 | 2 | 2.00 |" in table
+    assert "| forward, B = 1 | captured | 0.6 | 0.3 | 2.00 |" in table
+    assert "the run of 2026-11-25" in table
+    assert "B = 2" not in table
+    assert "B = 3" not in table
+    assert gpu_check.then_and_now(before, {"benchmarks": []}) == ""

@@ -32,7 +32,7 @@ REFRESH = "run `python tools/kernel_resources.py -o docs/kernel-resources.json`"
 MISCOMPILED = r"reasoning\.recompute_self-train-bf16-d64-L50"
 # One of each kernel that runs in every training step, at the default model's width.
 COMPILED_HERE = (
-    r"^(scoring\.score_fwd-bf16-d64-L50-C5|reasoning\.(fwd-train|self_bwd-rollout)-bf16-d64-L30)$"
+    r"^(scoring\.score_fwd-bf16-d64-L50-C5|reasoning\.(fwd-train|self_bwd-train)-bf16-d64-L30)$"
 )
 
 

@@ -16,7 +16,7 @@ NEWER = Gpu(12, 99 << 10)
 
 
 @pytest.mark.parametrize("gpu", [SMALL, A100, H100, NEWER], ids=str)
-@pytest.mark.parametrize("which", ["fwd", "recompute", "bwd"])
+@pytest.mark.parametrize("which", ["fwd", "bwd"])
 @pytest.mark.parametrize(
     ("dtype", "precision"),
     [(torch.float32, "tf32"), (torch.float32, "tf32x3"), (torch.bfloat16, "ieee")],
@@ -27,12 +27,11 @@ def test_every_case_has_a_configuration(which, dtype, precision, gpu):
         for H in (1, 2, D // 16):
             compiled = configs.constants(which, D, 48, H, (size, 1), dtype, precision, gpu)
             assert compiled["num_warps"] in (4, 8, 16)
-            assert compiled["PARK"] in (0, 1, 2)
-            assert compiled["PARKED"] == (compiled["PARK"] == 2)
-            assert 48 % compiled["SHAPE"].BLOCK_F == 0
-            assert compiled["SHAPE"].PRECISION.removesuffix(" cut") == precision
-            if which != "fwd":
-                assert compiled["PARK"] in (0, 2)
+            shape = compiled["SHAPE"]
+            assert 48 % shape.BLOCK_F == 0
+            assert D % shape.BLOCK_HEADS == 0
+            assert shape.BLOCK_HEADS % (D // H) == 0
+            assert shape.PRECISION.removesuffix(" cut") == precision
 
 
 @pytest.mark.parametrize(
@@ -61,8 +60,8 @@ def test_what_does_not_fit_shared_memory_has_fewer_rows_or_is_cut():
     assert not config("fwd", 128, 1, 128, A100, precision="tf32").cut
     assert config("fwd", 128, 1, 128, SMALL, precision="tf32").cut
     assert config("bwd", 128, 1, 128, A100, torch.bfloat16, "ieee").cut
-    assert config("recompute", 64, 2, 32, A100).rows == 64
-    assert config("recompute", 64, 1, 32, SMALL).rows == 32  # 64 rows would not fit
+    assert config("fwd", 64, 2, 32, A100).rows == 64
+    assert config("fwd", 64, 1, 32, SMALL).rows == 32  # 64 rows would not fit
 
 
 def test_a_gpu_is_described(monkeypatch):

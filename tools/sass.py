@@ -30,12 +30,12 @@ _MULTIPLIES = re.compile(r"(HGMMA|QGMMA|IGMMA|BGMMA)\b")
 # Operations whose first operand is a uniform register that they read, not write.
 _ONLY_READS = re.compile(r"(UISETP|UFSETP|UPLOP3|R2UP|UTMA|UBLK|UCGABAR|USETMAXREG|SYNCS)")
 _KEEPS = re.compile(r"(UMOV|UIADD3|USEL|ULOP3|UPRMT)\b")  # words of descriptors stay such words
-_ENDS_BLOCK = re.compile(r"(BRA|BRX|JMP|JMX|EXIT|RET)\b")
+_ENDS_BLOCK = re.compile(r"(BRA|BRX|JMP|JMX|EXIT|RET|CALL)\b")
 
 _ENTRY = -1  # the definition of a register that was never written
 
 
-class _Instruction(NamedTuple):
+class Instruction(NamedTuple):
     address: str
     is_conditional: bool
     opcode: str
@@ -88,11 +88,11 @@ class _Instruction(NamedTuple):
         return range(0)
 
 
-class _Program:
+class Program:
     """One kernel: its instructions, and the blocks that they form."""
 
     def __init__(self, lines: Iterable[str]) -> None:
-        self.instructions: list[_Instruction] = []
+        self.instructions: list[Instruction] = []
         starts, labels = {0}, {}
         for line in lines:
             if label := _LABEL.match(line):
@@ -101,7 +101,7 @@ class _Program:
             elif found := _INSTRUCTION.search(line):
                 address, predicate, opcode, operands = found.groups()
                 fields = [field.strip() for field in operands.split(",")]
-                self.instructions.append(_Instruction(address, bool(predicate), opcode, fields))
+                self.instructions.append(Instruction(address, bool(predicate), opcode, fields))
                 if _ENDS_BLOCK.match(opcode):
                     starts.add(len(self.instructions))
         bounds = [*sorted(starts - {len(self.instructions)}), len(self.instructions)]
@@ -112,8 +112,10 @@ class _Program:
         """Yield the starts of the blocks that may come after one."""
         end = self.blocks[start]
         last = self.instructions[end - 1]
-        falls = not _ENDS_BLOCK.match(last.opcode) or last.is_conditional
-        if last.opcode.startswith("BRA"):
+        # Some loops are left by a call that does not return.
+        is_call = last.opcode.startswith("CALL")
+        falls = not _ENDS_BLOCK.match(last.opcode) or last.is_conditional or is_call
+        if last.opcode.startswith("BRA") or is_call:
             target = _TARGET.search(last.operands[-1])
             if target and self._labels.get(target[1]) in self.blocks:
                 yield self._labels[target[1]]
@@ -126,13 +128,13 @@ _Definitions = dict[int, frozenset[int]]  # of a register: instructions that may
 _NEVER = frozenset({_ENTRY})
 
 
-def _step(known: _Definitions, place: int, instruction: _Instruction) -> None:
+def _step(known: _Definitions, place: int, instruction: Instruction) -> None:
     for register in instruction.written:
         old = known.get(register, _NEVER) if instruction.is_conditional else frozenset()
         known[register] = old | {place}
 
 
-def _reaching(program: _Program) -> Iterator[tuple[int, _Definitions]]:
+def _reaching(program: Program) -> Iterator[tuple[int, _Definitions]]:
     """Yield each instruction that can be reached, with the definitions before it."""
     before: dict[int, _Definitions] = {0: {}}
     waiting = [0]
@@ -156,7 +158,7 @@ def _reaching(program: _Program) -> Iterator[tuple[int, _Definitions]]:
             _step(known, place, program.instructions[place])
 
 
-def _garbage(program: _Program) -> Iterator[str]:
+def _garbage(program: Program) -> Iterator[str]:
     instructions = program.instructions
     sources: dict[int, set[int]] = {}  # of a copy or addition: definitions of what it reads
     products: list[tuple[int, dict[int, frozenset[int]]]] = []
@@ -184,7 +186,7 @@ def _garbage(program: _Program) -> Iterator[str]:
 
 
 def _stray_origin(
-    definitions: frozenset[int], sources: dict[int, set[int]], instructions: list[_Instruction]
+    definitions: frozenset[int], sources: dict[int, set[int]], instructions: list[Instruction]
 ) -> int | None:
     """Follow definitions back through copies; return one that ends in no descriptor, or None."""
     waiting, seen = list(definitions), set(definitions)
@@ -198,14 +200,19 @@ def _stray_origin(
     return None
 
 
-def garbage_descriptors(sass: str) -> list[str]:
-    """Describe each descriptor in a listing that is none on some path."""
-    found = []
+def programs(sass: str) -> Iterator[tuple[str, Program]]:
+    """Yield the kernels of a listing by name."""
     for section in re.split(r"^\s*\.section\s+\.text\.", sass, flags=re.M)[1:]:
         name = re.split(r"[\s,]", section, maxsplit=1)[0]
         lines = re.split(r"^\s*\.section\s", section, maxsplit=1, flags=re.M)[0].splitlines()
-        found += [f"{name} {sentence}" for sentence in _garbage(_Program(lines))]
-    return found
+        yield name, Program(lines)
+
+
+def garbage_descriptors(sass: str) -> list[str]:
+    """Describe each descriptor in a listing that is none on some path."""
+    return [
+        f"{name} {sentence}" for name, program in programs(sass) for sentence in _garbage(program)
+    ]
 
 
 def disassemble(cubin: bytes) -> str:

@@ -24,10 +24,11 @@ from lcr_fast.kernels.reasoning.step import (
 from lcr_fast.kernels.reasoning.sublayers import attention_bwd, ffn_bwd, layer_norm_bwd
 from lcr_fast.kernels.reasoning.tile import (
     columns,
-    key_slots,
     load_of_user,
     load_tile,
     locate_rows,
+    memory_lengths,
+    sequence_lengths,
     store_tile,
     tile_at,
 )
@@ -79,9 +80,8 @@ def recompute_self_kernel(
     SEQUENCES: tl.constexpr,
     NOISE: tl.constexpr,
     DROPOUT: tl.constexpr,
-    PARKED: tl.constexpr,
 ):
-    """Leave h, x1 and a of one stream in scratch; one program a tile and step."""
+    """Leave h, x1, a and ones of one stream in scratch; one program a tile and step."""
     D: tl.constexpr = SHAPE.D
     C: tl.constexpr = scratch_columns(D, SHAPE.F)
     M: tl.constexpr = SEQUENCES * SLOT
@@ -100,13 +100,18 @@ def recompute_self_kernel(
         x_ptr, saved_ptr, rows, size, saved_sequences, n_trajectories, user_row, k, stream,
         noise, D, NOISE,
     )  # fmt: skip
-    store_tile(at, h, D)
-    x1 = before_norm1(
-        h, at, rows, user_row, k, index, stream, attention, dropout, SHAPE, SLOT, DROPOUT, PARKED
+    store_tile(at, tl.full([M, C.h - C.ones], 1.0, tl.float32), C.h - C.ones)
+    store_tile(columns(at, C.h), h, D)
+    lengths = memory_lengths(
+        lengths_ptr, first, n_sequences, n_trajectories, size, M, SLOT, SEQUENCES
     )
+    x1 = before_norm1(
+        h, lengths, user_row, rows.position, k, index, stream, attention, dropout,
+        SHAPE, SEQUENCES, DROPOUT,
+    )  # fmt: skip
     store_tile(columns(at, C.x1), x1, D)
-    a = zero_padding(norm(x1, norms, index, 0, D), rows)
-    store_tile(columns(at, C.a), a, D)
+    a = norm(x1, norms, index, 0, h.dtype, D)
+    store_tile(columns(at, C.a), zero_padding(a, rows), D)
 
 
 @kernel(do_not_specialize=_RUNTIME_NUMBERS)
@@ -131,7 +136,6 @@ def recompute_cross_kernel(
     MEMORY_SLOT: tl.constexpr,
     SEQUENCES: tl.constexpr,
     DROPOUT: tl.constexpr,
-    PARKED: tl.constexpr,
 ):
     """Leave x2 of one stream in scratch, where a is; one program a tile and step."""
     D: tl.constexpr = SHAPE.D
@@ -153,13 +157,15 @@ def recompute_cross_kernel(
     user_row = rows.sequence
     if DROPOUT:
         user_row = load_of_user(user_rows_ptr, first, n_sequences, n_trajectories, M, SLOT)
+    lengths = memory_lengths(
+        memory_lengths_ptr, first, n_sequences, n_trajectories, memory_size, M, SLOT, SEQUENCES
+    )
     at = tile_at(scratch_ptr, rows, size, C.width)
-    a_at = columns(at, C.a)
-    memory_at = columns(tile_at(memory_scratch_ptr, memory_rows, memory_size, C.width), C.a)
+    memory_at = tile_at(memory_scratch_ptr, memory_rows, memory_size, C.width)
     x2 = before_norm2(
-        load_tile(a_at, D), a_at, load_tile(memory_at, D), memory_at, rows, memory_rows, gate,
-        user_row, k, index, stream, attention, dropout,
-        SHAPE, SLOT, MEMORY_SLOT, DROPOUT, PARKED,
+        load_tile(columns(at, C.a), D), load_tile(columns(memory_at, C.a), D), lengths,
+        gate.to(tl.float32), user_row, rows.position, k, index, stream, attention, dropout,
+        SHAPE, SEQUENCES, DROPOUT,
     )  # fmt: skip
     store_tile(columns(at, C.x2), x2, D)
 
@@ -218,14 +224,13 @@ def ffn_bwd_kernel(
     at_h = (4 * k + 2 + stream) * D  # in [K, 2, 2, D]
 
     x2 = load_tile(columns(at, C.x2), D).to(tl.float32)
-    c = norm(x2, norms, index, 1, D).to(dtype)
+    c = norm(x2, norms, index, 1, dtype, D)
     x3 = c.to(tl.float32)
     if SHAPE.F > 0:
         store_tile(columns(at, C.c), c, D)
         x3 = before_norm3(
-            c, columns(at, C.c), rows, user_row, k, index, stream, ffn, dropout,
-            SHAPE, DROPOUT, PARKED,
-        )  # fmt: skip
+            c, user_row, rows.position, k, index, stream, ffn, dropout, SHAPE, DROPOUT
+        )
     if k == steps - 1:  # padding carries no gradient, whatever the upstream tensor holds there
         valid = (rows.position < rows.length)[:, None]
         dh = load_tile(tile_at(dout_ptr, rows, size, D), D)
@@ -233,13 +238,15 @@ def ffn_bwd_kernel(
     else:
         dh = load_tile(tile_at(dh_ptr, rows, size, D), D)
     if POOL:
-        h = x3
+        h = c
         if SHAPE.F > 0:
-            h = norm(x3, norms, index, 2, D)
+            h = norm(x3, norms, index, 2, dtype, D)
         dh = pool_bwd(
-            dh, zero_padding(h, rows).to(dtype), key_slots(rows.length, SLOT),
+            dh, h, sequence_lengths(
+                lengths_ptr, first, n_sequences, n_trajectories, size, SEQUENCES
+            ),
             keys_ptr + stream * D, dpooled_ptr + at_h, dkeys_ptr + at_h, pooled_stride,
-            first, n_sequences, n_trajectories, D, SEQUENCES,
+            first, n_sequences, n_trajectories, SEQUENCES,
         )  # fmt: skip
     if SHAPE.F > 0:
         dc = layer_norm_bwd(dh, x3, norm_at(norms, index, 2, D), dnorm + 4 * D, D)
@@ -363,18 +370,21 @@ def self_bwd_kernel(
     da += load_tile(tile_at(dmemory_ptr, rows, size, D), D)
     if POOL:
         da = pool_bwd(
-            da, load_tile(columns(at, C.a), D), key_slots(rows.length, SLOT),
+            da, load_tile(columns(at, C.a), D), sequence_lengths(
+                lengths_ptr, first, n_sequences, n_trajectories, size, SEQUENCES
+            ),
             keys_ptr + stream * D, dpooled_ptr + at_a, dkeys_ptr + at_a, pooled_stride,
-            first, n_sequences, n_trajectories, D, SEQUENCES,
+            first, n_sequences, n_trajectories, SEQUENCES,
         )  # fmt: skip
     x1 = load_tile(columns(at, C.x1), D).to(tl.float32)
     dx1 = layer_norm_bwd(da, x1, norm_at(norms, index, 0, D), dnorm, D)
     dy = apply_dropout(dx1, user_row, rows.position, k, stream, 0, dropout, D, DROPOUT).to(dtype)
     dy_at = columns(at, C.self_dy)
     store_tile(dy_at, dy, D)
-    h = load_tile(at, D)
+    h_at = columns(at, C.h)
+    h = load_tile(h_at, D)
     dh, _ = attention_bwd(
-        dy, dy_at, h, at, h, at, rows.length, dx1, dx1,
+        dy, dy_at, h, h_at, h, h_at, rows.length, dx1, dx1,
         columns(at, C.self_heads), columns(at, C.self_dq), columns(at, C.self_dk),
         columns(at, C.self_dv),
         attention_at(attention, index, D), SHAPE, SLOT, SLOT, True, PARKED,

@@ -70,6 +70,7 @@ class Shape(NamedTuple):
     D: int
     F: int  # width of the FFN, or 0
     H: int  # heads
+    BLOCK_HEADS: int  # columns of whole heads at a time, of the attention's D
     BLOCK_F: int  # hidden units of the FFN at a time
     PRECISION: str  # of products (see core/product.py)
 
@@ -78,13 +79,17 @@ class Config(NamedTuple):
     """How a kernel is compiled."""
 
     num_warps: int
-    # What is parked, in memory between its uses and not in registers: 0 nothing, 1 (forward) the
-    # states of the stream that is not at work, 2 every operand that a sublayer uses more than once.
-    park: int = 0
+    # Whether what backward uses more than once waits in scratch between its uses, not in registers.
+    parked: bool = False
     rows: int = 64  # of a tile, which short sequences share
+    block_heads: int = 32  # columns of heads that a forward projects at a time; at least a head's
     block_f: int = 32  # hidden units of the FFN at a time
     registers: int | None = None  # of a thread, at most; None: as many as there are
     cut: bool = False  # whether products are cut in depth, as they do not fit shared memory whole
+
+    def heads(self, D: int, H: int) -> int:
+        """Columns of heads at a time, of D with H heads."""
+        return min(D, max(self.block_heads, D // H))
 
     def tile(self, search_size: int, rec_size: int) -> Tile:
         """Choose a tile for histories of so many events."""
@@ -92,55 +97,46 @@ class Config(NamedTuple):
         return Tile(max(1, self.rows // max(sizes)), sizes)
 
 
-# By pass and kind of product (half, tf32, tf32x3), then rows of the longer slot, at most. Timed on
-# an H200 (docs/fused-kernel.md): 64 rows on four warps fill wgmma, eight warps repeat each other's
-# work, and parking a tile pays where registers would spill by the hundred bytes.
+# By pass and kind of product (half, tf32, tf32x3), then rows of the longer slot, at most. 64 rows
+# on four warps fill wgmma, eight warps repeat each other's work. What was timed, and what is chosen
+# by counts of the machine code alone, is in docs/fused-kernel.md.
 _DEFAULTS = {
-    ("fwd", "half"): {64: Config(4), 128: Config(8)},
-    ("fwd", "tf32"): {64: Config(4), 128: Config(8, 2)},
-    ("fwd", "tf32x3"): {64: Config(4, 2), 128: Config(8, 2)},
-    ("recompute", "half"): {64: Config(4), 128: Config(8)},
-    ("recompute", "tf32"): {64: Config(4), 128: Config(8, 2)},
-    ("recompute", "tf32x3"): {64: Config(4), 128: Config(8, 2)},
-    ("bwd", "half"): {64: Config(4), 128: Config(8, 2)},
-    ("bwd", "tf32"): {64: Config(4), 128: Config(8, 2)},
-    ("bwd", "tf32x3"): {32: Config(4, rows=32), 64: Config(4, 2), 128: Config(8, 2)},
-}
+    ("fwd", "half"): {64: Config(4, block_f=64), 128: Config(8, block_f=64)},
+    ("fwd", "tf32"): {64: Config(4), 128: Config(8)},
+    ("fwd", "tf32x3"): {64: Config(4), 128: Config(8)},
+    ("bwd", "half"): {64: Config(4), 128: Config(8, parked=True)},
+    ("bwd", "tf32"): {64: Config(4), 128: Config(8, parked=True)},
+    ("bwd", "tf32x3"): {
+        32: Config(4, rows=32), 64: Config(4, parked=True), 128: Config(8, parked=True)
+    },
+}  # fmt: skip
 # Exceptions, by (pass, kind, D, rows of the slot, major compute capability or None for all).
 _CONFIGS = {
-    ("fwd", "half", 32, 32, None): Config(4, 1),
-    ("fwd", "half", 64, 32, 9): Config(4, registers=168),
-    ("fwd", "half", 64, 64, 9): Config(4, registers=168),
-    ("fwd", "half", 128, 32, None): Config(4, 1),
-    ("fwd", "half", 128, 64, None): Config(4, 1),
-    ("fwd", "half", 128, 128, None): Config(8, 2),
-    ("fwd", "tf32x3", 32, 32, None): Config(4),
-    ("recompute", "half", 128, 128, None): Config(8, 2),
-    ("recompute", "tf32x3", 128, 64, None): Config(4, 2),
-    ("bwd", "tf32x3", 128, 32, None): Config(4, 2),
+    ("fwd", "half", 64, 32, 9): Config(4, block_f=64, registers=168),
+    ("fwd", "half", 64, 64, 9): Config(4, block_f=64, registers=168),
+    ("bwd", "tf32x3", 128, 32, None): Config(4, parked=True),
 }
 # On compute capability 10 float32 in two parts, long histories and wide gradients exceed tensor
 # memory; 16 warps do without, and need as much shared memory as on capability 8.
-_WITHOUT_TENSOR_MEMORY = Config(16, 2)
-# Most bytes of one head's tile [rows, D/H], both parts of a tf32x3 product counted, by the shared
-# memory that a program may have, for which products fit it whole.
-_LARGEST_HEAD = {
+_WITHOUT_TENSOR_MEMORY = Config(16, parked=True)
+# Most bytes of one tile of heads, both parts of a tf32x3 product counted, by the shared memory that
+# a program may have, for which products fit it whole.
+_LARGEST_HEADS = {
     "fwd": {99 << 10: 16 << 10, 163 << 10: 64 << 10},
-    "recompute": {99 << 10: 16 << 10, 163 << 10: 64 << 10},
     "bwd": {99 << 10: 8 << 10, 163 << 10: 16 << 10, 227 << 10: 32 << 10},
 }
 
 
 def _fits(which: str, width: int, rows: int, number_bytes: int, shared: int) -> bool:
-    """Whether whole products of a head's tile fit the shared memory of a program."""
-    largest = (most for least, most in _LARGEST_HEAD[which].items() if shared >= least)
+    """Whether whole products of a tile of heads fit the shared memory of a program."""
+    largest = (most for least, most in _LARGEST_HEADS[which].items() if shared >= least)
     return rows * width * number_bytes <= max(largest, default=0)
 
 
 def config(
     which: str, D: int, H: int, slot: int, dtype: torch.dtype, precision: str, gpu: Gpu
 ) -> Config:
-    """Look up a pass: ``fwd``, ``recompute`` (the forward part of backward) or ``bwd``.
+    """Look up a pass: ``fwd``, which backward's recomputation is too, or ``bwd``.
 
     ``slot`` is the rows of the longer stream's slot, ``precision`` is that of float32 products,
     ``tf32x3`` or ``tf32``. Where the tile does not fit the GPU's shared memory, it has fewer
@@ -152,17 +148,13 @@ def config(
         chosen = _CONFIGS.get((which, kind, D, slot, major), chosen)
     shared = gpu.shared
     is_long, is_wide = slot > 64, D == 128
-    if gpu.major == 10 and (
-        kind == "tf32x3"
-        or (is_long and (is_wide or which == "bwd"))
-        or (is_wide and which == "bwd")
-    ):
+    if gpu.major == 10 and (kind == "tf32x3" or is_long or (is_wide and which == "bwd")):
         chosen, shared = _WITHOUT_TENSOR_MEMORY, min(shared, 163 << 10)
     number_bytes = dtype.itemsize * (2 if kind == "tf32x3" else 1)
     for rows in (max(slot, chosen.rows), max(slot, 32)):
-        if _fits(which, D // H, rows, number_bytes, shared):
+        if _fits(which, chosen.heads(D, H), rows, number_bytes, shared):
             return chosen._replace(rows=rows)
-    return chosen._replace(rows=max(slot, 32), park=2, registers=None, cut=True)
+    return chosen._replace(rows=max(slot, 32), parked=True, registers=None, cut=True)
 
 
 def constants(
@@ -186,12 +178,12 @@ def constants(
             D,
             F,
             H,
-            BLOCK_F=min(chosen.block_f, 32 if F % 32 == 0 else 16),
+            BLOCK_HEADS=chosen.heads(D, H),
+            BLOCK_F=min(chosen.block_f, F & -F),
             PRECISION=f"{precision} cut" if chosen.cut else precision,
         ),
         "SEQUENCES": chosen.tile(*sizes).sequences,
-        "PARK": chosen.park,
-        "PARKED": chosen.park == 2,
+        "PARKED": chosen.parked,
         "num_warps": chosen.num_warps,
         "num_stages": 1,
         "maxnreg": chosen.registers,

@@ -3,13 +3,13 @@
 A program takes a tile of whole users (slots of one power-of-two size, see tile.py) through the
 steps of step.py. h^(0) is read once, h^(K) written once; noise is added where h^(0) is read and
 dropout masks are drawn where they act (lcr_fast/noise.py). Nothing else touches device memory but
-the weights, the pooled vectors of TCL if asked for, in training the input of every step after the
-first, and, in configurations that park, states until their next use: each h in its place in the
-output, each a in a tensor of the same shape.
+the weights, the pooled vectors of TCL if asked for, and in training the input of every step after
+the first.
 """
 
 from typing import Any, NamedTuple
 
+import triton
 import triton.language as tl
 
 from lcr_fast.kernels.core.noise import Dropout, Noise
@@ -18,15 +18,21 @@ from lcr_fast.kernels.reasoning.pooling import pool
 from lcr_fast.kernels.reasoning.step import (
     REC,
     SEARCH,
-    after_cross,
     before_norm1,
     before_norm2,
+    before_norm3,
     load_initial,
-    locate_stream,
     norm,
     zero_padding,
 )
-from lcr_fast.kernels.reasoning.tile import key_slots, park, store_tile, tile_at, unpark
+from lcr_fast.kernels.reasoning.tile import (
+    load_of_user,
+    locate_rows,
+    memory_lengths,
+    sequence_lengths,
+    store_tile,
+    tile_at,
+)
 
 _RUNTIME_NUMBERS = [
     "n_sequences", "n_trajectories", "search_size", "rec_size", "steps", "set_stride",
@@ -39,9 +45,70 @@ class ForwardStream(NamedTuple):
 
     states: Any  # [B, L, D] h^(0)
     lengths: Any  # int64 [B]
-    out: Any  # [B, N, L, D] h^(K), and each h while it is parked
-    parked: Any  # the same shape, for each a while it is parked; not used without parking
+    out: Any  # [B, N, L, D] h^(K)
     saved: Any  # [K-1, B, N, L, D] h^(1) .. h^(K-1)
+
+
+class Located(NamedTuple):
+    """One stream of a program's sequences."""
+
+    rows: Any  # Rows
+    user_row: Any  # [M], what noise and dropout are drawn for, if they are
+    lengths: Any  # [SEQUENCES]
+    own: Any  # memory_lengths of its self-attention
+    other: Any  # and of its cross-attention
+    gate: Any  # float32 [M], 1 where the other stream has an event, else 0
+
+
+@triton.jit
+def _locate(
+    first, end, lengths_ptr, other_lengths_ptr, user_rows_ptr, n_trajectories, size, other_size,
+    SLOT: tl.constexpr, SEQUENCES: tl.constexpr, DRAWS: tl.constexpr,
+):  # fmt: skip
+    M: tl.constexpr = SEQUENCES * SLOT
+    rows = locate_rows(first, end, lengths_ptr, n_trajectories, size, M, SLOT)
+    user_row = rows.sequence
+    if DRAWS:
+        user_row = load_of_user(user_rows_ptr, first, end, n_trajectories, M, SLOT)
+    lengths = sequence_lengths(lengths_ptr, first, end, n_trajectories, size, SEQUENCES)
+    own = memory_lengths(lengths_ptr, first, end, n_trajectories, size, M, SLOT, SEQUENCES)
+    other = memory_lengths(
+        other_lengths_ptr, first, end, n_trajectories, other_size, M, SLOT, SEQUENCES
+    )
+    gate = load_of_user(other_lengths_ptr, first, end, n_trajectories, M, SLOT) > 0
+    return Located(rows, user_row, lengths, own, other, gate.to(tl.float32))
+
+
+@triton.jit
+def _self(
+    h, x, k, index, stream: tl.constexpr, weights, dropout,
+    SHAPE: tl.constexpr, SEQUENCES: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """Compute a = LN1(h + m1 MSA(h)) of the stream that ``x`` locates: [M, D]."""
+    x1 = before_norm1(
+        h, x.own, x.user_row, x.rows.position, k, index, stream, weights.self_attention, dropout,
+        SHAPE, SEQUENCES, DROPOUT,
+    )  # fmt: skip
+    return norm(x1, weights.norms, index, 0, h.dtype, SHAPE.D)
+
+
+@triton.jit
+def _cross(
+    a, memory, x, k, index, stream: tl.constexpr, weights, dropout,
+    SHAPE: tl.constexpr, SEQUENCES: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """Compute h = LN3(c + m3 FFN(c)) of c = LN2(a + g m2 MCA(a, memory)); c if there is no FFN."""
+    x2 = before_norm2(
+        a, memory, x.other, x.gate, x.user_row, x.rows.position, k, index, stream,
+        weights.cross_attention, dropout, SHAPE, SEQUENCES, DROPOUT,
+    )  # fmt: skip
+    h = norm(x2, weights.norms, index, 1, a.dtype, SHAPE.D)
+    if SHAPE.F > 0:
+        x3 = before_norm3(
+            h, x.user_row, x.rows.position, k, index, stream, weights.ffn, dropout, SHAPE, DROPOUT
+        )
+        h = norm(x3, weights.norms, index, 2, a.dtype, SHAPE.D)
+    return h
 
 
 @kernel(do_not_specialize=_RUNTIME_NUMBERS)
@@ -71,33 +138,27 @@ def latent_reasoning_fwd_kernel(
     DROPOUT: tl.constexpr,
     POOL: tl.constexpr,
     SAVE: tl.constexpr,
-    PARK: tl.constexpr,
 ):
     D: tl.constexpr = SHAPE.D
-    dtype: tl.constexpr = search.states.dtype.element_ty
-    M_S: tl.constexpr = SEQUENCES * SEARCH_SLOT
-    M_R: tl.constexpr = SEQUENCES * REC_SLOT
+    DRAWS: tl.constexpr = NOISE or DROPOUT
     noise = Noise(noise_scale, noise_seed)
     dropout = Dropout(dropout_threshold, dropout_scale, dropout_seed)
 
     first = tl.program_id(0).to(tl.int64) * SEQUENCES
-    rows_s, gate_s, user_row_s = locate_stream(
+    s = _locate(
         first, n_sequences, search.lengths, rec.lengths, user_rows_ptr, n_trajectories,
-        search_size, M_S, SEARCH_SLOT, NOISE or DROPOUT,
+        search_size, rec_size, SEARCH_SLOT, SEQUENCES, DRAWS,
     )  # fmt: skip
-    rows_r, gate_r, user_row_r = locate_stream(
+    r = _locate(
         first, n_sequences, rec.lengths, search.lengths, user_rows_ptr, n_trajectories,
-        rec_size, M_R, REC_SLOT, NOISE or DROPOUT,
+        rec_size, search_size, REC_SLOT, SEQUENCES, DRAWS,
     )  # fmt: skip
-
     h_s = load_initial(
-        search.states, rows_s, search_size, n_trajectories, user_row_s, SEARCH, noise, D, NOISE
+        search.states, s.rows, search_size, n_trajectories, s.user_row, SEARCH, noise, D, NOISE
     )  # [M_S, D]
-    park(tile_at(search.out, rows_s, search_size, D), h_s, D, PARK > 0)
     h_r = load_initial(
-        rec.states, rows_r, rec_size, n_trajectories, user_row_r, REC, noise, D, NOISE
+        rec.states, r.rows, rec_size, n_trajectories, r.user_row, REC, noise, D, NOISE
     )  # [M_R, D]
-    park(tile_at(rec.out, rows_r, rec_size, D), h_r, D, PARK > 0)
 
     for k in tl.range(0, steps, disable_licm=True):
         # Addresses depend on k, so that no weight is kept on chip across the steps. The bounds hold
@@ -107,85 +168,44 @@ def latent_reasoning_fwd_kernel(
         index = 2 * k * set_stride
         stride = tl.maximum(steps, k).to(tl.int64) * (4 * D)
         step_ptr = pooled_ptr + k * (4 * D)
-        rows_s, gate_s, user_row_s = locate_stream(
+        s = _locate(
             first, n_sequences, search.lengths, rec.lengths, user_rows_ptr, n_trajectories,
-            size_s, M_S, SEARCH_SLOT, NOISE or DROPOUT,
+            size_s, size_r, SEARCH_SLOT, SEQUENCES, DRAWS,
         )  # fmt: skip
-        rows_r, gate_r, user_row_r = locate_stream(
+        r = _locate(
             first, n_sequences, rec.lengths, search.lengths, user_rows_ptr, n_trajectories,
-            size_r, M_R, REC_SLOT, NOISE or DROPOUT,
+            size_r, size_s, REC_SLOT, SEQUENCES, DRAWS,
         )  # fmt: skip
-        h_at_s = tile_at(search.out, rows_s, size_s, D)
-        h_at_r = tile_at(rec.out, rows_r, size_r, D)
-        a_at_s = tile_at(search.parked, rows_s, size_s, D)
-        a_at_r = tile_at(rec.parked, rows_r, size_r, D)
         if SAVE and k > 0:
             saved = n_sequences.to(tl.int64) * D * (k - 1)
-            saved_at_s = tile_at(search.saved + saved * size_s, rows_s, size_s, D)
-            store_tile(saved_at_s, unpark(h_s, h_at_s, D, PARK > 0), D)
-            saved_at_r = tile_at(rec.saved + saved * size_r, rows_r, size_r, D)
-            store_tile(saved_at_r, unpark(h_r, h_at_r, D, PARK > 0), D)
-        h_s = unpark(h_s, h_at_s, D, PARK == 1)
-        x1 = before_norm1(
-            h_s, h_at_s, rows_s, user_row_s, k, index, SEARCH, weights.self_attention,
-            dropout, SHAPE, SEARCH_SLOT, DROPOUT, PARK > 1,
-        )  # fmt: skip
-        a_s = zero_padding(norm(x1, weights.norms, index, 0, D), rows_s).to(dtype)
-        park(a_at_s, a_s, D, PARK > 0)
+            at_s = tile_at(search.saved + saved * size_s, s.rows, size_s, D)
+            store_tile(at_s, zero_padding(h_s, s.rows), D)
+            at_r = tile_at(rec.saved + saved * size_r, r.rows, size_r, D)
+            store_tile(at_r, zero_padding(h_r, r.rows), D)
+        a_s = _self(h_s, s, k, index, SEARCH, weights, dropout, SHAPE, SEQUENCES, DROPOUT)
         if POOL:
             pool(
-                unpark(a_s, a_at_s, D, PARK > 1), key_slots(rows_s.length, SEARCH_SLOT),
-                keys_ptr, step_ptr, stride, first, n_sequences, n_trajectories, D, SEQUENCES,
+                a_s, s.lengths, keys_ptr, step_ptr, stride, first, n_sequences, n_trajectories,
+                SEQUENCES,
             )  # fmt: skip
-        h_r = unpark(h_r, h_at_r, D, PARK == 1)
-        x1 = before_norm1(
-            h_r, h_at_r, rows_r, user_row_r, k, index + 1, REC, weights.self_attention,
-            dropout, SHAPE, REC_SLOT, DROPOUT, PARK > 1,
-        )  # fmt: skip
-        a_r = zero_padding(norm(x1, weights.norms, index + 1, 0, D), rows_r).to(dtype)
-        park(a_at_r, a_r, D, PARK > 0)
+        a_r = _self(h_r, r, k, index + 1, REC, weights, dropout, SHAPE, SEQUENCES, DROPOUT)
         if POOL:
             pool(
-                unpark(a_r, a_at_r, D, PARK > 1), key_slots(rows_r.length, REC_SLOT),
-                keys_ptr + D, step_ptr + D, stride,
-                first, n_sequences, n_trajectories, D, SEQUENCES,
+                a_r, r.lengths, keys_ptr + D, step_ptr + D, stride, first, n_sequences,
+                n_trajectories, SEQUENCES,
             )  # fmt: skip
-        a_s = unpark(a_s, a_at_s, D, PARK == 1)
-        x2 = before_norm2(
-            a_s, a_at_s, a_r, a_at_r, rows_s, rows_r, gate_s, user_row_s, k, index, SEARCH,
-            weights.cross_attention, dropout,
-            SHAPE, SEARCH_SLOT, REC_SLOT, DROPOUT, PARK > 1,
-        )  # fmt: skip
-        h_s = after_cross(
-            x2, h_at_s, rows_s, user_row_s, k, index, SEARCH, weights, dropout, dtype,
-            SHAPE, DROPOUT, PARK > 1,
-        )  # fmt: skip
-        park(h_at_s, h_s, D, PARK > 0)
+        h_s = _cross(a_s, a_r, s, k, index, SEARCH, weights, dropout, SHAPE, SEQUENCES, DROPOUT)
         if POOL:
             pool(
-                unpark(h_s, h_at_s, D, PARK > 1), key_slots(rows_s.length, SEARCH_SLOT),
-                keys_ptr, step_ptr + 2 * D, stride,
-                first, n_sequences, n_trajectories, D, SEQUENCES,
+                h_s, s.lengths, keys_ptr, step_ptr + 2 * D, stride, first, n_sequences,
+                n_trajectories, SEQUENCES,
             )  # fmt: skip
-        a_r = unpark(a_r, a_at_r, D, PARK == 1)
-        a_s = unpark(a_s, a_at_s, D, PARK == 1)
-        x2 = before_norm2(
-            a_r, a_at_r, a_s, a_at_s, rows_r, rows_s, gate_r, user_row_r, k, index + 1, REC,
-            weights.cross_attention, dropout,
-            SHAPE, REC_SLOT, SEARCH_SLOT, DROPOUT, PARK > 1,
-        )  # fmt: skip
-        h_r = after_cross(
-            x2, h_at_r, rows_r, user_row_r, k, index + 1, REC, weights, dropout, dtype,
-            SHAPE, DROPOUT, PARK > 1,
-        )  # fmt: skip
-        park(h_at_r, h_r, D, PARK > 0)
+        h_r = _cross(a_r, a_s, r, k, index + 1, REC, weights, dropout, SHAPE, SEQUENCES, DROPOUT)
         if POOL:
             pool(
-                unpark(h_r, h_at_r, D, PARK > 1), key_slots(rows_r.length, REC_SLOT),
-                keys_ptr + D, step_ptr + 3 * D, stride,
-                first, n_sequences, n_trajectories, D, SEQUENCES,
+                h_r, r.lengths, keys_ptr + D, step_ptr + 3 * D, stride, first, n_sequences,
+                n_trajectories, SEQUENCES,
             )  # fmt: skip
 
-    if PARK == 0:
-        store_tile(tile_at(search.out, rows_s, search_size, D), h_s, D)
-        store_tile(tile_at(rec.out, rows_r, rec_size, D), h_r, D)
+    store_tile(tile_at(search.out, s.rows, search_size, D), zero_padding(h_s, s.rows), D)
+    store_tile(tile_at(rec.out, r.rows, rec_size, D), zero_padding(h_r, r.rows), D)

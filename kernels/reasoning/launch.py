@@ -1,7 +1,7 @@
 """Launching latent cross reasoning, forward and backward."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -61,15 +61,12 @@ def latent_reasoning_fwd(
         gpu_of(search.device),
     )  # fmt: skip
     search_slot, rec_slot = slots(*sizes)
-    search_parked, rec_parked = search_out, rec_out
-    if compiled["PARK"]:
-        search_parked, rec_parked = torch.empty_like(search_out), torch.empty_like(rec_out)
     if B * N:
         with on_device(search):
             launch(
                 latent_reasoning_fwd_kernel, (triton.cdiv(B * N, compiled["SEQUENCES"]),),
-                ForwardStream(search, search_lengths, search_out, search_parked, saved_search),
-                ForwardStream(rec, rec_lengths, rec_out, rec_parked, saved_rec),
+                ForwardStream(search, search_lengths, search_out, saved_search),
+                ForwardStream(rec, rec_lengths, rec_out, saved_rec),
                 rows, target_keys, step_weights(named, search.dtype), pooled,
                 B * N, N, search_size, rec_size, steps, int(named.norm_weight.shape[0] > 1),
                 noise_scale, noise_seed,
@@ -81,63 +78,80 @@ def latent_reasoning_fwd(
     return search_out, rec_out, pooled, saved_search, saved_rec
 
 
-# Weight gradients are products over all rows of a chunk of users, so a chunk should be long; this
-# bounds what it costs. At D = 64, L = 50 + 50, K = 5 it holds about 500 users in half precision.
-_SCRATCH_BYTES = 1 << 29
+# Of a GPU's memory, what one chunk of users may take for scratch. Weight gradients are products
+# over all rows of a chunk, and every chunk launches all kernels: the fewer the better.
+_SCRATCH_SHARE = 1 / 128
+_INTERPRETER_MEMORY = 1 << 36
 
 
-def _add_weight_gradients(
-    totals: ReasoningWeights, scratch: Sequence[Tensor], dnorm: Tensor, D: int, F: int
-) -> None:
-    """Add one chunk's share, from ``scratch`` [P, rows, columns] of both streams, to ``totals``.
+def _chunk_users(n_users: int, user_bytes: int, device: torch.device) -> int:
+    """Choose how many users a chunk has: as few chunks as scratch allows, of one size."""
+    memory = _INTERPRETER_MEMORY
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    most = max(1, int(_SCRATCH_SHARE * memory) // max(user_bytes, 1))
+    return triton.cdiv(n_users, triton.cdiv(n_users, most))
 
-    ``dnorm`` is [P, programs, 2, 3, 2, D].
+
+class _Matrix(NamedTuple):
+    """A matrix, its bias, and the columns of scratch whose products are their gradients."""
+
+    weight: str  # fields of ReasoningWeights
+    bias: str
+    dy: slice
+    x: slice
+
+
+def _matrices(D: int, F: int) -> list[_Matrix]:
+    C = scratch_columns(D, F)
+    parts = [
+        ("self_qkv", C.self_dq, 3 * D, C.h, D),
+        ("self_out", C.self_dy, D, C.self_heads, D),
+        ("cross_qkv", C.cross_dq, 3 * D, C.a, D),
+        ("cross_out", C.cross_dy, D, C.cross_heads, D),
+    ]
+    if F:
+        parts += [("ffn_in", C.dhidden, F, C.c, D), ("ffn_out", C.ffn_dy, D, C.hidden, F)]
+    return [
+        _Matrix(f"{name}_weight", f"{name}_bias", slice(dy, dy + out), slice(x, x + width))
+        for name, dy, out, x, width in parts
+    ]
+
+
+def _products(scratch: Tensor, D: int, F: int, shared: bool) -> list[Tensor]:
+    """Multiply a stream's gradients with their operands, summed over a chunk's rows: float32.
+
+    ``scratch`` is [K, rows, columns], a product [P, out, in]. Halves multiply all columns of dY
+    with all of X at once: a sixth of that is read, but it fills a GPU, which narrow sums over
+    100,000 rows do not, and the ones in X make the biases' gradients in passing. float32, which
+    takes no tensor cores here, has the biases' product, then one for each of :func:`_matrices`.
     """
-    P, C = dnorm.shape[0], scratch_columns(D, F)
-    for x in (0, 1):
-        own, other = scratch[x], scratch[1 - x]
+    C = scratch_columns(D, F)
+    gradients, operands = slice(C.self_dq, C.x1), slice(C.ones, C.self_dq)
+    if scratch.dtype != torch.float32:  # a step at a time fills more of a GPU than all in one sum
+        product = columns_product(scratch[..., gradients], scratch[..., operands])
+        return [product.sum(0, keepdim=True) if shared else product]
+    if shared:
+        scratch = scratch.view(1, -1, C.width)
+    pairs = [(gradients, slice(C.ones, C.ones + 1)), *((m.dy, m.x) for m in _matrices(D, F))]
+    return [columns_product(scratch[..., dy], scratch[..., x]) for dy, x in pairs]
 
-        def add(
-            weight: Tensor, bias: Tensor, dy: Tensor, operand: Tensor, x: int = x, first: int = 0
-        ) -> None:
-            """Add dY^T X, and the sum of dY, to the rows of a weight from ``first`` on."""
-            out = slice(first, first + dy.shape[-1])
-            weight[:P, x, out] += columns_product(dy, operand)
-            bias[:P, x, out] += dy.sum(1, dtype=torch.float32)
 
-        add(
-            totals.self_qkv_weight, totals.self_qkv_bias,
-            own[..., C.self_dq : C.self_dq + 3 * D], own[..., C.h : C.h + D],
-        )  # fmt: skip
-        add(
-            totals.self_out_weight, totals.self_out_bias,
-            own[..., C.self_dy : C.self_dy + D], own[..., C.self_heads : C.self_heads + D],
-        )  # fmt: skip
-        add(
-            totals.cross_qkv_weight, totals.cross_qkv_bias,
-            own[..., C.cross_dq : C.cross_dq + D], own[..., C.a : C.a + D],
-        )  # fmt: skip
-        add(
-            totals.cross_qkv_weight, totals.cross_qkv_bias,
-            other[..., C.cross_dk : C.cross_dk + 2 * D], other[..., C.a : C.a + D], first=D,
-        )  # fmt: skip
-        add(
-            totals.cross_out_weight, totals.cross_out_bias,
-            own[..., C.cross_dy : C.cross_dy + D], own[..., C.cross_heads : C.cross_heads + D],
-        )  # fmt: skip
-        if F:
-            add(
-                totals.ffn_in_weight, totals.ffn_in_bias,
-                own[..., C.dhidden : C.dhidden + F], own[..., C.c : C.c + D],
-            )  # fmt: skip
-            add(
-                totals.ffn_out_weight, totals.ffn_out_bias,
-                own[..., C.ffn_dy : C.ffn_dy + D], own[..., C.hidden : C.hidden + F],
-            )  # fmt: skip
-    n_norms = 3 if F else 2
-    norms = dnorm[:, :, :, :n_norms].sum(1)  # [P, 2, n_norms, 2, D]
-    totals.norm_weight[:P, :, :n_norms] += norms[:, :, :, 0]
-    totals.norm_bias[:P, :, :n_norms] += norms[:, :, :, 1]
+def _write_gradients(
+    gradients: ReasoningWeights, stream: int, products: list[Tensor], D: int, F: int
+) -> None:
+    """Write what :func:`_products` made of one stream into the gradients of the weights."""
+    first, P = scratch_columns(D, F).self_dq, len(products[0])
+    for i, (weight, bias, dy, x) in enumerate(_matrices(D, F)):
+        out = slice(dy.start - first, dy.stop - first)
+        values = products[0][:, out, x] if len(products) == 1 else products[1 + i]
+        for name, value in ((weight, values), (bias, products[0][:, out, 0])):
+            into = getattr(gradients, name)
+            if weight == "cross_qkv_weight":  # keys and values are those of the other's queries
+                into[:P, stream, :D] = value[:, :D]
+                into[:P, 1 - stream, D:] = value[:, D:]
+            else:
+                into[:P, stream] = value
 
 
 def latent_reasoning_bwd(
@@ -173,14 +187,9 @@ def latent_reasoning_bwd(
     shared = named.norm_weight.shape[0] == 1
     dsearch, drec = torch.empty_like(search), torch.empty_like(rec)
     dtarget_keys = torch.zeros_like(target_keys)
-    totals = ReasoningWeights(*(torch.zeros_like(w, dtype=torch.float32) for w in weights))
+    gradients = ReasoningWeights(*map(torch.zeros_like, weights))
     if B == 0:
-        return (
-            dsearch,
-            drec,
-            dtarget_keys,
-            [t.to(w.dtype) for t, w in zip(totals, weights, strict=True)],
-        )
+        return dsearch, drec, dtarget_keys, list(gradients)
 
     self_attention, cross_attention, ffn, norms = step_weights(named, search.dtype)
     sizes = (search_size, rec_size)
@@ -190,15 +199,16 @@ def latent_reasoning_bwd(
             which, D, F, n_heads, sizes, search.dtype, dot_precision(search.dtype),
             gpu_of(search.device),
         )
-        for which in ("recompute", "bwd")
+        for which in ("fwd", "bwd")
     )  # fmt: skip
     is_dropping = dropout_threshold > 0
     dropout = (dropout_threshold, 65536.0 / (65536 - dropout_threshold), dropout_seed)
     width = scratch_columns(D, F).width
     user_bytes = N * K * (search_size + rec_size) * width * search.element_size()
-    chunk = min(B, max(1, _SCRATCH_BYTES // max(user_bytes, 1)))
+    chunk = _chunk_users(B, user_bytes, search.device)
     float32: dict[str, Any] = {"dtype": torch.float32, "device": search.device}
     dkeys = torch.empty((B, N, K, 2, 2, D) if has_pool else (0,), **float32)
+    sums: list[Tensor] = []
     for start in range(0, B, chunk):
         users = slice(start, min(start + chunk, B))
         lengths = (search_lengths[users], rec_lengths[users])
@@ -259,16 +269,17 @@ def latent_reasoning_bwd(
                     )  # fmt: skip
         dsearch[users] = dh[0].sum(1)
         drec[users] = dh[1].sum(1)
-        dnorm = dnorm.transpose(0, 1)  # [K, programs, 2, 3, 2, D]
-        if shared:
-            scratch = tuple(t.view(1, -1, width) for t in scratch)
-            dnorm = dnorm.reshape(1, -1, 2, 3, 2, D)
-        _add_weight_gradients(totals, scratch, dnorm, D, F)
+        of_chunk = [
+            dnorm.sum((0, 1) if shared else 0).view(-1, 2, 3, 2, D),
+            *(product for x in (0, 1) for product in _products(scratch[x], D, F, shared)),
+        ]
+        sums = [a + b for a, b in zip(sums, of_chunk, strict=True)] if sums else of_chunk
     if has_pool:
         dtarget_keys.copy_(dkeys.sum((1, 2, 3)))
-    return (
-        dsearch,
-        drec,
-        dtarget_keys,
-        [t.to(w.dtype) for t, w in zip(totals, weights, strict=True)],
-    )
+    dnorms, n_norms = sums[0], 3 if F else 2
+    for of_norms, part in ((gradients.norm_weight, 0), (gradients.norm_bias, 1)):
+        of_norms[: len(dnorms), :, :n_norms] = dnorms[:, :, :n_norms, part]
+    n_products = (len(sums) - 1) // 2
+    _write_gradients(gradients, 0, sums[1 : 1 + n_products], D, F)
+    _write_gradients(gradients, 1, sums[1 + n_products :], D, F)
+    return dsearch, drec, dtarget_keys, list(gradients)

@@ -4,48 +4,59 @@ import triton
 import triton.language as tl
 
 from lcr_fast.kernels.reasoning.sublayers import LOG2_E, LOWEST_SCORE
+from lcr_fast.kernels.reasoning.tile import by_sequence
 
 
 @triton.jit
-def _pool_weights(state, key, events):
-    """Compute softmax_j(state_j . key) over the rows that are ``events``, else 0: float32 [M]."""
-    logits = tl.where(events, tl.sum(state * key[None, :], 1) * LOG2_E, float("-inf"))
-    alpha = tl.exp2(logits - tl.maximum(tl.max(logits, 0), LOWEST_SCORE))
-    return alpha / tl.maximum(tl.sum(alpha, 0), 1.0)
+def _load_vectors(ptr, offset, exists, D: tl.constexpr):
+    """Vectors of the tile's sequences, 0 beyond the last: float32 [SEQUENCES, 1, D]."""
+    ptrs = ptr + offset[:, None] + tl.arange(0, D)[None, :]
+    return tl.load(ptrs, mask=exists[:, None], other=0.0).to(tl.float32)[:, None, :]
+
+
+@triton.jit
+def _store_vectors(ptr, offset, exists, x, D: tl.constexpr):
+    """Store x [SEQUENCES, D] in the tensor's dtype."""
+    ptrs = ptr + offset[:, None] + tl.arange(0, D)[None, :]
+    tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=exists[:, None])
+
+
+@triton.jit
+def _pool_weights(state, key, lengths):
+    """Compute softmax_j(state_j . key) over each sequence's events, else 0: float32 [., SLOT]."""
+    events = tl.arange(0, state.shape[1])[None, :] < lengths[:, None]
+    logits = tl.where(events, tl.sum(state * key, 2) * LOG2_E, float("-inf"))
+    alpha = tl.exp2(logits - tl.maximum(tl.max(logits, 1), LOWEST_SCORE)[:, None])
+    return alpha / tl.maximum(tl.sum(alpha, 1), 1.0)[:, None]
 
 
 @triton.jit
 def pool(
     state,  # [M, D]
-    event_slot,  # [M] slot of each event, -1 at padding
+    lengths,  # [SEQUENCES]
     keys_ptr,  # [B, 2, D], at the stream
     pooled_ptr,  # [sequences, K, 2, 2, D], at the step, state and stream
     pooled_stride,  # from one sequence to the next
     first,  # sequences of the tile's slots: first, first + 1, ..., up to end
     end,
     n_trajectories,
-    D: tl.constexpr,
-    SLOTS: tl.constexpr,
+    SEQUENCES: tl.constexpr,
 ):
     """Store each sequence's pooled state, z = sum_j alpha_j state_j; 0 without an event."""
-    column = tl.arange(0, D)
-    state = state.to(tl.float32)
-    for slot in tl.range(0, SLOTS, disable_licm=True):
-        sequence = first + slot
-        exists = sequence < end
-        key_offset = (sequence // n_trajectories) * (2 * D) + column
-        key = tl.load(keys_ptr + key_offset, mask=exists, other=0.0).to(tl.float32)
-        alpha = _pool_weights(state, key, event_slot == slot)
-        z = tl.sum(alpha[:, None] * state, 0)  # [D]
-        z_ptr = pooled_ptr + sequence * pooled_stride + column
-        tl.store(z_ptr, z.to(pooled_ptr.dtype.element_ty), mask=exists)
+    D: tl.constexpr = state.shape[1]
+    sequence = first + tl.arange(0, SEQUENCES)
+    exists = sequence < end
+    state = by_sequence(state.to(tl.float32), SEQUENCES)
+    key = _load_vectors(keys_ptr, sequence // n_trajectories * (2 * D), exists, D)
+    z = tl.sum(_pool_weights(state, key, lengths)[:, :, None] * state, 1)
+    _store_vectors(pooled_ptr, sequence * pooled_stride, exists, z, D)
 
 
 @triton.jit
 def pool_bwd(
     dstate,  # float32 [M, D], added to
     state,  # [M, D]
-    event_slot,  # [M]
+    lengths,  # [SEQUENCES]
     keys_ptr,  # [B, 2, D], at the stream
     dpooled_ptr,  # [sequences, K, 2, 2, D], at the step, state and stream
     dkeys_ptr,  # the same shape, float32: a sequence's share of this step and state
@@ -53,27 +64,23 @@ def pool_bwd(
     first,
     end,
     n_trajectories,
-    D: tl.constexpr,
-    SLOTS: tl.constexpr,
+    SEQUENCES: tl.constexpr,
 ):
-    """Backward of :func:`pool`.
+    """Backward of :func:`pool`: dstate with what pooling adds, [M, D].
 
     With t_j = state_j . dz and s_j = alpha_j (t_j - sum_i alpha_i t_i),
 
     dstate_j += alpha_j dz + s_j key;   dkey = sum_j s_j state_j
     """
-    column = tl.arange(0, D)
-    state = state.to(tl.float32)
-    for slot in tl.range(0, SLOTS, disable_licm=True):
-        sequence = first + slot
-        exists = sequence < end
-        key_offset = (sequence // n_trajectories) * (2 * D) + column
-        key = tl.load(keys_ptr + key_offset, mask=exists, other=0.0).to(tl.float32)
-        offset = sequence * pooled_stride + column
-        dz = tl.load(dpooled_ptr + offset, mask=exists, other=0.0).to(tl.float32)
-        alpha = _pool_weights(state, key, event_slot == slot)  # [M]
-        t = tl.sum(state * dz[None, :], 1)
-        s = alpha * (t - tl.sum(alpha * t, 0))
-        dstate += alpha[:, None] * dz[None, :] + s[:, None] * key[None, :]
-        tl.store(dkeys_ptr + offset, tl.sum(s[:, None] * state, 0), mask=exists)
-    return dstate
+    D: tl.constexpr = state.shape[1]
+    sequence = first + tl.arange(0, SEQUENCES)
+    exists = sequence < end
+    state = by_sequence(state.to(tl.float32), SEQUENCES)
+    key = _load_vectors(keys_ptr, sequence // n_trajectories * (2 * D), exists, D)
+    dz = _load_vectors(dpooled_ptr, sequence * pooled_stride, exists, D)
+    alpha = _pool_weights(state, key, lengths)  # [SEQUENCES, SLOT]
+    t = tl.sum(state * dz, 2)
+    s = alpha * (t - tl.sum(alpha * t, 1)[:, None])
+    dkey = tl.sum(s[:, :, None] * state, 1)
+    _store_vectors(dkeys_ptr, sequence * pooled_stride, exists, dkey, D)
+    return dstate + (alpha[:, :, None] * dz + s[:, :, None] * key).reshape(dstate.shape)

@@ -7,11 +7,13 @@ import triton
 
 
 class ScratchColumns(NamedTuple):
-    """Columns of a row, the first of each; all are D wide but ``hidden`` and ``dhidden``, F.
+    """Columns of a row, the first of each; D wide, ``hidden`` and ``dhidden`` F.
 
-    The host multiplies a gradient's columns with its operand's, which gives those of all matrices.
+    The host multiplies gradients' columns with operands': a gradient's with its operand's make that
+    of a matrix, and with ``ones`` that of a bias.
     """
 
+    ones: int  # operand of all gradients; 16 wide, of which one is needed
     h: int  # operand of self_dq, self_dk, self_dv
     self_heads: int  # of self_dy
     a: int  # of cross_dq, and in the other stream's row of cross_dk, cross_dv
@@ -33,9 +35,12 @@ class ScratchColumns(NamedTuple):
     width: int  # of the whole row
 
 
+_ONES = 16  # the least columns that keep the others aligned
+
+
 @triton.constexpr_function
 def scratch_columns(D: int, F: int) -> ScratchColumns:
     """Lay out a row; for the host and, at compile time, for the kernels."""
     names = ScratchColumns._fields[:-1]
-    widths = [F if name in ("hidden", "dhidden") else D for name in names]
+    widths = [{"ones": _ONES, "hidden": F, "dhidden": F}.get(name, D) for name in names]
     return ScratchColumns(*itertools.accumulate(widths, initial=0))

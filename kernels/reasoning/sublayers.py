@@ -1,12 +1,13 @@
 """Sublayers of a step, forward and backward: LayerNorm, attention, FFN.
 
 States come in the dtype of the tensors and are operands of the dots; everything between two
-rounded states (dot accumulators, softmax, LayerNorm, sums) is float32. An operand comes with the
-place where it is parked (``x_at`` beside ``x``); see :func:`unpark`.
+rounded states (dot accumulators, softmax, LayerNorm, sums) is float32. In backward, an operand
+comes with the place where it is parked (``x_at`` beside ``x``); see :func:`unpark`.
 """
 
 import triton
 import triton.language as tl
+from triton import knobs
 
 from lcr_fast.kernels.core.product import product
 from lcr_fast.kernels.reasoning.tile import (
@@ -18,10 +19,49 @@ from lcr_fast.kernels.reasoning.tile import (
     unpark,
 )
 
+_INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 LN_EPS = tl.constexpr(1e-5)  # of every LayerNorm, as in the reference
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Lower bound of a row's largest score: finite, so that a row without keys gets exp2(-inf) = 0.
 LOWEST_SCORE = tl.constexpr(-1e30)
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x of float32 from 1 to some thousands, to one unit in the last place."""
+    if _INTERPRETED:
+        y = 1.0 / x
+    else:
+        y = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return y
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """Round float32 to the states' dtype.
+
+    Two at a time, in a way that the compiler sees no more than that: it would round each once more,
+    by itself and slowly, where the rounded number is both packed for a product and added.
+    """
+    if _INTERPRETED or dtype == tl.float32:
+        y = x.to(dtype)
+    elif dtype == tl.bfloat16:
+        y = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        y = tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], tl.float16, is_pure=True, pack=2
+        )
+    return y
+
+
+@triton.jit
+def _start(x, RESIDUAL: tl.constexpr):
+    """Start a sum from x, or from 0: float32."""
+    return x.to(tl.float32) if RESIDUAL else tl.zeros(x.shape, tl.float32)
 
 
 @triton.jit
@@ -85,6 +125,123 @@ def linear(x, weight_ptr, bias_ptr, rows, D: tl.constexpr, PRECISION: tl.constex
 
 
 @triton.jit
+def _split_columns(x):
+    """Cut a tile [M, 2 W] in two, [M, W] each."""
+    M: tl.constexpr = x.shape[0]
+    W: tl.constexpr = x.shape[1] // 2
+    return tl.split(x.reshape(M, 2, W).permute(0, 2, 1))
+
+
+@triton.jit
+def _join_columns(left, right):
+    """Put two tiles [M, W] side by side: [M, 2 W]."""
+    M: tl.constexpr = left.shape[0]
+    W: tl.constexpr = left.shape[1]
+    return tl.join(left, right).permute(0, 2, 1).reshape(M, 2 * W)
+
+
+@triton.jit
+def _for_groups(x, GROUPS: tl.constexpr, SEQUENCES: tl.constexpr):
+    """Repeat each sequence's rows of x [M_k, W] for its groups: [GROUPS, M_k / SEQUENCES, W]."""
+    SLOT: tl.constexpr = x.shape[0] // SEQUENCES
+    W: tl.constexpr = x.shape[1]
+    x = x.reshape(SEQUENCES, 1, SLOT, W)
+    return tl.broadcast_to(x, (SEQUENCES, GROUPS // SEQUENCES, SLOT, W)).reshape(GROUPS, SLOT, W)
+
+
+@triton.jit
+def _heads(
+    q,  # [M_q, D] times log2(e) / sqrt(D/H)
+    k,  # [M_k, D]
+    v,  # [M_k, D], without their bias
+    bias_ptr,  # [D] of the values
+    lengths,  # [GROUPS], see memory_lengths
+    H: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """softmax(q k^T) v + bias of H heads side by side: [M_q, D] in q's dtype, 0 without keys.
+
+    Halves the columns until one head is left. The bias comes after the softmax, whose sum is 1.
+    """
+    if H > 1:
+        q_left, q_right = _split_columns(q)
+        k_left, k_right = _split_columns(k)
+        v_left, v_right = _split_columns(v)
+        right_ptr = bias_ptr + q.shape[1] // 2
+        left = _heads(q_left, k_left, v_left, bias_ptr, lengths, H // 2, SEQUENCES, PRECISION)
+        right = _heads(q_right, k_right, v_right, right_ptr, lengths, H // 2, SEQUENCES, PRECISION)
+        o = _join_columns(left, right)
+    else:
+        GROUPS: tl.constexpr = lengths.shape[0]
+        KEYS: tl.constexpr = 2 if GROUPS > 1 else 1  # the axis of the scores
+        position = tl.arange(0, k.shape[0] // SEQUENCES)
+        mask = tl.where(position[None, :] < lengths[:, None], 0.0, float("-inf"))
+        bias = tl.load(bias_ptr + tl.arange(0, q.shape[1])).to(tl.float32)
+        bias = tl.where(lengths[:, None] > 0, bias[None, :], 0.0)
+        queries = q
+        if GROUPS > 1:  # a batch of products
+            queries = q.reshape(GROUPS, q.shape[0] // GROUPS, q.shape[1])
+            k = _for_groups(k, GROUPS, SEQUENCES)
+            v = _for_groups(v, GROUPS, SEQUENCES)
+            mask, bias = mask[:, None, :], bias[:, None, :]
+            transposed = k.permute(0, 2, 1)
+        else:
+            transposed = k.trans()
+        scores = product(queries, transposed, PRECISION) + mask
+        top = tl.maximum(tl.max(scores, KEYS, keep_dims=True), LOWEST_SCORE)
+        p = tl.exp2(scores - top)
+        total = tl.maximum(tl.sum(p, KEYS, keep_dims=True), 1.0)  # a sum over keys is at least 1
+        o = product(rounded(p, q.dtype), v, PRECISION) * reciprocal(total) + bias
+        o = rounded(o, q.dtype).reshape(q.shape)
+    return o
+
+
+@triton.jit
+def attention(
+    x,  # [M_q, D]
+    memory,  # [M_k, D]
+    lengths,  # [GROUPS], see memory_lengths
+    has_keys,  # float32 [M_q], 0 for queries that get nothing, else 1; None if all have keys
+    weights,  # AttentionWeights of one stream and step
+    SHAPE: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
+    """Multi-head attention, sum_h softmax(Q_h K_h^T / sqrt(D/H)) V_h Wo_h^T + bo: float32 [M_q, D].
+
+    With RESIDUAL, x is added. The heads of BLOCK_HEADS columns are projected in one product. Keys
+    have no bias: it would add the same to all scores of a query. Rows at padding are finite, and
+    without meaning.
+    """
+    D: tl.constexpr = SHAPE.D
+    BLOCK: tl.constexpr = SHAPE.BLOCK_HEADS
+    PRECISION: tl.constexpr = SHAPE.PRECISION
+    SCALE: tl.constexpr = LOG2_E * (D // SHAPE.H) ** -0.5
+    column = tl.arange(0, D)
+    y = _start(x, RESIDUAL)
+    for start in tl.range(0, D, BLOCK, disable_licm=True):
+        head = start + tl.arange(0, BLOCK)
+        query_weight = load_block_transposed(weights.qkv_weight, head, column, D, x.dtype)
+        query_bias = tl.load(weights.qkv_bias + head).to(tl.float32) * SCALE
+        q = rounded(product(x, query_weight, PRECISION) * SCALE + query_bias[None, :], x.dtype)
+        key_weight = load_block_transposed(weights.qkv_weight, D + head, column, D, x.dtype)
+        k = rounded(product(memory, key_weight, PRECISION), x.dtype)
+        value_weight = load_block_transposed(weights.qkv_weight, 2 * D + head, column, D, x.dtype)
+        v = rounded(product(memory, value_weight, PRECISION), x.dtype)
+        value_bias = weights.qkv_bias + 2 * D + start
+        o = _heads(q, k, v, value_bias, lengths, BLOCK * SHAPE.H // D, SEQUENCES, PRECISION)
+        out_weight = load_block_transposed(weights.out_weight, column, head, D, x.dtype)
+        y = product(o, out_weight, PRECISION, y)
+    out_bias = tl.load(weights.out_bias + column).to(tl.float32)[None, :]
+    if has_keys is None:
+        y += out_bias
+    else:
+        y += out_bias * has_keys[:, None]
+    return y
+
+
+@triton.jit
 def _project_head(
     x, x_at, memory, memory_at, memory_length, head, weights,
     SHAPE: tl.constexpr, SLOT: tl.constexpr, MEMORY_SLOT: tl.constexpr, PARKED: tl.constexpr,
@@ -111,44 +268,6 @@ def _project_head(
     p = tl.exp2(scores - top[:, None])
     p = p / tl.maximum(tl.sum(p, 1), 1.0)[:, None]  # a sum over keys is at least 1
     return q, k, v, p
-
-
-@triton.jit
-def attention(
-    x,  # [M_q, D]
-    x_at,  # where x is parked, if PARKED
-    memory,  # [M_k, D]
-    memory_at,
-    memory_length,  # [M_k] of each row's sequence
-    y,  # float32 [M_q, D], added to
-    has_keys,  # bool [M_q]: to the others nothing is added
-    weights,  # AttentionWeights of one stream and step
-    SHAPE: tl.constexpr,
-    SLOT: tl.constexpr,
-    MEMORY_SLOT: tl.constexpr,
-    PARKED: tl.constexpr,
-):
-    """Multi-head attention, head by head: y = sum_h softmax(Q_h K_h^T / sqrt(D/H)) V_h Wo_h^T + bo.
-
-    The loop is not unrolled and its weights are read in it, so one head's are on chip at a time.
-    Returns float32 [M_q, D]; finite, and without meaning, for a query without keys.
-    """
-    D: tl.constexpr = SHAPE.D
-    H: tl.constexpr = SHAPE.H
-    WIDTH: tl.constexpr = D // H
-    PRECISION: tl.constexpr = SHAPE.PRECISION
-    column = tl.arange(0, D)
-    for h in tl.range(0, H, disable_licm=True):
-        head = h * WIDTH + tl.arange(0, WIDTH)
-        _, _, v, p = _project_head(
-            x, x_at, memory, memory_at, memory_length, head, weights, SHAPE, SLOT, MEMORY_SLOT,
-            PARKED,
-        )  # fmt: skip
-        o = product(p.to(x.dtype), v, PRECISION).to(x.dtype)  # [M_q, D/H]
-        out_weight = load_block_transposed(weights.out_weight, column, head, D, x.dtype)  # [D/H, D]
-        y = product(o, out_weight, PRECISION, y)
-    out_bias = tl.load(weights.out_bias + column).to(tl.float32)
-    return y + tl.where(has_keys[:, None], out_bias[None, :], 0.0)
 
 
 @triton.jit
@@ -248,23 +367,24 @@ def attention_bwd(
 @triton.jit
 def ffn(
     x,  # [M, D]
-    x_at,
-    y,  # float32 [M, D], added to
     weights,  # FfnWeights of one stream and step
     SHAPE: tl.constexpr,
-    PARKED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
 ):
-    """relu(x W1^T + b1) W2^T + b2 in blocks of BLOCK_F hidden units: float32 [M, D]."""
+    """relu(x W1^T + b1) W2^T + b2 in blocks of BLOCK_F hidden units: float32 [M, D].
+
+    With RESIDUAL, x is added.
+    """
     D: tl.constexpr = SHAPE.D
     F: tl.constexpr = SHAPE.F
     BLOCK_F: tl.constexpr = SHAPE.BLOCK_F
     PRECISION: tl.constexpr = SHAPE.PRECISION
     column = tl.arange(0, D)
+    y = _start(x, RESIDUAL)
     for start in tl.range(0, F, BLOCK_F, disable_licm=True):
         unit = start + tl.arange(0, BLOCK_F)
-        x = unpark(x, x_at, D, PARKED)
         hidden = linear(x, weights.in_weight, weights.in_bias, unit, D, PRECISION)  # [M, BLOCK_F]
-        hidden = tl.maximum(hidden, 0.0).to(x.dtype)
+        hidden = rounded(tl.maximum(hidden, 0.0), x.dtype)
         out_weight = load_block_transposed(weights.out_weight, column, unit, F, x.dtype)
         y = product(hidden, out_weight, PRECISION, y)
     return y + tl.load(weights.out_bias + column).to(tl.float32)[None, :]

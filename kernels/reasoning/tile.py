@@ -1,4 +1,4 @@
-"""Tiles of sequences: which row holds what, where they stand in memory, parking.
+"""Tiles of sequences: which row holds what, where they stand in memory.
 
 A program holds whole sequences. A stream's tile has M rows of width D, cut into slots of SLOT rows;
 a slot holds one sequence (one user, one trajectory), its events first. SLOT is a power of two of at
@@ -55,6 +55,41 @@ def locate_rows(first, end, lengths_ptr, n_trajectories, size, M: tl.constexpr, 
     return Rows(sequence, position, length, stored, first, row // SLOT * size + position)
 
 
+# Rows of queries that a warp multiplies with the keys of one sequence: no slot has fewer.
+GROUP = tl.constexpr(16)
+
+
+@triton.jit
+def memory_lengths(
+    lengths_ptr, first, end, n_trajectories, size,
+    M: tl.constexpr, SLOT: tl.constexpr, SEQUENCES: tl.constexpr,
+):  # fmt: skip
+    """Events of the memory that each group of GROUP queries reads: int32 [M / GROUP].
+
+    Where one sequence fills the tile all queries are one group: [1].
+    """
+    GROUPS: tl.constexpr = 1 if SEQUENCES == 1 else M // GROUP
+    sequence = first + tl.arange(0, GROUPS) * GROUP // SLOT
+    length = tl.load(lengths_ptr + sequence // n_trajectories, mask=sequence < end, other=0)
+    return tl.minimum(length, size).to(tl.int32)
+
+
+@triton.jit
+def sequence_lengths(
+    lengths_ptr, first, end, n_trajectories, size, SEQUENCES: tl.constexpr
+):  # fmt: skip
+    """Events of each slot's sequence: int32 [SEQUENCES]."""
+    sequence = first + tl.arange(0, SEQUENCES)
+    length = tl.load(lengths_ptr + sequence // n_trajectories, mask=sequence < end, other=0)
+    return tl.minimum(length, size).to(tl.int32)
+
+
+@triton.jit
+def by_sequence(x, SEQUENCES: tl.constexpr):
+    """Cut the rows of a tile [M, D] into those of each slot: [SEQUENCES, SLOT, D]."""
+    return x.reshape(SEQUENCES, x.shape[0] // SEQUENCES, x.shape[1])
+
+
 @triton.jit
 def row_slots(M: tl.constexpr, SLOT: tl.constexpr):
     """Slot of each row, [M]."""
@@ -94,14 +129,6 @@ def store_tile(at, x, D: tl.constexpr):
     start, offset, exists = at
     x = x.to(start.dtype.element_ty)
     tl.store(start + offset + tl.arange(0, D)[None, :], x, mask=exists)
-
-
-@triton.jit
-def park(at, x, D: tl.constexpr, PARKED: tl.constexpr):
-    """If PARKED, store a tile where :func:`unpark` will look for it."""
-    if PARKED:
-        tl.debug_barrier()  # other threads may still read what stands there
-        store_tile(at, x, D)
 
 
 @triton.jit

@@ -1,0 +1,136 @@
+"""Captured models: which bucket computes what, and what is refused; on a GPU, the bits."""
+
+import pytest
+import torch
+
+from lcr_fast.batch import Batch
+from lcr_fast.capture import capture
+from lcr_fast.config import LCRConfig
+from lcr_fast.model import LCRSER
+from lcr_fast.testing import random_batch
+
+CONFIG = LCRConfig(
+    n_items=30, n_users=9, n_queries=9, n_terms=9, dim=8, steps=2, max_search_len=4, max_rec_len=5,
+    max_clicks=3, mlp_hidden=(8,),
+)  # fmt: skip
+SIZES = {"batch_sizes": (4, 1), "n_candidates": 6, "max_terms": 3}
+
+
+def draw(n_users: int, n_candidates: int = 5, seed: int = 0, config: LCRConfig = CONFIG) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    return random_batch(config, n_users, n_candidates, generator)
+
+
+class Recorded:
+    """A graph that computes again what it was made of, as a replay does."""
+
+    made: list["Recorded"]
+
+    def capture(self, function):
+        self.made.append(self)
+        self.function, self.out, self.replays = function, function(), 0
+        return self.out
+
+    def replay(self):
+        self.replays += 1
+        self.out.copy_(self.function())
+
+
+@pytest.fixture
+def model() -> LCRSER:
+    torch.manual_seed(0)
+    return LCRSER(CONFIG).eval()
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> list[Recorded]:
+    monkeypatch.setattr(Recorded, "made", [], raising=False)
+    return Recorded.made
+
+
+@pytest.mark.parametrize("n_users", [1, 3, 4])
+def test_a_batch_is_scored_by_the_smallest_bucket_that_holds_it(model, graphs, n_users):
+    captured = capture(model, **SIZES, graph=Recorded)
+    batch = draw(n_users)
+    scores = captured(batch)
+    one, four = graphs
+    assert (one.replays, four.replays) == ((1, 0) if n_users == 1 else (0, 1))
+    padded = captured.padded(batch)
+    assert len(padded) == (1 if n_users == 1 else 4)
+    with torch.inference_mode():
+        assert torch.equal(scores, model(padded)[:n_users, :5])
+        torch.testing.assert_close(scores, model(batch))
+
+
+def test_results_outlive_the_next_call_and_nothing_of_a_batch_stays(model, graphs):
+    captured = capture(model, **SIZES, graph=Recorded)
+    wide = draw(4, n_candidates=6, seed=1)
+    narrow = draw(2, n_candidates=2, seed=2)
+    alone = captured(narrow)
+    first = captured(wide)
+    kept = first.clone()
+    assert torch.equal(captured(narrow), alone)
+    assert torch.equal(first, kept)
+
+
+def test_more_users_than_the_largest_bucket_come_in_pieces(model, graphs):
+    captured = capture(model, **SIZES, graph=Recorded)
+    batch = draw(9)
+    scores = captured(batch)
+    assert scores.shape == (9, batch.candidates.shape[1])
+    assert [graph.replays for graph in graphs] == [1, 2]
+    assert torch.equal(scores[4:8], captured(batch.rows(slice(4, 8))))
+    assert captured(batch.rows(slice(0))).shape == (0, batch.candidates.shape[1])
+
+
+def test_weights_that_change_are_read_anew(model, graphs):
+    captured = capture(model, **SIZES, graph=Recorded)
+    batch = draw(4)
+    before = captured(batch)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    assert not torch.equal(captured(batch), before)
+
+
+def test_what_was_not_captured_is_named(model, graphs):
+    captured = capture(model, **SIZES, graph=Recorded)
+    with pytest.raises(ValueError, match=r"candidates has shape \[B, 7\], but at most \[B, 6\]"):
+        captured(draw(2, n_candidates=7))
+    with pytest.raises(ValueError, match="9 users are more than the largest batch, 4"):
+        captured.padded(draw(9))
+
+
+def test_what_cannot_be_captured_is_refused(model):
+    with pytest.raises(ValueError, match="only a model on a GPU can be captured, this one is on"):
+        capture(model)
+    with pytest.raises(ValueError, match=r"batch_sizes must be positive numbers, got \(0, 2\)"):
+        capture(model, (2, 0), graph=Recorded)
+    with pytest.raises(ValueError, match="n_candidates must be positive"):
+        capture(model, n_candidates=0, graph=Recorded)
+    with pytest.raises(ValueError, match=r"model in training .* model.eval\(\)"):
+        capture(model.train(), graph=Recorded)
+
+    class Failing:
+        def capture(self, function):
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    with pytest.raises(RuntimeError, match=r"cannot be captured: operation not permitted$"):
+        capture(model.eval(), graph=Failing)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_replays_have_the_bits_of_the_padded_batch(dtype):
+    config = CONFIG.replace(dim=64, mlp_hidden=(200, 80), max_search_len=30, max_rec_len=30)
+    torch.manual_seed(0)
+    model = LCRSER(config).to("cuda", dtype).eval()
+    captured = capture(model, (1, 16), n_candidates=6, max_terms=3)
+    assert captured.memory_bytes > 0
+    for seed, n_users in enumerate((1, 7, 16, 40)):
+        batch = draw(n_users, 6, seed, config)
+        with torch.inference_mode():
+            pieces = [batch.rows(slice(i, i + 16)) for i in range(0, n_users, 16)]
+            plain = [model(captured.padded(p).to("cuda"))[: len(p), :6] for p in pieces]
+        assert torch.equal(captured(batch), torch.cat(plain))

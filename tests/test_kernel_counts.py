@@ -1,0 +1,59 @@
+"""What a user costs a kernel in a step, counted in listings as nvdisasm prints them."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+from kernel_counts import Counts, count_step
+from test_sass import listing
+
+HEADS = [
+    ".L_heads:",
+    "HGMMA.64x32x16.F32.BF16 R24, gdesc[UR4], R24, gsb0",
+    "MUFU.EX2 R3, R3",
+    "STSM.16.M88.4 [R1], R4",
+    "BAR.SYNC.DEFER_BLOCKING 0x0",
+    "@P1 BRA `(.L_heads)",
+]
+UNITS = [
+    ".L_units:",
+    "HMMA.16816.F32.BF16 R4, R4, R8, R4",
+    "LDG.E.128 R8, [R2.64]",
+    "@P2 BRA `(.L_units)",
+]
+STEPS = [
+    "LDG.E R1, [R2.64]", ".L_steps:", "FADD R1, R1, R1", *HEADS, *UNITS, "STL.64 [R1], R2",
+    "LDS R3, [R4]", "@P0 BRA `(.L_steps)", "STG.E [R2.64], R1",
+]  # fmt: skip
+
+
+def test_loops_inside_the_steps_count_as_often_as_they_are_passed():
+    assert count_step(listing(*STEPS), head_blocks=2, unit_blocks=3) == Counts(
+        instructions=2 * 5 + 3 * 3 + 4,
+        products=2 + 3,
+        shared=2 * 512 + 32 * 4,
+        device=3 * 32 * 16,
+        spilled=32 * 8,
+        barriers=2,
+    )
+
+
+def test_a_step_without_loops_inside_counts_once():
+    found = count_step(listing(".L_steps:", "MUFU.EX2 R3, R3", "@P0 BRA `(.L_steps)"), 2, 3)
+    assert found == Counts(2, 0, 0, 0, 0, 0)
+
+
+def test_a_call_that_does_not_return_leaves_a_loop_too():
+    """So ptxas leaves loops of code for compute capability 8."""
+    steps = [
+        ".L_steps:", "FADD R1, R1, R1", ".L_units:", "HMMA.16816.F32.BF16 R4, R4, R8, R4",
+        "@!P0 CALL.REL.NOINC `(.L_out)", "BRA `(.L_units)", ".L_out:", "@P1 BRA `(.L_steps)",
+    ]  # fmt: skip
+    found = count_step(listing(*steps), head_blocks=2, unit_blocks=3)
+    assert found.products == 3
+    assert found.instructions == 3 * 3 + 2
+
+
+def test_a_kernel_without_steps_is_named():
+    with pytest.raises(ValueError, match="the kernel has no loop"):
+        count_step(listing("MUFU.EX2 R3, R3"), 1, 1)
