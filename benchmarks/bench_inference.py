@@ -72,10 +72,13 @@ class Scorers:
         copies = [t.repeat_interleave(C, 0) for t in (search, rec)]
         lengths = [t.repeat_interleave(C) for t in (batch.search_lengths, batch.rec_lengths)]
         scores = ops.score(
-            *copies, *lengths, model.item_vectors(batch.candidates).flatten(0, 1).unsqueeze(1),
-            model.user_vectors(batch.user).repeat_interleave(C, 0), model.head.weights(),
+            *copies,
+            *lengths,
+            model.item_vectors(batch.candidates).flatten(0, 1).unsqueeze(1),
+            model.user_vectors(batch.user).repeat_interleave(C, 0),
+            model.head.weights(),
             backend="reference",
-        )  # fmt: skip
+        )
         return scores.view(len(batch), C)
 
 
@@ -100,9 +103,10 @@ def prepare(benchmark, compiles, capture, device):
             turns[name] = replay
         benchmark.extra_info |= {
             "case": f"K = {K}, {n_users} x {C}" + f", {precision}" * (precision != "fp32"),
-            "device": device, "users": n_users,
+            "device": device,
+            "users": n_users,
             "axes": {"K": K, "B": n_users, "C": C, "d": D, "L": L, "dtype": precision},
-        }  # fmt: skip
+        }
         return turns, batches
 
     return prepare
@@ -115,9 +119,12 @@ def test_latency(prepare, race, precision, n_users, K):
         turns, _ = prepare(K, n_users, precision)
         ours = turns.pop("")
         race(
-            ours, {name: (f, 1.0) for name, f in turns.items()}, rounds=REQUESTS, seconds=4.0,
+            ours,
+            {name: (f, 1.0) for name, f in turns.items()},
+            rounds=REQUESTS,
+            seconds=4.0,
             single=True,
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.benchmark(group="inference, batch")
@@ -145,6 +152,8 @@ def test_batch(benchmark, prepare, race, small, ceilings, device, precision, n_u
         ) / len(batches) + n_users * work.head_flops(C, (4 * D, 200, 80, 1))
         rate = flops / benchmark.stats.stats.median / 1e9
         benchmark.extra_info |= {
-            "FLOPs": flops, "GFLOP/s": rate, "peak bytes": peaks,
+            "FLOPs": flops,
+            "GFLOP/s": rate,
+            "peak bytes": peaks,
             "share of matmul rate": rate / ceilings[f"matmul {precision} GFLOP/s"],
-        }  # fmt: skip
+        }

@@ -105,8 +105,11 @@ def finish(benchmark, race):
     def finish(function, others, B: int, C: int, device: str) -> None:
         size = 4 * B * C
         benchmark.extra_info |= {
-            "case": f"{B:,} x {C:,}", "bytes": size, "device": device, "axes": {"B": B, "C": C},
-        }  # fmt: skip
+            "case": f"{B:,} x {C:,}",
+            "bytes": size,
+            "device": device,
+            "axes": {"B": B, "C": C},
+        }
         medians = race(function, others, seconds=2.0, on=device)
         if medians:
             # A copy reads and writes every byte, we only read.

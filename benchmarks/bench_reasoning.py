@@ -95,7 +95,7 @@ def forward_cases(device: str) -> dict[Case, bool]:
         cases[centre._replace(compiled=True)] = False
         axes = _around(
             centre, L=(20, 50), d=(32, 128), K=(1, 3), lengths=("random",), dtype=("bf16",)
-        )  # fmt: skip
+        )
         cases |= dict.fromkeys(axes, True)
     return cases | dict.fromkeys(_around(Case(1), B=(8, 64)), True)
 

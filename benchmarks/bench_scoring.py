@@ -62,14 +62,16 @@ def finish(benchmark, race, ceilings, device):
         flops = work.training_flops(flops) if backward else flops
         case = f"{B} x {C:,}" + ", forward and backward" * backward
         benchmark.extra_info |= {
-            "case": case + f", {precision}" * (precision != "fp32"), "device": device,
+            "case": case + f", {precision}" * (precision != "fp32"),
+            "device": device,
             "axes": {"B": B, "C": C, "dtype": precision, "backward": backward},
-        }  # fmt: skip
+        }
         race(ours, others, seconds=2.0)
         if benchmark.enabled:
             rate = flops / benchmark.stats.stats.median / 1e9
             benchmark.extra_info |= {
-                "FLOPs": flops, "GFLOP/s": rate,
+                "FLOPs": flops,
+                "GFLOP/s": rate,
                 "share of matmul rate": rate / ceilings[f"matmul {precision} GFLOP/s"],
                 "peak bytes": {"": harness.peak_bytes(ours, device)}
                 | {
@@ -77,7 +79,7 @@ def finish(benchmark, race, ceilings, device):
                     for name, (f, _) in others.items()
                     if name not in harness.CAPTURED.values()
                 },
-            }  # fmt: skip
+            }
 
     return finish
 
@@ -86,14 +88,14 @@ def finish(benchmark, race, ceilings, device):
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward and backward"])
 @pytest.mark.parametrize(
     ("B", "C"),
-    [pytest.param(256, 5, marks=pytest.mark.extended),
-     pytest.param(64, 100, marks=pytest.mark.compiled),
-     pytest.param(8, 1000, marks=pytest.mark.extended)],
+    [
+        pytest.param(256, 5, marks=pytest.mark.extended),
+        pytest.param(64, 100, marks=pytest.mark.compiled),
+        pytest.param(8, 1000, marks=pytest.mark.extended),
+    ],
     ids=["256-5", "64-100", "8-1,000"],
-)  # fmt: skip
-def test_candidates(
-    benchmark, finish, small, compiles, capture, device, B, C, backward, precision
-):  # fmt: skip
+)
+def test_candidates(benchmark, finish, small, compiles, capture, device, B, C, backward, precision):
     generator = torch.Generator().manual_seed(0)
     B, dtype = min(B, 2) if small else B, harness.DTYPES[precision]
     states, user, weights = make_inputs(B, generator, device, dtype)
@@ -142,11 +144,13 @@ def assert_scores(states, candidates, user, weights, precision: str) -> None:
 @pytest.mark.parametrize("B", [1, 32])
 @pytest.mark.parametrize(
     "n_items",
-    [pytest.param(10_000, marks=pytest.mark.extended),
-     pytest.param(100_000, marks=pytest.mark.compiled),
-     pytest.param(1_000_000, marks=pytest.mark.extended)],
+    [
+        pytest.param(10_000, marks=pytest.mark.extended),
+        pytest.param(100_000, marks=pytest.mark.compiled),
+        pytest.param(1_000_000, marks=pytest.mark.extended),
+    ],
     ids=lambda n: f"{n:,}",
-)  # fmt: skip
+)
 @torch.no_grad()
 def test_catalogue(benchmark, finish, small, compiles, device, n_items, B, precision):
     """Top-k of every item. The others are given as many of the items as take about a second."""

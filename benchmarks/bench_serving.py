@@ -85,10 +85,14 @@ def engines(path, n_threads):
         import openvino
 
         compiled = openvino.Core().compile_model(
-            path, "CPU",
-            {"INFERENCE_NUM_THREADS": n_threads, "INFERENCE_PRECISION_HINT": "f32",
-             "PERFORMANCE_HINT": "LATENCY"},
-        )  # fmt: skip
+            path,
+            "CPU",
+            {
+                "INFERENCE_NUM_THREADS": n_threads,
+                "INFERENCE_PRECISION_HINT": "f32",
+                "PERFORMANCE_HINT": "LATENCY",
+            },
+        )
         asked = compiled.create_infer_request()
         inputs = [value.get_any_name() for value in compiled.inputs]
 
@@ -119,9 +123,11 @@ def test_request_beside_other_engines(benchmark, race, small, model, onnx_file, 
         turns = {name: harness.rotate(f, sets) for name, f in functions.items()}
         K = model.config.steps
         benchmark.extra_info |= {
-            "case": f"K = {K}, {n_users} x {C}, threads {n_threads}", "device": "cpu",
-            "users": n_users, "axes": {"K": K, "B": n_users, "C": C, "threads": n_threads},
-        }  # fmt: skip
+            "case": f"K = {K}, {n_users} x {C}, threads {n_threads}",
+            "device": "cpu",
+            "users": n_users,
+            "axes": {"K": K, "B": n_users, "C": C, "threads": n_threads},
+        }
         ours = turns.pop("")
         others = {name: (f, 1.0) for name, f in turns.items()}
         race(ours, others, rounds=300, seconds=4.0, single=True)
@@ -149,14 +155,18 @@ def test_request_beside_busy_neighbours(benchmark, race, small, model, n_neighbo
         sets = [(batch,) for batch in batches(model, 1)]
         K = model.config.steps
         benchmark.extra_info |= {
-            "case": f"K = {K}, 1 x {C}, busy neighbours {n_neighbours}", "device": "cpu",
-            "users": 1, "axes": {"K": K, "neighbours": n_neighbours},
-        }  # fmt: skip
+            "case": f"K = {K}, 1 x {C}, busy neighbours {n_neighbours}",
+            "device": "cpu",
+            "users": 1,
+            "axes": {"K": K, "neighbours": n_neighbours},
+        }
         race(
             harness.rotate(Scorer(model), sets),
             {
                 "two threads": (harness.rotate(Scorer(model, 2), sets), 1.0),
                 "op by op": (harness.rotate(model, sets), 1.0),
             },
-            rounds=300, seconds=10.0, single=True,
-        )  # fmt: skip
+            rounds=300,
+            seconds=10.0,
+            single=True,
+        )

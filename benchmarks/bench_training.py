@@ -36,15 +36,18 @@ def data(tmp_path_factory):
 @pytest.mark.parametrize("objective", PHASES)
 @pytest.mark.parametrize(
     "steps",
-    [pytest.param(0, marks=EXTENDED), pytest.param(1, marks=EXTENDED), 3,
-     pytest.param(5, marks=EXTENDED)],
-)  # fmt: skip
+    [
+        pytest.param(0, marks=EXTENDED),
+        pytest.param(1, marks=EXTENDED),
+        3,
+        pytest.param(5, marks=EXTENDED),
+    ],
+)
 def test_training_step(benchmark, race, data, device, small, tmp_path, steps, objective, precision):
     users = 8 if small else BATCH[device, objective]
     options = TrainConfig(
-        n_negatives=4, align_queries=0.0,
-        precision="bfloat16" if precision == "bf16" else "float32",
-    )  # fmt: skip
+        n_negatives=4, align_queries=0.0, precision="bfloat16" if precision == "bf16" else "float32"
+    )
 
     def make_step(backend: str):
         torch.manual_seed(0)
@@ -62,9 +65,10 @@ def test_training_step(benchmark, race, data, device, small, tmp_path, steps, ob
     benchmark.extra_info |= {
         "case": f"{PHASES[objective]}, K = {steps}, {users} users"
         + f", {precision}" * (precision != "fp32"),
-        "users": users, "device": device,
+        "users": users,
+        "device": device,
         "axes": {"K": steps, "B": users, "phase": PHASES[objective], "dtype": precision},
-    }  # fmt: skip
+    }
     # Eager mixes halves with weights that are none, so every operation rounds as it says.
     with harness.multiplying_in("fp32" if precision == "bf16" else precision):
         ours, eager = make_step("auto"), make_step("reference")

@@ -151,10 +151,13 @@ def _spread_pytest(
         words = (*_PYTEST, "-n", str(jobs), "--dist", "worksteal", *options, *map(str, files))
         return Part(name, [[Command(name, words, environment=_ONE_THREAD, is_pytest=True)]])
     chains = [
-        [Command(file.stem, (*_PYTEST, *options, str(file)), environment=_ONE_THREAD,
-                 is_pytest=True)]
+        [
+            Command(
+                file.stem, (*_PYTEST, *options, str(file)), environment=_ONE_THREAD, is_pytest=True
+            )
+        ]
         for file in files
-    ]  # fmt: skip
+    ]
     return Part(name, chains, jobs, note="pytest-xdist is not installed: one process a file")
 
 

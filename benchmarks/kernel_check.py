@@ -77,10 +77,14 @@ def _forward_alone(call: Reasoning, backend: str) -> dict[str, Tensor]:
     weights = ReasoningWeights(*(inputs[name] for name in ReasoningWeights._fields))
     with torch.inference_mode():
         reasoned = ops.latent_reasoning(
-            inputs["search"], inputs["rec"], *call.lengths, weights,
-            Steps(call.case.steps, call.case.n_heads), target_keys=inputs.get("target_keys"),
+            inputs["search"],
+            inputs["rec"],
+            *call.lengths,
+            weights,
+            Steps(call.case.steps, call.case.n_heads),
+            target_keys=inputs.get("target_keys"),
             backend=backend,
-        )  # fmt: skip
+        )
     return {name: t for name, t in reasoned._asdict().items() if t is not None}
 
 
@@ -210,9 +214,7 @@ def _check_catalogue(setting: Setting, drawn: _Scoring) -> None:
     assert not out.gather(1, ids).any(), "an excluded item is among the best"
     assert all(len(set(row)) == K for row in ids.tolist()), "an item occurs twice"
     out.scatter_(1, target[:, None], True)
-    least, most = (
-        1 + ((exact >= wanted + far) & ~out).sum(1) for far in (margin, -margin)
-    )  # fmt: skip
+    least, most = (1 + ((exact >= wanted + far) & ~out).sum(1) for far in (margin, -margin))
     assert ((rank >= least) & (rank <= most)).all(), f"ranks {rank}, not {least} to {most}"
 
 
@@ -232,14 +234,17 @@ def ranking_metrics(setting: Setting) -> None:
     B, n_items = 37, 1003
     counts = torch.randint(1, n_items + 1, (B,), generator=generator)
     lists = {
-        "scores": integers(B, n_items), "counts": counts, "target": counts // 2,
+        "scores": integers(B, n_items),
+        "counts": counts,
+        "target": counts // 2,
         "excluded": torch.rand(B, n_items, generator=generator) < 0.2,
-    }  # fmt: skip
+    }
     vectors = {
-        "users": integers(B, 16), "items": integers(n_items, 16),
+        "users": integers(B, 16),
+        "items": integers(n_items, 16),
         "target": torch.randint(n_items, (B,), generator=generator),
         "seen": torch.randint(-1, n_items, (B, 7), generator=generator),
-    }  # fmt: skip
+    }
     for function, inputs in (
         (ranking.ranking_metrics, lists),
         (ranking.catalogue_metrics, vectors),

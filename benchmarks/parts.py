@@ -180,10 +180,14 @@ class Runner:
     def _wait(self, command: Command, seconds: float, output) -> int | None:
         """Return the exit status, or None for what had to be stopped, with all that it started."""
         process = subprocess.Popen(
-            command.words, cwd=self._root, env={**self._environment, **command.environment},
-            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            command.words,
+            cwd=self._root,
+            env={**self._environment, **command.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
             start_new_session=True,
-        )  # fmt: skip
+        )
         with self._lock:
             self._running.add(process)
         try:

@@ -61,9 +61,13 @@ class Line(NamedTuple):
 def make_model(data: PreparedData, arguments: argparse.Namespace) -> LCRSER:
     torch.manual_seed(0)
     config = LCRConfig(
-        dim=arguments.dim, steps=arguments.steps, max_search_len=MAX_LENGTH,
-        max_rec_len=MAX_LENGTH, max_clicks=2, backend=arguments.backend,
-    )  # fmt: skip
+        dim=arguments.dim,
+        steps=arguments.steps,
+        max_search_len=MAX_LENGTH,
+        max_rec_len=MAX_LENGTH,
+        max_clicks=2,
+        backend=arguments.backend,
+    )
     return attach_text(LCRSER(fit_config(data, config)), data).to(arguments.device)
 
 

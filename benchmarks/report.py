@@ -25,9 +25,13 @@ from lcr_fast.experiments.plots import new_figure, save_figure
 OURS = "lcr_fast"
 # Marks of the others in every plot; an unknown name takes what is left.
 _STYLES = {
-    "eager": "#4477aa", "torch.compile": "#ee6677", "captured": "#009988",
-    "captured eager": "#aa3377", "repeated history": "#ccbb44", "N calls": "#ccbb44",
-}  # fmt: skip
+    "eager": "#4477aa",
+    "torch.compile": "#ee6677",
+    "captured": "#009988",
+    "captured eager": "#aa3377",
+    "repeated history": "#ccbb44",
+    "N calls": "#ccbb44",
+}
 _SPARE = ("#228833", "#66ccee", "#888888")
 _MOST_SERIES = 4  # in one panel
 _MOST_LINES = 12  # in one panel, of all series
@@ -97,9 +101,13 @@ def _entry(raw: dict[str, Any]) -> Entry:
     info, stats = raw["extra_info"], raw["stats"]
     others = {name: other["median"] for name, other in info.get("others", {}).items()}
     return Entry(
-        raw["group"] or "other", str(info.get("case", raw["name"])), info.get("axes", {}),
-        {OURS: stats["median"], **others}, (stats["q1"], stats["q3"]), info,
-    )  # fmt: skip
+        raw["group"] or "other",
+        str(info.get("case", raw["name"])),
+        info.get("axes", {}),
+        {OURS: stats["median"], **others},
+        (stats["q1"], stats["q3"]),
+        info,
+    )
 
 
 # -- tables ---------------------------------------------------------------------------------------
@@ -280,9 +288,7 @@ def _series(entries: list[Entry], axis: str) -> dict[str, list[Entry]]:
         if axis in entry.axes:
             rest = tuple((name, v) for name, v in entry.axes.items() if name != axis)
             found.setdefault(rest, []).append(entry)
-    found = {
-        rest: some for rest, some in found.items() if len({e.axes[axis] for e in some}) > 1
-    }  # fmt: skip
+    found = {rest: some for rest, some in found.items() if len({e.axes[axis] for e in some}) > 1}
     if len(found) > _MOST_SERIES:
         longest = max(map(len, found.values()))
         found = {rest: some for rest, some in found.items() if len(some) == longest}

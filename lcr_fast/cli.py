@@ -142,9 +142,12 @@ def _add_prepare(commands: Any) -> None:
     from lcr_fast.data import SOURCES
 
     parser = _command(
-        commands, "prepare", _prepare, "turn raw logs into prepared data",
+        commands,
+        "prepare",
+        _prepare,
+        "turn raw logs into prepared data",
         "Read raw logs, split them by time and write a folder of plain arrays.",
-    )  # fmt: skip
+    )
     parser.add_argument("source", choices=sorted(SOURCES), help="format of the raw data")
     parser.add_argument(
         "input", metavar="IN", help="file or folder of the raw data; - for the default synthetic"
@@ -168,47 +171,68 @@ def _add_prepare(commands: Any) -> None:
         "--min-search-history", type=int, default=0, help="searches before a target"
     )
     parser.add_argument(
-        "--split", choices=("user", "time"), default="user",
+        "--split",
+        choices=("user", "time"),
+        default="user",
         help="hold out each user's last targets, or what comes last of all users'",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--time-shares", type=float, nargs=2, default=(0.1, 0.1), metavar=("VALID", "TEST"),
+        "--time-shares",
+        type=float,
+        nargs=2,
+        default=(0.1, 0.1),
+        metavar=("VALID", "TEST"),
         help="shares of the samples that --split time holds out",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--k-core", type=int, default=0, metavar="K",
+        "--k-core",
+        type=int,
+        default=0,
+        metavar="K",
         help="drop users and items with fewer than K events, again and again",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--vocabulary", type=Path, metavar="DATA",
+        "--vocabulary",
+        type=Path,
+        metavar="DATA",
         help="prepared data whose ids keep their numbers, so that its models read OUT too",
-    )  # fmt: skip
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace prepared data at OUT")
     reading = parser.add_argument_group("how to read", "Not every format has each of these.")
     reading.add_argument(
-        "--keep-duplicates", action="store_true", default=None,
+        "--keep-duplicates",
+        action="store_true",
+        default=None,
         help="keep rows that repeat another exactly; they are dropped otherwise",
-    )  # fmt: skip
+    )
     reading.add_argument(
-        "--time-unit", choices=("s", "ms", "us", "ns"),
+        "--time-unit",
+        choices=("s", "ms", "us", "ns"),
         help="of frames; default: ms, of RecBole files s",
-    )  # fmt: skip
+    )
     reading.add_argument(
-        "--test-query", action="store_true", default=None,
+        "--test-query",
+        action="store_true",
+        default=None,
         help="of jdsearch: make the product found by a user's test query a target",
-    )  # fmt: skip
+    )
     reading.add_argument(
-        "--targets", nargs="+", metavar="ACTION",
+        "--targets",
+        nargs="+",
+        metavar="ACTION",
         help="of synerise and ubi: the actions that may be predicted; default: carts, or clicks",
-    )  # fmt: skip
+    )
 
 
 def _add_inspect(commands: Any) -> None:
     parser = _command(
-        commands, "inspect", _inspect, "say what prepared data hold, and what may mislead",
+        commands,
+        "inspect",
+        _inspect,
+        "say what prepared data hold, and what may mislead",
         "Print sizes, spans, histories, repeats, ties, coverage, leakage in time and what the "
         "streams share, and warn of what makes results mean little.",
-    )  # fmt: skip
+    )
     parser.add_argument("data", metavar="DATA", type=Path, help="prepared data")
     parser.add_argument("--split", choices=("valid", "test"), default="test")
 
@@ -232,10 +256,13 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_train(commands: Any) -> None:
     parser = _command(
-        commands, "train", _train, "train and compare Base, LCR, LCR+TCL and LCR+TCL+RL",
+        commands,
+        "train",
+        _train,
+        "train and compare Base, LCR, LCR+TCL and LCR+TCL+RL",
         "Train the models of the paper's ablation on prepared data (without --data: on synthetic "
         "data made for it), evaluate them side by side, print a table and write plots.",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--variants",
         nargs="+",
@@ -251,19 +278,24 @@ def _add_protocols(parser: argparse.ArgumentParser) -> None:
     from lcr_fast.training.evaluation import PROTOCOLS
 
     parser.add_argument(
-        "--protocols", nargs="+", choices=PROTOCOLS, default=list(PROTOCOLS),
+        "--protocols",
+        nargs="+",
+        choices=PROTOCOLS,
+        default=list(PROTOCOLS),
         help="what targets are ranked among, where the data has it",
-    )  # fmt: skip
+    )
 
 
 def _add_catalogue_users(parser: argparse.ArgumentParser) -> None:
     from lcr_fast.training.evaluation import CATALOGUE_SECONDS
 
     parser.add_argument(
-        "--catalogue-users", type=int, metavar="N",
+        "--catalogue-users",
+        type=int,
+        metavar="N",
         help="test users ranked in the whole catalogue, the same for every model; 0 for all; "
         f"default: as many as take some {CATALOGUE_SECONDS} s a model on two cores",
-    )  # fmt: skip
+    )
 
 
 def _add_any_data(parser: argparse.ArgumentParser, help: str) -> None:
@@ -299,67 +331,100 @@ def _add_study(commands: Any) -> None:
     )
     studies = parser.add_subparsers(dest="study", required=True, metavar="STUDY")
     rl = _command(
-        studies, "rl", _study_rl, "rewards and settings of phase 2, beside its control",
+        studies,
+        "rl",
+        _study_rl,
+        "rewards and settings of phase 2, beside its control",
         "Train phase 1 once a seed, then phase 2 with each reward and along each axis, every model "
         "beside its control (the same noisy trajectories under the ranking loss L_rank alone). All "
         "seeds share the data. The default takes about 25 minutes on two cores.",
-    )  # fmt: skip
+    )
     rl.add_argument(
-        "--rewards", nargs="*", default=list(study.REWARDS),
+        "--rewards",
+        nargs="*",
+        default=list(study.REWARDS),
         help="rewards to compare: hr@k, ndcg@k, mrr, sums such as 0.5*hr@1+0.5*ndcg@10",
-    )  # fmt: skip
+    )
     rl.add_argument(
-        "--axes", nargs="*", default=list(study.AXES), metavar="NAME[=V,V,...]",
+        "--axes",
+        nargs="*",
+        default=list(study.AXES),
+        metavar="NAME[=V,V,...]",
         help="fields of phase 2 to vary one at a time, with the values to try",
-    )  # fmt: skip
+    )
     paper = _command(
-        studies, "paper", _study_paper, "the paper's ablation and figures",
+        studies,
+        "paper",
+        _study_paper,
+        "the paper's ablation and figures",
         "Train Base, LCR, LCR+TCL, LCR+TCL+RL and its control over seeds, and the last three for "
         "each number of reasoning steps; measure distances to the target and latency. All seeds "
         "share the data. The default takes about 30 minutes on two cores.",
-    )  # fmt: skip
+    )
     paper.add_argument(
-        "--all-steps", type=int, nargs="+", default=list(study.STEPS), metavar="K",
+        "--all-steps",
+        type=int,
+        nargs="+",
+        default=list(study.STEPS),
+        metavar="K",
         help="numbers of reasoning steps to compare",
-    )  # fmt: skip
+    )
     grid = _command(
-        studies, "grid", _study_grid, "stability maps of TCL and of phase 2",
+        studies,
+        "grid",
+        _study_grid,
+        "stability maps of TCL and of phase 2",
         "Train the model for every pair of two settings: TCL's margin and weight, with both "
         "distances, and phase 2's KL weight and noise. Marks what is level with the best. All "
         "seeds share the data. The default takes about 25 minutes on one core.",
-    )  # fmt: skip
+    )
     grid.add_argument(
         "--maps", nargs="+", choices=tuple(MAPS), default=list(MAPS), help="which maps to make"
     )
     latency = _command(
-        studies, "latency", _study_latency, "accuracy against steps and time",
+        studies,
+        "latency",
+        _study_latency,
+        "accuracy against steps and time",
         "Train Base, LCR for K = 1 to --steps, LCR with every step supervised, and a student of "
         "K = 0; set their NDCG against the time of a forward, and rules for leaving early against "
         "the best fixed number of steps, as many steps at random, and an oracle.",
-    )  # fmt: skip
+    )
     strata = _command(
-        studies, "strata", _study_strata, "who gains from the steps",
+        studies,
+        "strata",
+        _study_strata,
+        "who gains from the steps",
         "Train what study latency trains, or with --resume read it back, and show the differences "
         "to Base by likeness of the histories, searches, noise and kind of target.",
-    )  # fmt: skip
+    )
     strata.add_argument(
-        "--runs", type=Path, nargs="+", metavar="RUN",
+        "--runs",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
         help="train nothing: strata of finished runs of lcr-fast train, of --data or their own",
-    )  # fmt: skip
+    )
     strata.add_argument(
-        "--noise", type=float, nargs="*", default=[], metavar="CHANCE",
+        "--noise",
+        type=float,
+        nargs="*",
+        default=[],
+        metavar="CHANCE",
         help="also train Base and LCR on synthetic worlds with these chances of a noise search",
-    )  # fmt: skip
+    )
     strata.add_argument(
-        "--disjoint", action="store_true",
+        "--disjoint",
+        action="store_true",
         help="also on a synthetic world whose searches have nothing to do with the events",
-    )  # fmt: skip
+    )
     for each in (rl, paper, grid, latency, strata):
         each.add_argument("--seeds", type=int, help="number of seeds, from --seed on; default: 3")
         each.add_argument(
-            "--quick", action="store_true",
+            "--quick",
+            action="store_true",
             help="one seed, one short epoch, few users if synthetic: to see that it runs",
-        )  # fmt: skip
+        )
         _add_job_options(each, STUDY_DEFAULTS)
 
 
@@ -393,9 +458,12 @@ def _add_evaluate(commands: Any) -> None:
     from lcr_fast.training.ranks import CUTS
 
     parser = _command(
-        commands, "evaluate", _evaluate, "evaluate a saved model",
+        commands,
+        "evaluate",
+        _evaluate,
+        "evaluate a saved model",
         "Print ranking metrics with 95 % bootstrap intervals, by candidate set and kind of target.",
-    )  # fmt: skip
+    )
     _add_model_arguments(parser)
     parser.add_argument("--split", choices=("valid", "test"), default="test")
     _add_protocols(parser)
@@ -408,10 +476,13 @@ def _add_evaluate(commands: Any) -> None:
 
 def _add_baselines(commands: Any) -> None:
     parser = _command(
-        commands, "baselines", _baselines, "evaluate the baselines that count",
+        commands,
+        "baselines",
+        _baselines,
+        "evaluate the baselines that count",
         "Print what popularity, recency, and counts of items after the last query or item reach on "
         "the test users, by candidate set and kind of target. Nothing is trained.",
-    )  # fmt: skip
+    )
     parser.add_argument("--data", type=Path, required=True, help="prepared data")
     _add_protocols(parser)
     _add_catalogue_users(parser)
@@ -420,18 +491,24 @@ def _add_baselines(commands: Any) -> None:
 
 def _add_compare(commands: Any) -> None:
     parser = _command(
-        commands, "compare", _compare, "compare runs user by user, with paired intervals",
+        commands,
+        "compare",
+        _compare,
+        "compare runs user by user, with paired intervals",
         "Print the differences between the models of runs on the same prepared data: by candidate "
         "set and kind of target, the first run less the second. Several seeds: name the runs of "
         "each group in the order of their seeds, the second group behind --than. Intervals over "
         "users are paired bootstraps of each user's difference, averaged over seeds; those over "
         "seeds are Student's t of the seeds' means.",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "runs", metavar="RUN", type=Path, nargs="+",
+        "runs",
+        metavar="RUN",
+        type=Path,
+        nargs="+",
         help="folder of a job (its models are compared by name), of a seed of a study, or of one "
         "model in it; without --than two of them",
-    )  # fmt: skip
+    )
     parser.add_argument("--than", metavar="RUN", type=Path, nargs="+", help="the second group")
     parser.add_argument("--metric", default="ndcg@5", help="hr@k, ndcg@k or mrr")
     _add_any_data(parser, "compare although the runs are of other prepared data")
@@ -440,21 +517,27 @@ def _add_compare(commands: Any) -> None:
 
 def _add_report(commands: Any) -> None:
     parser = _command(
-        commands, "report", _report, "write a page that shows a run",
+        commands,
+        "report",
+        _report,
+        "write a page that shows a run",
         "Write one HTML file that needs no network: results with intervals, differences, learning "
         "curves, what the states do, a few users with their histories, and the data.",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "run_folder", metavar="RUN", type=Path,
+        "run_folder",
+        metavar="RUN",
+        type=Path,
         help="folder of a job, of a seed of a study, or of a study (its first seed)",
-    )  # fmt: skip
+    )
     parser.add_argument("--data", type=Path, help="prepared data; default: those in RUN")
     parser.add_argument("-o", "--out", type=Path, help="file to write; default: RUN/report.html")
     parser.add_argument("--users", type=int, default=6, metavar="N", help="users to look at")
     parser.add_argument(
-        "--model", metavar="NAME",
+        "--model",
+        metavar="NAME",
         help="whose users; default: of those that reason the one that validation ranks first",
-    )  # fmt: skip
+    )
     _add_any_data(parser, "use the data although the run is of other data")
 
 
@@ -465,9 +548,13 @@ def _report(arguments: argparse.Namespace) -> None:
     if out.is_dir():
         raise ValueError(f"--out {out}: a folder; name a file in it")
     lacking = report(
-        arguments.run_folder, out, data=arguments.data, model=arguments.model,
-        n_users=arguments.users, any_data=arguments.any_data,
-    )  # fmt: skip
+        arguments.run_folder,
+        out,
+        data=arguments.data,
+        model=arguments.model,
+        n_users=arguments.users,
+        any_data=arguments.any_data,
+    )
     for line in lacking:
         print(line)
     print(f"page: {out}")
@@ -475,24 +562,31 @@ def _report(arguments: argparse.Namespace) -> None:
 
 def _add_recommend(commands: Any) -> None:
     parser = _command(
-        commands, "recommend", _recommend, "recommend items to users",
+        commands,
+        "recommend",
+        _recommend,
+        "recommend items to users",
         "Write CSV lines (user, rank, item, score), with the ids of the raw data, to stdout.",
-    )  # fmt: skip
+    )
     _add_model_arguments(parser)
     parser.add_argument("--users", nargs="+", help="ids of the raw data; default: all users")
     parser.add_argument("-k", type=int, default=10, help="items a user")
     parser.add_argument(
-        "--budget-ms", type=float,
+        "--budget-ms",
+        type=float,
         help="one user at a time, with as many steps as take at most this (p99, measured first)",
-    )  # fmt: skip
+    )
 
 
 def _add_extend(commands: Any) -> None:
     parser = _command(
-        commands, "extend", _extend, "append new items, users, queries and terms to a model",
+        commands,
+        "extend",
+        _extend,
+        "append new items, users, queries and terms to a model",
         "Write a model with rows for the ids that the data, prepared with --vocabulary, has beyond "
         "the model's. New rows are the mean of their table; everything else keeps its bits.",
-    )  # fmt: skip
+    )
     parser.add_argument("model", metavar="MODEL", type=Path, help="a model.safetensors")
     parser.add_argument("--data", type=Path, required=True, help="prepared data with more ids")
     parser.add_argument("-o", "--out", type=Path, required=True, help="file to write, a new one")
@@ -500,11 +594,14 @@ def _add_extend(commands: Any) -> None:
 
 def _add_export(commands: Any) -> None:
     parser = _command(
-        commands, "export", _export, "write a model as a program for another engine",
+        commands,
+        "export",
+        _export,
+        "write a model as a program for another engine",
         "Write what scores candidates, or with -k finds the best items of the catalogue, for any "
         "number of users: pt2 for torch.export.load, aoti compiled for processes without Python, "
         "onnx for other engines.",
-    )  # fmt: skip
+    )
     parser.add_argument("model", metavar="MODEL", type=Path, help="a model.safetensors")
     parser.add_argument("--format", choices=("pt2", "aoti", "onnx"), default="pt2")
     parser.add_argument("-o", "--out", type=Path, required=True, help="file to write")
@@ -516,10 +613,13 @@ def _add_export(commands: Any) -> None:
 
 def _add_serve(commands: Any) -> None:
     parser = _command(
-        commands, "serve", _serve, "answer requests over HTTP",
+        commands,
+        "serve",
+        _serve,
+        "answer requests over HTTP",
         "Answer POST /score and /recommend (JSON, ids of the raw data), GET /health and /metrics "
         "until SIGTERM or Ctrl-C. Anyone who reaches the port may ask.",
-    )  # fmt: skip
+    )
     _add_model_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000, help="0 for any that is free")
@@ -535,21 +635,28 @@ def _add_adapt(commands: Any) -> None:
     from lcr_fast.training.adaptive import SERVED, TITLES
 
     parser = _command(
-        commands, "adapt", _adapt, "let each user take as many steps as it needs",
+        commands,
+        "adapt",
+        _adapt,
+        "let each user take as many steps as it needs",
         "Choose, on the validation users, a rule by which a user leaves before K steps, and write "
         "the model with it: " + "; ".join(f"{name}, {TITLES[name]}" for name in SERVED) + ".",
-    )  # fmt: skip
+    )
     _add_model_arguments(parser)
     parser.add_argument("-o", "--out", type=Path, required=True, help="file to write, a new one")
     goal = parser.add_mutually_exclusive_group()
     goal.add_argument(
-        "--loss", type=float, help="most that the metric may lose to the best fixed number of "
+        "--loss",
+        type=float,
+        help="most that the metric may lose to the best fixed number of "
         "steps, with as few steps as that takes; default: 0.002",
-    )  # fmt: skip
+    )
     goal.add_argument(
-        "--mean-steps", type=float, metavar="STEPS",
+        "--mean-steps",
+        type=float,
+        metavar="STEPS",
         help="most steps on average, for the best metric that they reach",
-    )  # fmt: skip
+    )
     parser.add_argument("--metric", default="ndcg@5", help="hr@k, ndcg@k, mrr, or a sum of them")
     parser.add_argument(
         "--rules", nargs="+", choices=SERVED, default=list(SERVED), help="rules to choose from"
@@ -558,10 +665,13 @@ def _add_adapt(commands: Any) -> None:
 
 def _add_distill(commands: Any) -> None:
     parser = _command(
-        commands, "distill", _distill, "teach a model of fewer steps what a trained one ranks",
+        commands,
+        "distill",
+        _distill,
+        "teach a model of fewer steps what a trained one ranks",
         "Train a student of 0 or 1 steps on the lists and pooled states of a teacher, from the "
         "teacher's weights, and compare the two on the test users.",
-    )  # fmt: skip
+    )
     parser.add_argument("teacher", metavar="TEACHER", type=Path, help="a model.safetensors")
     parser.add_argument("--data", type=Path, required=True, help="prepared data")
     parser.add_argument("--steps", type=int, default=0, help="reasoning steps of the student")
@@ -927,9 +1037,10 @@ def _compare(arguments: argparse.Namespace) -> None:
     names = " less ".join(" ".join(map(str, group)) for group in (first, second))
     print(comparison_tables(found, names))
     if arguments.csv:
-        write_rows(arguments.csv, [
-            {"model": name, **row} for name, rows in found.models.items() for row in rows
-        ])  # fmt: skip
+        write_rows(
+            arguments.csv,
+            [{"model": name, **row} for name, rows in found.models.items() for row in rows],
+        )
 
 
 def _recommend(arguments: argparse.Namespace) -> None:

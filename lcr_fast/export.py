@@ -127,18 +127,24 @@ def _example(config: LCRConfig) -> Batch:
     B, C, T, M = _B, 5, 4, config.max_clicks
     search, rec = config.max_search_len, config.max_rec_len
     shapes = {
-        "rec_items": (B, rec), "search_queries": (B, search), "search_terms": (B, search, T),
-        "search_clicks": (B, search, M), "candidates": (B, C),
-    }  # fmt: skip
+        "rec_items": (B, rec),
+        "search_queries": (B, search),
+        "search_terms": (B, search, T),
+        "search_clicks": (B, search, M),
+        "candidates": (B, C),
+    }
     return Batch(**{name: torch.zeros(shapes.get(name, B), dtype=torch.int64) for name in _FIELDS})
 
 
 def _axes() -> list[dict[int, str]]:
     """Name the axes of a Batch's fields, in their order."""
     axes = {
-        "rec_items": {1: "L_r"}, "search_queries": {1: "L_s"}, "search_terms": {1: "L_s", 2: "T"},
-        "search_clicks": {1: "L_s", 2: "M"}, "candidates": {1: "C"},
-    }  # fmt: skip
+        "rec_items": {1: "L_r"},
+        "search_queries": {1: "L_s"},
+        "search_terms": {1: "L_s", 2: "T"},
+        "search_clicks": {1: "L_s", 2: "M"},
+        "candidates": {1: "C"},
+    }
     return [{0: "B", **axes.get(name, {})} for name in _FIELDS]
 
 
@@ -247,10 +253,14 @@ def _write_onnx(exported: ExportedProgram, path: Path) -> None:
         return op.ReduceSum(op.Cast(less, to=onnx_ir.DataType.INT64), [-1], keepdims=0)
 
     made = torch.onnx.export(
-        exported, dynamo=True, opset_version=OPSET, verbose=False, input_names=list(_FIELDS),
+        exported,
+        dynamo=True,
+        opset_version=OPSET,
+        verbose=False,
+        input_names=list(_FIELDS),
         output_names=["scores"],
         custom_translation_table={torch.ops.aten.searchsorted.Tensor: searchsorted},
-    )  # fmt: skip
+    )
     assert made is not None  # it is where the program is written to a file at once
     # The axes' names, in place of torch's symbols.
     inputs, outputs = made.model.graph.inputs, made.model.graph.outputs

@@ -87,15 +87,20 @@ def _reasoning_shapes(config: LCRConfig) -> dict[str, tuple[int, ...]]:
     p = 1 if config.share_steps and config.steps else config.steps
     d, f = config.dim, config.ffn_width if config.step_ffn else 0
     shapes = {
-        "ffn_in_weight": (p, 2, f, d), "ffn_in_bias": (p, 2, f),
-        "ffn_out_weight": (p, 2, d, f), "ffn_out_bias": (p, 2, d),
-        "norm_weight": (p, 2, 3, d), "norm_bias": (p, 2, 3, d),
-    }  # fmt: skip
+        "ffn_in_weight": (p, 2, f, d),
+        "ffn_in_bias": (p, 2, f),
+        "ffn_out_weight": (p, 2, d, f),
+        "ffn_out_bias": (p, 2, d),
+        "norm_weight": (p, 2, 3, d),
+        "norm_bias": (p, 2, 3, d),
+    }
     for kind in ("self", "cross"):
         shapes |= {
-            f"{kind}_qkv_weight": (p, 2, 3 * d, d), f"{kind}_qkv_bias": (p, 2, 3 * d),
-            f"{kind}_out_weight": (p, 2, d, d), f"{kind}_out_bias": (p, 2, d),
-        }  # fmt: skip
+            f"{kind}_qkv_weight": (p, 2, 3 * d, d),
+            f"{kind}_qkv_bias": (p, 2, 3 * d),
+            f"{kind}_out_weight": (p, 2, d, d),
+            f"{kind}_out_bias": (p, 2, d),
+        }
     return shapes
 
 
@@ -402,10 +407,14 @@ class LCRSER(nn.Module):
                 memory = (states.h[k + 1] if late else read[config.cross_memory])[1 - x]
                 pair.append(
                     reference.attention_probabilities(
-                        a[x], memory, _align(lengths[1 - x], a), weights.cross_qkv_weight[p, x],
-                        weights.cross_qkv_bias[p, x], config.n_heads,
+                        a[x],
+                        memory,
+                        _align(lengths[1 - x], a),
+                        weights.cross_qkv_weight[p, x],
+                        weights.cross_qkv_bias[p, x],
+                        config.n_heads,
                     )
-                )  # fmt: skip
+                )
             looks.append((pair[SEARCH], pair[REC]))
         return looks
 
@@ -490,9 +499,13 @@ class LCRSER(nn.Module):
         self, h: Streams, batch: Batch
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, ScoringWeights]:
         return (
-            *h, batch.search_lengths, batch.rec_lengths, self.item_table(),
-            self.user_vectors(batch.user), self.head.weights(),
-        )  # fmt: skip
+            *h,
+            batch.search_lengths,
+            batch.rec_lengths,
+            self.item_table(),
+            self.user_vectors(batch.user),
+            self.head.weights(),
+        )
 
     def target_rank(
         self, h: Streams, batch: Batch, target: Tensor, exclude: Tensor | None = None
@@ -503,10 +516,12 @@ class LCRSER(nn.Module):
         """
         bonus = self._bonus(batch, target.unsqueeze(1))
         return scoring.score_rank(
-            *self._catalogue(h, batch), target,
-            bonus=None if bonus is None else bonus.squeeze(1), exclude=exclude,
+            *self._catalogue(h, batch),
+            target,
+            bonus=None if bonus is None else bonus.squeeze(1),
+            exclude=exclude,
             backend=self.config.backend,
-        )  # fmt: skip
+        )
 
     # -- public API -----------------------------------------------------------------------------
 
@@ -524,9 +539,13 @@ class LCRSER(nn.Module):
         For analysis: the steps run on the reference, whatever the backend.
         """
         return reasoning.latent_states(
-            *self.encode(batch), batch.search_lengths, batch.rec_lengths,
-            self.reasoning.weights(), self._steps(), dropout=self._dropout(batch),
-        )  # fmt: skip
+            *self.encode(batch),
+            batch.search_lengths,
+            batch.rec_lengths,
+            self.reasoning.weights(),
+            self._steps(),
+            dropout=self._dropout(batch),
+        )
 
     @torch.no_grad()
     def recommend(
@@ -550,9 +569,11 @@ class LCRSER(nn.Module):
         try:
             # No item that remains has been seen, so none has a bonus.
             return scoring.score_topk(
-                *self._catalogue(self.final_states(batch), batch), k,
-                exclude=seen_items(batch, exclude), backend=self.config.backend,
-            )  # fmt: skip
+                *self._catalogue(self.final_states(batch), batch),
+                k,
+                exclude=seen_items(batch, exclude),
+                backend=self.config.backend,
+            )
         finally:
             self.train(was_training)
 

@@ -229,9 +229,11 @@ class Reasoning(NamedTuple):
 
         n_search, n_rec = self.lengths
         return self._replace(
-            inputs=cast(self.inputs), lengths=(n_search.to(device), n_rec.to(device)),
-            rows=self.rows.to(device), upstream=cast(self.upstream),
-        )  # fmt: skip
+            inputs=cast(self.inputs),
+            lengths=(n_search.to(device), n_rec.to(device)),
+            rows=self.rows.to(device),
+            upstream=cast(self.upstream),
+        )
 
 
 def random_reasoning(case: ReasoningCase, seed: int = 0) -> Reasoning:
@@ -287,9 +289,11 @@ def run_reasoning(call: Reasoning, backend: str) -> dict[str, Tensor]:
     )  # fmt: skip
     results = {k: t for k, t in reasoned._asdict().items() if t is not None}
     gradients = torch.autograd.grad(
-        list(results.values()), list(leaves.values()), [call.upstream[k] for k in results],
+        list(results.values()),
+        list(leaves.values()),
+        [call.upstream[k] for k in results],
         allow_unused=True,
-    )  # fmt: skip
+    )
     results = {name: t.detach() for name, t in results.items()}
     for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
         results[f"d{name}"] = torch.zeros_like(leaf) if gradient is None else gradient

@@ -55,8 +55,9 @@ class Browser:
         ]  # fmt: skip
         self._process = subprocess.Popen(
             ["bash", "-c", command, str(theirs_in), str(theirs_out), binary, *arguments],
-            pass_fds=(theirs_in, theirs_out), stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            pass_fds=(theirs_in, theirs_out),
+            stderr=subprocess.DEVNULL,
+        )
         os.close(theirs_out)
         os.close(theirs_in)
         self._read = self._files.enter_context(os.fdopen(read, "rb", buffering=0))
@@ -114,8 +115,11 @@ class Browser:
         self.events.clear()
         self.call(
             "Emulation.setDeviceMetricsOverride",
-            width=width, height=900, deviceScaleFactor=1, mobile=width < 600,
-        )  # fmt: skip
+            width=width,
+            height=900,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.call("Emulation.setEmulatedMedia", features=features)
         self.call("Page.navigate", url=page.resolve().as_uri())

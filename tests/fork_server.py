@@ -30,9 +30,12 @@ def serving() -> Iterator[RunCode]:
         if server is None:
             path = os.pathsep.join(filter(None, (str(Path(__file__).parent), *sys.path)))
             server = subprocess.Popen(
-                [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                env=os.environ | {"PYTHONPATH": path}, text=True,
-            )  # fmt: skip
+                [sys.executable, __file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=os.environ | {"PYTHONPATH": path},
+                text=True,
+            )
         server.stdin.write(json.dumps([code, environment]) + "\n")
         server.stdin.flush()
         return subprocess.CompletedProcess(code, *json.loads(server.stdout.readline()))

@@ -533,9 +533,13 @@ def told_by(log) -> Told:
     shown = "impressions" in log.events.columns
     for row in log.events.to_dicts():
         told.event(
-            row["user"], row["item"], row["time"], row["order"], row["target"],
+            row["user"],
+            row["item"],
+            row["time"],
+            row["order"],
+            row["target"],
             row["impressions"] if shown else None,
-        )  # fmt: skip
+        )
     for row in log.searches.to_dicts():
         told.search(row["search"], row["user"], row["time"], row["terms"] or [])
     for row in log.clicks.to_dicts():
@@ -555,11 +559,13 @@ def kept_of(data: PreparedData):
             query = int(data.search_queries[place])
             terms = data.query_terms[slice(*data.query_term_offsets[query : query + 2])]
             clicked = [data.items[int(i)] for i in data.click_items[clicks]]
-            searches.append((
-                int(data.search_times[place]),
-                [data.terms[int(t)] for t in terms],
-                list(zip(clicked, data.click_times[clicks].tolist(), strict=True)),
-            ))  # fmt: skip
+            searches.append(
+                (
+                    int(data.search_times[place]),
+                    [data.terms[int(t)] for t in terms],
+                    list(zip(clicked, data.click_times[clicks].tolist(), strict=True)),
+                )
+            )
         kept[data.users[user]] = (
             list(zip(items, data.rec_times[events].tolist(), strict=True)),
             searches,

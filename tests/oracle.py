@@ -256,23 +256,29 @@ class Model:
         weights, dim = self.part("encoder"), self.config.dim
         return tuple(
             encode(
-                events, weights, x, self.config.n_heads,
+                events,
+                weights,
+                x,
+                self.config.n_heads,
                 self._drop(batch, b, seed, 4096 * x, lambda site: dim),
             )
             for x, events in enumerate(self.embed(batch, b))
-        )  # fmt: skip
+        )
 
     def reason(self, h0, batch, b, seed=None):
         dim = self.config.dim
         return reason(
-            h0, self.part("reasoning"), self.config.steps, self.config.n_heads,
-            step_embedding=self.tensors.get("step_embedding"), update=self.config.update,
+            h0,
+            self.part("reasoning"),
+            self.config.steps,
+            self.config.n_heads,
+            step_embedding=self.tensors.get("step_embedding"),
+            update=self.config.update,
             cross_memory=self.config.cross_memory,
             drop=[
-                self._drop(batch, b, seed, 8192 + 4096 * x, lambda site: dim)
-                for x in (SEARCH, REC)
+                self._drop(batch, b, seed, 8192 + 4096 * x, lambda site: dim) for x in (SEARCH, REC)
             ],
-        )  # fmt: skip
+        )
 
     def scores(self, h, batch, b, seed=None):
         weights = self.head()

@@ -87,8 +87,9 @@ def test_users_leave_when_the_rule_says_and_with_those_states(backend, changes):
         mine, (exact_s, exact_r, _) = expected == k, call.fixed(k, torch.float64)
         eager_s, eager_r, _ = call.fixed(k)
         for name, got, eager, exact in (
-            ("search", found.search, eager_s, exact_s), ("rec", found.rec, eager_r, exact_r)
-        ):  # fmt: skip
+            ("search", found.search, eager_s, exact_s),
+            ("rec", found.rec, eager_r, exact_r),
+        ):
             assert_parity(f"{name}, k = {k}", got[mine], eager[mine], exact[mine], factor=3.0)
 
 
@@ -98,12 +99,14 @@ def test_features_are_means_and_their_changes():
     n_search, n_rec = call.streams[2:]
     for b in range(6):
         means = [
-            torch.cat([
-                h[b, : n[b]].mean(0) if n[b] else torch.zeros(32, dtype=torch.float64)
-                for h, n in zip(pair, (n_search, n_rec), strict=True)
-            ])
+            torch.cat(
+                [
+                    h[b, : n[b]].mean(0) if n[b] else torch.zeros(32, dtype=torch.float64)
+                    for h, n in zip(pair, (n_search, n_rec), strict=True)
+                ]
+            )
             for pair in states.h[:-1]
-        ]  # fmt: skip
+        ]
         change = [0.0, *((y - x).norm() for x, y in itertools.pairwise(means))]
         turn = [0.0, 0.0, (means[2] - 2 * means[1] + means[0]).norm()]
         for k in range(3):

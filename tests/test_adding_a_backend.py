@@ -42,11 +42,15 @@ def _scores(call: scoring._Score, candidates: torch.Tensor) -> torch.Tensor:
             for i, w in enumerate(call.mlp_weights[:-1])
         )
     return reference.score(
-        call.search, call.rec, call.search_lengths.unsqueeze(1), call.rec_lengths.unsqueeze(1),
-        candidates.unsqueeze(1), call.user.unsqueeze(1) if call.user.numel() else None,
+        call.search,
+        call.rec,
+        call.search_lengths.unsqueeze(1),
+        call.rec_lengths.unsqueeze(1),
+        candidates.unsqueeze(1),
+        call.user.unsqueeze(1) if call.user.numel() else None,
         ScoringWeights(call.target_weight, call.mlp_weights, call.mlp_biases, call.dot),
         masks=masks,
-    )  # fmt: skip
+    )
 
 
 def _call(arguments) -> scoring._Score:
@@ -67,18 +71,24 @@ def toy_score_bwd(dscores, *arguments):
     candidates = call.items[call.ids.expand(n, -1)].requires_grad_()
     call = scoring._Score(
         *(
-            tuple(w.detach().requires_grad_() for w in part) if isinstance(part, tuple)
-            else part.detach().requires_grad_() if isinstance(part, torch.Tensor)
-            and part.is_floating_point() else part
+            tuple(w.detach().requires_grad_() for w in part)
+            if isinstance(part, tuple)
+            else part.detach().requires_grad_()
+            if isinstance(part, torch.Tensor) and part.is_floating_point()
+            else part
             for part in call
         )
-    )  # fmt: skip
+    )
     with torch.enable_grad():
         scores = _scores(call, candidates)
         search, rec, user, weight, *mlp = torch.autograd.grad(
-            scores, [*_differentiable(call)], dscores, retain_graph=True, allow_unused=True,
+            scores,
+            [*_differentiable(call)],
+            dscores,
+            retain_graph=True,
+            allow_unused=True,
             materialize_grads=True,
-        )  # fmt: skip
+        )
         (dcandidates,) = torch.autograd.grad(scores, candidates, dscores)
     n_layers = len(call.mlp_weights)
     return search, rec, dcandidates, user, weight, mlp[:n_layers], mlp[n_layers:]

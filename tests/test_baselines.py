@@ -196,8 +196,9 @@ def test_nothing_at_or_after_a_held_out_target_is_counted(data):
         np.minimum.at(first, data.split(split).users, data.split(split).times)
     changed = 0
     for values, times, offsets in (
-        ("rec_items", "rec_times", "rec_offsets"), ("click_items", "click_times", None)
-    ):  # fmt: skip
+        ("rec_items", "rec_times", "rec_offsets"),
+        ("click_items", "click_times", None),
+    ):
         if offsets:
             owner = np.repeat(np.arange(data.n_users + 1), np.diff(arrays[offsets]))
         else:
@@ -227,9 +228,8 @@ def test_a_history_is_read_whole(tmp_path):
         }
     )
     searches = pl.DataFrame(
-        schema={"search": pl.Int64, "user": pl.Int64, "time": pl.Int64,
-                "terms": pl.List(pl.String)}
-    )  # fmt: skip
+        schema={"search": pl.Int64, "user": pl.Int64, "time": pl.Int64, "terms": pl.List(pl.String)}
+    )
     clicks = pl.DataFrame(schema={"search": pl.Int64, "item": pl.Int64, "time": pl.Int64})
     log = InteractionLog("long", events, searches, clicks, [])
     data = prepare(log, tmp_path / "data", n_negatives=0)

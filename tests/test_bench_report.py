@@ -26,9 +26,13 @@ def benchmark(group: str, median: float, others: dict[str, float], **info) -> di
 def request(k: int, ours: float, eager: float) -> dict:
     percentiles = {"": {"50": ours, "99": 2 * ours}, "eager": {"50": eager, "99": 3 * eager}}
     return benchmark(
-        "one request", ours, {"eager": eager}, case=f"K = {k}", axes={"K": k, "B": 1},
+        "one request",
+        ours,
+        {"eager": eager},
+        case=f"K = {k}",
+        axes={"K": k, "B": 1},
         percentiles=percentiles,
-    )  # fmt: skip
+    )
 
 
 RUN = {
@@ -133,9 +137,11 @@ def test_the_command_prints_tables_and_draws_plots(file, tmp_path, capsys):
     assert report(read_run(file)) in text
     names = {path.name for path in (tmp_path / "plots").iterdir()}
     assert names == {
-        "some-run-speed-up-reasoning.png", "some-run-speed-up-one-request.png",
-        "some-run-roofline.png", "some-run-latency.png",
-    }  # fmt: skip
+        "some-run-speed-up-reasoning.png",
+        "some-run-speed-up-one-request.png",
+        "some-run-roofline.png",
+        "some-run-latency.png",
+    }
     for name in names:
         assert str(tmp_path / "plots" / name) in text
         pixels = matplotlib.image.imread(tmp_path / "plots" / name)
@@ -163,11 +169,14 @@ def test_rows_shown_elsewhere_are_measured(page, n_rows):
 
 @pytest.mark.parametrize(
     ("content", "complaint"),
-    [("{", "not valid JSON"), ("[1, 2]", "not a file of pytest-benchmark"),
-     ('{"machine_info": {}}', "not a file of pytest-benchmark"),
-     (json.dumps(RUN | {"benchmarks": [{"group": "x"}]}), "not a file of pytest-benchmark"),
-     (None, "No such file")],
-)  # fmt: skip
+    [
+        ("{", "not valid JSON"),
+        ("[1, 2]", "not a file of pytest-benchmark"),
+        ('{"machine_info": {}}', "not a file of pytest-benchmark"),
+        (json.dumps(RUN | {"benchmarks": [{"group": "x"}]}), "not a file of pytest-benchmark"),
+        (None, "No such file"),
+    ],
+)
 def test_a_bad_file_ends_in_one_sentence(tmp_path, capsys, content, complaint):
     path = tmp_path / "bad.json"
     if content is not None:

@@ -62,9 +62,13 @@ def test_reasoning_agrees_with_the_counter_of_torch():
 
     def forward():
         return ops.latent_reasoning(
-            call.inputs["search"], call.inputs["rec"], *call.lengths, weights, Steps(3, 2),
+            call.inputs["search"],
+            call.inputs["rec"],
+            *call.lengths,
+            weights,
+            Steps(3, 2),
             backend="reference",
-        )  # fmt: skip
+        )
 
     assert counted(forward) == flops
     assert counted(lambda: run_reasoning(call, "reference")) == work.training_flops(flops)

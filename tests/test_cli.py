@@ -284,8 +284,10 @@ def test_variants_bring_what_they_need(wanted, trained):
 
 def test_flags_override_the_config_file(tmp_path):
     path = tmp_path / "config.json"
-    given = {"model": {"dim": 16, "steps": 1, "backend": "reference", "mlp_hidden": [5, 4]},
-             "train": {"clip": 0.3, "seed": 4}}  # fmt: skip
+    given = {
+        "model": {"dim": 16, "steps": 1, "backend": "reference", "mlp_hidden": [5, 4]},
+        "train": {"clip": 0.3, "seed": 4},
+    }
     path.write_text(json.dumps(given))
     flags = ["--config", str(path), "--dim", "24", "--clip", "0.1", "--no-step-ffn"]
     configs = cli._configs(

@@ -13,7 +13,7 @@ from lcr_fast.testing import random_batch
 OTHER = {
     LCRConfig: {"n_items": 7, "dim": 6, "n_heads": 3, "mlp_hidden": (9,), "dropout": 0},
     TrainConfig: {"seed": 2**63 - 1, "learning_rate": 1e-300, "action": "sampled", "reward": "mrr"},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("cls", OTHER)

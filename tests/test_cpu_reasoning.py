@@ -65,9 +65,13 @@ def random_encoder(case: EncoderCase) -> Encoder:
     """Draw a call in float64; the first users have a full and an empty history, and one event."""
     generator = torch.Generator().manual_seed(0)
     config = LCRConfig(
-        dim=case.dim, n_heads=case.n_heads, ffn_dim=case.ffn_dim, n_layers=case.n_layers,
-        max_search_len=case.length, max_rec_len=case.length,
-    )  # fmt: skip
+        dim=case.dim,
+        n_heads=case.n_heads,
+        ffn_dim=case.ffn_dim,
+        n_layers=case.n_layers,
+        max_search_len=case.length,
+        max_rec_len=case.length,
+    )
     weights, _, _ = random_weights(config, generator)
     streams = random_streams(config, case.n_users, generator)
     x, lengths = streams[case.stream], streams[2 + case.stream]
@@ -80,10 +84,14 @@ def random_encoder(case: EncoderCase) -> Encoder:
 def forward(call: Encoder, inputs: dict[str, Tensor], backend: str) -> Tensor:
     case = call.case
     return ops.encode(
-        inputs["x"], call.lengths, EncoderWeights(*(inputs[n] for n in EncoderWeights._fields)),
-        case.stream, n_heads=case.n_heads, backend=backend,
+        inputs["x"],
+        call.lengths,
+        EncoderWeights(*(inputs[n] for n in EncoderWeights._fields)),
+        case.stream,
+        n_heads=case.n_heads,
+        backend=backend,
         dropout=Dropout(case.dropout, 0x7EDCBA98_76543210, call.rows) if case.dropout else None,
-    )  # fmt: skip
+    )
 
 
 def run_encoder(call: Encoder, backend: str) -> dict[str, Tensor]:
@@ -210,9 +218,11 @@ def test_a_user_alone_has_the_same_bits(call):
     whole = run_encoder(call, "cpp")
     for users in (slice(0, 1), slice(1, 6)):
         part = call._replace(
-            inputs=call.inputs | {"x": call.inputs["x"][users]}, lengths=call.lengths[users],
-            rows=call.rows[users], upstream=call.upstream[users],
-        )  # fmt: skip
+            inputs=call.inputs | {"x": call.inputs["x"][users]},
+            lengths=call.lengths[users],
+            rows=call.rows[users],
+            upstream=call.upstream[users],
+        )
         results = run_encoder(part, "cpp")
         for name in ("out", "dx"):
             assert torch.equal(results[name], whole[name][users]), name
@@ -225,9 +235,10 @@ def test_a_user_alone_has_the_same_bits_in_bfloat16():
     of_users = ("search", "rec", "target_keys")
     alone = whole._replace(
         inputs={k: t[users] if k in of_users else t for k, t in whole.inputs.items()},
-        lengths=tuple(n[users] for n in whole.lengths), rows=whole.rows[users],
+        lengths=tuple(n[users] for n in whole.lengths),
+        rows=whole.rows[users],
         upstream={name: t[users] for name, t in whole.upstream.items()},
-    )  # fmt: skip
+    )
     results = run_reasoning(alone, "cpp")
     for name in ("pooled", *of_users[:2], *(f"d{name}" for name in of_users)):
         assert torch.equal(results[name], expected[name][users]), name
@@ -248,9 +259,11 @@ def test_strided_inputs_and_int32_lengths_give_the_same_bits(call):
 
 def test_an_empty_batch(call):
     empty = call._replace(
-        inputs=call.inputs | {"x": call.inputs["x"][:0]}, lengths=call.lengths[:0],
-        rows=call.rows[:0], upstream=call.upstream[:0],
-    )  # fmt: skip
+        inputs=call.inputs | {"x": call.inputs["x"][:0]},
+        lengths=call.lengths[:0],
+        rows=call.rows[:0],
+        upstream=call.upstream[:0],
+    )
     for name, t in run_encoder(empty, "cpp").items():
         assert t.shape == run_encoder(empty, "reference")[name].shape
         assert not t.any()

@@ -44,9 +44,12 @@ def driver(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("level", ["baseline", "avx2", "avx512", "avx512bf16"])
 def test_no_sanitizer_complains(driver, level):
     done = subprocess.run(
-        [driver], env=os.environ | {"LCR_FAST_CPU": level}, capture_output=True, text=True,
+        [driver],
+        env=os.environ | {"LCR_FAST_CPU": level},
+        capture_output=True,
+        text=True,
         check=False,
-    )  # fmt: skip
+    )
     if done.returncode == 2:
         pytest.skip(f"this CPU has no {level}")
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr

@@ -207,9 +207,12 @@ def test_strata(data):
         mine = seen[data.seen_offsets[user] : data.seen_offsets[user + 1]]
         repeat = any(i == item and t < samples.times[row] for i, t in mine)
         expected = {
-            "all": True, "repeat": repeat, "new": not repeat,
-            "covered": item in targets, "uncovered": item not in targets,
-        }  # fmt: skip
+            "all": True,
+            "repeat": repeat,
+            "new": not repeat,
+            "covered": item in targets,
+            "uncovered": item not in targets,
+        }
         assert {name: bool(member[row]) for name, member in groups.items()} == expected
 
 
@@ -384,9 +387,12 @@ def test_relevance_share(data, model):
             for k in range(model.config.steps)
         ]
         shares.append(
-            [float(relevant.float().mean()), float(alpha[relevant].sum()),
-             float(torch.stack(looks).mean())]
-        )  # fmt: skip
+            [
+                float(relevant.float().mean()),
+                float(alpha[relevant].sum()),
+                float(torch.stack(looks).mean()),
+            ]
+        )
     got = relevance_share(model, data)
     assert got.n == len(shares) > 10
     assert got[:3] == pytest.approx(np.mean(shares, 0), rel=1e-4)

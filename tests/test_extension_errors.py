@@ -31,8 +31,10 @@ def raise_all(extension: Path) -> list[str]:
     """Raise every error of the extension, in a process of its own: none may end it."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "extension_errors.py"), str(extension)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -48,9 +50,12 @@ def test_a_standard_library_of_its_own_changes_no_error(tmp_path):
     build = ("build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path / "objects"))
     done = subprocess.run(
         [sys.executable, "setup.py", "--quiet", *build],
-        cwd=ROOT, env=os.environ | {"LDFLAGS": "-static-libstdc++", "LCR_FAST_BUILD": "cpu"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=os.environ | {"LDFLAGS": "-static-libstdc++", "LCR_FAST_BUILD": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     extension = tmp_path / "lcr_fast" / installed().name
     assert b"libstdc++.so" not in extension.read_bytes()

@@ -33,8 +33,12 @@ def test_the_files_begin_as_shown(shop):
 def test_the_data_are_as_told(shop, monkeypatch, capsys):
     monkeypatch.chdir(shop)
     assert [command[0] for command in COMMANDS] == [
-        "prepare", "inspect", "train", "report", "recommend",
-    ]  # fmt: skip
+        "prepare",
+        "inspect",
+        "train",
+        "report",
+        "recommend",
+    ]
     for command in COMMANDS[:2]:
         cli.main(command)
     told = capsys.readouterr().out

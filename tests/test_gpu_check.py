@@ -71,8 +71,10 @@ def test_one_part_stops_no_other(runner, tmp_path):
         Part("good", [[python("good", "print('line'); print('=== all well ===')")]]),
     )
     assert {name: r.status for name, r in results.items()} == {
-        "bad": FAILED, "missing": FAILED, "good": PASSED,
-    }  # fmt: skip
+        "bad": FAILED,
+        "missing": FAILED,
+        "good": PASSED,
+    }
     assert results["bad"].summary == "1 of 2 commands passed; broken failed: exit status 3: so far"
     assert [(o.title, o.tail) for o in results["bad"].outcomes] == [("broken", ["so far"])]
     assert "No such file" in results["missing"].summary
@@ -113,8 +115,11 @@ def test_an_interrupted_command_may_write_what_it_has(runner, tmp_path):
 
 
 def test_what_a_machine_cannot_run_is_no_failure(runner):
-    tool = python("memcheck", "print('== Device not supported ==', 1); raise SystemExit(1)",
-                  cannot="Device not supported")  # fmt: skip
+    tool = python(
+        "memcheck",
+        "print('== Device not supported ==', 1); raise SystemExit(1)",
+        cannot="Device not supported",
+    )
     results = run(
         runner,
         Part("both", [[python("bare", "print(1)"), tool]], note="no racecheck"),
@@ -192,10 +197,14 @@ def test_the_output_folder_has_at_most_eight_files():
     """Few enough to be copied by hand: the logs of all parts, the JSON file and the table."""
     work = Path("work")
     parts = [
-        gpu_check.package(BARE), gpu_check.tests(BARE), gpu_check.sanitizer(BARE),
-        gpu_check.train(BARE, work), gpu_check.warm_up(BARE), gpu_check.benchmarks(BARE, work),
+        gpu_check.package(BARE),
+        gpu_check.tests(BARE),
+        gpu_check.sanitizer(BARE),
+        gpu_check.train(BARE, work),
+        gpu_check.warm_up(BARE),
+        gpu_check.benchmarks(BARE, work),
         gpu_check.compiled(BARE, work),
-    ]  # fmt: skip
+    ]
     assert [part.name for part in parts] == list(gpu_check.PARTS)
     assert len({part.log or part.name for part in parts}) + 2 <= 8
 
@@ -221,10 +230,12 @@ def test_parts_without_tools_and_with_them():
 
 def benchmark(fullname: str, median: float, **others: float) -> dict:
     return {
-        "group": "scoring", "name": "test_x", "fullname": fullname,
+        "group": "scoring",
+        "name": "test_x",
+        "fullname": fullname,
         "stats": {"median": median, "q1": median, "q3": median},
         "extra_info": {"case": fullname, "others": {n: {"median": t} for n, t in others.items()}},
-    }  # fmt: skip
+    }
 
 
 def run_file(path: Path, ceiling: float, *benchmarks: dict) -> None:
@@ -244,8 +255,9 @@ def test_the_report_holds_times_and_checks(tmp_path):
     run_file(work / "compiled-scoring.json", 7.0, benchmark("b", 2.0, compiled=6.0))
     (work / "benchmarks-training.json").touch()
     results = [
-        Result("tests", PASSED, 61.0, "9 passed", []), Result("train", TIMED_OUT, 9.0, "slow", []),
-    ]  # fmt: skip
+        Result("tests", PASSED, 61.0, "9 passed", []),
+        Result("train", TIMED_OUT, 9.0, "slow", []),
+    ]
     versions = {"gpu": "GPU Z/80 GB", "driver": "1.2"}
     path = gpu_check.write_report(folder, versions, results, work, "gpu_check.py --only x")
     assert path.name == "gpu-z-80-gb.json"
@@ -253,8 +265,9 @@ def test_the_report_holds_times_and_checks(tmp_path):
     found = read_run(path)
     assert found.ceilings == {"copy GB/s": 7.0}
     assert [entry.medians for entry in found.entries] == [
-        {"lcr_fast": 1.0}, {"lcr_fast": 2.0, "compiled": 6.0},
-    ]  # fmt: skip
+        {"lcr_fast": 1.0},
+        {"lcr_fast": 2.0, "compiled": 6.0},
+    ]
     assert [(c.name, c.status) for c in found.checks] == [("tests", PASSED), ("train", TIMED_OUT)]
     table = (folder / "table.md").read_text()
     assert table.strip() == f"## {path.stem}\n\n{report(found)}"
@@ -315,9 +328,8 @@ def test_bad_arguments(words, complaint, capsys):
 # -- the kernels ----------------------------------------------------------------------------------
 
 TINY = kernel_check.Sizes(
-    dim=32, search_len=3, rec_len=5, n_users=4, steps=1, hidden=(24, 16), n_candidates=7,
-    n_items=60,
-)  # fmt: skip
+    dim=32, search_len=3, rec_len=5, n_users=4, steps=1, hidden=(24, 16), n_candidates=7, n_items=60
+)
 
 
 @pytest.mark.gpu

@@ -244,10 +244,12 @@ def test_policy_objective_matches_the_oracle():
     expected = [
         oracle.policy_objective(*numbers, 0.2)
         for numbers in zip(
-            log_prob.flatten().tolist(), old.flatten().tolist(), advantage.flatten().tolist(),
+            log_prob.flatten().tolist(),
+            old.flatten().tolist(),
+            advantage.flatten().tolist(),
             strict=True,
         )
-    ]  # fmt: skip
+    ]
     assert value.item() == pytest.approx(sum(expected) / 30, rel=1e-12)
     leaf = log_prob.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: policy_objective(x, old, advantage, 0.2), leaf)

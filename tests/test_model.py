@@ -234,12 +234,14 @@ def test_the_readout_is_a_share_of_the_last_states(share):
 def test_candidates_gain_by_standing_in_the_histories_that_are_read():
     model, batch = setup(n_users=1, n_candidates=5, seen_bonus=True, max_clicks=1)
     batch = batch.replace(
-        rec_items=torch.tensor([[3, 4, 5]]), rec_lengths=torch.tensor([2]),
-        search_clicks=torch.tensor([[[4, 7], [6, 0], [8, 0]]]), search_lengths=torch.tensor([2]),
+        rec_items=torch.tensor([[3, 4, 5]]),
+        rec_lengths=torch.tensor([2]),
+        search_clicks=torch.tensor([[[4, 7], [6, 0], [8, 0]]]),
+        search_lengths=torch.tensor([2]),
         search_queries=torch.zeros(1, 3, dtype=torch.int64),
         search_terms=torch.zeros(1, 3, 2, dtype=torch.int64),
         candidates=torch.tensor([[3, 4, 5, 6, 7, 8]]),
-    )  # fmt: skip
+    )
     scores = {}
     for gains in ((0.0, 0.0), (0.5, 2.0)):
         with torch.no_grad():
@@ -261,9 +263,11 @@ def test_tied_streams_may_be_swapped():
         model.rec_position.copy_(model.search_position)
     batch = batch.replace(search_terms=torch.zeros_like(batch.search_terms))
     swapped = batch.replace(
-        rec_items=batch.search_clicks[..., 0], rec_lengths=batch.search_lengths,
-        search_clicks=batch.rec_items.unsqueeze(-1), search_lengths=batch.rec_lengths,
-    )  # fmt: skip
+        rec_items=batch.search_clicks[..., 0],
+        rec_lengths=batch.search_lengths,
+        search_clicks=batch.rec_items.unsqueeze(-1),
+        search_lengths=batch.rec_lengths,
+    )
     states, other = model.states(batch), model.states(swapped)
     for pair, pair_b in zip((*states.h, *states.a), (*other.h, *other.a), strict=True):
         for x in (SEARCH, REC):
@@ -285,14 +289,18 @@ def test_axes_of_size_zero(axis):
     zero = torch.zeros(7, dtype=torch.int64)
     empty = {
         "L": {
-            "rec_items": batch.rec_items[:, :0], "rec_lengths": zero, "search_lengths": zero,
-            **{k: getattr(batch, k)[:, :0] for k in
-               ("search_queries", "search_terms", "search_clicks")},
+            "rec_items": batch.rec_items[:, :0],
+            "rec_lengths": zero,
+            "search_lengths": zero,
+            **{
+                k: getattr(batch, k)[:, :0]
+                for k in ("search_queries", "search_terms", "search_clicks")
+            },
         },
         "T": {"search_terms": batch.search_terms[..., :0]},
         "M": {"search_clicks": batch.search_clicks[..., :0]},
         "C": {"candidates": batch.candidates[:, :0], "target": zero - 1},
-    }[axis]  # fmt: skip
+    }[axis]
     batch = batch.replace(**empty)
     close(
         model(batch),

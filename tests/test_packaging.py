@@ -107,9 +107,12 @@ def test_without_a_compiler_a_build_says_so_or_is_left_out(tmp_path, build, code
     folders = ("--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "objects"))
     done = subprocess.run(
         [sys.executable, "setup.py", "--quiet", "build_ext", *folders],
-        cwd=ROOT, env=os.environ | {"CXX": "/bin/false", "LCR_FAST_BUILD": build},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=os.environ | {"CXX": "/bin/false", "LCR_FAST_BUILD": build},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == code, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr

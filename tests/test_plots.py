@@ -7,9 +7,7 @@ from lcr_fast.experiments import plots
 from lcr_fast.experiments.comparison import VARIANTS
 from lcr_fast.training.ranks import Interval, Ranks
 
-ROWS = [
-    {"users": 1, "steps": k, "ms": 1.0 + k, "low": 0.9 + k, "high": 1.2 + k} for k in range(3)
-]  # fmt: skip
+ROWS = [{"users": 1, "steps": k, "ms": 1.0 + k, "low": 0.9 + k, "high": 1.2 + k} for k in range(3)]
 
 
 @pytest.fixture

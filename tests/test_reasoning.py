@@ -77,9 +77,12 @@ def assert_history(actual: Tensor, expected: list, place: str) -> None:
     assert not actual[len(expected) :].any(), f"{place}: padding is not 0"
     for j, vector in enumerate(expected):
         torch.testing.assert_close(
-            actual[j], torch.from_numpy(vector), rtol=1e-10, atol=1e-10,
+            actual[j],
+            torch.from_numpy(vector),
+            rtol=1e-10,
+            atol=1e-10,
             msg=lambda text, j=j: f"{place}, event {j}: {text}",
-        )  # fmt: skip
+        )
 
 
 # -- against the oracle -----------------------------------------------------------------------
@@ -238,9 +241,13 @@ def test_a_user_alone_equals_the_user_in_a_batch(case):
     for b in range(7):
         one = slice(b, b + 1)
         alone = run_all(
-            TINY, weights, tuple(x[one] for x in streams), tuple(n[one] for n in lengths),
-            items[one], user[one],
-        )  # fmt: skip
+            TINY,
+            weights,
+            tuple(x[one] for x in streams),
+            tuple(n[one] for n in lengths),
+            items[one],
+            user[one],
+        )
         for a, t in zip(alone, together, strict=True):
             torch.testing.assert_close(a[0], t[b], rtol=1e-12, atol=1e-12)
 
@@ -375,9 +382,12 @@ def test_gradients_of_latent_reasoning(switches):
 
     def function(search, rec, *w):
         states = reference.latent_reasoning(
-            search, rec, *lengths, type(weights)(*w[: len(weights)]),
+            search,
+            rec,
+            *lengths,
+            type(weights)(*w[: len(weights)]),
             steps if embedding is None else steps._replace(embedding=w[-1]),
-        )  # fmt: skip
+        )
         return [t for pair in (*states.h, *states.a) for t in pair]
 
     gradcheck(function, [*streams, *weights, *([] if embedding is None else [embedding])])

@@ -197,9 +197,10 @@ CONFIGS = {
     "one head at a time": ({"num_warps": 4, "block_heads": 16}, "dropout"),
     "every operand is parked": ({"num_warps": 4, "parked": True, "rows": 32}, "dropout"),
     "products in pieces": (
-        {"num_warps": 8, "parked": True, "block_f": 16, "cut": True}, "D=128 H=2, wide FFN"
+        {"num_warps": 8, "parked": True, "block_f": 16, "cut": True},
+        "D=128 H=2, wide FFN",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.gpu
@@ -285,10 +286,14 @@ def forward(call: Reasoning, backend: str, **switches) -> op_layer.Reasoned:
     """Run a call of latent_reasoning as it stands."""
     weights = ReasoningWeights(*(call.inputs[name] for name in ReasoningWeights._fields))
     return ops.latent_reasoning(
-        call.inputs["search"], call.inputs["rec"], *call.lengths, weights,
-        Steps(call.case.steps, call.case.n_heads, **switches), backend=backend,
+        call.inputs["search"],
+        call.inputs["rec"],
+        *call.lengths,
+        weights,
+        Steps(call.case.steps, call.case.n_heads, **switches),
+        backend=backend,
         target_keys=call.inputs.get("target_keys"),
-    )  # fmt: skip
+    )
 
 
 def take(call: Reasoning, users: slice) -> Reasoning:
@@ -603,9 +608,7 @@ def test_compiles_without_graph_breaks(backend, rollout):
         if rollout:
             options = {"noise": Noise(2, 0.5, 3, call.rows)}
         else:
-            options = {
-                "target_keys": given["target_keys"], "dropout": Dropout(0.1, 7, call.rows),
-            }  # fmt: skip
+            options = {"target_keys": given["target_keys"], "dropout": Dropout(0.1, 7, call.rows)}
         reasoned = ops.latent_reasoning(
             *streams, weights, Steps(case.steps, case.n_heads), backend=backend, **options
         )

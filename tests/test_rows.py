@@ -157,9 +157,13 @@ def test_the_first_step_is_that_of_dense_tables(
     for tables in ("dense", "rows"):
         config = CONFIG.replace(tables=tables, inner_epochs=1, precision=precision, grad_clip=0.5)
         model = make_model(
-            prepared, dropout=0.2, query_encoder=query_encoder, score="mlp", item_text_dim=0,
+            prepared,
+            dropout=0.2,
+            query_encoder=query_encoder,
+            score="mlp",
+            item_text_dim=0,
             query_text_dim=0,
-        )  # fmt: skip
+        )
         start = {name: model.get_parameter(name).detach().clone() for name in TABLES}
         trainer = Trainer(model, prepared, config, objective, tmp_path / tables)
         trainer.step(np.arange(8), np.random.default_rng(0))
@@ -218,6 +222,10 @@ def test_rows_and_dense_tables_are_two_runs(prepared, make_model, tmp_path):
     Trainer(make_model(prepared), prepared, CONFIG.replace(epochs=0), "supervised", tmp_path).run()
     with pytest.raises(ValueError, match="train config differs in tables"):
         Trainer(
-            make_model(prepared), prepared, CONFIG.replace(epochs=0, tables="dense"), "supervised",
-            tmp_path, resume=True,
-        )  # fmt: skip
+            make_model(prepared),
+            prepared,
+            CONFIG.replace(epochs=0, tables="dense"),
+            "supervised",
+            tmp_path,
+            resume=True,
+        )

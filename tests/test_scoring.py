@@ -56,11 +56,14 @@ class Case:
         self.items = torch.randn(n_users, n_candidates, config.dim, generator=g)
         user = torch.randn(n_users, config.dim, generator=g) if config.user_embedding else None
         self.tensors = {
-            "search": search, "rec": rec, "candidates": self.items, "user": user,
+            "search": search,
+            "rec": rec,
+            "candidates": self.items,
+            "user": user,
             "target_weight": self.weights.target_weight,
             **{f"weight {i}": w for i, w in enumerate(self.weights.mlp_weights)},
             **{f"bias {i}": b for i, b in enumerate(self.weights.mlp_biases)},
-        }  # fmt: skip
+        }
         self.tensors = {k: v.detach() for k, v in self.tensors.items() if v is not None}
         shape = (n_users, trajectories, n_candidates) if trajectories else (n_users, n_candidates)
         self.upstream = torch.randn(shape, generator=g)
@@ -72,9 +75,11 @@ class Case:
         self.upstream = self.upstream.to(device)
         w = self.weights
         self.weights = ScoringWeights(
-            w.target_weight.to(device), tuple(x.to(device) for x in w.mlp_weights),
-            tuple(x.to(device) for x in w.mlp_biases), w.dot,
-        )  # fmt: skip
+            w.target_weight.to(device),
+            tuple(x.to(device) for x in w.mlp_weights),
+            tuple(x.to(device) for x in w.mlp_biases),
+            w.dot,
+        )
         return self
 
     def call(self, backend, tensors=None, **options):
@@ -140,16 +145,20 @@ def test_parity_of_scores_and_gradients(head, n_candidates):
     assert_matches(parity_case(head, n_candidates))
 
 
-@pytest.mark.parametrize("changes", [
-    {"dim": 64, "max_search_len": 30, "max_rec_len": 30, "mlp_hidden": (200, 80)},
-    {"dim": 128, "n_users": 5},
-    {"dim": 20, "max_search_len": 1, "max_rec_len": 40, "mlp_hidden": (7, 3)},
-    {"trajectories": 4},
-    {"trajectories": 3, "n_candidates": 130},
-    {"trajectories": 3, "n_candidates": 130, "score": "mlp_dot"},
-    {"n_users": 1, "n_candidates": 300},
-    {"n_users": 60, "n_candidates": 3},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dim": 64, "max_search_len": 30, "max_rec_len": 30, "mlp_hidden": (200, 80)},
+        {"dim": 128, "n_users": 5},
+        {"dim": 20, "max_search_len": 1, "max_rec_len": 40, "mlp_hidden": (7, 3)},
+        {"trajectories": 4},
+        {"trajectories": 3, "n_candidates": 130},
+        {"trajectories": 3, "n_candidates": 130, "score": "mlp_dot"},
+        {"n_users": 1, "n_candidates": 300},
+        {"n_users": 60, "n_candidates": 3},
+    ],
+    ids=str,
+)
 def test_parity_in_other_shapes(changes):
     assert_matches(Case(**changes))
 
@@ -311,9 +320,7 @@ def check_registered_ops(prefix: str, case: Case):
     torch.library.opcheck(forward, arguments)
     upstream = torch.randn(n_users, 1, 4, device=device)
     torch.library.opcheck(backward, (upstream, *arguments))
-    pass_ = (
-        t["search"], t["rec"], *case.lengths, table, t["user"], t["target_weight"], *mlp,
-    )  # fmt: skip
+    pass_ = (t["search"], t["rec"], *case.lengths, table, t["user"], t["target_weight"], *mlp)
     exclude = torch.randint(0, 9, (n_users, 2), device=device)
     torch.library.opcheck(topk, (*pass_, 4, exclude, True))
     target = torch.tensor([1, 0, 5], device=device)[:n_users]
@@ -365,9 +372,9 @@ def all_scores(case: Case, backend="cpp"):
     return table.scatter(1, ids.cpu(), scores.cpu())
 
 
-EXCLUDED = torch.tensor([
-    [0, 3, 3, 2000], [1, 2, 4, 5], [7, -1, 0, 0], [9, 9, 9, 9], [0, 0, 0, 0], [11, 1, 12, 13],
-])  # fmt: skip
+EXCLUDED = torch.tensor(
+    [[0, 3, 3, 2000], [1, 2, 4, 5], [7, -1, 0, 0], [9, 9, 9, 9], [0, 0, 0, 0], [11, 1, 12, 13]]
+)
 
 
 def assert_full_sort(case: Case, scores: torch.Tensor, k: int, backend: str) -> None:
@@ -387,9 +394,12 @@ def assert_counted(case, scores, target, bonus, backend: str) -> None:
     """Hold ranks to a count in ``scores`` [6, I + 1]; the first user has no target."""
     device = case.upstream.device
     rank = case.catalogue(
-        ops.score_rank, target.to(device), bonus=None if bonus is None else bonus.to(device),
-        exclude=EXCLUDED.to(device), backend=backend,
-    )  # fmt: skip
+        ops.score_rank,
+        target.to(device),
+        bonus=None if bonus is None else bonus.to(device),
+        exclude=EXCLUDED.to(device),
+        backend=backend,
+    )
     assert rank[0] == 0
     for b in range(1, 6):
         out = {0, *EXCLUDED[b].tolist(), int(target[b])}
@@ -432,9 +442,12 @@ def test_the_catalogue_has_the_scores_of_the_candidates(head):
     ids = torch.arange(1, 301)[None]
     exact = {k: v.double() for k, v in tensors.items()}
     assert_parity(
-        head, all_scores(case)[:, 1:], case.call("reference", tensors, ids=ids),
-        case.call("reference", exact, ids=ids), factor=3,
-    )  # fmt: skip
+        head,
+        all_scores(case)[:, 1:],
+        case.call("reference", tensors, ids=ids),
+        case.call("reference", exact, ids=ids),
+        factor=3,
+    )
 
 
 def test_users_do_not_depend_on_their_block(monkeypatch):
@@ -570,23 +583,27 @@ def test_triton_parity_of_scores_and_gradients(head, n_candidates):
 
 
 @on_triton
-@pytest.mark.parametrize("changes", [
-    {"trajectories": 1},
-    {"trajectories": 3, "n_candidates": 19, "n_users": 5},
-    {"dim": 64, "n_users": 7},
-    {"dim": 128, "n_users": 5, "mlp_hidden": (20, 4)},
-    {"max_search_len": 0, "n_candidates": 17},
-    {"trajectories": 3, "n_users": 5, "score": "mlp_dot", "user_embedding": False},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"trajectories": 1},
+        {"trajectories": 3, "n_candidates": 19, "n_users": 5},
+        {"dim": 64, "n_users": 7},
+        {"dim": 128, "n_users": 5, "mlp_hidden": (20, 4)},
+        {"max_search_len": 0, "n_candidates": 17},
+        {"trajectories": 3, "n_users": 5, "score": "mlp_dot", "user_embedding": False},
+    ],
+    ids=str,
+)
 def test_triton_parity_in_other_shapes(changes):
     assert_kernels_match(kernel_case(**changes))
 
 
 @triton_installed
 @pytest.mark.skipif(GPU, reason="a GPU has tensor cores")
-@pytest.mark.parametrize(("head", "precision"), [
-    ("mlp", "highest"), ("mlp", "high"), ("mlp and dot", "highest"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("head", "precision"), [("mlp", "highest"), ("mlp", "high"), ("mlp and dot", "highest")]
+)
 def test_triton_parity_with_the_rounding_of_tensor_cores(monkeypatch, head, precision):
     with tensor_core.multiplying(monkeypatch, precision):
         case = kernel_case(head, trajectories=1)
@@ -680,9 +697,10 @@ def test_triton_serves_no_user_and_no_candidate():
 
 
 @on_triton
-@pytest.mark.parametrize(("head", "n_items", "copies"), [
-    ("mlp", 1, False), ("mlp", 150, True), ("mlp and dot", 40, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("head", "n_items", "copies"),
+    [("mlp", 1, False), ("mlp", 150, True), ("mlp and dot", 40, True)],
+)
 def test_triton_topk_is_a_full_sort(head, n_items, copies, monkeypatch):
     """Of equal scores the lower id first, whichever tile, split or pass each is found in."""
     from lcr_fast.kernels.scoring import catalogue
@@ -700,9 +718,7 @@ def test_triton_topk_is_a_full_sort(head, n_items, copies, monkeypatch):
 
 
 @on_triton
-@pytest.mark.parametrize(("head", "copies"), [
-    ("mlp", False), ("mlp", True), ("mlp and dot", True),
-])  # fmt: skip
+@pytest.mark.parametrize(("head", "copies"), [("mlp", False), ("mlp", True), ("mlp and dot", True)])
 def test_triton_ranks_are_counted(head, copies):
     case = exact_case(n_items=150, copies=copies, head=head)
     tensors = {**case.tensors, "candidates": case.tensors["table"]}
@@ -717,8 +733,9 @@ def test_triton_names_a_nan():
     case = exact_case(n_items=20)
     case.tensors["search"][2, 0] = torch.nan
     for function, argument in (
-        (ops.score_topk, 3), (ops.score_rank, torch.full((6,), 2, device=DEVICE)),
-    ):  # fmt: skip
+        (ops.score_topk, 3),
+        (ops.score_rank, torch.full((6,), 2, device=DEVICE)),
+    ):
         with pytest.raises(ValueError, match="user 2 of the batch has a NaN score"):
             case.catalogue(function, argument, backend="triton")
 

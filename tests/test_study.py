@@ -295,8 +295,11 @@ def test_distances_and_latency_are_listed(paper):
     assert steps["rl", "a_search"] == [1]
     latency = read_csv(paper / "latency.csv")
     assert [(row["users"], row["steps"]) for row in latency] == [
-        ("1", "0"), ("1", "1"), ("256", "0"), ("256", "1")
-    ]  # fmt: skip
+        ("1", "0"),
+        ("1", "1"),
+        ("256", "0"),
+        ("256", "1"),
+    ]
     for row in latency:
         assert 0 < float(row["low"]) <= float(row["ms"]) <= float(row["high"])
         assert float(row["ratio_low"]) <= float(row["ratio"]) <= float(row["ratio_high"])
@@ -403,9 +406,11 @@ def test_the_grid_marks_what_is_level_with_its_best_place(prepared_folder, tmp_p
     assert_drawn(out / "maps.png")
     rows = read_csv(out / "results.csv")
     assert [(r["map"], r["row"], r["column"]) for r in rows] == [
-        ("tcl-l2", "0.1", "1.0"), ("tcl-l2", "0.5", "1.0"),
-        ("kl-noise", "0.1", "0.1"), ("kl-noise", "0.1", "1.0"),
-    ]  # fmt: skip
+        ("tcl-l2", "0.1", "1.0"),
+        ("tcl-l2", "0.5", "1.0"),
+        ("kl-noise", "0.1", "0.1"),
+        ("kl-noise", "0.1", "1.0"),
+    ]
     gains = {}
     for row in rows:
         name = (

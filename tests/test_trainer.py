@@ -36,9 +36,7 @@ class KilledError(Exception):
 
 def run(make_model, data, objective, out, *, seed=0, config=CONFIG, model=None, **options):
     """Train a tiny model and return the trainer."""
-    trainer = Trainer(
-        model or make_model(data, seed=seed), data, config, objective, out, **options
-    )  # fmt: skip
+    trainer = Trainer(model or make_model(data, seed=seed), data, config, objective, out, **options)
     trainer.run()
     return trainer
 
@@ -205,9 +203,13 @@ def test_resume_refuses_another_run(prepared, make_model, whole, objective, trai
     config = CONFIG.replace(**train)
     with pytest.raises(ValueError, match=message):
         Trainer(
-            make_model(prepared, **model), prepared, config, objective, whole / "supervised",
+            make_model(prepared, **model),
+            prepared,
+            config,
+            objective,
+            whole / "supervised",
             resume=True,
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -340,9 +342,11 @@ def test_the_end_has_a_reason(
     ("objective", "select", "steps", "chosen"),
     [
         ("supervised", True, 2, 0.5),  # of equal scores the larger share
-        ("supervised", False, 2, 1.0), ("supervised", True, 0, 1.0), ("noisy", True, 2, 1.0),
+        ("supervised", False, 2, 1.0),
+        ("supervised", True, 0, 1.0),
+        ("noisy", True, 2, 1.0),
     ],
-)  # fmt: skip
+)
 def test_validation_chooses_the_readout(
     prepared, make_model, tmp_path, monkeypatch, objective, select, steps, chosen
 ):
@@ -405,9 +409,8 @@ def losses(make_model, data, out, objective, n_steps, n_users, **changes) -> lis
     trainer = Trainer(make_model(data, **changes), data, config, objective, out)
     rng = np.random.default_rng(0)
     return [
-        trainer.step(rng.integers(len(trainer.batcher), size=n_users), rng)
-        for _ in range(n_steps)
-    ]  # fmt: skip
+        trainer.step(rng.integers(len(trainer.batcher), size=n_users), rng) for _ in range(n_steps)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -488,9 +491,7 @@ def test_every_user_needs_enough_unseen_items(prepared):
 def test_no_negatives_are_refused(prepared, make_model, tmp_path, split):
     """One candidate would be ranked first by every model."""
     name = f"{split}_negatives"
-    none = PreparedData(
-        prepared.arrays | {name: prepared.arrays[name][:, :0]}, prepared.manifest
-    )  # fmt: skip
+    none = PreparedData(prepared.arrays | {name: prepared.arrays[name][:, :0]}, prepared.manifest)
     refused = {
         "valid": lambda: run(make_model, none, "supervised", tmp_path / "run"),
         "test": lambda: rank_model(make_model(none), none),
@@ -537,7 +538,7 @@ def test_embedding_rows_that_no_batch_touches_stay(prepared, make_model, tmp_pat
     sizes = {"n_items": prepared.n_items, "n_users": prepared.n_users, "n_terms": prepared.n_terms}
     model = make_model(
         prepared, item_text_dim=0, query_text_dim=0, **{k: n + 3 for k, n in sizes.items()}
-    )  # fmt: skip
+    )
     tables = {"item": sizes["n_items"], "user": sizes["n_users"], "query": sizes["n_terms"]}
     before = {name: getattr(model, f"{name}_embedding").weight.clone() for name in tables}
     run(make_model, prepared, "supervised", tmp_path, model=model,
@@ -765,8 +766,9 @@ def test_the_alarm_tells_a_target_that_sinks(prepared, make_model, tmp_path, cap
     assert len(warned) == sinks
 
 
-@pytest.mark.parametrize(("logs", "n"), [({"target_cosine": 0.1}, 0), ({}, 0),
-                                         ({"target_cosine": -0.1}, 1)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("logs", "n"), [({"target_cosine": 0.1}, 0), ({}, 0), ({"target_cosine": -0.1}, 1)]
+)
 def test_warn_if_sinking(caplog, logs, n):
     warn_if_sinking(logs)
     assert len(caplog.records) == n

@@ -151,9 +151,12 @@ def test_the_seed_of_a_step_keys_its_noise_and_dropout(
     monkeypatch.setattr(LCRSER, "rollout", spied_rollout)
     monkeypatch.setattr(OBJECTIVES[objective], "updates", spied_updates)
     trainer = Trainer(
-        make_model(prepared, dropout=0.1, backend="reference"), prepared, CONFIG, objective,
+        make_model(prepared, dropout=0.1, backend="reference"),
+        prepared,
+        CONFIG,
+        objective,
         tmp_path,
-    )  # fmt: skip
+    )
     monkeypatch.setattr(module, "validation_score", lambda *_: 0.5)
     trainer.run()
     seed, steps, kinds = None, 0, {"dropout": set(), "noise": set()}
@@ -183,8 +186,12 @@ def test_gradients_are_clipped_to_the_largest_norm(prepared, make_model, tmp_pat
         gradients = norms[limit] = []
 
         def note(optimizer, *_, gradients=gradients):
-            flat = [p.grad.flatten() for g in optimizer.param_groups for p in g["params"]
-                    if p.grad is not None]  # fmt: skip
+            flat = [
+                p.grad.flatten()
+                for g in optimizer.param_groups
+                for p in g["params"]
+                if p.grad is not None
+            ]
             gradients.append(torch.cat(flat))
 
         trainer.optimizer.register_step_pre_hook(note)

@@ -532,7 +532,7 @@ SWITCHES = {
     "kl": ("k3", "updates", ("grpo",)),
     "kl_weight": (0.3, "updates", ("grpo",)),
     "temperature": (2.0, "updates", ("grpo",)),
-}  # fmt: skip
+}
 
 
 def outcome(data, make_model, name: str, **changes) -> dict[str, list]:

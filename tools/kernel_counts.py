@@ -135,8 +135,9 @@ def counts(variant: Variant, compiled: Any) -> Counts:
     shape, sequences = variant.constexprs["SHAPE"], variant.constexprs["SEQUENCES"]
     of_warp = count_step(
         sass.disassemble(compiled.asm["cubin"]),
-        shape.D // shape.BLOCK_HEADS, shape.F // shape.BLOCK_F,
-    )  # fmt: skip
+        shape.D // shape.BLOCK_HEADS,
+        shape.F // shape.BLOCK_F,
+    )
     share = variant.options["num_warps"] / sequences
     return Counts(*(n * share for n in of_warp))._replace(barriers=of_warp.barriers)
 

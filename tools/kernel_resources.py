@@ -350,17 +350,21 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--arch", nargs="+", choices=SHARED_BYTES, default=list(SHARED_BYTES))
     parser.add_argument(
-        "-o", "--out", type=Path,
+        "-o",
+        "--out",
+        type=Path,
         help="file of the table, else standard output; its rows that are up to date are kept, and "
         "the page is written beside it",
-    )  # fmt: skip
+    )
     parser.add_argument("--only", default="", help="a regular expression that names must contain")
     parser.add_argument("--jobs", type=int, default=1, help="compile so many at once")
     parser.add_argument("--ptxas", help="path of another ptxas than the one that launches take")
     parser.add_argument(
-        "--check", type=Path, metavar="TABLE",
+        "--check",
+        type=Path,
+        metavar="TABLE",
         help="compile the rows of a table again; write nothing, exit with 1 if one is faulty",
-    )  # fmt: skip
+    )
     parser.add_argument("--products", default="", help="only rows of TABLE with such products")
     args = parser.parse_args(argv)
 

@@ -145,10 +145,14 @@ def _reaching(program: Program) -> Iterator[tuple[int, _Definitions]]:
             _step(known, place, program.instructions[place])
         for after in program.successors(start):
             old = before.get(after)
-            merged = known if old is None else {
-                register: known.get(register, _NEVER) | old.get(register, _NEVER)
-                for register in known.keys() | old.keys()
-            }  # fmt: skip
+            merged = (
+                known
+                if old is None
+                else {
+                    register: known.get(register, _NEVER) | old.get(register, _NEVER)
+                    for register in known.keys() | old.keys()
+                }
+            )
             if merged != old:
                 before[after] = dict(merged)
                 waiting.append(after)

@@ -107,9 +107,11 @@ _DEFAULTS = {
     ("bwd", "half"): {64: Config(4), 128: Config(8, parked=True)},
     ("bwd", "tf32"): {64: Config(4), 128: Config(8, parked=True)},
     ("bwd", "tf32x3"): {
-        32: Config(4, rows=32), 64: Config(4, parked=True), 128: Config(8, parked=True)
+        32: Config(4, rows=32),
+        64: Config(4, parked=True),
+        128: Config(8, parked=True),
     },
-}  # fmt: skip
+}
 # Exceptions, by (pass, kind, D, rows of the slot, major compute capability or None for all).
 _CONFIGS = {
     ("fwd", "half", 64, 32, 9): Config(4, block_f=64, registers=168),

@@ -75,9 +75,7 @@ def memory_lengths(
 
 
 @triton.jit
-def sequence_lengths(
-    lengths_ptr, first, end, n_trajectories, size, SEQUENCES: tl.constexpr
-):  # fmt: skip
+def sequence_lengths(lengths_ptr, first, end, n_trajectories, size, SEQUENCES: tl.constexpr):
     """Events of each slot's sequence: int32 [SEQUENCES]."""
     sequence = first + tl.arange(0, SEQUENCES)
     length = tl.load(lengths_ptr + sequence // n_trajectories, mask=sequence < end, other=0)

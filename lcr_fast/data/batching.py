@@ -45,8 +45,10 @@ class Batcher:
         self.trim = trim
         self.search_of = search_of
         sizes = {
-            "user": data.n_users, "search_queries": data.n_queries, "search_terms": data.n_terms,
-        }  # fmt: skip
+            "user": data.n_users,
+            "search_queries": data.n_queries,
+            "search_terms": data.n_terms,
+        }
         known = largest_ids or {}
         self._largest = {
             name: known[name] for name, size in sizes.items() if known.get(name, size) < size

@@ -56,8 +56,10 @@ def read(path: str | os.PathLike, *, keep_duplicates: bool = False) -> Interacti
     files = [file for name in ("search_train", "search_test") for file in _files(folder, name)]
     query_text = _vectors(files, "question_embedding", None)
     item_text = _vectors(_files(folder, "notes"), "note_embedding", "note_idx")
-    texts = [f"text vectors of {what}: {'read' if text else 'none'}"
-             for what, text in (("notes", item_text), ("queries", query_text))]  # fmt: skip
+    texts = [
+        f"text vectors of {what}: {'read' if text else 'none'}"
+        for what, text in (("notes", item_text), ("queries", query_text))
+    ]
     return InteractionLog(
         "qilin",
         events,

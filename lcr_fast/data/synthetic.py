@@ -132,11 +132,14 @@ def generate(world: World | None = None) -> InteractionLog:
             for now, item in enumerate(user.items)
         ],
         schema={
-            "user": pl.Int64, "item": pl.Int64, "time": pl.Int64, "order": pl.Int64,
+            "user": pl.Int64,
+            "item": pl.Int64,
+            "time": pl.Int64,
+            "order": pl.Int64,
             "target": pl.Boolean,
         },
         orient="row",
-    )  # fmt: skip
+    )
     all_searches = [(u, search) for u, user in enumerate(users) for search in user.searches]
     searches = pl.DataFrame(
         [
@@ -144,11 +147,15 @@ def generate(world: World | None = None) -> InteractionLog:
             for key, (u, s) in enumerate(all_searches)
         ],
         schema={
-            "search": pl.Int64, "user": pl.Int64, "time": pl.Int64, "terms": pl.List(pl.String),
-            "relevant": pl.Int8, "topic": pl.Int32,
+            "search": pl.Int64,
+            "user": pl.Int64,
+            "time": pl.Int64,
+            "terms": pl.List(pl.String),
+            "relevant": pl.Int8,
+            "topic": pl.Int32,
         },
         orient="row",
-    )  # fmt: skip
+    )
     clicks = pl.DataFrame(
         [
             (key, item, s.time + 1000 * (i + 1))

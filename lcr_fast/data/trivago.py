@@ -53,10 +53,9 @@ def read(path: str | os.PathLike, *, keep_duplicates: bool = False) -> Interacti
     rows = rows.sort("user_id", "timestamp", "visit", "step", "row").with_columns(
         order=pl.int_range(pl.len(), dtype=pl.Int64), time="timestamp"
     )
-    item_action = (
-        pl.col("action_type").str.starts_with("interaction item")
-        | pl.col("action_type").is_in(["search for item", _TARGET])
-    )  # fmt: skip
+    item_action = pl.col("action_type").str.starts_with("interaction item") | pl.col(
+        "action_type"
+    ).is_in(["search for item", _TARGET])
     is_item = pl.col("reference").str.contains(f"^{_ITEM}$").fill_null(False)
     text_search = pl.col("action_type").is_in(_TEXT_SEARCHES)
     typed = pl.col("reference").str.contains(_WORD).fill_null(False)
@@ -69,9 +68,11 @@ def read(path: str | os.PathLike, *, keep_duplicates: bool = False) -> Interacti
     actions = rows.filter(item_action & is_item)
     texts = rows.filter(text_search & typed)
     counts = rows.select(
-        item=item_action.sum(), unusable=(item_action & ~is_item).sum(),
-        empty=(text_search & ~typed).sum(), other=(~item_action & ~text_search).sum(),
-    ).row(0, named=True)  # fmt: skip
+        item=item_action.sum(),
+        unusable=(item_action & ~is_item).sum(),
+        empty=(text_search & ~typed).sum(),
+        other=(~item_action & ~text_search).sum(),
+    ).row(0, named=True)
     events = actions.select(
         "time",
         "order",

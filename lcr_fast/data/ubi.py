@@ -111,13 +111,17 @@ def read(
     return InteractionLog(
         "ubi",
         found.select(
-            "user", "item", "time", "target", order="row",
+            "user",
+            "item",
+            "time",
+            "target",
+            order="row",
             impressions=pl.when(among).then("results"),
         ),
         searches.select("search", "user", "time", "terms"),
         clicks,
         notes,
-    )  # fmt: skip
+    )
 
 
 def _documents(folder: Path) -> dict[str, pl.DataFrame]:

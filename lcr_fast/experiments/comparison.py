@@ -277,9 +277,13 @@ def run_comparison(job: Job, variants: list[str]) -> str:
         result["ranks"].save(job.out / BASELINES / name / RANKS)
     for name, variant in cells.items():
         results[name] = job.cell(
-            name, variant.title, variant.objective, start=variant.start,
-            model=variant.model_changes, train=variant.train_changes,
-        )  # fmt: skip
+            name,
+            variant.title,
+            variant.objective,
+            start=variant.start,
+            model=variant.model_changes,
+            train=variant.train_changes,
+        )
     if NO_SEARCHES in results and "searches" in results.get("lcr", {}):
         searched = analysis.searched(job.data, "test")
         pair = [results[name]["ranks"].restricted(searched) for name in ("lcr", NO_SEARCHES)]

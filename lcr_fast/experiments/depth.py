@@ -64,9 +64,13 @@ class SeedModels(NamedTuple):
 def train_models(job: Job, seed: int) -> SeedModels:
     """Train, or with ``resume`` read back, the models of a seed."""
     job = dataclasses.replace(
-        job, out=job.out / f"seed-{seed}", train=job.train.replace(seed=seed), measures=(),
-        last_measures=(), protocols=("sampled",),
-    )  # fmt: skip
+        job,
+        out=job.out / f"seed-{seed}",
+        train=job.train.replace(seed=seed),
+        measures=(),
+        last_measures=(),
+        protocols=("sampled",),
+    )
     K, train = job.model.steps, {"tcl_weight": 0.0}
     weight = job.train.deep_supervision or DEEP_SUPERVISION
     cells: dict[str, tuple[str, int, dict[str, Any]]] = {"base": ("Base (K = 0)", 0, train)}
@@ -138,9 +142,12 @@ def _stop(seeds: Sequence[SeedModels], rules: Sequence[str], **goal: float) -> S
         choices.append(choice)
     share = np.mean(shares, 0)
     return Stopped(
-        np.mean(gains, 0), float(share @ np.arange(len(share))), np.mean(at_random, 0), share,
+        np.mean(gains, 0),
+        float(share @ np.arange(len(share))),
+        np.mean(at_random, 0),
+        share,
         choices,
-    )  # fmt: skip
+    )
 
 
 def _oracle(seeds: Sequence[SeedModels]) -> tuple[NDArray, float]:
@@ -181,11 +188,15 @@ def run_latency_study(job: Job, n_seeds: int) -> str:
     write_rows(job.out / "latency.csv", times)
     base, fixed = gains["base"][2], gains[best][2]
     rows = [
-        {"model": name, "steps": steps, **_named("ndcg@5", bootstrap(values)),
-         **_named("less_base", bootstrap(values - base)),
-         **_named("less_best_fixed", bootstrap(values - fixed))}
+        {
+            "model": name,
+            "steps": steps,
+            **_named("ndcg@5", bootstrap(values)),
+            **_named("less_base", bootstrap(values - base)),
+            **_named("less_best_fixed", bootstrap(values - fixed)),
+        }
         for name, (_, steps, values) in gains.items()
-    ]  # fmt: skip
+    ]
     write_rows(job.out / "results.csv", rows)
     points = {name: (title, bootstrap(values)) for name, (title, _, values) in gains.items()}
     plots.pareto(points, times, job.out / "pareto.png")
@@ -262,24 +273,30 @@ def _rule_rows(seeds: Sequence[SeedModels], fixed: NDArray, most: float) -> list
     """
     rows = []
     goals: tuple[tuple[str, dict[str, float]], ...] = (
-        (f"loss {LOSS}", {"loss": LOSS}), (f"steps {most:.1f}", {"steps": most}),
-    )  # fmt: skip
+        (f"loss {LOSS}", {"loss": LOSS}),
+        (f"steps {most:.1f}", {"steps": most}),
+    )
     for rule in (*SERVED, *LIST_RULES):
         for goal, asked in goals:
             found = _stop(seeds, [rule], **asked)
             if found is None:
                 continue
-            rows.append({
-                "rule": rule, "goal": goal, "steps": found.steps,
-                **_named("less_best_fixed", bootstrap(found.gains - fixed)),
-                **_named("random_less_best_fixed", bootstrap(found.at_random - fixed)),
-                **_named("less_random", bootstrap(found.gains - found.at_random)),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "rule": rule,
+                    "goal": goal,
+                    "steps": found.steps,
+                    **_named("less_best_fixed", bootstrap(found.gains - fixed)),
+                    **_named("random_less_best_fixed", bootstrap(found.at_random - fixed)),
+                    **_named("less_random", bootstrap(found.gains - found.at_random)),
+                }
+            )
     best, steps = _oracle(seeds)
     nothing = dict.fromkeys(
-        f"{name}{end}" for name in ("random_less_best_fixed", "less_random")
+        f"{name}{end}"
+        for name in ("random_less_best_fixed", "less_random")
         for end in ("", "_low", "_high")
-    )  # fmt: skip
+    )
     rows.append({
         "rule": "oracle", "goal": "", "steps": steps,
         **_named("less_best_fixed", bootstrap(best - fixed)), **nothing,
@@ -422,9 +439,12 @@ def run_strata_study(job: Job, n_seeds: int, worlds: Sequence[synthetic.World] =
 
 
 def _strata_part(
-    strata: Mapping[str, NDArray], base: NDArray, gains: Mapping[str, NDArray],
-    titles: Mapping[str, str], out: Path,
-) -> str:  # fmt: skip
+    strata: Mapping[str, NDArray],
+    base: NDArray,
+    gains: Mapping[str, NDArray],
+    titles: Mapping[str, str],
+    out: Path,
+) -> str:
     """Write differences to Base by stratum, rows and plot; return their table."""
     rows, lines = [], []
     for name, member in strata.items():
@@ -452,9 +472,10 @@ def run_strata_of_runs(
     where a run has no Base, or nothing to compare it to.
     """
     names = [
-        name for name in (BASE, "lcr", "tcl", "rl")
+        name
+        for name in (BASE, "lcr", "tcl", "rl")
         if all((run / name / RANKS).is_file() for run in runs)
-    ]  # fmt: skip
+    ]
     if names[:1] != [BASE] or len(names) < 2:
         raise ValueError("every run must hold Base and one other model of the ablation")
     parts: list[tuple[dict[str, NDArray], dict[str, NDArray]]] = []
@@ -488,9 +509,13 @@ def _worlds_part(job: Job, n_seeds: int, worlds: Sequence[synthetic.World]) -> s
         out = job.out / "worlds" / name.replace(" ", "-")
         data = _world_data(world, out / "data", job.resume)
         mine = dataclasses.replace(
-            job, data=data, model=fit_config(data, job.model), out=out, measures=(),
+            job,
+            data=data,
+            model=fit_config(data, job.model),
+            out=out,
+            measures=(),
             protocols=("sampled",),
-        )  # fmt: skip
+        )
         differences = []
         for seed in (job.train.seed + i for i in range(n_seeds)):
             part = dataclasses.replace(
@@ -510,16 +535,16 @@ def _worlds_part(job: Job, n_seeds: int, worlds: Sequence[synthetic.World]) -> s
             differences.append((gains[0], gains[1] - gains[0]))
         base, less = (np.mean(part, 0) for part in zip(*differences, strict=True))
         spread = bootstrap(less)
-        rows.append({
-            "world": name, "base": float(base.mean()), **_named("less_base", spread),
-        })  # fmt: skip
+        rows.append({"world": name, "base": float(base.mean()), **_named("less_base", spread)})
         lines.append([name, f"{base.mean():.4f}", _shown(spread)])
     write_rows(job.out / "worlds.csv", rows)
     plots.worlds(rows, job.out / "worlds.png")
     return tabulate(
-        lines, ["world", "Base", f"LCR (K = {job.model.steps}) - Base"], tablefmt="github",
+        lines,
+        ["world", "Base", f"LCR (K = {job.model.steps}) - Base"],
+        tablefmt="github",
         disable_numparse=True,
-    )  # fmt: skip
+    )
 
 
 def _world_data(world: synthetic.World, folder: Path, resume: bool) -> PreparedData:

@@ -48,8 +48,10 @@ def distillation_table(teacher: LCRSER, student: LCRSER, data: PreparedData) -> 
     lines = [
         [f"teacher, K = {teacher.config.steps}", *(f"{row['mean']:.4f}" for row in of_both[:n])],
         [f"student, K = {student.config.steps}", *(f"{row['mean']:.4f}" for row in of_both[n:])],
-        ["student less teacher",
-         *(f"{r['mean']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}]" for r in less)],
-    ]  # fmt: skip
+        [
+            "student less teacher",
+            *(f"{r['mean']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}]" for r in less),
+        ],
+    ]
     title = f"test NDCG@5, {protocol_titles(ranks[0].n_negatives)['sampled']}"
     return tabulate(lines, [title, *groups], tablefmt="github", disable_numparse=True)

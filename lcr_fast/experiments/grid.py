@@ -37,10 +37,13 @@ MAPS = {
     "tcl-l2": Map("TCL, l2", "tcl", *_TCL, {"tcl_distance": "l2"}),
     "tcl-cosine": Map("TCL, cosine", "tcl", *_TCL, {"tcl_distance": "cosine"}),
     "kl-noise": Map(
-        "phase 2, last weights", "rl",
-        ("kl_weight", (0.01, 0.1, 1.0)), ("noise_scale", (0.1, 0.5, 1.0)), {},
+        "phase 2, last weights",
+        "rl",
+        ("kl_weight", (0.01, 0.1, 1.0)),
+        ("noise_scale", (0.1, 0.5, 1.0)),
+        {},
     ),
-}  # fmt: skip
+}
 
 
 class Cell(NamedTuple):
@@ -113,16 +116,22 @@ def _measure(job: Job, n_seeds: int, part: Map) -> dict[tuple[float, float], Cel
         if variant.start is not None:
             first = VARIANTS[variant.start]
             mine.cell(
-                variant.start, f"seed {seed}, {first.title}", first.objective,
-                model=first.model_changes, train=first.train_changes,
-            )  # fmt: skip
+                variant.start,
+                f"seed {seed}, {first.title}",
+                first.objective,
+                model=first.model_changes,
+                train=first.train_changes,
+            )
         for place, change in _places(part):
             shown = ",".join(f"{name}={value}" for name, value in change.items())
             result = mine.cell(
-                f"{part.variant},{shown}", f"seed {seed}, {variant.title}, {shown}",
-                variant.objective, start=variant.start, model=variant.model_changes,
+                f"{part.variant},{shown}",
+                f"seed {seed}, {variant.title}, {shown}",
+                variant.objective,
+                start=variant.start,
+                model=variant.model_changes,
                 train=variant.train_changes | change,
-            )  # fmt: skip
+            )
             last = result["last"]
             ranks = np.array(last["test_ranks"]) if last else result["ranks"].by_protocol["sampled"]
             gains[place].append(weighted_metric(ranks, METRIC))

@@ -135,10 +135,13 @@ class _Cells:
         )
         shown = "".join(f", {name}={value}" for name, value in change.items())
         self.results[key] = part.cell(
-            key[1], f"seed {seed}, {kind.title}{shown}", kind.objective,
+            key[1],
+            f"seed {seed}, {kind.title}{shown}",
+            kind.objective,
             start=None if kind.start is None else self.name(kind.start, change),
-            model=model | kind.model_changes, train=training | kind.train_changes,
-        )  # fmt: skip
+            model=model | kind.model_changes,
+            train=training | kind.train_changes,
+        )
 
     def numbers(self, variant: str, change: Change) -> list[Numbers]:
         """Give a cell's numbers, one entry a seed."""
@@ -147,11 +150,14 @@ class _Cells:
 
     def write(self, path: Path) -> None:
         """Write every number of every cell."""
-        write_rows(path, [
-            {"seed": seed, "cell": name, "metric": metric, "value": value}
-            for (seed, name), result in self.results.items()
-            for metric, value in _numbers(result).items()
-        ])  # fmt: skip
+        write_rows(
+            path,
+            [
+                {"seed": seed, "cell": name, "metric": metric, "value": value}
+                for (seed, name), result in self.results.items()
+                for metric, value in _numbers(result).items()
+            ],
+        )
 
 
 def _numbers(result: dict[str, Any]) -> Numbers:
@@ -287,11 +293,14 @@ def _axis_table(cells: _Cells, name: str, values: tuple[Any, ...]) -> str:
     ) -> list[str]:
         kept = f"{sum(n['kept'] for n in numbers):.0f} of {len(numbers)}"
         return [
-            title, *(_cell(_interval(numbers, "last_" + metric)) for metric in shown),
-            *differences, *(_mean(numbers, name) for name in _SIGNAL),
+            title,
+            *(_cell(_interval(numbers, "last_" + metric)) for metric in shown),
+            *differences,
+            *(_mean(numbers, name) for name in _SIGNAL),
             *(_mean(numbers, "last_" + name) for name in _DIVERSITY),
-            _cell(_interval(numbers, "ndcg@5")), kept,
-        ]  # fmt: skip
+            _cell(_interval(numbers, "ndcg@5")),
+            kept,
+        ]
 
     start = cells.numbers("tcl", {})
     rows = [[*row("no RL", start)[:-2], "", ""]]
@@ -314,9 +323,12 @@ def _axis_rows(cells: _Cells, name: str, values: tuple[Any, ...]) -> list[dict[s
     for value in values:
         rl, control = (cells.numbers(variant, {name: value}) for variant in ("rl", "control"))
         for series, numbers, than in (
-            ("no_rl", start, None), ("rl", rl, None), ("control", control, None),
-            ("rl-no_rl", rl, start), ("rl-control", rl, control),
-        ):  # fmt: skip
+            ("no_rl", start, None),
+            ("rl", rl, None),
+            ("control", control, None),
+            ("rl-no_rl", rl, start),
+            ("rl-control", rl, control),
+        ):
             for metric in rl[0]:
                 interval = _interval(numbers, metric, than)
                 key = {"axis": name, "value": value, "series": series, "metric": metric}
@@ -359,12 +371,15 @@ def run_paper_study(job: Job, n_seeds: int, steps: Sequence[int] = STEPS) -> str
     latencies = forward_latency(job, steps)
     plots.latencies(latencies, job.out / "latency.png")
     write_rows(job.out / "latency.csv", latencies)
-    write_rows(job.out / "distances.csv", [
-        {"variant": name, "state": state, "step": k + state.startswith("a"), "distance": value}
-        for name, result in distances.items()
-        for state, values in result["distances"].items()
-        for k, value in enumerate(values)
-    ])  # fmt: skip
+    write_rows(
+        job.out / "distances.csv",
+        [
+            {"variant": name, "state": state, "step": k + state.startswith("a"), "distance": value}
+            for name, result in distances.items()
+            for state, values in result["distances"].items()
+            for k, value in enumerate(values)
+        ],
+    )
     parts = [
         "### Ablation (cf. the paper's Table 3)\n\n" + _ablation_table(cells),
         "### Reasoning steps (cf. Fig. 6)\n\n" + _steps_table(cells, steps),
@@ -411,11 +426,14 @@ def _steps_table(cells: _Cells, steps: Sequence[int]) -> str:
     rows = []
     for k in steps:
         no_rl, rl, control = (cells.numbers(v, {"steps": k}) for v in ("tcl", "rl", "control"))
-        rows.append([
-            str(k), *(_cell(_interval(n, "ndcg@5")) for n in (no_rl, rl, control)),
-            _cell(_interval(rl, "ndcg@5", no_rl), "+"),
-            _cell(_interval(rl, "ndcg@5", control), "+"),
-        ])  # fmt: skip
+        rows.append(
+            [
+                str(k),
+                *(_cell(_interval(n, "ndcg@5")) for n in (no_rl, rl, control)),
+                _cell(_interval(rl, "ndcg@5", no_rl), "+"),
+                _cell(_interval(rl, "ndcg@5", control), "+"),
+            ]
+        )
     headers = ["K", "NDCG@5 without RL", "with RL", "control", "RL - no RL", "RL - control"]
     return _table(rows, headers)
 

@@ -116,10 +116,12 @@ def _search_tables(results: dict[str, dict[str, Any]], titles: dict[str, str]) -
         for name, result in results.items()
         if "searches" in result
         for than, title in (
-            ("others", "those of other users"), ("none", "none"), ("training", "none, as trained"),
+            ("others", "those of other users"),
+            ("none", "none"),
+            ("training", "none, as trained"),
         )
         if than in result["searches"]
-    }  # fmt: skip
+    }
     protocols = {row["protocol"] for effect in effects.values() for row in effect["rows"]}
     return [
         "NDCG@5 with a user's own searches less that of the same model with others, users that "

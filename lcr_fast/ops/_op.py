@@ -144,11 +144,13 @@ class Op:
     def _fake_backward(self, *arguments: Any) -> Any:
         call = self.call(*arguments[len(self.results) :][: len(self.call._fields)])
         return tuple(
-            self._fake_gradients[field](call) if field in self._fake_gradients
-            else torch.empty_like(part) if isinstance(part := getattr(call, field), Tensor)
+            self._fake_gradients[field](call)
+            if field in self._fake_gradients
+            else torch.empty_like(part)
+            if isinstance(part := getattr(call, field), Tensor)
             else [torch.empty_like(t) for t in part]
             for field in self.gradients
-        )  # fmt: skip
+        )
 
     @property
     def implementations(self) -> tuple[str, ...]:
@@ -282,12 +284,14 @@ def _form(call: Any) -> Any:
     """Put None in the place of each tensor: what may be kept of a call beside saved tensors."""
     return type(call)(
         *(
-            None if isinstance(part, Tensor)
-            else (None,) * len(part) if isinstance(part, tuple)
+            None
+            if isinstance(part, Tensor)
+            else (None,) * len(part)
+            if isinstance(part, tuple)
             else part
             for part in call
         )
-    )  # fmt: skip
+    )
 
 
 def _filled(form: Any, tensors: Sequence[Tensor]) -> Any:
@@ -295,9 +299,11 @@ def _filled(form: Any, tensors: Sequence[Tensor]) -> Any:
     rest = iter(tensors)
     return type(form)(
         *(
-            next(rest) if part is None
-            else tuple([next(rest) for _ in part]) if isinstance(part, tuple)
+            next(rest)
+            if part is None
+            else tuple([next(rest) for _ in part])
+            if isinstance(part, tuple)
             else part
             for part in form
         )
-    )  # fmt: skip
+    )

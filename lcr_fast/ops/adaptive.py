@@ -122,9 +122,13 @@ def _stepwise(
         if not len(here):
             break
         reasoned = latent_reasoning(
-            *states[-1], search_lengths[here], rec_lengths[here],
-            weights.step(k), steps.step(k), backend=backend,
-        )  # fmt: skip
+            *states[-1],
+            search_lengths[here],
+            rec_lengths[here],
+            weights.step(k),
+            steps.step(k),
+            backend=backend,
+        )
         states.append(reasoned.streams)
     out_search[here], out_rec[here] = states[-1]
     return Adapted(out_search, out_rec, taken)

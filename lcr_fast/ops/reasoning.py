@@ -65,10 +65,14 @@ def _triton_obstacle(case: ReasoningCase) -> str | None:
     from lcr_fast.kernels import reasoning as kernels
 
     return _switch_obstacle(case) or kernels.obstacle(
-        dim=case.dim, n_heads=case.n_heads, ffn_dim=case.ffn_dim, search_len=case.search_len,
-        rec_len=case.rec_len, dtype=case.dtype,
+        dim=case.dim,
+        n_heads=case.n_heads,
+        ffn_dim=case.ffn_dim,
+        search_len=case.search_len,
+        rec_len=case.rec_len,
+        dtype=case.dtype,
         gpu=current_gpu() if case.device == "cuda" else None,
-    )  # fmt: skip
+    )
 
 
 def _dtype_obstacle(case: EncodeCase | ReasoningCase) -> str | None:
@@ -236,9 +240,13 @@ def encode(
 
 
 def check_reasoning(
-    search: Tensor, rec: Tensor, search_lengths: Tensor, rec_lengths: Tensor,
-    weights: ReasoningWeights, steps: Steps,
-) -> None:  # fmt: skip
+    search: Tensor,
+    rec: Tensor,
+    search_lengths: Tensor,
+    rec_lengths: Tensor,
+    weights: ReasoningWeights,
+    steps: Steps,
+) -> None:
     """Raise ValueError where the arguments of :func:`latent_reasoning` do not fit together."""
     dim = weights.self_qkv_weight.shape[-1]
     _check_stream(("search", "search_lengths"), search, search_lengths, dim)
@@ -374,9 +382,11 @@ def latent_reasoning(
     axes: tuple[int, ...] = leading
     if noise is not None:
         call = call._replace(
-            rows=noise.rows.contiguous(), n_trajectories=noise.n_trajectories,
-            noise_scale=noise.scale, noise_seed=noise.seed,
-        )  # fmt: skip
+            rows=noise.rows.contiguous(),
+            n_trajectories=noise.n_trajectories,
+            noise_scale=noise.scale,
+            noise_seed=noise.seed,
+        )
         axes = (*leading, noise.n_trajectories)
     out_search, out_rec, pooled = LATENT_REASONING(chosen, call)
     return Reasoned(

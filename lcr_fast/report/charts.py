@@ -84,8 +84,11 @@ def intervals(rows: Sequence[Row], *, zero: bool = False, sign: str = "") -> Htm
             tag(
                 "span",
                 marks,
-                tag("i", class_="ci", style=f"left:{place(row.low)};"
-                    f"width:{100 * (row.high - row.low) / span:.2f}%"),
+                tag(
+                    "i",
+                    class_="ci",
+                    style=f"left:{place(row.low)};width:{100 * (row.high - row.low) / span:.2f}%",
+                ),
                 tag("i", class_="dot", style=f"left:{place(row.mean)}"),
                 class_="track",
                 aria_hidden="true",
@@ -94,19 +97,23 @@ def intervals(rows: Sequence[Row], *, zero: bool = False, sign: str = "") -> Htm
             class_=f"row {row.colour}",
         )
         for row in rows
-    ]  # fmt: skip
+    ]
     shown = labels(scale, sign)
     axis = tag(
         "div",
         tag("span", class_="name"),
-        tag("span", [
-            tag("b", text, style=f"left:{place(value)}")
-            for value, text in zip(scale, shown, strict=True)
-        ], class_="track"),
+        tag(
+            "span",
+            [
+                tag("b", text, style=f"left:{place(value)}")
+                for value, text in zip(scale, shown, strict=True)
+            ],
+            class_="track",
+        ),
         tag("span", class_="value"),
         class_="row axis",
         aria_hidden="true",
-    )  # fmt: skip
+    )
     return tag("div", drawn, axis, class_="intervals")
 
 
@@ -138,9 +145,11 @@ def lines(drawn: Sequence[Line], x_title: str, y_title: str, *, whole: bool = Fa
         x_ticks = [float(x) for x in range(math.floor(min(every_x)), math.ceil(max(every_x)) + 1)]
         x_ticks = x_ticks[:: max(len(x_ticks) // 6, 1)]
     y_ticks = ticks(min(every_y, default=0), max(every_y, default=1), 4)
-    left, right = (min(every_x), max(max(every_x), min(every_x) + 1e-9)) if whole else (
-        x_ticks[0], x_ticks[-1],
-    )  # fmt: skip
+    left, right = (
+        (min(every_x), max(max(every_x), min(every_x) + 1e-9))
+        if whole
+        else (x_ticks[0], x_ticks[-1])
+    )
     low, high = y_ticks[0], y_ticks[-1]
 
     def at(x: float, y: float) -> tuple[str, str]:
@@ -172,9 +181,13 @@ def lines(drawn: Sequence[Line], x_title: str, y_title: str, *, whole: bool = Fa
             )
         )
     svg = tag(
-        "svg", grid, curves, viewBox=f"0 0 {_WIDTH} {_HEIGHT}", role="img",
+        "svg",
+        grid,
+        curves,
+        viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
+        role="img",
         aria_label=f"{y_title} against {x_title}",
-    )  # fmt: skip
+    )
     return tag("figure", tag("figcaption", y_title), svg, class_="lines")
 
 

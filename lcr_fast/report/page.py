@@ -25,9 +25,12 @@ from .users import Past, Place, User
 _METRIC = "ndcg@5"
 _COLUMNS = ("hr@1", "hr@5", "ndcg@5", "ndcg@10", "mrr")
 _GROUPS = {
-    "all": "all", "repeat": "seen before", "new": "new", "covered": "training target too",
+    "all": "all",
+    "repeat": "seen before",
+    "new": "new",
+    "covered": "training target too",
     "uncovered": "no training target",
-}  # fmt: skip
+}
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # nothing is fetched, nothing runs
 _SHORT = {"sampled": "sampled", "impressions": "impressions", "catalogue": "whole catalogue"}
 
@@ -256,11 +259,15 @@ def _searches(page: Page) -> Html | None:
             if rows := result.get("searches", {}).get(key):
                 compared[f"{name},{key}"] = (f"{result['title'].strip()}: {what}", rows)
     parts = [
-        tag("div", tag("h3", f"{_SHORT[protocol]}"), charts.intervals(rows, zero=True, sign="+"),
-            class_="card")
+        tag(
+            "div",
+            tag("h3", f"{_SHORT[protocol]}"),
+            charts.intervals(rows, zero=True, sign="+"),
+            class_="card",
+        )
         for protocol in page.protocols
         if (rows := _rows(compared, protocol, "all", "+"))
-    ]  # fmt: skip
+    ]
     if not parts:
         return None
     about = (
@@ -287,10 +294,14 @@ def _training(page: Page) -> Html | None:
             float(record.get("epoch", place)) for place, record in enumerate(result["history"])
         ]
         drawn.append(Line(result["title"].strip(), _colour(name), epochs, scores))
-        seconds.append([
-            result["title"].strip(), f"{len(epochs) - 1}", f"{max(scores):.3f}",
-            f"{result['seconds']:,.0f} s",
-        ])  # fmt: skip
+        seconds.append(
+            [
+                result["title"].strip(),
+                f"{len(epochs) - 1}",
+                f"{max(scores):.3f}",
+                f"{result['seconds']:,.0f} s",
+            ]
+        )
     times = table(["model", "epochs", f"best {title}", "training"], seconds)
     drawn_and_told = tag(
         "div", charts.lines(drawn, "epoch", title, whole=True), times, class_="grid2"
@@ -347,10 +358,14 @@ def _inside(page: Page) -> Html | None:
             f"go to them; {chance:.3f} would be chance."
         )
         parts.append(
-            tag("div", tag("h3", "Attention on relevant searches"), tag("p", about, class_="quiet"),
+            tag(
+                "div",
+                tag("h3", "Attention on relevant searches"),
+                tag("p", about, class_="quiet"),
                 table(["model", "of the target", "of the recommendation stream"], rows),
-                class_="card")
-        )  # fmt: skip
+                class_="card",
+            )
+        )
     return join(parts) if parts else None
 
 
@@ -409,8 +424,8 @@ def _user(user: User, opened: bool) -> Html:
         tag("span", "seen before" if user.repeat else "new to the user", class_="chip"),
     )
     target = tag(
-        "p", "Target: ", tag("b", raw(user.target)), ", ", _times(user.known), " in training",
-    )  # fmt: skip
+        "p", "Target: ", tag("b", raw(user.target)), ", ", _times(user.known), " in training"
+    )
     histories = tag(
         "div",
         _history("Searches, latest first", user.searches, user.earlier[1]),
@@ -467,25 +482,32 @@ def _clicked(clicks: Sequence[str]) -> Html | None:
 def _look(share: float, most: float) -> Html:
     heat = share / most
     return tag(
-        "b", f"{100 * share:.0f}", style=f"--a:{0.05 + 0.9 * heat:.2f}",
-        class_="full" if heat > 0.55 else None, title=f"{share:.1%}",
-    )  # fmt: skip
+        "b",
+        f"{100 * share:.0f}",
+        style=f"--a:{0.05 + 0.9 * heat:.2f}",
+        class_="full" if heat > 0.55 else None,
+        title=f"{share:.1%}",
+    )
 
 
 def _list(title: str, places: Sequence[Place]) -> Html:
     return tag(
         "div",
         tag("h3", title),
-        tag("ol", [
-            tag(
-                "li",
-                tag("span", raw(place.item, 60)),
-                tag("small", _moved(place.rise), " ", _times(place.known)),
-                class_="target" if place.is_target else None,
-            )
-            for place in places
-        ], class_="ranked"),
-    )  # fmt: skip
+        tag(
+            "ol",
+            [
+                tag(
+                    "li",
+                    tag("span", raw(place.item, 60)),
+                    tag("small", _moved(place.rise), " ", _times(place.known)),
+                    class_="target" if place.is_target else None,
+                )
+                for place in places
+            ],
+            class_="ranked",
+        ),
+    )
 
 
 def _moved(rise: int) -> Html | None:
@@ -518,14 +540,16 @@ def _data(page: Page) -> Html | None:
 def _settings(page: Page) -> Html | None:
     if not page.run.configs:
         return None
-    return join([
-        tag(
-            "details",
-            tag("summary", f"{section} config"),
-            table(["", ""], [(name, raw(str(value))) for name, value in values.items()]),
-        )
-        for section, values in page.run.configs.items()
-    ])  # fmt: skip
+    return join(
+        [
+            tag(
+                "details",
+                tag("summary", f"{section} config"),
+                table(["", ""], [(name, raw(str(value))) for name, value in values.items()]),
+            )
+            for section, values in page.run.configs.items()
+        ]
+    )
 
 
 # In the order of the page: its anchor, its title, and what makes it, None where there is nothing.

@@ -80,10 +80,12 @@ def look_at_users(model: LCRSER, data: PreparedData, n: int = 6, split: str = "t
     rows = np.flatnonzero(both)[:_CHOSEN_AMONG]
     if samples.negatives is None or not samples.negatives.shape[1] or not len(rows) or n < 1:
         return []
-    ranks = np.concatenate([
-        _ranks(model, batcher, rows[start : start + _BATCH])
-        for start in range(0, len(rows), _BATCH)
-    ])  # fmt: skip
+    ranks = np.concatenate(
+        [
+            _ranks(model, batcher, rows[start : start + _BATCH])
+            for start in range(0, len(rows), _BATCH)
+        ]
+    )
     chosen = _choose(ranks, n, with_extremes=bool(model.config.steps))
     return list(_users(model, batcher, rows[list(chosen)], list(chosen.values())))
 

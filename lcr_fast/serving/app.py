@@ -58,16 +58,19 @@ class _Service:
         )
         self._sizes = Histogram("lcr_fast_batch_size", "Requests computed together.", SIZES)
         options: dict[str, Any] = {
-            "max_batch": max_batch, "max_wait": max_wait, "max_queue": max_queue,
-        }  # fmt: skip
+            "max_batch": max_batch,
+            "max_wait": max_wait,
+            "max_queue": max_queue,
+        }
         self._scoring, self._recommending = (
             MicroBatcher(run, observe=self._observer(path), **options)
             for path, run in (("/score", engine.score), ("/recommend", engine.recommend))
         )
         waiting = Gauge(
-            "lcr_fast_waiting", "Requests in the queues.",
+            "lcr_fast_waiting",
+            "Requests in the queues.",
             lambda: self._scoring.n_waiting + self._recommending.n_waiting,
-        )  # fmt: skip
+        )
         self._metrics = (self._requests, self._seconds, self._sizes, waiting)
 
     def _observer(self, path: str) -> Callable[[int], None]:

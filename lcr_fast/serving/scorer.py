@@ -75,7 +75,11 @@ def obstacle(model: LCRSER) -> str | None:
         return "its users leave the reasoning early"
     weight = model.head.target_weight
     case = RequestCase(
-        weight.device.type, weight.dtype, config.update, config.cross_memory,
-        config.step_embedding, bool(config.item_text_dim or config.query_text_dim),
-    )  # fmt: skip
+        weight.device.type,
+        weight.dtype,
+        config.update,
+        config.cross_memory,
+        config.step_embedding,
+        bool(config.item_text_dim or config.query_text_dim),
+    )
     return REQUEST.obstacles(case)["cpp"]

@@ -86,14 +86,18 @@ def read_depths(
         scores = torch.stack(lists, 1).double()  # [b, K + 1, C]
         logs = scores.log_softmax(-1)
         p = logs.exp()
-        parts.append([
-            t.cpu().numpy()
-            for t in (
-                torch.stack(ranks, 1), features.float(), _stays(scores),
-                (p[:, 1:] * (logs[:, 1:] - logs[:, :-1]).nan_to_num()).sum(-1),
-                -(p * logs.clamp(min=-1e9)).sum(-1),
-            )
-        ])  # fmt: skip
+        parts.append(
+            [
+                t.cpu().numpy()
+                for t in (
+                    torch.stack(ranks, 1),
+                    features.float(),
+                    _stays(scores),
+                    (p[:, 1:] * (logs[:, 1:] - logs[:, :-1]).nan_to_num()).sum(-1),
+                    -(p * logs.clamp(min=-1e9)).sum(-1),
+                )
+            ]
+        )
     return Depths(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
@@ -152,9 +156,10 @@ def fit_confidence(depths: Depths) -> Exits:
         if np.abs(step).max() < 1e-9:
             break
     return Exits(
-        torch.from_numpy(weight[:F] / scale).float(), torch.from_numpy(weight[F:]).float(),
+        torch.from_numpy(weight[:F] / scale).float(),
+        torch.from_numpy(weight[F:]).float(),
         "confidence",
-    )  # fmt: skip
+    )
 
 
 def leave_at(scores: NDArray, threshold: float) -> NDArray[np.int64]:

@@ -95,9 +95,10 @@ class Distilled(Supervised):
                 (mine - its).square().mean()
                 for mine, its in zip(
                     self._pooled(self.model, streams, batch),
-                    self._pooled(teacher, seen, batch), strict=True,
+                    self._pooled(teacher, seen, batch),
+                    strict=True,
                 )
-            ]  # fmt: skip
+            ]
             terms["distill_states"] = (config.distill_states, torch.stack(far).mean())
         return terms
 

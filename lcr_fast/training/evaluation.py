@@ -226,11 +226,15 @@ def rank_split(
     some = catalogue_rows(data, split, catalogue_users)
     ranks = {
         protocol: rank_targets(
-            scorer, batcher, protocol, device=device, backend=backend,
+            scorer,
+            batcher,
+            protocol,
+            device=device,
+            backend=backend,
             rows=some if protocol == "catalogue" else None,
         )
         for protocol in protocols
-    }  # fmt: skip
+    }
     return Ranks(
         samples_digest(data, split),
         strata(data, split),

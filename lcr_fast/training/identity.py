@@ -8,8 +8,11 @@ from lcr_fast.model import LCRSER
 
 # What a batch holds of each kind of id.
 _FIELDS = {
-    "users": "user", "items": "rec_items", "queries": "search_queries", "terms": "search_terms",
-}  # fmt: skip
+    "users": "user",
+    "items": "rec_items",
+    "queries": "search_queries",
+    "terms": "search_terms",
+}
 
 
 def assign(model: LCRSER, data: PreparedData) -> None:

@@ -28,11 +28,13 @@ def attach_text(model: LCRSER, data: PreparedData) -> LCRSER:
     """Give a model the data's frozen text vectors of its ids, where its config asks for them."""
     config = model.config
     rows = {"item_text": config.n_items + 1, "query_text": config.n_queries + 1}
-    model.set_text(**{
-        name: data.arrays[name][:n]
-        for name, n in rows.items()
-        if getattr(config, f"{name}_dim") and name in data.arrays
-    })  # fmt: skip
+    model.set_text(
+        **{
+            name: data.arrays[name][:n]
+            for name, n in rows.items()
+            if getattr(config, f"{name}_dim") and name in data.arrays
+        }
+    )
     return model
 
 

@@ -121,9 +121,12 @@ class Supervised(Objective):
         config = self.config
         n_batches = math.ceil(len(self.batcher) / config.batch_size)
         return Schedule(
-            config.learning_rate, max(config.epochs, math.ceil(config.min_updates / n_batches)),
-            config.batch_size, 0, config.schedule == "linear",
-        )  # fmt: skip
+            config.learning_rate,
+            max(config.epochs, math.ceil(config.min_updates / n_batches)),
+            config.batch_size,
+            0,
+            config.schedule == "linear",
+        )
 
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         return list(self.model.named_parameters())

@@ -254,13 +254,17 @@ class Trainer:
             _LOG.warning(
                 "%s: validation %s never rose above chance (%.4f, at most %.4f without "
                 "knowledge): train longer or with a higher learning rate",
-                self.name, self.config.valid_metric.upper(), progress.best, self.chance,
-            )  # fmt: skip
+                self.name,
+                self.config.valid_metric.upper(),
+                progress.best,
+                self.chance,
+            )
         elif not stale and len(scores) > 1 and scores[-1] == max(scores) > scores[-2]:
             _LOG.warning(
                 "%s: validation was still rising at the limit of %d epochs: allow more",
-                self.name, self.schedule.epochs,
-            )  # fmt: skip
+                self.name,
+                self.schedule.epochs,
+            )
 
     def _start(self) -> None:
         """Count the starting model as epoch 0: a phase that only harms keeps what it was given."""

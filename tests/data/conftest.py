@@ -21,11 +21,14 @@ def _log(events, searches, impressions=None) -> InteractionLog:
     frame = pl.DataFrame(
         [(*event, order) for order, event in enumerate(events)],
         schema={
-            "user": pl.Int64, "item": pl.Int64, "time": pl.Int64,
-            "target": pl.Boolean, "order": pl.Int64,
+            "user": pl.Int64,
+            "item": pl.Int64,
+            "time": pl.Int64,
+            "target": pl.Boolean,
+            "order": pl.Int64,
         },
         orient="row",
-    )  # fmt: skip
+    )
     if impressions is not None:
         frame = frame.with_columns(
             impressions=pl.Series(impressions, dtype=pl.List(pl.Int64), strict=False)
@@ -33,10 +36,13 @@ def _log(events, searches, impressions=None) -> InteractionLog:
     texts = pl.DataFrame(
         [(key, user, time, terms) for key, (user, time, terms, _) in enumerate(searches)],
         schema={
-            "search": pl.Int64, "user": pl.Int64, "time": pl.Int64, "terms": pl.List(pl.String),
+            "search": pl.Int64,
+            "user": pl.Int64,
+            "time": pl.Int64,
+            "terms": pl.List(pl.String),
         },
         orient="row",
-    )  # fmt: skip
+    )
     clicks = pl.DataFrame(
         [(key, *click) for key, search in enumerate(searches) for click in search[3]],
         schema={"search": pl.Int64, "item": pl.Int64, "time": pl.Int64},

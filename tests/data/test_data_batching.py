@@ -52,10 +52,13 @@ def data(make_log, tmp_path_factory):
     events = [
         (int(u), int(i), int(t), bool(f))
         for u, i, t, f in zip(
-            rng.integers(1, 9, 150), rng.integers(1, 30, 150), rng.integers(0, 60, 150),
-            rng.random(150) < 0.6, strict=True,
+            rng.integers(1, 9, 150),
+            rng.integers(1, 30, 150),
+            rng.integers(0, 60, 150),
+            rng.random(150) < 0.6,
+            strict=True,
         )
-    ]  # fmt: skip
+    ]
     searches = []
     for _ in range(60):
         time = int(rng.integers(0, 60))

@@ -61,9 +61,10 @@ def test_histories_hold_exactly_what_lies_strictly_before_the_target(
     log = make_log(events, searches)
     out = tmp_path_factory.mktemp("data") / "prepared"
     eligible = [
-        event for event in log.events.filter("target").to_dicts()
+        event
+        for event in log.events.filter("target").to_dicts()
         if told_history(log, str(event["user"]), event["time"]) != ([], [])
-    ]  # fmt: skip
+    ]
     if not eligible:
         with pytest.raises(ValueError, match="nothing to prepare"):
             prepare(log, out, n_negatives=0)
@@ -120,8 +121,12 @@ def test_splits_leave_the_last_targets_out(shop, tmp_path):
     assert told["valid"] == [("1", "10", 400), ("2", "15", 350)]
     # User 3 has one sample only (its first target ties with its first event), user 4 has none.
     assert told["train"] == [
-        ("1", "11", 200), ("1", "12", 300), ("2", "11", 150), ("2", "12", 250), ("3", "22", 220),
-    ]  # fmt: skip
+        ("1", "11", 200),
+        ("1", "12", 300),
+        ("2", "11", 150),
+        ("2", "12", 250),
+        ("3", "22", 220),
+    ]
     assert data.split("valid").repeat.tolist() == [True, True]
     assert data.split("test").repeat.tolist() == [False, True]
     notes = "\n".join(data.manifest["notes"])
@@ -224,9 +229,10 @@ def test_users_who_have_seen_nearly_all_are_left_out_and_counted(make_log, tmp_p
     def life(user, items):
         return [(user, item, 10 * n, True) for n, item in enumerate(items)]
 
-    log = make_log([*life(1, [1, 2, 1, 2]), *life(2, [3, 1, 2, 4, 5, 6, 7, 8, 1]), *life(9, [9])], [
-        (9, -5, ["a"], []),
-    ])  # fmt: skip
+    log = make_log(
+        [*life(1, [1, 2, 1, 2]), *life(2, [3, 1, 2, 4, 5, 6, 7, 8, 1]), *life(9, [9])],
+        [(9, -5, ["a"], [])],
+    )
     data = prepare(log, tmp_path / "out", n_negatives=3)
     # Before its last target user 2 has seen 8 of the 9 items, before the one before it 7 and that.
     assert [data.users[int(user)] for user in data.split("test").users] == ["1"]
@@ -251,9 +257,10 @@ def test_a_training_sample_without_a_negative_is_left_out(make_log, tmp_path):
 
 @pytest.mark.parametrize("ordered", [True, False])
 def test_the_order_of_the_file_decides_where_times_tie(make_log, tmp_path, ordered):
-    log = make_log([(1, 8, 5, False), (1, 3, 5, False), (1, 5, 9, True)], [
-        (1, 6, ["z"], [(9, 7), (4, 7), (9, 8), (2, 7)]), (1, 6, ["a"], []),
-    ])  # fmt: skip
+    log = make_log(
+        [(1, 8, 5, False), (1, 3, 5, False), (1, 5, 9, True)],
+        [(1, 6, ["z"], [(9, 7), (4, 7), (9, 8), (2, 7)]), (1, 6, ["a"], [])],
+    )
     if not ordered:  # a second key that ties as well
         log = dataclasses.replace(log, events=log.events.with_columns(order=pl.lit(0, pl.Int64)))
     data = prepare(log, tmp_path / "out", n_negatives=0)

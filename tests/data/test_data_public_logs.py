@@ -63,18 +63,24 @@ def test_synerise(shop):
     minute = 60_000
     events = log.events.sort("time", "order")
     assert rows_of(events, "user", "item", "time", "target") == [
-        (7, 50, NOON + minute, True), (7, 51, NOON + minute, True),
-        (7, 50, NOON + minute, False), (8, 50, NOON + 2 * minute, True),
-        (7, 52, NOON + 50 * minute, True), (8, 53, NOON + 59 * minute, False),
-    ]  # fmt: skip
+        (7, 50, NOON + minute, True),
+        (7, 51, NOON + minute, True),
+        (7, 50, NOON + minute, False),
+        (8, 50, NOON + 2 * minute, True),
+        (7, 52, NOON + 50 * minute, True),
+        (8, 53, NOON + 59 * minute, False),
+    ]
     assert rows_of(log.searches, "search", "user", "time", "terms") == [
-        (1, 7, NOON, ["0:1", "1:255", "2:3"]), (2, 7, NOON + 30_000, ["0:4", "1:5", "2:6"]),
+        (1, 7, NOON, ["0:1", "1:255", "2:3"]),
+        (2, 7, NOON + 30_000, ["0:4", "1:5", "2:6"]),
         (4, 8, NOON + 2 * minute + 1000, ["0:1", "1:2", "2:3"]),
-    ]  # fmt: skip
+    ]
     # Of the last search before it, within half an hour.
     assert rows_of(log.clicks, "search", "item", "time") == [
-        (2, 50, NOON + minute), (2, 51, NOON + minute), (2, 50, NOON + minute),
-    ]  # fmt: skip
+        (2, 50, NOON + minute),
+        (2, 51, NOON + minute),
+        (2, 50, NOON + minute),
+    ]
     notes = "\n".join(log.notes)
     assert "add_to_cart.parquet: dropped 1 rows that repeat another" in notes
     assert "kept 3 searches; dropped 1 of users without an event" in notes
@@ -134,7 +140,7 @@ def test_synerise_of_another_schema(shop, tmp_path):
     path = shop / "product_properties.parquet"
     properties = pl.read_parquet(path)
     properties.rename({"name": "embedding"}).write_parquet(path)
-    (keys, vectors), = list(synerise.read(shop).item_text())  # fmt: skip
+    ((keys, vectors),) = list(synerise.read(shop).item_text())
     assert keys.to_list() == [50, 51]
     assert vectors.shape == (2, 64)
     pl.concat([properties, properties[:1]]).write_parquet(path)
@@ -211,18 +217,25 @@ def test_ubi(tmp_path):
         return JUNE + 1000 * seconds
 
     assert rows_of(log.events.sort("order"), "user", "item", "time", "target", "impressions") == [
-        ("ann", "z", at(1), True, None), ("ann", "b", at(9), True, ["b", "a"]),
-        ("ann", "3", at(15), False, None), ("ann", "c", at(21), True, ["c", "d"]),
-        ("ann", "c", at(25), False, None), ("ann", "y", at(26), True, None),
-        ("bob", "7", at(12), True, None), ("bob", "7", at(13), True, None),
-    ]  # fmt: skip
+        ("ann", "z", at(1), True, None),
+        ("ann", "b", at(9), True, ["b", "a"]),
+        ("ann", "3", at(15), False, None),
+        ("ann", "c", at(21), True, ["c", "d"]),
+        ("ann", "c", at(25), False, None),
+        ("ann", "y", at(26), True, None),
+        ("bob", "7", at(12), True, None),
+        ("bob", "7", at(13), True, None),
+    ]
     assert rows_of(log.searches.sort("time"), "user", "time", "terms") == [
-        ("ann", at(10), ["red", "shoe", "42"]), ("ann", at(20), ["红", "色", "shoe"]),
-    ]  # fmt: skip
+        ("ann", at(10), ["red", "shoe", "42"]),
+        ("ann", at(20), ["红", "色", "shoe"]),
+    ]
     first, second = log.searches.sort("time")["search"]
     assert rows_of(log.clicks.sort("time", "item"), "search", "item", "time") == [
-        (first, "b", at(10)), (second, "c", at(21)), (second, "c", at(25)),
-    ]  # fmt: skip
+        (first, "b", at(10)),
+        (second, "c", at(21)),
+        (second, "c", at(25)),
+    ]
     notes = "\n".join(log.notes)
     assert "ubi_queries: dropped 1 documents without a client_id" in notes
     assert "kept 2 searches; dropped 1 without a word, 1 without a query_id and 1 whose" in notes
@@ -366,9 +379,11 @@ def test_amazon(kindle):
     log = amazon.read(kindle)
     day = DAY * 1000
     assert rows_of(log.events, "user", "item", "time", "order", "target") == [
-        ("A1", "B1", 3 * day, 1, True), ("A1", "B2", 3 * day, 2, True),
-        ("A2", "B1", 1 * day, 3, True), ("A1", "B3", 5 * day, 4, True),
-    ]  # fmt: skip
+        ("A1", "B1", 3 * day, 1, True),
+        ("A1", "B2", 3 * day, 2, True),
+        ("A2", "B1", 1 * day, 3, True),
+        ("A1", "B3", 5 * day, 4, True),
+    ]
     searches = rows_of(log.searches, "user", "time", "terms")
     assert searches[1] == ("A1", 5 * day, ["mystery", "book"])
     assert searches[0][:2] == ("A1", 3 * day)

@@ -101,8 +101,10 @@ def test_trivago(tmp_path):
     ]
     first, second = log.searches["search"]
     assert rows_of(log.clicks, "search", "item", "time") == [
-        (first, "7", 110_000), (second, "9", 130_000), (second, "8", 130_000),
-    ]  # fmt: skip
+        (first, "7", 110_000),
+        (second, "9", 130_000),
+        (second, "8", 130_000),
+    ]
     notes = "\n".join(log.notes)
     assert "12 rows, 2 users, 3 sessions" in notes
     assert "dropped 1 whose reference is no item id" in notes
@@ -185,9 +187,11 @@ def test_kuaisar(kuai):
     log = kuaisar.read(kuai)
     assert log.events.equals(kuaisar.read(kuai.parent).events)
     assert rows_of(log.events, "user", "item", "time", "order", "target") == [
-        (1, 10, MS, 1, True), (1, 12, MS + 1, 3, True), (1, 13, MS + 1, 4, True),
+        (1, 10, MS, 1, True),
+        (1, 12, MS + 1, 3, True),
+        (1, 13, MS + 1, 4, True),
         (2, 10, MS + 9, 5, True),
-    ]  # fmt: skip
+    ]
     assert rows_of(log.searches.sort("search"), "search", "user", "time", "terms") == [
         (1, 1, MS + 5, ["20", "34"]),
         (2, 2, MS + 5, ["20", "34"]),
@@ -195,8 +199,10 @@ def test_kuaisar(kuai):
         (7, 1, MS + 6, []),
     ]
     assert rows_of(log.clicks.sort("search", "item"), "search", "item", "time") == [
-        (1, 50, MS + 5), (1, 52, MS + 5), (2, 51, MS + 5),
-    ]  # fmt: skip
+        (1, 50, MS + 5),
+        (1, 52, MS + 5),
+        (2, 51, MS + 5),
+    ]
     notes = "\n".join(log.notes)
     assert "kept 4 clicks of 2 users; dropped 1 of 5 rows" in notes
     assert "7 rows in 4 search sessions of 2 users, 2 with a click" in notes
@@ -245,9 +251,13 @@ DETAILS = "rec_result_details_with_idx"
 
 def result(note, click, time, stamp):
     return {
-        "click": click, "note_id": "67{0}", "note_idx": note, "page_time": None, "position": 1,
+        "click": click,
+        "note_id": "67{0}",
+        "note_idx": note,
+        "page_time": None,
+        "position": 1,
         stamp: time,
-    }  # fmt: skip
+    }
 
 
 def shown(*results):
@@ -342,16 +352,19 @@ def qilin_folder(request, tmp_path):
 def test_qilin(qilin_folder, tmp_path):
     log = qilin.read(qilin_folder)
     assert rows_of(log.events, "user", "item", "time", "impressions") == [
-        (1, 6, MS, [7, 8]), (1, 5, MS, [7, 8]), (1, 5, MS + 3_600_000, [7, 8]),
+        (1, 6, MS, [7, 8]),
+        (1, 5, MS, [7, 8]),
+        (1, 5, MS + 3_600_000, [7, 8]),
         (1, 9, MS + 7_200_000, [6]),
-    ]  # fmt: skip
+    ]
     assert rows_of(log.searches, "user", "time", "terms") == [
         (1, MS, ["红", "色", "schuhe42"]),
         (2, MS + 1000, []),
     ]
     assert rows_of(log.clicks.sort("time"), "search", "item", "time") == [
-        (0, 22, MS), (0, 20, MS + 9000),
-    ]  # fmt: skip
+        (0, 22, MS),
+        (0, 20, MS + 9000),
+    ]
     notes = "\n".join(log.notes)
     assert "4 requests with 8 results; kept 4 clicks, dropped 0" in notes
     assert "kept 2 of 4 searches and 2 clicks; dropped 2" in notes
@@ -388,7 +401,7 @@ def test_qilin_missing_part(tmp_path):
         ("'click': 1,", "'click': exec('x'),", f"row 1, field {DETAILS}: expected 'name': value"),
         ("user_idx", "user", "column user_idx is missing"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("qilin_folder", ["csv"], indirect=True)
 def test_qilin_malformed(qilin_folder, old, new, message):
     path = qilin_folder / "recommendation_train.csv"
@@ -451,14 +464,21 @@ def jd(tmp_path):
 def test_jdsearch(jd):
     log = jdsearch.read(jd.parent)
     assert rows_of(log.events, "user", "item", "time", "target") == [
-        (1, "10", 0, True), (1, "13", 8_000, True), (2, "16", 4_000, True),
-    ]  # fmt: skip
+        (1, "10", 0, True),
+        (1, "13", 8_000, True),
+        (2, "16", 4_000, True),
+    ]
     assert rows_of(log.searches, "search", "user", "time", "terms") == [
-        (1, 1, 0, ["5", "6"]), (4, 1, 10_000, ["5", "6"]), (5, 2, 0, ["5", "6"]),
-    ]  # fmt: skip
+        (1, 1, 0, ["5", "6"]),
+        (4, 1, 10_000, ["5", "6"]),
+        (5, 2, 0, ["5", "6"]),
+    ]
     assert rows_of(log.clicks, "search", "item", "time") == [
-        (1, "11", 0), (1, "12", 7_000), (4, "14", 10_000), (5, "15", 0),
-    ]  # fmt: skip
+        (1, "11", 0),
+        (1, "12", 7_000),
+        (4, "14", 10_000),
+        (5, "15", 0),
+    ]
     assert "dropped 2 test queries" in log.notes[-1]
 
 
@@ -543,9 +563,13 @@ def test_qilin_with_every_documented_column(tmp_path):
         found = [{"note_idx": 6, "click": 1.0, "search_timestamp": MS / 1000, **struct}]
         frames = {
             "recommendation": {"rec_result_details_with_idx": [shown], "request_idx": [0]},
-            "search": {"search_result_details_with_idx": [found], "search_idx": [0],
-                       "query_from_type": [1], "dpr_results": [[[5, 0.3], [6, 0.1]]]},
-        }  # fmt: skip
+            "search": {
+                "search_result_details_with_idx": [found],
+                "search_idx": [0],
+                "query_from_type": [1],
+                "dpr_results": [[[5, 0.3], [6, 0.1]]],
+            },
+        }
         if part == "test":
             frames["recommendation"]["rec_results"] = [[5, 6]]
             frames["search"] |= {"bm25_results": [[5, 6]], "search_results": [[6]]}

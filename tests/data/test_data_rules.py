@@ -61,7 +61,7 @@ def typed(rule, values, dtype=None):
         (rules.time("s"), [datetime.datetime(1970, 1, 2)], [86_400_000]),
         (rules.time("ms"), [True], None),
     ],
-)  # fmt: skip
+)
 def test_a_rule_keeps_values_and_drops_what_would_change(rule, values, expected):
     assert typed(rule, values) == expected
 
@@ -69,8 +69,12 @@ def test_a_rule_keeps_values_and_drops_what_would_change(rule, values, expected)
 def test_a_missing_click_is_none():
     clicks = pl.Series("x", [1.0, 0.0, NAN, None, -1.0]).to_frame()
     assert clicks.select(rules.is_positive(pl.col("x")))["x"].to_list() == [
-        True, False, False, False, False,
-    ]  # fmt: skip
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_unknown_units_are_refused():
@@ -110,17 +114,21 @@ def qilin_folder(tmp_path):
 
     def write(note=5.0, click=0.0, stamp=MS + 2.0):
         for name, prefix, stamp_name in (
-            ("recommendation", "rec", "request_timestamp"), ("search", "search", "search_timestamp")
-        ):  # fmt: skip
+            ("recommendation", "rec", "request_timestamp"),
+            ("search", "search", "search_timestamp"),
+        ):
             cells = [[(4.0, 1.0, MS + 0.0), (note, click, stamp)], [(6.0, 1.0, MS + 9e6)]]
             keys = ("note_idx", "click", stamp_name)
             structs = [[dict(zip(keys, row, strict=True)) for row in cell] for cell in cells]
-            pl.DataFrame({
-                "user_idx": [1, 1], "query": ["q", "q"],
-                f"{prefix}_result_details_with_idx": pl.Series(
-                    structs, dtype=pl.List(pl.Struct(dict.fromkeys(keys, pl.Float64)))
-                ),
-            }).write_parquet(tmp_path / f"{name}_train.parquet")  # fmt: skip
+            pl.DataFrame(
+                {
+                    "user_idx": [1, 1],
+                    "query": ["q", "q"],
+                    f"{prefix}_result_details_with_idx": pl.Series(
+                        structs, dtype=pl.List(pl.Struct(dict.fromkeys(keys, pl.Float64)))
+                    ),
+                }
+            ).write_parquet(tmp_path / f"{name}_train.parquet")
         return tmp_path
 
     return write
@@ -304,8 +312,10 @@ def test_a_recbole_file_stands_for_the_events(tmp_path):
     )
     log = frames.read(tmp_path)
     assert log.events.select("user", "item", "time", "order", "target").rows() == [
-        (7, "a", 100_500, 1, True), (7, "b", 200_000, 2, True), (8, "a", 300_000, 4, True),
-    ]  # fmt: skip
+        (7, "a", 100_500, 1, True),
+        (7, "b", 200_000, 2, True),
+        (8, "a", 300_000, 4, True),
+    ]
     assert log.searches.height == log.clicks.height == 0
     assert "shop.inter: dropped 1 rows that repeat another exactly" in log.notes
     assert "no searches: there is no such file" in log.notes

@@ -131,13 +131,14 @@ def told(log, user, known_items, known_terms):
             [term for term in search["terms"] if term in known_terms],
             [
                 *dict.fromkeys(
-                    click["item"] for click in clicks
+                    click["item"]
+                    for click in clicks
                     if click["search"] == search["search"] and click["item"] in known_items
                 )
             ],
         )
         for search in searches
-    ]  # fmt: skip
+    ]
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -161,9 +162,13 @@ def test_any_later_day_is_read_as_told(make_log, shop, tmp_path_factory, days):
         assert data.continues(first.vocabulary(), first.sizes)
         for known in (first, before, data):
             batcher = Batcher(
-                data.without_items_above(known.n_items), "train", max_rec_len=20, max_search_len=9,
-                max_clicks=5, largest_ids={"search_terms": known.n_terms},
-            )  # fmt: skip
+                data.without_items_above(known.n_items),
+                "train",
+                max_rec_len=20,
+                max_search_len=9,
+                max_clicks=5,
+                largest_ids={"search_terms": known.n_terms},
+            )
             users = {*log.events["user"], *log.searches["user"]}
             numbers = np.array([data.users.find(str(user)) for user in users])
             batch = batcher.at(numbers, np.full(len(users), 99), np.zeros((len(users), 0)))
@@ -188,9 +193,10 @@ def test_any_later_day_is_read_as_told(make_log, shop, tmp_path_factory, days):
 def test_damaged_sizes_are_refused(new, tmp_path, sizes, message):
     arrays = new.arrays | {"known_sizes": np.array(sizes)}
     write_folder(
-        tmp_path / "forged", {},
+        tmp_path / "forged",
+        {},
         lambda to: [np.save(to / f"{name}.npy", array) for name, array in arrays.items()],
-    )  # fmt: skip
+    )
     with pytest.raises(ValueError, match=r"known_sizes.npy: ") as caught:
         PreparedData.open(tmp_path / "forged")
     assert message in str(caught.value)
@@ -227,9 +233,7 @@ def test_searches_alone_can_be_served(make_log, old, make_old_model, tmp_path):
     assert [rank for _, rank, _, _ in lines] == [1, 2, 3]
     assert len(list(recommend(model, data, k=2))) == 2 * data.n_users
     with pytest.raises(ValueError, match="nothing to prepare"):
-        prepare(
-            make_log([], [(9, 5, [], [])]), tmp_path / "no", vocabulary=old, split="time",
-        )  # fmt: skip
+        prepare(make_log([], [(9, 5, [], [])]), tmp_path / "no", vocabulary=old, split="time")
 
 
 @pytest.mark.parametrize("changes", MODELS)
@@ -253,8 +257,10 @@ def test_an_old_model_reads_what_it_knows(make_log, old, new, make_old_model, tm
         assert batch.user.tolist() == [old.users.find("1"), 0, 0]
     if changes.get("query_encoder") == "id":
         assert batch.search_queries.tolist() == [
-            [0, old.search_queries[old.search_offsets[1]]], [0, 0], [0, 0]
-        ]  # fmt: skip
+            [0, old.search_queries[old.search_offsets[1]]],
+            [0, 0],
+            [0, 0],
+        ]
     model.check(batch)
 
 

@@ -264,8 +264,9 @@ def test_intervals_stand_where_their_numbers_are():
     rows = [charts.Row("a", "lcr", 0.5, 0.25, 1.0, "t"), charts.Row("b", "base", 0, 0, 0.5, "u")]
     drawn = charts.intervals(rows)
     assert re.findall(r'class="ci" style="left:([\d.]+)%;width:([\d.]+)%"', drawn) == [
-        ("25.00", "75.00"), ("0.00", "50.00"),
-    ]  # fmt: skip
+        ("25.00", "75.00"),
+        ("0.00", "50.00"),
+    ]
     assert re.findall(r'class="dot" style="left:([\d.]+)%"', drawn) == ["50.00", "0.00"]
     signed = charts.intervals([rows[0]._replace(low=0.5)], zero=True, sign="+")
     assert 'class="zero" style="left:0.00%"' in signed
