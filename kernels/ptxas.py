@@ -2,7 +2,7 @@
 
 ptxas 12.8, which Triton 3.6 and 3.7 run for compute capability 9, miscompiles loops with wgmma: the
 descriptor of an operand in shared memory is written at the end of a loop only, so that the first
-pass multiplies with whatever its register held (:mod:`lcr_fast.kernels.sass` finds such code).
+pass multiplies with whatever its register held (``tools/sass.py`` finds such code).
 Later releases compile the same PTX correctly, and one of them is in the same wheel for newer GPUs.
 So our kernels take the newest release at hand that the driver can load, unless the user chose one.
 """

@@ -1,6 +1,6 @@
 """Find wgmma whose operand may be at a garbage address, in compiled code and without a GPU.
 
-    python -m lcr_fast.kernels.sass FILE.cubin ...
+    python tools/sass.py FILE.cubin ...
 
 An operand in shared memory is named by a descriptor, 64 bits in two uniform registers: the low
 word is an address cut to 14 bits, the high word is constant. ptxas 12.8 miscompiles some loops: a
