@@ -1,8 +1,9 @@
 """Tiny prepared data and models, shared by the tests of training, evaluation and the CLI.
 
-Tests marked ``full`` take long, and where faults were planted the others found them too: they run
-where FULL=1 is in the environment. ``full("triton")`` marks a test on that backend only. A GPU is
-not slow, so there none of its tests is left out.
+Tests marked ``full`` take long, and where faults were planted the others found them too, or they
+need compilers: they run where FULL=1 is in the environment, some of them in the gate.
+``full("triton")`` marks a test on that backend only. A GPU is not slow, so there none of its tests
+is left out.
 
 Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before they or
 the ops are imported.

@@ -41,6 +41,7 @@ def driver(tmp_path_factory) -> Path:
     return folder / "driver"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("level", ["baseline", "avx2", "avx512", "avx512bf16"])
 def test_no_sanitizer_complains(driver, level):
     done = subprocess.run(

@@ -19,6 +19,8 @@ from lcr_fast.training.models import load_model
 from lcr_fast.training.ranks import Ranks, weighted_metric
 from lcr_fast.training.trainer import Trainer
 
+pytestmark = pytest.mark.full
+
 TINY = [
     *("--epochs", "1", "--dim", "8", "--steps", "2", "--mlp-hidden", "8", "--seeds", "1"),
     *("--max-search-len", "4", "--max-rec-len", "5"),

@@ -280,6 +280,7 @@ def test_a_report_names_no_folder_of_the_machine():
     assert gpu_check.without_paths(text) == "benchmarks/harness.py:1 pytest/__init__.py"
 
 
+@pytest.mark.full
 def test_a_report_without_any_time(tmp_path):
     path = gpu_check.write_report(
         tmp_path, {"gpu": "Z"}, [Result("tests", FAILED, 1.0, "exit status 1", [])], tmp_path, "x"

@@ -65,6 +65,7 @@ def run_resources(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=env, capture_output=True, text=True)
 
 
+@pytest.mark.full
 def test_some_variants_compile_to_what_the_table_says():
     done = run_resources("--arch", "sm_80", "sm_90", "--only", COMPILED_HERE)
     assert done.returncode == 0, done.stderr
@@ -76,6 +77,7 @@ def test_some_variants_compile_to_what_the_table_says():
         assert set(compiled.rows) <= set(TABLE.rows)
 
 
+@pytest.mark.full
 def test_the_check_finds_what_a_bad_ptxas_makes():
     bad = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     tool = ptxas.find(str(bad), "Triton's ptxas")

@@ -10,10 +10,11 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "csrc" / "cuda" / "ranking.cu"
 
 
+@pytest.mark.full
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize(
     "capability",
-    [pytest.param(80, marks=pytest.mark.full), 90, pytest.param(100, marks=pytest.mark.full)],
+    [80, 90, 100],
 )
 def test_compiles_without_spills(tmp_path, capability):
     known = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True)
