@@ -30,7 +30,11 @@ BACKENDS = [
 
 def make(backend: str, dtype=torch.float32, **changes):
     config = CONFIG.replace(backend=backend, **changes)
-    return random_model(config, torch.Generator().manual_seed(0), dtype)
+    return random_model(config, torch.Generator().manual_seed(0), dtype).to(device_of(backend))
+
+
+def device_of(backend: str) -> str:
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
 
 
 def batches(config: LCRConfig, lengths=(0, 1, 3)):
@@ -53,7 +57,8 @@ def batches(config: LCRConfig, lengths=(0, 1, 3)):
 
 def assert_same_scores(model, scorer):
     with torch.no_grad():
-        for batch in batches(model.config):
+        for drawn in batches(model.config):
+            batch = drawn.to(device_of(model.config.backend))
             assert torch.equal(scorer(batch), model(batch)), batch.candidates.shape
 
 
@@ -61,7 +66,8 @@ def assert_same_scores(model, scorer):
 def test_a_program_gives_the_models_bits_for_every_size(backend, tmp_path):
     model, file, out = make(backend), tmp_path / "model.safetensors", tmp_path / "scorer.pt2"
     model.save(file)
-    cli.main(["export", str(file), "--backend", backend, "-o", str(out)])
+    placed = ["--backend", backend, "--device", device_of(backend)]
+    cli.main(["export", str(file), *placed, "-o", str(out)])
     assert_same_scores(model, export.load(out))
     names = {str(node.target) for node in torch.export.load(out).graph.nodes}
     assert any(name.startswith("lcr_fast.") for name in names) == (backend != "reference")
@@ -104,9 +110,9 @@ def test_the_catalogue(backend):
     model = make(backend)
     recommender = export.program(model, k=5).module()
     generator = torch.Generator().manual_seed(3)
-    for batch in batches(model.config):
-        n_users = len(batch)
-        exclude = torch.randint(0, 70, (n_users, n_users), generator=generator)
+    for drawn in batches(model.config):
+        n_users, batch = len(drawn), drawn.to(device_of(backend))
+        exclude = torch.randint(0, 70, (n_users, n_users), generator=generator).to(batch.device)
         for found, expected in zip(
             recommender(batch, exclude), model.recommend(batch, 5, exclude), strict=True
         ):

@@ -572,7 +572,7 @@ def test_catalogue_names_bad_rows(backend):
 def test_relevance_on_cuda_is_the_references():
     scores = torch.randn(3, 50, device="cuda")
     relevance = scores > 1
-    with pytest.raises(ValueError, match="target instead of relevance on CUDA tensors"):
+    with pytest.raises(ValueError, match="by target, not by relevance, on CUDA tensors"):
         ranking_metrics(scores, relevance=relevance, backend="cpp")
     found = ranking_metrics(scores, relevance=relevance)
     exact = ranking_metrics(scores.cpu(), relevance=relevance.cpu(), backend="reference")

@@ -59,6 +59,22 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def rounded_products(a, b):
+    """Multiply a and b (float32), each product rounded before anything is added.
+
+    In a sum over a tile's keys all products but one would be fused into their addition, and which
+    one is rounded would depend on the slot.
+    """
+    if _INTERPRETED:
+        y = a * b
+    else:
+        y = tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return y
+
+
+@triton.jit
 def _start(x, RESIDUAL: tl.constexpr):
     """Start a sum from x, or from 0: float32."""
     return x.to(tl.float32) if RESIDUAL else tl.zeros(x.shape, tl.float32)
@@ -340,7 +356,7 @@ def attention_bwd(
         do = product(dy, out_weight, PRECISION).to(x.dtype)  # [M_q, D/H]
         dv = product(p.to(x.dtype).trans(), do, PRECISION).to(x.dtype)
         dp = product(do, v.trans(), PRECISION)  # [M_q, M_k]
-        ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(x.dtype)
+        ds = (p * (dp - tl.sum(rounded_products(p, dp), 1)[:, None])).to(x.dtype)
         dq = (product(ds, k, PRECISION) * WIDTH**-0.5).to(x.dtype)
         dk = (product(ds.trans(), q, PRECISION) / LOG2_E).to(x.dtype)
         store_tile(columns(dq_at, h * WIDTH), dq, WIDTH)
