@@ -102,8 +102,8 @@ class Config(NamedTuple):
 # by counts of the machine code alone, is in docs/fused-kernel.md.
 _DEFAULTS = {
     ("fwd", "half"): {64: Config(4, block_f=64), 128: Config(8, block_f=64)},
-    ("fwd", "tf32"): {64: Config(4), 128: Config(8)},
-    ("fwd", "tf32x3"): {64: Config(4), 128: Config(8)},
+    ("fwd", "tf32"): {64: Config(4, block_f=64), 128: Config(8)},
+    ("fwd", "tf32x3"): {64: Config(4, block_f=64), 128: Config(8)},
     ("bwd", "half"): {64: Config(4), 128: Config(8, parked=True)},
     ("bwd", "tf32"): {64: Config(4), 128: Config(8, parked=True)},
     ("bwd", "tf32x3"): {
@@ -114,8 +114,11 @@ _DEFAULTS = {
 }
 # Exceptions, by (pass, kind, D, rows of the slot, major compute capability or None for all).
 _CONFIGS = {
-    ("fwd", "half", 64, 32, 9): Config(4, block_f=64, registers=168),
-    ("fwd", "half", 64, 64, 9): Config(4, block_f=64, registers=168),
+    **{
+        ("fwd", kind, 64, slot, 9): Config(4, block_heads=64, block_f=64)
+        for kind in ("half", "tf32x3")
+        for slot in (32, 64)
+    },
     ("bwd", "tf32x3", 128, 32, None): Config(4, parked=True),
 }
 # On compute capability 10 float32 in two parts, long histories and wide gradients exceed tensor
