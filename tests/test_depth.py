@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import json
 import shutil
 
 import matplotlib.image
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.full
 
 TINY = [
     *("--epochs", "1", "--dim", "8", "--steps", "2", "--mlp-hidden", "8", "--seeds", "2"),
-    *("--max-search-len", "4", "--max-rec-len", "5"),
+    *("--max-search-len", "4", "--max-rec-len", "5", "--deep-supervision", "0.5"),
 ]
 
 
@@ -209,6 +210,9 @@ def test_other_worlds_are_trained_apart(prepared_folder, study, monkeypatch):
     assert [row["world"] for row in read_csv(study / "worlds.csv")] == ["noise 0", "disjoint"]
     assert "### Other worlds" in text
     world = study / "worlds" / "disjoint"
+    for cell in (study / "seed-0" / "k2", world / "seed-0" / "lcr"):  # the same LCR
+        of = json.loads((cell / "evaluation.json").read_text())["of"]
+        assert of["train"]["deep_supervision"] == 0
     less = gains(world, "lcr") - gains(world, "base")
     row = read_csv(study / "worlds.csv")[1]
     assert float(row["less_base"]) == pytest.approx(less.mean(), abs=1e-12)

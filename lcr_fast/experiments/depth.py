@@ -551,7 +551,8 @@ def _worlds_part(job: Job, n_seeds: int, worlds: Sequence[synthetic.World]) -> s
                 weighted_metric(
                     part.cell(
                         cell, f"{name}, seed {seed}, {title}", "supervised",
-                        model={"steps": steps}, train={"tcl_weight": 0.0},
+                        model={"steps": steps},
+                        train={"tcl_weight": 0.0, "deep_supervision": 0.0},
                     )["ranks"].by_protocol["sampled"], METRIC,
                 )
                 for cell, title, steps in (
