@@ -93,6 +93,37 @@ def test_users_leave_when_the_rule_says_and_with_those_states(backend, changes):
             assert_parity(f"{name}, k = {k}", got[mine], eager[mine], exact[mine], factor=3.0)
 
 
+@pytest.mark.gpu
+def test_triton_takes_the_steps_of_those_who_stay(monkeypatch):
+    pytest.importorskip("triton")
+    call = Call(length=5, n_users=8)
+    batches = []
+
+    def record(search, *args, **options):
+        batches.append((len(search), options["backend"]))
+        return latent_reasoning(search, *args, **options)
+
+    monkeypatch.setattr("lcr_fast.ops.adaptive.latent_reasoning", record)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    search, rec, *lengths = (t.to(device) for t in call.streams)
+    weights = ReasoningWeights(*(w.float().to(device) for w in call.weights))
+    exits = call.exits._replace(
+        weight=call.exits.weight.to(device), bias=call.exits.bias.to(device)
+    )
+    found = adaptive_reasoning(
+        search.float(), rec.float(), *lengths, weights, call.steps, exits, backend="triton"
+    )
+    stayed = [(int((found.taken > k).sum()), "triton") for k in range(call.steps.n_steps)]
+    assert batches == stayed
+    expected = call.run(backend="reference")
+    exact = call.run(torch.float64, backend="reference")
+    assert len(expected.taken.unique()) > 2
+    assert torch.equal(found.taken.cpu(), expected.taken)
+    for name in ("search", "rec"):
+        results = (getattr(each, name).cpu() for each in (found, expected, exact))
+        assert_parity(name, *results, factor=3.0)
+
+
 def test_features_are_means_and_their_changes():
     call = Call(n_users=6)
     states = latent_states(*call.streams, call.weights, call.steps)

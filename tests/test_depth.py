@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import json
 import shutil
 
 import matplotlib.image
@@ -16,14 +17,14 @@ from lcr_fast.model import LCRSER
 from lcr_fast.training import adaptive
 from lcr_fast.training.diversity import tail_items
 from lcr_fast.training.models import load_model
-from lcr_fast.training.ranks import Ranks, weighted_metric
+from lcr_fast.training.ranks import Ranks, across_seeds, bootstrap, weighted_metric
 from lcr_fast.training.trainer import Trainer
 
 pytestmark = pytest.mark.full
 
 TINY = [
-    *("--epochs", "1", "--dim", "8", "--steps", "2", "--mlp-hidden", "8", "--seeds", "1"),
-    *("--max-search-len", "4", "--max-rec-len", "5"),
+    *("--epochs", "1", "--dim", "8", "--steps", "2", "--mlp-hidden", "8", "--seeds", "2"),
+    *("--max-search-len", "4", "--max-rec-len", "5", "--deep-supervision", "0.5"),
 ]
 
 
@@ -49,9 +50,10 @@ def study(prepared_folder, tmp_path_factory):
     return out
 
 
-def gains(study, name) -> np.ndarray:
-    ranks = Ranks.load(study / "seed-0" / name / "ranks.safetensors").by_protocol["sampled"]
-    return weighted_metric(ranks, "ndcg@5")
+def gains(study, name, seeds=(0, 1)) -> np.ndarray:
+    """Gains of the test users by seed: [seeds, n]."""
+    ranks = [Ranks.load(study / f"seed-{seed}" / name / "ranks.safetensors") for seed in seeds]
+    return np.stack([weighted_metric(r.by_protocol["sampled"], "ndcg@5") for r in ranks])
 
 
 def test_the_latency_study_compares_all_depths(study, prepared_folder):
@@ -64,7 +66,12 @@ def test_the_latency_study_compares_all_depths(study, prepared_folder):
     for name in ("base", "long", "k1", "k2"):
         mine = gains(study, name)
         assert float(rows[name]["ndcg@5"]) == pytest.approx(mine.mean())
-        assert float(rows[name]["less_base"]) == pytest.approx((mine - base).mean(), abs=1e-12)
+        less = mine - base
+        found = {key: float(value) for key, value in rows[name].items() if key != "model"}
+        assert found["less_base"] == pytest.approx(less.mean(), abs=1e-12)
+        users, seeds = bootstrap(less.mean(0)), across_seeds(less.mean(1))
+        ends = [found[f"less_base_{end}"] for end in ("low", "high", "seeds_low", "seeds_high")]
+        assert ends == pytest.approx([users.low, users.high, seeds.low, seeds.high], abs=1e-12)
     assert float(rows["deep2"]["ndcg@5"]) == pytest.approx(gains(study, "deep").mean())
     data = PreparedData.open(prepared_folder)
     folder = study / "seed-0"
@@ -72,7 +79,10 @@ def test_the_latency_study_compares_all_depths(study, prepared_folder):
     assert student.config.steps == 0
     assert LCRSER.load(folder / "k1" / "model.safetensors").config.steps == 1
     deep = load_model(folder / "deep" / "model.safetensors", data, "cpu")
-    depths = adaptive.read_depths(deep, data, "test").gains("ndcg@5").mean(0)
+    first = adaptive.read_depths(deep, data, "test").gains("ndcg@5")
+    deep = load_model(study / "seed-1" / "deep" / "model.safetensors", data, "cpu")
+    second = adaptive.read_depths(deep, data, "test").gains("ndcg@5")
+    depths = (first.mean(0) + second.mean(0)) / 2
     assert [float(rows[f"deep{k}"]["ndcg@5"]) for k in range(3)] == pytest.approx(list(depths))
     times = {(row["model"], row["users"]) for row in read_csv(study / "latency.csv")}
     assert times == {
@@ -92,17 +102,36 @@ def test_rules_are_set_against_chance_and_the_oracle(study):
     assert max(float(row["less_best_fixed"]) for row in rows) == float(rows[-1]["less_best_fixed"])
 
 
+def test_curves_of_seeds_are_their_mean(study, prepared_folder):
+    """At the ends of a rule's curve all users take the same steps, whatever the seed."""
+    data = PreparedData.open(prepared_folder)
+    seeds = []
+    for seed in (0, 1):
+        model = load_model(study / f"seed-{seed}" / "deep" / "model.safetensors", data, "cpu")
+        valid, test = (adaptive.read_depths(model, data, split) for split in ("valid", "test"))
+        seeds.append(depth.SeedModels({}, valid, test, {}))
+    curves = depth._curves(seeds)
+    fixed = np.mean([seed.test.gains("ndcg@5").mean(0) for seed in seeds], 0)
+    for rule, first in (("change", 1), ("confidence", 0), ("entropy", 0)):
+        curve = curves[adaptive.TITLES[rule]]
+        assert curve[0] == pytest.approx((first, fixed[first]))
+        assert curve[-1] == pytest.approx((2, fixed[2]))
+    alone = dict(depth._curves(seeds[:1])[adaptive.TITLES["change"]])
+    assert alone[2.0] == pytest.approx(seeds[0].test.gains("ndcg@5").mean(0)[2])
+
+
 def test_strata_reads_back_what_latency_trained(study, prepared_folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_epoch", None)
         options = ["--data", prepared_folder, "--out", study, "--resume", *TINY]
         text = run("study", "strata", *options)
-    assert text.count("already evaluated") == 5
+    assert text.count("already evaluated") == 2 * 5
     rows = read_csv(study / "strata.csv")
     base = gains(study, "base")
     (everybody,) = (r for r in rows if (r["stratum"], r["model"]) == ("all: all", "lcr"))
     assert float(everybody["base"]) == pytest.approx(base.mean())
-    assert int(everybody["n"]) == len(base)
+    assert int(everybody["n"]) == base.shape[1]
+    assert everybody["less_base_seeds_low"] != "nan"
     assert min(matplotlib.image.imread(study / "strata.png").shape[:2]) > 200
 
 
@@ -160,9 +189,11 @@ def test_strata_of_finished_runs_pool_their_users(study, prepared_folder, tmp_pa
     )
     assert (out / "results.md").read_text() in text
     row = read_csv(out / "strata.csv")[0]
-    less = gains(study, "k1") - gains(study, "base")
-    assert int(row["n"]) == 2 * len(less)
+    less = gains(study, "k1", (0,)) - gains(study, "base", (0,))
+    assert int(row["n"]) == 2 * less.size
+    assert row["less_base_seeds_low"] == "nan"  # other data is no other seed
     assert float(row["less_base"]) == pytest.approx(less.mean())
+    assert "seeds" not in (out / "results.md").read_text()
     shutil.rmtree(run_folder / "lcr")
     with pytest.raises(SystemExit):
         run("study", "strata", "--runs", run_folder, "--data", prepared_folder)
@@ -178,4 +209,12 @@ def test_other_worlds_are_trained_apart(prepared_folder, study, monkeypatch):
     text = run("study", "strata", *options, "--noise", "0", "--disjoint")
     assert [row["world"] for row in read_csv(study / "worlds.csv")] == ["noise 0", "disjoint"]
     assert "### Other worlds" in text
-    assert (study / "worlds" / "disjoint" / "seed-0" / "lcr" / "ranks.safetensors").is_file()
+    world = study / "worlds" / "disjoint"
+    for cell in (study / "seed-0" / "k2", world / "seed-0" / "lcr"):  # the same LCR
+        of = json.loads((cell / "evaluation.json").read_text())["of"]
+        assert of["train"]["deep_supervision"] == 0
+    less = gains(world, "lcr") - gains(world, "base")
+    row = read_csv(study / "worlds.csv")[1]
+    assert float(row["less_base"]) == pytest.approx(less.mean(), abs=1e-12)
+    seeds = across_seeds(less.mean(1))
+    assert float(row["less_base_seeds_high"]) == pytest.approx(seeds.high, abs=1e-12)

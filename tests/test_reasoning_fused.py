@@ -466,6 +466,34 @@ def test_k_shared_steps_are_k_calls_of_one_step(backend):
     close(reasoned.rec, at_once.rec)
 
 
+def run_by_step(call: Reasoning, backend: str) -> dict[str, Tensor]:
+    """Run one step after the other, as deep supervision does: every state has its own gradient."""
+    case = call.case
+    leaves = {name: t.detach().requires_grad_() for name, t in call.inputs.items()}
+    weights = ReasoningWeights(*(leaves[name] for name in ReasoningWeights._fields))
+    steps, h = Steps(case.steps, case.n_heads), (leaves["search"], leaves["rec"])
+    results, upstream = {}, []
+    for k in range(case.steps):
+        reasoned = ops.latent_reasoning(
+            *h, *call.lengths, weights.step(k), steps.step(k),
+            target_keys=leaves["target_keys"], backend=backend,
+        )  # fmt: skip
+        h = reasoned.streams
+        named = {"search": h[SEARCH], "rec": h[REC], "pooled": reasoned.pooled}
+        results |= {f"{name} after {k + 1}": t for name, t in named.items()}
+        upstream += [call.upstream["search"], call.upstream["rec"]]
+        upstream.append(call.upstream["pooled"][:, k : k + 1])
+    gradients = torch.autograd.grad(list(results.values()), list(leaves.values()), upstream)
+    found = {name: t.detach() for name, t in results.items()}
+    return found | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
+
+
+@pytest.mark.parametrize("share_steps", [True, False])
+def test_parity_where_every_state_is_supervised(backend, share_steps):
+    call = draw(backend, ReasoningCase(share_steps=share_steps))
+    assert_reasoning_parity(run_by_step(call, backend), reasoning_baseline(call, run_by_step))
+
+
 def test_without_steps_the_states_are_the_encoders(backend):
     call = draw(backend, ReasoningCase(steps=0, pooled=False))
     reasoned = forward(call, backend)

@@ -426,12 +426,15 @@ def test_the_grid_marks_what_is_level_with_its_best_place(prepared_folder, tmp_p
                 last = json.loads((folder / "evaluation.json").read_text())["last"]
                 ranks = np.array(last["test_ranks"])
             mine.append(weighted_metric(ranks, "ndcg@5"))
-        gains[row["map"], row["row"], row["column"]] = np.mean(mine, 0)
+        gains[row["map"], row["row"], row["column"]] = np.stack(mine)
         assert float(row["mean"]) == pytest.approx(np.mean(mine))
         seeds = [float(value) for value in row["seeds"].split()]
         assert seeds == pytest.approx([m.mean() for m in mine], abs=1e-6)
     for row in rows:
         best = max((g for key, g in gains.items() if key[0] == row["map"]), key=lambda g: g.mean())
-        spread = bootstrap(gains[row["map"], row["row"], row["column"]] - best)
+        less = gains[row["map"], row["row"], row["column"]] - best
+        spread, seeds = bootstrap(less.mean(0)), across_seeds(less.mean(1))
         assert (float(row["low"]), float(row["high"])) == pytest.approx(spread[1:3])
+        ends = float(row["seeds_low"]), float(row["seeds_high"])
+        assert ends == pytest.approx((seeds.low, seeds.high), abs=1e-12)
         assert (row["level"] == "True") == (spread.high >= 0)

@@ -36,10 +36,10 @@ from lcr_fast.training.evaluation import make_batcher, rank_model, with_target
 from lcr_fast.training.models import fit_config, load_model
 from lcr_fast.training.ranks import (
     RANKS,
-    Interval,
+    Difference,
     Ranks,
-    bootstrap,
     samples_digest,
+    spread,
     weighted_metric,
 )
 from lcr_fast.training.trainer import MODEL
@@ -48,6 +48,7 @@ METRIC = "ndcg@5"
 DEEP_SUPERVISION = 0.3  # where the config has none
 LOSS = 0.002  # that an adaptive model may lose on validation
 TARGET_STEPS = 0.6  # of those of the best fixed number, that it is to take at most
+_CURVE_POINTS = 100
 _SEARCH_BINS = ((0, 0), (1, 5), (6, 10), (11, 15), (16, np.inf))
 _NOISE_EDGES = (0.0, 1 / 3, 1 / 2, 2 / 3, 1.0)  # shares of the searches read
 
@@ -115,12 +116,12 @@ def _best_fixed(seeds: Sequence[SeedModels], K: int) -> str:
 
 
 class Stopped(NamedTuple):
-    """The deep model, stopped by a rule with thresholds of validation; means over the seeds."""
+    """The deep model, stopped by a rule with thresholds of validation."""
 
-    gains: NDArray  # [n] of the test users
+    gains: NDArray  # [seeds, n] of the test users
     steps: float  # mean
-    at_random: NDArray  # [n] expected, the same numbers of steps dealt to users at random
-    shares: NDArray  # [K + 1] of the users, by steps
+    at_random: NDArray  # [seeds, n] expected, as many steps dealt to users at random
+    shares: NDArray  # [K + 1] of the users, by steps, means over the seeds
     choices: list[Choice]  # a seed
 
 
@@ -142,19 +143,19 @@ def _stop(seeds: Sequence[SeedModels], rules: Sequence[str], **goal: float) -> S
         choices.append(choice)
     share = np.mean(shares, 0)
     return Stopped(
-        np.mean(gains, 0),
+        np.stack(gains),
         float(share @ np.arange(len(share))),
-        np.mean(at_random, 0),
+        np.stack(at_random),
         share,
         choices,
     )
 
 
 def _oracle(seeds: Sequence[SeedModels]) -> tuple[NDArray, float]:
-    """Stop every test user where its target ranks best, as soon as possible: gains [n], steps."""
+    """Stop every test user as soon as its target ranks best: gains [seeds, n], mean steps."""
     gains = [seed.test.gains(METRIC) for seed in seeds]
     steps = [g.argmax(1).mean() for g in gains]
-    return np.mean([g.max(1) for g in gains], 0), float(np.mean(steps))
+    return np.stack([g.max(1) for g in gains]), float(np.mean(steps))
 
 
 def run_latency_study(job: Job, n_seeds: int) -> str:
@@ -167,21 +168,21 @@ def run_latency_study(job: Job, n_seeds: int) -> str:
     best = _best_fixed(seeds, K)
     served = _stop(seeds, SERVED, loss=LOSS)
     assert served is not None  # all K steps, fixed, are always within the loss
-    gains: dict[str, tuple[str, float, NDArray]] = {}
+    gains: dict[str, tuple[str, float, NDArray]] = {}  # title, steps, [seeds, n]
 
     def add(name: str, title: str, steps: float, values: NDArray) -> None:
         gains[name] = (title, steps, values)
 
     def of(name: str) -> NDArray:
-        return np.mean([_gains(seed.models[name], job.data) for seed in seeds], 0)
+        return np.stack([_gains(seed.models[name], job.data) for seed in seeds])
 
     add("base", "Base (K = 0)", 0, of("base"))
     add("long", "Base, twice as long", 0, of("long"))
     for k in range(1, K + 1):
         add(f"k{k}", f"LCR, K = {k}", k, of(f"k{k}"))
-    deep = np.mean([seed.test.gains(METRIC) for seed in seeds], 0)  # [n, K + 1]
+    deep = np.stack([seed.test.gains(METRIC) for seed in seeds])  # [seeds, n, K + 1]
     for k in range(K + 1):
-        add(f"deep{k}", f"every step supervised, read after {k}", k, deep[:, k])
+        add(f"deep{k}", f"every step supervised, read after {k}", k, deep[..., k])
     add("adaptive", "every step supervised, adaptive", served.steps, served.gains)
     add("distilled", "distilled into K = 0", 0, of("distilled"))
     times = forward_times(_timed(seeds[0], K), job.data)
@@ -191,26 +192,27 @@ def run_latency_study(job: Job, n_seeds: int) -> str:
         {
             "model": name,
             "steps": steps,
-            **_named("ndcg@5", bootstrap(values)),
-            **_named("less_base", bootstrap(values - base)),
-            **_named("less_best_fixed", bootstrap(values - fixed)),
+            **_named("ndcg@5", spread(values)),
+            **_named("less_base", spread(values - base)),
+            **_named("less_best_fixed", spread(values - fixed)),
         }
         for name, (_, steps, values) in gains.items()
     ]
     write_rows(job.out / "results.csv", rows)
-    points = {name: (title, bootstrap(values)) for name, (title, _, values) in gains.items()}
+    points = {name: (title, spread(values)) for name, (title, _, values) in gains.items()}
     plots.pareto(points, times, job.out / "pareto.png")
     rules = _rule_rows(seeds, fixed, TARGET_STEPS * gains[best][1])
     write_rows(job.out / "rules.csv", rules)
-    plots.rule_curves(_curves(seeds), deep.mean(0), job.out / "rules.png")
+    plots.rule_curves(_curves(seeds), deep.mean((0, 1)), job.out / "rules.png")
     kept = gains["distilled"][2].mean() - base.mean(), fixed.mean() - base.mean()
     parts = [
         _head(job, n_seeds, "Accuracy, steps and time"),
         "### Models\n\n" + _model_table(gains, times, best),
         f"The best fixed number of steps by validation is that of {gains[best][0]}. Distilled "
         f"keeps {kept[0]:+.4f} of its {kept[1]:+.4f} over Base. Times are of one forward over 100 "
-        "candidates on this machine, in turns: the median [95 % interval], and in the last column "
-        "the mean over batches of the fastest turn, against that of the best fixed number.",
+        f"candidates on this machine, seed {job.train.seed}, in turns: the median [95 % interval], "
+        "and in the last column the mean over batches of the fastest turn, against that of the "
+        "best fixed number.",
         f"### Rules for leaving early\n\nThresholds lose at most {LOSS} to the best fixed reading "
         "of the same model on validation, or take at most "
         f"{TARGET_STEPS:.0%} of the best fixed number's steps. Overlap, KL and entropy look at "
@@ -234,12 +236,18 @@ def _timed(seed: SeedModels, K: int) -> dict[str, LCRSER]:
     return {name: seed.models[name] for name in names} | {"adaptive": stopping.eval()}
 
 
-def _named(name: str, interval: Interval) -> dict[str, float]:
-    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+_ENDS = ("low", "high", "seeds_low", "seeds_high")
 
 
-def _shown(interval: Interval, sign: str = "+") -> str:
-    return f"{interval.mean:{sign}.4f} [{interval.low:{sign}.4f}, {interval.high:{sign}.4f}]"
+def _named(name: str, found: Difference) -> dict[str, float]:
+    return {name: found.mean} | {f"{name}_{end}": getattr(found, end) for end in _ENDS}
+
+
+def _shown(found: Difference) -> str:
+    text = f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+    if not np.isnan(found.seeds_low):
+        text += f", seeds [{found.seeds_low:+.4f}, {found.seeds_high:+.4f}]"
+    return text
 
 
 def _model_table(
@@ -251,7 +259,7 @@ def _model_table(
     lines = []
     for name, (title, steps, values) in gains.items():
         line = [title, f"{steps:.2f}", f"{values.mean():.4f}"]
-        line.append("" if name == "base" else _shown(bootstrap(values - base)))
+        line.append("" if name == "base" else _shown(spread(values - base)))
         for n in users:
             row = by_key.get((name, n))
             if row is None:
@@ -286,28 +294,30 @@ def _rule_rows(seeds: Sequence[SeedModels], fixed: NDArray, most: float) -> list
                     "rule": rule,
                     "goal": goal,
                     "steps": found.steps,
-                    **_named("less_best_fixed", bootstrap(found.gains - fixed)),
-                    **_named("random_less_best_fixed", bootstrap(found.at_random - fixed)),
-                    **_named("less_random", bootstrap(found.gains - found.at_random)),
+                    **_named("less_best_fixed", spread(found.gains - fixed)),
+                    **_named("random_less_best_fixed", spread(found.at_random - fixed)),
+                    **_named("less_random", spread(found.gains - found.at_random)),
                 }
             )
     best, steps = _oracle(seeds)
     nothing = dict.fromkeys(
         f"{name}{end}"
         for name in ("random_less_best_fixed", "less_random")
-        for end in ("", "_low", "_high")
+        for end in ("", *(f"_{end}" for end in _ENDS))
     )
     rows.append({
         "rule": "oracle", "goal": "", "steps": steps,
-        **_named("less_best_fixed", bootstrap(best - fixed)), **nothing,
+        **_named("less_best_fixed", spread(best - fixed)), **nothing,
     })  # fmt: skip
     return rows
 
 
 def _rule_table(rows: list[dict[str, Any]]) -> str:
     def cell(row: dict[str, Any], name: str) -> str:
-        values = (row[name], row[f"{name}_low"], row[f"{name}_high"])
-        return "" if values[0] is None else _shown(Interval(*values, 0))
+        if row[name] is None:
+            return ""
+        ends = {end: row[f"{name}_{end}"] for end in _ENDS}
+        return _shown(Difference(mean=row[name], n=0, seeds=0, **ends))
 
     compared = ("less_best_fixed", "random_less_best_fixed", "less_random")
     lines = [
@@ -334,15 +344,27 @@ def _adaptive_line(found: Stopped) -> str:
 
 
 def _curves(seeds: Sequence[SeedModels]) -> dict[str, list[tuple[float, float]]]:
-    """Trace every rule over its thresholds on the first seed's test users: (steps, metric)."""
-    seed = seeds[0]
-    head = adaptive.fit_confidence(seed.valid)
-    return {
-        TITLES[rule]: sorted(
-            (c.steps, c.gain) for c in adaptive.curve(rule, seed.test, METRIC, head)
-        )
-        for rule in (*SERVED[1:], *LIST_RULES)
-    }
+    """Trace every rule over its thresholds on the test users: (steps, metric).
+
+    Where there are several seeds, the metric is their mean at as many steps, between thresholds
+    along a straight line.
+    """
+    heads = [adaptive.fit_confidence(seed.valid) for seed in seeds]
+    found = {}
+    for rule in (*SERVED[1:], *LIST_RULES):
+        traced = [
+            np.array(sorted((c.steps, c.gain) for c in curve))
+            for seed, head in zip(seeds, heads, strict=True)
+            if (curve := adaptive.curve(rule, seed.test, METRIC, head))
+        ]
+        if len(traced) == 1:
+            found[TITLES[rule]] = [(float(steps), float(gain)) for steps, gain in traced[0]]
+        elif traced:
+            fewest, most = max(t[0, 0] for t in traced), min(t[-1, 0] for t in traced)
+            at = np.linspace(fewest, most, _CURVE_POINTS)
+            mean = np.mean([np.interp(at, *t.T) for t in traced], 0)
+            found[TITLES[rule]] = list(zip(at.tolist(), mean.tolist(), strict=True))
+    return found
 
 
 # -- study strata ---------------------------------------------------------------------------------
@@ -421,7 +443,7 @@ def run_strata_study(job: Job, n_seeds: int, worlds: Sequence[synthetic.World] =
     served = _stop(seeds, SERVED, loss=LOSS)
     assert served is not None
     mean = {
-        name: np.mean([_gains(seed.models[name], job.data) for seed in seeds], 0)
+        name: np.stack([_gains(seed.models[name], job.data) for seed in seeds])
         for name in ("base", best, "distilled")
     }
     base = mean["base"]
@@ -445,16 +467,19 @@ def _strata_part(
     titles: Mapping[str, str],
     out: Path,
 ) -> str:
-    """Write differences to Base by stratum, rows and plot; return their table."""
+    """Write differences to Base by stratum, rows and plot; return their table.
+
+    ``base`` and ``gains`` are [seeds, n], ``strata`` masks [n].
+    """
     rows, lines = [], []
     for name, member in strata.items():
-        n, of_base = int(member.sum()), float(base[member].mean())
+        n, of_base = int(member.sum()), float(base[:, member].mean())
         line = [name, f"{n:,}", f"{of_base:.4f}"]
         for model, values in gains.items():
-            spread = bootstrap((values - base)[member])
+            less = spread((values - base)[:, member])
             row = {"stratum": name, "n": n, "base": of_base, "model": model}
-            rows.append({**row, **_named("less_base", spread)})
-            line.append(_shown(spread))
+            rows.append({**row, **_named("less_base", less)})
+            line.append(_shown(less))
         lines.append(line)
     write_rows(out / "strata.csv", rows)
     plots.strata(rows, titles, out / "strata.png")
@@ -489,7 +514,8 @@ def run_strata_of_runs(
             name: weighted_metric(r.by_protocol["sampled"], METRIC) for name, r in ranks.items()
         }
         parts.append((user_strata(model, mine), gains))
-    gains = {name: np.concatenate([part[1][name] for part in parts]) for name in names}
+    # Users of different data are no seeds of the same users: one row of all.
+    gains = {name: np.concatenate([part[1][name] for part in parts])[None] for name in names}
     none = {run: np.zeros(len(part[1][BASE]), dtype=bool) for run, part in enumerate(parts)}
     strata = {
         name: np.concatenate([part[0].get(name, none[run]) for run, part in enumerate(parts)])
@@ -525,7 +551,8 @@ def _worlds_part(job: Job, n_seeds: int, worlds: Sequence[synthetic.World]) -> s
                 weighted_metric(
                     part.cell(
                         cell, f"{name}, seed {seed}, {title}", "supervised",
-                        model={"steps": steps}, train={"tcl_weight": 0.0},
+                        model={"steps": steps},
+                        train={"tcl_weight": 0.0, "deep_supervision": 0.0},
                     )["ranks"].by_protocol["sampled"], METRIC,
                 )
                 for cell, title, steps in (
@@ -533,10 +560,10 @@ def _worlds_part(job: Job, n_seeds: int, worlds: Sequence[synthetic.World]) -> s
                 )
             ]  # fmt: skip
             differences.append((gains[0], gains[1] - gains[0]))
-        base, less = (np.mean(part, 0) for part in zip(*differences, strict=True))
-        spread = bootstrap(less)
-        rows.append({"world": name, "base": float(base.mean()), **_named("less_base", spread)})
-        lines.append([name, f"{base.mean():.4f}", _shown(spread)])
+        base, values = (np.stack(part) for part in zip(*differences, strict=True))
+        less = spread(values)
+        rows.append({"world": name, "base": float(base.mean()), **_named("less_base", less)})
+        lines.append([name, f"{base.mean():.4f}", _shown(less)])
     write_rows(job.out / "worlds.csv", rows)
     plots.worlds(rows, job.out / "worlds.png")
     return tabulate(
@@ -567,9 +594,10 @@ def _open(job: Job, n_seeds: int) -> list[SeedModels]:
 def _head(job: Job, n_seeds: int, title: str) -> str:
     n = job.data.test_negatives.shape[1]
     seeds = "one seed" if n_seeds == 1 else f"each user's mean over {n_seeds} seeds"
+    by_seed = "" if n_seeds == 1 else ", seeds [Student's t over the seeds' means]"
     return (
         f"{title}: test NDCG@5, {protocol_titles(n)['sampled']}; {seeds}, "
-        "[95 % bootstrap interval over users]."
+        f"[95 % bootstrap interval over users]{by_seed}."
     )
 
 

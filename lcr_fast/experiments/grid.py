@@ -16,7 +16,7 @@ from lcr_fast.experiments import plots
 from lcr_fast.experiments.comparison import VARIANTS, Job
 from lcr_fast.experiments.tables import protocol_titles, write_rows
 from lcr_fast.storage import replacing
-from lcr_fast.training.ranks import bootstrap, weighted_metric
+from lcr_fast.training.ranks import spread, weighted_metric
 from lcr_fast.training.trainer import check_trainable
 
 METRIC = "ndcg@5"
@@ -50,13 +50,15 @@ class Cell(NamedTuple):
     """One place of a map, over the seeds."""
 
     mean: float
-    low: float  # its difference to the best place, user by user: 95 % interval
+    low: float  # its difference to the best place, user by user: 95 % interval over users
     high: float
+    seeds_low: float  # and over seeds; NaN for one
+    seeds_high: float
     seeds: tuple[float, ...]
 
     @property
     def level(self) -> bool:
-        """Whether the data cannot tell it from the best."""
+        """Whether the users cannot tell it from the best."""
         return self.high >= 0
 
 
@@ -85,11 +87,12 @@ def run_grid_study(job: Job, n_seeds: int, names: Sequence[str]) -> str:
     ])  # fmt: skip
     plots.heat_maps([(MAPS[name], cells) for name, cells in found.items()], job.out / "maps.png")
     n = job.data.test_negatives.shape[1]
-    spread = "one seed" if n_seeds == 1 else f"means over {n_seeds} seeds"
+    seeds = "one seed" if n_seeds == 1 else f"means over {n_seeds} seeds"
     head = (
-        f"Stability, test NDCG@5, {protocol_titles(n)['sampled']}; {spread}. In brackets the 95 % "
+        f"Stability, test NDCG@5, {protocol_titles(n)['sampled']}; {seeds}. In brackets the 95 % "
         "interval of the difference to the map's best place: bootstrap over users of each user's "
-        "mean over the seeds. Bold: the interval does not lie below 0."
+        "mean over the seeds; seeds: Student's t over the seeds' means. Bold: the interval over "
+        "users does not lie below 0."
     )
     tables = [
         f"### {MAPS[name].title}\n\n{_table(MAPS[name], cells)}" for name, cells in found.items()
@@ -106,7 +109,7 @@ def _places(part: Map) -> list[tuple[tuple[float, float], dict[str, Any]]]:
 
 
 def _measure(job: Job, n_seeds: int, part: Map) -> dict[tuple[float, float], Cell]:
-    """Train the places of a map; the values of each user [n] are means over the seeds."""
+    """Train the places of a map, and set each against the best of the means over the seeds."""
     variant = VARIANTS[part.variant]
     gains: dict[tuple[float, float], list[NDArray]] = {place: [] for place, _ in _places(part)}
     for seed in (job.train.seed + i for i in range(n_seeds)):
@@ -135,13 +138,15 @@ def _measure(job: Job, n_seeds: int, part: Map) -> dict[tuple[float, float], Cel
             last = result["last"]
             ranks = np.array(last["test_ranks"]) if last else result["ranks"].by_protocol["sampled"]
             gains[place].append(weighted_metric(ranks, METRIC))
-    means = {place: np.mean(values, 0) for place, values in gains.items()}
-    best = max(means, key=lambda place: float(means[place].mean()))
+    found = {place: np.stack(values) for place, values in gains.items()}  # [seeds, n]
+    best = max(found, key=lambda place: float(found[place].mean()))
     cells = {}
-    for place, values in means.items():
-        spread = bootstrap(values - means[best])
-        seeds = tuple(float(v.mean()) for v in gains[place])
-        cells[place] = Cell(float(values.mean()), spread.low, spread.high, seeds)
+    for place, values in found.items():
+        less = spread(values - found[best])
+        seeds = tuple(float(mean) for mean in values.mean(1))
+        cells[place] = Cell(
+            float(values.mean()), less.low, less.high, less.seeds_low, less.seeds_high, seeds
+        )
     return cells
 
 
@@ -153,7 +158,10 @@ def _table(part: Map, cells: dict[tuple[float, float], Cell]) -> str:
         for b in columns:
             cell = cells[a, b]
             mean = f"**{cell.mean:.3f}**" if cell.level else f"{cell.mean:.3f}"
-            texts.append(f"{mean} [{cell.low:+.3f}, {cell.high:+.3f}]")
+            text = f"{mean} [{cell.low:+.3f}, {cell.high:+.3f}]"
+            if len(cell.seeds) > 1:
+                text += f", seeds [{cell.seeds_low:+.3f}, {cell.seeds_high:+.3f}]"
+            texts.append(text)
         lines.append([str(a), *texts])
     headers = [f"{row} \\ {column}", *map(str, columns)]
     return tabulate(lines, headers, tablefmt="github", disable_numparse=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from lcr_fast.storage import replacing
 from lcr_fast.training.baselines import TITLES
-from lcr_fast.training.ranks import Interval
+from lcr_fast.training.ranks import Difference, Interval
 from lcr_fast.training.trainer import VALIDATION, validation_scores
 
 Results = dict[str, dict[str, Any]]
@@ -187,7 +187,7 @@ def heat_maps(maps: Sequence[tuple[Any, Mapping[tuple[float, float], Any]]], pat
 
 
 def pareto(
-    points: Mapping[str, tuple[str, Interval]], times: Sequence[dict[str, Any]], path: Path
+    points: Mapping[str, tuple[str, Difference]], times: Sequence[dict[str, Any]], path: Path
 ) -> None:
     """Draw accuracy against the time of a forward, a panel a number of users.
 

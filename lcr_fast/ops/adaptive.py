@@ -89,8 +89,9 @@ def adaptive_reasoning(
             f"{list(exits.weight.shape)} and {list(exits.bias.shape)}"
         )
     case = case_of(search, rec, weights, steps)
-    known = backend if backend in ADAPTIVE_REASONING.implementations else "auto"
-    if not K or ADAPTIVE_REASONING.choose(known, case) == "reference":
+    # Who serves the steps alone takes them one at a time.
+    whole = backend in ("auto", *ADAPTIVE_REASONING.implementations)
+    if not (K and whole) or ADAPTIVE_REASONING.choose(backend, case) == "reference":
         return _stepwise(search, rec, search_lengths, rec_lengths, weights, steps, exits, backend)
     call = _Adaptive(
         search.contiguous(), rec.contiguous(), search_lengths.contiguous(),

@@ -184,6 +184,12 @@ class Difference(NamedTuple):
     seeds: int
 
 
+def spread(values: NDArray) -> Difference:
+    """Mean of the same users' values or differences, [seeds, n], with both intervals."""
+    users, seeds = bootstrap(values.mean(0)), across_seeds(values.mean(1))
+    return Difference(*users, seeds.low, seeds.high, seeds.n)
+
+
 def differences(
     pairs: Sequence[tuple[Ranks, Ranks]], cuts: Sequence[int] = CUTS
 ) -> list[dict[str, Any]]:
