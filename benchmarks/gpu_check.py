@@ -196,7 +196,7 @@ def sanitizer(machine: Machine) -> Part:
 
 def train(machine: Machine, work: Path) -> Part:
     words = (
-        sys.executable, "-m", "lcr_fast.cli", "train", "--device", machine.device,
+        sys.executable, "-m", "lcr_fast", "train", "--device", machine.device,
         "--out", str(work / "train"), "--epochs", "1", "--rl-epochs", "1",
         "--rl-epoch-size", "64", "--variants", "lcr", "rl",
     )  # fmt: skip

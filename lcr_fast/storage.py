@@ -8,6 +8,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import tempfile
@@ -112,6 +113,17 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def next_folder(parent: Path, name: str) -> Path:
+    """Make the first folder ``name-1``, ``name-2``, ... that nobody has made."""
+    parent.mkdir(exist_ok=True)
+    for number in itertools.count(1):
+        with contextlib.suppress(FileExistsError):
+            folder = parent / f"{name}-{number}"
+            folder.mkdir()
+            return folder
+    raise AssertionError("unreachable")
 
 
 def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], info: Any) -> None:

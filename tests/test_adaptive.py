@@ -1,14 +1,12 @@
 """Adaptive depth: the rule, its backends, how thresholds are chosen, and what it costs nobody."""
 
-import contextlib
-import io
 import itertools
 
 import numpy as np
 import pytest
 import torch
 
-from lcr_fast import cli
+from command_line import fails, run
 from lcr_fast.config import LCRConfig
 from lcr_fast.data.prepared import PreparedData
 from lcr_fast.export import program
@@ -340,30 +338,23 @@ def test_steps_are_counted_and_described():
 # -- the command line ----------------------------------------------------------------------------
 
 
-def run(*argv) -> tuple[str, str]:
-    with (
-        contextlib.redirect_stdout(io.StringIO()) as out,
-        contextlib.redirect_stderr(io.StringIO()) as err,
-    ):
-        cli.main([str(word) for word in argv])
-    return out.getvalue(), err.getvalue()
-
-
-def test_adapt_evaluate_recommend(model, prepared, prepared_folder, tmp_path):
+def test_adapt_evaluate_recommend(model, prepared, prepared_folder, tmp_path, capsys):
     before, after = tmp_path / "m.safetensors", tmp_path / "n.safetensors"
     assign(model, prepared)
     model.save(before)
-    text, _ = run("adapt", before, "--data", prepared_folder, "-o", after, "--mean-steps", "1.5")
+    text = run("adapt", before, "--data", prepared_folder, "-o", after, "--mean-steps", "1.5")
     depths = adaptive.read_depths(model, PreparedData.open(prepared_folder))
     gains = depths.gains("ndcg@5").mean(0)
     assert "validation NDCG@5 after k = 0..3 steps: " + ", ".join(f"{g:.4f}" for g in gains) in text
     assert LCRSER.load(after).exits is not None
-    text, _ = run("evaluate", after, "--data", prepared_folder, "--protocols", "sampled")
+    text = run("evaluate", after, "--data", prepared_folder, "--protocols", "sampled")
     assert "steps: mean " in text
-    _, text = run("recommend", after, "--data", prepared_folder)
+    capsys.readouterr()
+    run("recommend", after, "--data", prepared_folder)
+    text = capsys.readouterr().err
     assert text.startswith("steps: mean ")
     assert "p95" in text
-    text, _ = run("evaluate", before, "--data", prepared_folder, "--protocols", "sampled")
+    text = run("evaluate", before, "--data", prepared_folder, "--protocols", "sampled")
     assert "steps: " not in text
 
 
@@ -383,12 +374,7 @@ def test_adapt_refuses(
     model = make_model(prepared, **changes)
     assign(model, prepared)
     model.save(tmp_path / "m.safetensors")
-    with pytest.raises(SystemExit) as end:
-        cli.main([
-            "adapt", str(tmp_path / "m.safetensors"), "--data", str(prepared_folder), "-o",
-            str(tmp_path / "n.safetensors"), *options,
-        ])  # fmt: skip
-    assert end.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert message in line
-    assert not (tmp_path / "n.safetensors").exists()
+    out = tmp_path / "n.safetensors"
+    words = (tmp_path / "m.safetensors", "--data", prepared_folder, "-o", out, *options)
+    assert message in fails(capsys, "adapt", *words)
+    assert not out.exists()

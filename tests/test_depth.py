@@ -1,8 +1,5 @@
 """Studies of depth: what they train, how strata and controls are made, that tables add up."""
 
-import contextlib
-import csv
-import io
 import json
 import shutil
 
@@ -10,7 +7,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from lcr_fast import cli
+from command_line import read_csv, run
 from lcr_fast.data.prepared import PreparedData
 from lcr_fast.experiments import depth
 from lcr_fast.model import LCRSER
@@ -26,17 +23,6 @@ TINY = [
     *("--epochs", "1", "--dim", "8", "--steps", "2", "--mlp-hidden", "8", "--seeds", "2"),
     *("--max-search-len", "4", "--max-rec-len", "5", "--deep-supervision", "0.5"),
 ]
-
-
-def run(*argv) -> str:
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        cli.main([str(word) for word in argv])
-    return out.getvalue()
-
-
-def read_csv(path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +193,10 @@ def test_other_worlds_are_trained_apart(prepared_folder, study, monkeypatch):
     monkeypatch.setattr(synthetic, "World", lambda **c: small(n_users=24, n_targets=14, **c))
     options = ["--data", prepared_folder, "--out", study, "--resume", *TINY]
     text = run("study", "strata", *options, "--noise", "0", "--disjoint")
-    assert [row["world"] for row in read_csv(study / "worlds.csv")] == ["noise 0", "disjoint"]
+    assert [row["world"] for row in read_csv(study / "worlds.csv")] == [
+        "noise 0",
+        "disjoint",
+    ]
     assert "### Other worlds" in text
     world = study / "worlds" / "disjoint"
     for cell in (study / "seed-0" / "k2", world / "seed-0" / "lcr"):  # the same LCR

@@ -1,14 +1,12 @@
 """Distillation: what a student starts from, what its loss is, and what the command writes."""
 
-import contextlib
-import io
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from lcr_fast import cli
+from command_line import run
 from lcr_fast.config import TrainConfig
 from lcr_fast.model import LCRSER
 from lcr_fast.testing import random_batch
@@ -105,12 +103,6 @@ def test_shared_weights_stay_the_teachers(prepared, teacher, tmp_path):
         if not torch.equal(tensor, teacher.state_dict()[name][: len(tensor)])
     }
     assert moved == {"encoder", "reasoning", "search_position", "rec_position"}
-
-
-def run(*argv) -> str:
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        cli.main([str(word) for word in argv])
-    return out.getvalue()
 
 
 def test_distill_writes_a_model_and_resumes(prepared, prepared_folder, teacher, tmp_path):

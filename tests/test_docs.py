@@ -41,4 +41,4 @@ def test_commands_are_found():
 
 @pytest.mark.parametrize("command", commands())
 def test_commands_parse(command):
-    cli._parser().parse_args(shlex.split(command)[1:])
+    cli.make_parser().parse_args(shlex.split(command)[1:])

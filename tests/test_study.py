@@ -1,9 +1,6 @@
 """Studies: their statistics, what the command line writes, resume, and every bad input."""
 
-import contextlib
-import csv
 import dataclasses
-import io
 import json
 import math
 import re
@@ -13,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from lcr_fast import cli
+from command_line import fails, read_csv, run
+from lcr_fast.cli import study as study_command
 from lcr_fast.config import TrainConfig
 from lcr_fast.experiments import grid, study
 from lcr_fast.experiments.comparison import VARIANTS, Job
@@ -40,20 +38,8 @@ RL_CELLS = {
 PAPER_CELLS = {*VARIANTS, "rl,steps=0", "control,steps=0"}
 
 
-def run(*argv) -> str:
-    """Run a command that must succeed; return its standard output."""
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        cli.main([str(word) for word in argv])
-    return out.getvalue()
-
-
 def rl_study(data, out, *options, seeds=2) -> str:
     return run("study", "rl", "--data", data, "--out", out, "--seeds", seeds, *TINY, *options)
-
-
-def read_csv(path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def cells_of(folder) -> dict[tuple[int, str], dict[str, float]]:
@@ -317,20 +303,6 @@ def test_the_interval_of_a_median_holds_it():
 # -- the command line ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("kind", "flags"),
-    [("rl", {"rewards", "axes"}), ("paper", {"all-steps"})],
-)
-def test_help_names_every_flag(capsys, kind, flags):
-    with pytest.raises(SystemExit) as end:
-        cli.main(["study", kind, "--help"])
-    assert end.value.code == 0
-    named = set(re.findall(r"--([a-z0-9-]+)", capsys.readouterr().out))
-    shared = {"data", "out", "resume", "seeds", "quick", "config", "device", "backend", "threads"}
-    fields = {f.name.replace("_", "-") for f in dataclasses.fields(TrainConfig)}
-    assert named.issuperset(flags | shared | fields)
-
-
 @pytest.mark.parametrize("kind", ["rl", "paper"])
 def test_a_quick_study_makes_its_own_data(tmp_path, monkeypatch, kind):
     asked = []
@@ -340,7 +312,7 @@ def test_a_quick_study_makes_its_own_data(tmp_path, monkeypatch, kind):
         return "tables"
 
     monkeypatch.setattr(study, f"run_{kind}_study", record)
-    monkeypatch.setattr(cli, "_QUICK_USERS", 24)
+    monkeypatch.setattr(study_command, "QUICK_USERS", 24)
     monkeypatch.chdir(tmp_path)
     assert "tables" in run("study", kind, "--quick", "--epochs", "2", "--seed", "4")
     ((job, n_seeds, rest),) = asked
@@ -371,10 +343,7 @@ def test_a_quick_study_makes_its_own_data(tmp_path, monkeypatch, kind):
     ],
 )
 def test_a_study_refuses(capsys, tmp_path, kind, options, message):
-    with pytest.raises(SystemExit) as end:
-        cli.main(["study", kind, "--out", str(tmp_path / "out"), *options])
-    assert end.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = fails(capsys, "study", kind, "--out", tmp_path / "out", *options)
     assert message in line
     assert line.startswith("lcr-fast study")
     assert not (tmp_path / "out").exists()

@@ -22,6 +22,32 @@ def protocol_titles(n_negatives: int | str) -> dict[str, str]:
     }
 
 
+def rank_tables(rows: list[dict[str, Any]], n_negatives: int | str) -> list[str]:
+    """Lay out the metrics of one model as Markdown: a table a protocol, a column a kind of target.
+
+    ``rows`` are those of :meth:`~lcr_fast.training.ranks.Ranks.rows`.
+    """
+    titles = protocol_titles(n_negatives)
+    tables = []
+    for protocol in dict.fromkeys(row["protocol"] for row in rows):
+        mine = [row for row in rows if row["protocol"] == protocol and row["n"]]
+        counts = {row["targets"]: row["n"] for row in mine}
+        lines = [
+            [
+                metric,
+                *(
+                    f"{row['mean']:.4f} [{row['low']:.4f}, {row['high']:.4f}]"
+                    for row in mine
+                    if row["metric"] == metric
+                ),
+            ]
+            for metric in dict.fromkeys(row["metric"] for row in mine)
+        ]
+        headers = [titles[protocol], *(f"{group} (n={n:,})" for group, n in counts.items())]
+        tables.append(tabulate(lines, headers, tablefmt="github", disable_numparse=True))
+    return tables
+
+
 def result_tables(
     results: dict[str, dict[str, Any]], changes: dict[str, list[dict[str, Any]]]
 ) -> list[str]:

@@ -9,8 +9,9 @@ from lcr_fast.data.prepared import PreparedData
 from lcr_fast.training.models import load_model
 from lcr_fast.training.trainer import MODEL, validation_scores
 
+from .contents import Page
 from .facts import facts_of
-from .page import Page, write_page
+from .page import write_page
 from .run import CONTROL, Run, find_data, read_run
 from .users import User, look_at_users
 

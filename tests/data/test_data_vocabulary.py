@@ -1,8 +1,6 @@
 """New data for an old model: ids keep their numbers, the unknown is skipped or appended."""
 
-import contextlib
 import dataclasses
-import io
 
 import numpy as np
 import polars as pl
@@ -11,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lcr_fast import cli
+from command_line import fails, run
 from lcr_fast.config import TrainConfig
 from lcr_fast.data.batching import Batcher
 from lcr_fast.data.build import prepare
@@ -427,12 +425,6 @@ def test_text_vectors_of_known_ids_stay(shop, old, new_log, make_old_model, tmp_
         prepare(new_log, tmp_path / "fourth", n_negatives=1, vocabulary=first)
 
 
-def run(*argv) -> str:
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        cli.main([str(word) for word in argv])
-    return out.getvalue()
-
-
 def test_the_command_line(old, new_log, make_old_model, tmp_path, capsys):
     model = tmp_path / "model.safetensors"
     make_old_model(old).save(model)
@@ -459,9 +451,4 @@ def test_the_command_line(old, new_log, make_old_model, tmp_path, capsys):
         (["recommend", longer, "--data", tmp_path / "old"], "do not go on with the model's"),
         (["prepare", "frames", raw, tmp_path / "no", "--vocabulary", model], "not prepared data"),
     ):
-        with pytest.raises(SystemExit) as end:
-            run(*argv)
-        assert end.value.code == 2
-        line = capsys.readouterr().err
-        assert message in line
-        assert line.count("\n") == 1
+        assert message in fails(capsys, *argv)

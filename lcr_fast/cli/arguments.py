@@ -1,0 +1,218 @@
+"""What commands share: their parser, their options, the checks of those."""
+
+import argparse
+import functools
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lcr_fast.config import LCRConfig
+
+if TYPE_CHECKING:
+    from lcr_fast.data.prepared import PreparedData
+    from lcr_fast.model import LCRSER
+
+Commands = argparse._SubParsersAction  # what add_subparsers returns
+# Fields of LCRConfig that the data decides.
+FROM_DATA = ("n_items", "n_users", "n_queries", "n_terms", "item_text_dim", "query_text_dim")
+
+
+class Parser(argparse.ArgumentParser):
+    """Complain in one line: the usage of ``train`` alone would fill a screen."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        """End the process with exit code 2."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Show a default only where there is one to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def add_command(
+    commands: Commands,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    help: str,
+    description: str,
+) -> argparse.ArgumentParser:
+    """Add a command that ``run`` does."""
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=description,
+        formatter_class=_Help,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+# -- options -------------------------------------------------------------------------------------
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add a trained model, its data and where it runs: what :func:`open_model` reads."""
+    parser.add_argument("model", metavar="MODEL", type=Path, help="a model.safetensors")
+    parser.add_argument("--data", type=Path, required=True, help="prepared data")
+    add_any_data(parser, "use the model although it was trained on other data")
+    add_run_options(parser)
+
+
+def add_any_data(parser: argparse.ArgumentParser, help: str) -> None:
+    """Add the flag by which a user vouches for data that a model does not know."""
+    parser.add_argument("--any-data", action="store_true", help=help)
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add what computes: :func:`set_threads` checks two of them."""
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--backend",
+        choices=typing.get_args(typing.get_type_hints(LCRConfig)["backend"]),
+        help="which implementation the ops use; default: the config's, auto",
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
+
+
+def add_protocols(parser: argparse.ArgumentParser) -> None:
+    """Add the choice of what targets are ranked among."""
+    from lcr_fast.training.evaluation import PROTOCOLS
+
+    parser.add_argument(
+        "--protocols",
+        nargs="+",
+        choices=PROTOCOLS,
+        default=list(PROTOCOLS),
+        help="what targets are ranked among, where the data has it",
+    )
+
+
+def add_catalogue_users(parser: argparse.ArgumentParser) -> None:
+    """Add how many users are ranked in the whole catalogue."""
+    from lcr_fast.training.evaluation import CATALOGUE_SECONDS
+
+    parser.add_argument(
+        "--catalogue-users",
+        type=int,
+        metavar="N",
+        help="test users ranked in the whole catalogue, the same for every model; 0 for all; "
+        f"default: as many as take some {CATALOGUE_SECONDS} s a model on two cores",
+    )
+
+
+def add_csv(parser: argparse.ArgumentParser) -> None:
+    """Add a file for all numbers."""
+    parser.add_argument("--csv", type=Path, help="also write every number to this file")
+
+
+def add_config_options(group: argparse._ArgumentGroup, kind: type) -> None:
+    """Add an option for each field of a config class, but sizes of the data and the backend.
+
+    What is not given is not in the namespace at all.
+    """
+    for flag, options in _config_options(kind).items():
+        group.add_argument(flag, **options)
+
+
+@functools.cache  # a dozen commands have them
+def _config_options(kind: type) -> dict[str, dict[str, Any]]:
+    hints = typing.get_type_hints(kind)
+    flags = {}
+    for f in fields(kind):
+        if f.name in FROM_DATA or f.name == "backend":
+            continue
+        hint = hints[f.name]
+        default = "" if f.default is MISSING else f" (default: {f.default})"
+        options: dict[str, Any] = {
+            "default": argparse.SUPPRESS,
+            "dest": f.name,
+            "help": f.metadata["help"].replace("%", "%%") + default,
+        }
+        if typing.get_origin(hint) is typing.Literal:
+            options["choices"] = typing.get_args(hint)
+        elif typing.get_origin(hint) is tuple:
+            options |= {"type": int, "nargs": "+", "metavar": "N"}
+        elif hint is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options |= {"type": hint, "metavar": hint.__name__.upper()}
+        flags["--" + f.name.replace("_", "-")] = options
+    return flags
+
+
+def given_fields(arguments: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """Return the fields of a config class that the command line gives."""
+    flags = vars(arguments)
+    return {f.name: flags[f.name] for f in fields(kind) if f.name in flags}
+
+
+def ranking_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what --protocols and --catalogue-users ask of a ranking."""
+    return {"protocols": arguments.protocols, "catalogue_users": arguments.catalogue_users}
+
+
+# -- checks --------------------------------------------------------------------------------------
+
+
+def check_file(flag: str, path: Path | None) -> None:
+    """Raise ValueError where a file cannot be written, before what it would hold is computed."""
+    if path is not None and path.is_dir():
+        raise ValueError(f"{flag} {path}: a folder; name a file in it")
+
+
+def check_new(path: Path) -> None:
+    """Raise ValueError where a model would take another file's place."""
+    if path.exists():
+        raise ValueError(f"{path} exists already: name another file")
+
+
+def check_unoccupied(folder: Path, *, resume: bool) -> None:
+    """Raise ValueError where a new job would write among other files."""
+    if not resume and folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: continue with --resume, or name another")
+
+
+def set_threads(arguments: argparse.Namespace) -> None:
+    """Set --threads; raise ValueError where they or --device cannot be had."""
+    import torch
+
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise ValueError(f"--threads must be at least 1, got {arguments.threads}")
+        torch.set_num_threads(arguments.threads)
+    try:
+        device = torch.device(arguments.device)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {arguments.device!r}")
+    if device.type == "cuda":
+        n = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not n:
+            raise ValueError(f"--device {arguments.device}: this torch sees no GPU")
+        if (device.index or 0) >= n:
+            raise ValueError(
+                f"--device {arguments.device}: this torch sees {n} GPUs, from cuda:0 on"
+            )
+
+
+def open_model(arguments: argparse.Namespace, path: Path) -> "tuple[LCRSER, PreparedData]":
+    """Open a saved model and --data, which must be the model's, or --any-data given."""
+    from lcr_fast.data.prepared import PreparedData
+    from lcr_fast.training.models import load_model
+
+    data = PreparedData.open(arguments.data)
+    model = load_model(path, data, arguments.device, arguments.backend, any_data=arguments.any_data)
+    return model, data
+
+
+def say(line: str) -> None:
+    """Print a line at once, also into a pipe."""
+    print(line, flush=True)
