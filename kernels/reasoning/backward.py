@@ -2,8 +2,8 @@
 
 Each step is computed again from its input and then differentiated. No atomics: a program owns what
 it writes. Sublayers meet in float32 gradients and in scratch, where each step leaves a row for
-every row of its states (scratch.py). The kernels of self-attention and FFN serve an encoder's layers
-too, where SHAPE.SUBLAYERS is 2.
+every row of its states (scratch.py). The kernels of self-attention and FFN serve an encoder's
+layers too, where SHAPE.SUBLAYERS is 2.
 """
 
 import triton
