@@ -1,5 +1,7 @@
 """Latent cross reasoning: forward, forward and backward as phase 1 runs it, and noisy rollouts.
 
+And the encoders of both streams, which are cases of K = 0.
+
 Around d = 64, K = 5 and histories of 30 events (32 on CUDA), one axis at a time. ``auto`` against
 
 - eager: the reference, with torch's fused attention; in halves with every operation rounded;
@@ -25,15 +27,18 @@ from lcr_fast.config import LCRConfig
 from lcr_fast.ops.noise import Noise
 from lcr_fast.reference import Steps
 from lcr_fast.testing import (
+    EncoderCase,
     ReasoningCase,
     assert_reasoning_parity,
+    random_encoder,
     random_lengths,
     random_reasoning,
     random_weights,
     reasoning_baseline,
+    run_encoder,
     run_reasoning,
 )
-from lcr_fast.weights import ReasoningWeights
+from lcr_fast.weights import REC, SEARCH
 
 HEADS = 2
 NOISE_SCALE, SEED = 0.1, 7
@@ -49,7 +54,7 @@ class Case(NamedTuple):
     B: int
     L: int = 30
     d: int = 64
-    K: int = 5
+    K: int = 5  # 0 for the encoders
     N: int = 0  # trajectories; 0 without noise
     lengths: str = "full"
     dtype: str = "fp32"
@@ -124,11 +129,25 @@ def rollout_cases(device: str) -> dict[Case, bool]:
     return {centre: False} | dict.fromkeys(more, True)
 
 
+def encoder_cases(device: str) -> dict[Case, bool]:
+    if device == "cuda":
+        cases = {}
+        for dtype in ("bf16", "tf32", "fp32"):
+            centre = Case(1024, L=32, K=0, dtype=dtype, compiled=dtype == "bf16")
+            more = _around(centre._replace(compiled=False), B=(32, 8192), L=(50, 100), d=(128,))
+            cases |= {centre: False} | dict.fromkeys(more, True)
+        return cases
+    centre = Case(64, K=0)
+    return {centre: False} | dict.fromkeys(_around(centre, B=(1, 256), L=(50,), d=(128,)), True)
+
+
 _CASES = {
     "test_forward": forward_cases,
     "test_forward_and_backward": training_cases,
     "test_rollout": rollout_cases,
     "test_rollout_and_backward": rollout_cases,
+    "test_encoders": encoder_cases,
+    "test_encoders_and_backward": encoder_cases,
 }
 
 
@@ -174,7 +193,7 @@ def draw(case: Case, device: str, seed: int) -> Inputs:
     n_search, n_rec = lengths(), lengths()
     leading = (B, case.N) if case.N else (B,)
     upstream = [normal(*leading, L, d), normal(*leading, L, d)]
-    if not case.N:
+    if case.K and not case.N:
         upstream.append(normal(B, case.K, 2, 2, d))
     keys = normal(B, 2, d) * d**-0.5
     rows = torch.randperm(4 * B, generator=generator)[:B].to(device)
@@ -188,10 +207,29 @@ class Bench:
         self.case = case
         self.sets = [draw(case, device, seed) for seed in range(INPUT_SETS)]
         config = LCRConfig(dim=case.d, n_heads=HEADS, steps=case.K)
-        _, weights, _ = random_weights(config, torch.Generator().manual_seed(0), torch.float32)
-        self.weights = ReasoningWeights(
+        generator = torch.Generator().manual_seed(0)
+        encoder, reasoning, _ = random_weights(config, generator, torch.float32)
+        weights = reasoning if case.K else encoder
+        self.weights = type(weights)(
             *(w.detach().to(device, harness.DTYPES[case.dtype]).requires_grad_() for w in weights)
         )
+
+    def forward(self, backend: str, pooled: bool) -> Function:
+        """Return what is timed on a backend."""
+        if self.case.N:
+            return self.rollout(backend)
+        return self.reason(backend, pooled) if self.case.K else self.encode(backend)
+
+    def encode(self, backend: str) -> Function:
+        def forward(x: Inputs) -> tuple[Tensor, ...]:
+            return tuple(
+                ops.encode(h, n, self.weights, stream, n_heads=HEADS, backend=backend)
+                for stream, h, n in (
+                    (SEARCH, x.search, x.search_lengths), (REC, x.rec, x.rec_lengths),
+                )
+            )  # fmt: skip
+
+        return forward
 
     def reason(self, backend: str, pooled: bool) -> Function:
         def forward(x: Inputs) -> tuple[Tensor, ...]:
@@ -226,7 +264,8 @@ class Bench:
 
     def leaves(self, x: Inputs) -> list[Tensor]:
         """List what has a gradient."""
-        own = [x.search, x.rec] if self.case.N else [x.search, x.rec, x.keys]
+        has_keys = self.case.K and not self.case.N
+        own = [x.search, x.rec, x.keys] if has_keys else [x.search, x.rec]
         return [*(t.requires_grad_() for t in own), *self.weights]
 
     def with_backward(self, forward: Function) -> Function:
@@ -243,22 +282,41 @@ class Bench:
         case, n_sets = self.case, len(self.sets)
         copies, itemsize = max(case.N, 1), harness.DTYPES[case.dtype].itemsize
         lengths = [torch.cat([x[i] for x in self.sets]).cpu() for i in (2, 3)]
-        flops = copies * work.reasoning_flops(*lengths, case.d, case.K) / n_sets
+        of_all_sets = (
+            work.reasoning_flops(*lengths, case.d, case.K)
+            if case.K
+            else work.encoder_flops(*lengths, case.d)
+        )
+        flops = copies * of_all_sets / n_sets
         if backward:
             return {"FLOPs": work.training_flops(flops)}
         weights = sum(w.nbytes for w in self.weights)
         events = work.reasoning_bytes(*lengths, case.d, itemsize, 0, copies) / n_sets
-        eager = work.eager_reasoning_bytes(*lengths, case.d, itemsize, case.K) / n_sets
-        return {"FLOPs": flops, "bytes": events + weights, "eager bytes": copies * eager}
+        counts = {"FLOPs": flops, "bytes": events + weights}
+        if case.K:
+            eager = work.eager_reasoning_bytes(*lengths, case.d, itemsize, case.K) / n_sets
+            counts["eager bytes"] = copies * eager
+        return counts
 
 
 def assert_parity(case: Case, device: str) -> None:
     """Hold ``auto`` to the exact results and gradients on a few users of the case's shape."""
+    dtype = harness.DTYPES[case.dtype]
+    if not case.K:
+        for stream in (SEARCH, REC):
+            shape = EncoderCase(
+                dim=case.d, n_heads=HEADS, ffn_dim=case.d, n_layers=1, length=case.L,
+                n_users=PARITY_USERS, stream=stream, padding=0.0,
+            )  # fmt: skip
+            encoder = random_encoder(shape).to(dtype, device=device)
+            expected = reasoning_baseline(encoder, run_encoder)
+            assert_reasoning_parity(run_encoder(encoder, "auto"), expected)
+        return
     shape = ReasoningCase(
         dim=case.d, n_heads=HEADS, search_len=case.L, rec_len=case.L, n_users=PARITY_USERS,
         steps=case.K, ffn_dim=case.d, n_trajectories=min(case.N, 2), padding=0.0,
     )  # fmt: skip
-    call = random_reasoning(shape).to(harness.DTYPES[case.dtype], device=device)
+    call = random_reasoning(shape).to(dtype, device=device)
     assert_reasoning_parity(run_reasoning(call, "auto"), reasoning_baseline(call))
 
 
@@ -272,7 +330,7 @@ def run(benchmark, race, small, compiles, capture, ceilings, device):
         if small:
             case = case._replace(B=min(case.B, 2))
         bench = Bench(case, device)
-        make = bench.rollout if case.N else partial(bench.reason, pooled=backward)
+        make = partial(bench.forward, pooled=backward)
         forwards = {"": make("auto"), "eager": make("reference")}
         if case.N:
             forwards["N calls"] = bench.n_calls
@@ -347,4 +405,14 @@ def test_rollout(run, case):
 
 @pytest.mark.benchmark(group="rollout and backward")
 def test_rollout_and_backward(run, case):
+    run(case, backward=True)
+
+
+@pytest.mark.benchmark(group="encoders")
+def test_encoders(run, case):
+    run(case, backward=False)
+
+
+@pytest.mark.benchmark(group="encoders, forward and backward")
+def test_encoders_and_backward(run, case):
     run(case, backward=True)

@@ -12,7 +12,7 @@ import contextlib
 import sys
 import traceback
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,18 +24,21 @@ from lcr_fast.metrics import TIES
 from lcr_fast.ops import ranking
 from lcr_fast.reference import Steps
 from lcr_fast.testing import (
+    EncoderCase,
     Reasoning,
     ReasoningCase,
     assert_parity,
     assert_reasoning_parity,
     every_op_rounded,
+    random_encoder,
     random_reasoning,
     random_streams,
     random_weights,
     reasoning_baseline,
+    run_encoder,
     run_reasoning,
 )
-from lcr_fast.weights import ReasoningWeights, ScoringWeights
+from lcr_fast.weights import REC, SEARCH, ReasoningWeights, ScoringWeights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 K = 5  # of the best items
@@ -68,7 +71,24 @@ class Setting(NamedTuple):
     sizes: Sizes = Sizes()
 
 
-# -- reasoning ------------------------------------------------------------------------------------
+# -- encoders and reasoning -----------------------------------------------------------------------
+
+
+def _check_call(setting: Setting, call: Any, run: Callable[[Any, str], dict[str, Tensor]]) -> None:
+    call = call.to(setting.dtype)
+    found = run(call.to(setting.dtype, device=setting.device), "triton")
+    expected = reasoning_baseline(call, run)
+    assert_reasoning_parity({name: t.cpu() for name, t in found.items()}, expected)
+
+
+def encoding(setting: Setting) -> None:
+    sizes = setting.sizes
+    for stream, length, dropout in ((SEARCH, sizes.search_len, 0.0), (REC, sizes.rec_len, 0.2)):
+        case = EncoderCase(
+            dim=sizes.dim, ffn_dim=sizes.dim, length=length, n_users=sizes.n_users, stream=stream,
+            dropout=dropout,
+        )  # fmt: skip
+        _check_call(setting, random_encoder(case), run_encoder)
 
 
 def _forward_alone(call: Reasoning, backend: str) -> dict[str, Tensor]:
@@ -94,10 +114,7 @@ def _check_reasoning(setting: Setting, run, **changes) -> None:
         dim=sizes.dim, search_len=sizes.search_len, rec_len=sizes.rec_len, ffn_dim=sizes.dim,
         n_users=sizes.n_users, steps=sizes.steps, **changes,
     )  # fmt: skip
-    call = random_reasoning(case).to(setting.dtype)
-    found = run(call.to(setting.dtype, device=setting.device), "triton")
-    expected = reasoning_baseline(call, run)
-    assert_reasoning_parity({name: t.cpu() for name, t in found.items()}, expected)
+    _check_call(setting, random_reasoning(case), run)
 
 
 def inference(setting: Setting) -> None:
@@ -257,6 +274,7 @@ def ranking_metrics(setting: Setting) -> None:
 
 
 FAMILIES: dict[str, Callable[[Setting], None]] = {
+    "encoding": encoding,
     "inference": inference,
     "training": training,
     "rollout": rollout,

@@ -30,7 +30,14 @@ from lcr_fast.kernels.reasoning import config as reasoning_config
 from lcr_fast.kernels.scoring import config as scoring_config
 from lcr_fast.ops.noise import Dropout
 from lcr_fast.reference import Steps
-from lcr_fast.testing import ReasoningCase, random_reasoning
+from lcr_fast.testing import (
+    EncoderCase,
+    ReasoningCase,
+    encode,
+    random_encoder,
+    random_reasoning,
+    run_encoder,
+)
 from lcr_fast.weights import ReasoningWeights
 
 Config = reasoning_config.Config
@@ -43,7 +50,7 @@ HEAD = (200, 80, 1)
 class Job(NamedTuple):
     """A configuration of one op at one shape."""
 
-    op: str  # forward, backward, score
+    op: str  # forward, backward, encode, encode backward, score
     kind: str
     dim: int
     size: int  # events of each stream
@@ -67,6 +74,11 @@ def jobs() -> Iterator[Job]:
                         yield Job("forward", kind, dim, size, config)
                     for parked in (False, True):
                         yield Job("backward", kind, dim, size, Config(warps, parked, rows))
+                if slot <= 64:  # one stream needs fewer registers than two
+                    for registers in (None, 168, 128):
+                        config = Config(4, registers=registers)
+                        yield Job("encode", kind, dim, size, config._replace(block_f=64))
+                        yield Job("encode backward", kind, dim, size, config)
             for candidates, hidden, warps in (
                 (16, 16, 4), (32, 16, 4), (32, 32, 4), (32, 32, 8), (64, 32, 4), (64, 32, 8),
             ):  # fmt: skip
@@ -110,6 +122,18 @@ def _reasoning(job: Job, n_users: int) -> Callable[[], Any]:
     return train
 
 
+def _encoder(job: Job, n_users: int) -> Callable[[], Any]:
+    """Encode one stream in inference, or forward and backward with dropout."""
+    dropout = 0.1 if job.op == "encode backward" else 0.0
+    case = EncoderCase(
+        dim=job.dim, ffn_dim=job.dim, n_layers=1, length=job.size, n_users=n_users, dropout=dropout,
+        padding=0.0,
+    )  # fmt: skip
+    call = random_encoder(case).to(harness.DTYPES[KINDS[job.kind]], device="cuda")
+    call = call._replace(lengths=torch.full_like(call.lengths, job.size))
+    return functools.partial(run_encoder if dropout else encode, call, "triton")
+
+
 def _scoring(job: Job, n_users: int) -> dict[str, Callable[[], Any]]:
     dtype, D = harness.DTYPES[KINDS[job.kind]], job.dim
     draw = functools.partial(torch.randn, device="cuda")
@@ -143,7 +167,7 @@ def _configured(job: Job) -> Any:
 
         def choose(which, *call):
             # Backward is timed behind a forward pass as it is.
-            is_asked = (which == "fwd") == (job.op == "forward")
+            is_asked = (which == "bwd") == job.op.endswith("backward")
             return job.config if is_asked else forward(which, *call)
 
         return mock.patch.object(reasoning_config, "config", choose)
@@ -156,15 +180,18 @@ def run(job: Job, compile_only: bool) -> dict[str, Any]:
     n_users = {"half": 8192}.get(job.kind, 2048) if job.op == "forward" else 1024
     n_users = 64 if compile_only else n_users
     with harness.multiplying_in(KINDS[job.kind]), _configured(job):
-        is_scoring = job.op == "score"
-        calls = _scoring(job, n_users) if is_scoring else {job.op: _reasoning(job, n_users)}
+        if job.op == "score":
+            calls = _scoring(job, n_users)
+        else:
+            make = _encoder if job.op.startswith("encode") else _reasoning
+            calls = {job.op: make(job, n_users)}
         found: dict[str, Any] = {}
         for name, call in calls.items():
             call()
             torch.cuda.synchronize()
             if compile_only:
                 continue
-            if job.op == "backward":
+            if job.op.endswith("backward"):
                 with profile(activities=[ProfilerActivity.CUDA]) as trace:
                     call()
                     torch.cuda.synchronize()

@@ -597,7 +597,10 @@ class LCRSER(nn.Module):
         """Find, for each op, what serves it on a device, and what could."""
         config, dtype = self.config, self.head.target_weight.dtype
         cases: dict[Op, Case] = {
-            reasoning.ENCODE: reasoning.EncodeCase(device, dtype),
+            reasoning.ENCODE: reasoning.EncodeCase(
+                device, dtype, config.dim, config.n_heads, config.ffn_width,
+                max(config.max_search_len, config.max_rec_len),
+            ),
             reasoning.LATENT_REASONING: reasoning.ReasoningCase(
                 device, dtype, config.dim, config.n_heads,
                 config.ffn_width if config.step_ffn else 0, config.max_search_len,

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -15,7 +15,7 @@ from lcr_fast.config import LCRConfig
 from lcr_fast.model import LCRSER
 from lcr_fast.ops.noise import Dropout, Noise
 from lcr_fast.reference import Steps, Streams, length_mask
-from lcr_fast.weights import EncoderWeights, ReasoningWeights, ScoringWeights
+from lcr_fast.weights import SEARCH, EncoderWeights, ReasoningWeights, ScoringWeights
 
 
 def _max(t: Tensor) -> float:
@@ -304,6 +304,86 @@ def run_reasoning(call: Reasoning, backend: str) -> dict[str, Tensor]:
 _NOISE_SEED, _DROPOUT_SEED = 0x1234567_89ABCDEF, 0x7EDCBA98_76543210
 
 
+class EncoderCase(NamedTuple):
+    """Shapes and switches of one call of :func:`lcr_fast.ops.encode`."""
+
+    dim: int = 32
+    n_heads: int = 2
+    ffn_dim: int = 48
+    n_layers: int = 2
+    length: int = 7
+    n_users: int = 6
+    stream: int = SEARCH
+    dropout: float = 0.0
+    padding: float = math.nan  # of x, beyond its lengths
+
+
+class Encoder(NamedTuple):
+    """One call: its inputs, and the upstream gradient of its result."""
+
+    case: EncoderCase
+    inputs: dict[str, Tensor]  # what has a gradient: x, the weights
+    lengths: Tensor
+    rows: Tensor  # int64 [B]
+    upstream: Tensor
+
+    def to(
+        self,
+        dtype: torch.dtype,
+        weights: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> "Encoder":
+        """Cast all that is floating point; the weights to a dtype of their own, if given."""
+        return self._replace(
+            inputs={
+                name: t.to(device, dtype if name == "x" else weights or dtype)
+                for name, t in self.inputs.items()
+            },
+            lengths=self.lengths.to(device),
+            rows=self.rows.to(device),
+            upstream=self.upstream.to(device, dtype),
+        )
+
+
+def random_encoder(case: EncoderCase, seed: int = 0) -> Encoder:
+    """Draw a call in float64, as :func:`random_reasoning` does."""
+    generator = torch.Generator().manual_seed(seed)
+    config = LCRConfig(
+        dim=case.dim, n_heads=case.n_heads, ffn_dim=case.ffn_dim, n_layers=case.n_layers,
+        max_search_len=case.length, max_rec_len=case.length,
+    )  # fmt: skip
+    weights, _, _ = random_weights(config, generator)
+    streams = random_streams(config, case.n_users, generator, torch.float64, case.padding)
+    x, lengths = streams[case.stream], streams[2 + case.stream]
+    upstream = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    inputs = {"x": x} | {name: w.detach() for name, w in weights._asdict().items()}
+    rows = torch.randint(-(2**63), 2**63 - 1, (case.n_users,), generator=generator)
+    return Encoder(case, inputs, lengths, rows, upstream)
+
+
+def encode(call: Encoder, backend: str) -> Tensor:
+    """Run a call of :func:`lcr_fast.ops.encode` as it stands."""
+    case = call.case
+    return ops.encode(
+        call.inputs["x"],
+        call.lengths,
+        EncoderWeights(*(call.inputs[name] for name in EncoderWeights._fields)),
+        case.stream,
+        n_heads=case.n_heads,
+        dropout=Dropout(case.dropout, _DROPOUT_SEED, call.rows) if case.dropout else None,
+        backend=backend,
+    )
+
+
+def run_encoder(call: Encoder, backend: str) -> dict[str, Tensor]:
+    """Run forward and backward: ``out``, and every gradient as ``d<name>``."""
+    leaves = {name: t.detach().requires_grad_() for name, t in call.inputs.items()}
+    out = encode(call._replace(inputs=leaves), backend)
+    gradients = torch.autograd.grad(out, list(leaves.values()), call.upstream)
+    names = (f"d{name}" for name in leaves)
+    return {"out": out.detach()} | dict(zip(names, gradients, strict=True))
+
+
 def split_weights(results: dict[str, Tensor]) -> dict[str, Tensor]:
     """Take packed gradients apart, so that a large part does not hide an error in a small one.
 
@@ -347,7 +427,7 @@ def neighbours(tensors: dict[str, Tensor], generator: torch.Generator) -> dict[s
 
 
 def reasoning_baseline(
-    call: Reasoning, run: Callable[[Reasoning, str], dict[str, Tensor]] = run_reasoning
+    call: Any, run: Callable[[Any, str], dict[str, Tensor]] = run_reasoning
 ) -> Baseline:
     """Run the reference in float64, and three times in the call's dtype (:func:`every_op_rounded`).
 

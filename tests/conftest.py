@@ -74,6 +74,30 @@ def _fast_interpreter():
         fast_interpreter.install()
 
 
+@pytest.fixture
+def tf32_allowed():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
+def dots_in_order(monkeypatch):
+    """Let the interpreter sum a dot in order: its BLAS may round a row by its place in the tile."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+
+    def create_dot(self, a, b, d, *_):
+        total = d.data.copy()  # [M, N]
+        for k in range(a.data.shape[-1]):
+            total += a.data[..., k, None].astype(total.dtype) * b.data[..., k, None, :]
+        return interpreter.TensorHandle(total, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
 @pytest.fixture(scope="session")
 def run_code() -> Iterator[RunCode]:
     """Return a function that runs code in a process of its own: see tests/fork_server.py."""

@@ -17,7 +17,7 @@ import test_cpu_reasoning
 import test_scoring
 from lcr_fast import ops
 from lcr_fast.ops import ranking
-from lcr_fast.testing import random_reasoning, run_reasoning
+from lcr_fast.testing import random_encoder, random_reasoning, run_encoder, run_reasoning
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CASES = test_cpu_reasoning.REASONING | test_cpu_reasoning.PAIRS
@@ -32,8 +32,8 @@ def results() -> Iterator[tuple[str, Iterable[Tensor]]]:
             call = random_reasoning(reasoning).to(dtype)
             yield f"reasoning {dtype} {name}", run_reasoning(call, "cpp").values()
         for name, encoder in test_cpu_reasoning.ENCODERS.items():
-            call = test_cpu_reasoning.random_encoder(encoder).to(dtype)
-            yield f"encode {dtype} {name}", test_cpu_reasoning.run_encoder(call, "cpp").values()
+            call = random_encoder(encoder).to(dtype)
+            yield f"encode {dtype} {name}", run_encoder(call, "cpp").values()
     for head in test_scoring.HEADS:
         for n_candidates in (5, 130):
             case = test_scoring.parity_case(head, n_candidates)

@@ -1,10 +1,9 @@
-"""Encoders and reasoning in C++: instruction sets, threads, processes; the encoder's parity.
+"""Encoders and reasoning in C++: instruction sets, threads, processes, widths of no vector.
 
-What every fused backend of reasoning owes is in tests/test_reasoning_fused.py.
+What every fused backend owes is in tests/test_encode_fused.py and tests/test_reasoning_fused.py.
 """
 
 import subprocess
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,94 +11,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lcr_fast import ops
-from lcr_fast.config import LCRConfig
 from lcr_fast.ops import ranking
 from lcr_fast.ops._extension import extension_error
-from lcr_fast.ops.noise import Dropout
-from lcr_fast.reference import length_mask
 from lcr_fast.testing import (
+    EncoderCase,
     ReasoningCase,
     assert_reasoning_parity,
+    random_encoder,
     random_reasoning,
-    random_streams,
-    random_weights,
     reasoning_baseline,
+    run_encoder,
     run_reasoning,
 )
-from lcr_fast.weights import REC, SEARCH, EncoderWeights
+from lcr_fast.weights import REC
 
 pytestmark = pytest.mark.skipif(
     extension_error() is not None, reason=f"lcr_fast._C is not built: {extension_error()}"
 )
-
-
-class EncoderCase(NamedTuple):
-    dim: int = 32
-    n_heads: int = 2
-    ffn_dim: int = 48
-    n_layers: int = 2
-    length: int = 7
-    n_users: int = 6
-    stream: int = SEARCH
-    dropout: float = 0.0
-
-
-class Encoder(NamedTuple):
-    """One call of :func:`lcr_fast.ops.encode`, and the upstream gradient of its result."""
-
-    case: EncoderCase
-    inputs: dict[str, Tensor]  # x, the weights
-    lengths: Tensor
-    rows: Tensor
-    upstream: Tensor
-
-    def to(self, dtype: torch.dtype) -> "Encoder":
-        return self._replace(
-            inputs={name: t.to(dtype) for name, t in self.inputs.items()},
-            upstream=self.upstream.to(dtype),
-        )
-
-
-def random_encoder(case: EncoderCase) -> Encoder:
-    """Draw a call in float64; the first users have a full and an empty history, and one event."""
-    generator = torch.Generator().manual_seed(0)
-    config = LCRConfig(
-        dim=case.dim,
-        n_heads=case.n_heads,
-        ffn_dim=case.ffn_dim,
-        n_layers=case.n_layers,
-        max_search_len=case.length,
-        max_rec_len=case.length,
-    )
-    weights, _, _ = random_weights(config, generator)
-    streams = random_streams(config, case.n_users, generator)
-    x, lengths = streams[case.stream], streams[2 + case.stream]
-    upstream = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-    inputs = {"x": x} | {name: w.detach() for name, w in weights._asdict().items()}
-    rows = torch.randint(-(2**63), 2**63 - 1, (case.n_users,), generator=generator)
-    return Encoder(case, inputs, lengths, rows, upstream)
-
-
-def forward(call: Encoder, inputs: dict[str, Tensor], backend: str) -> Tensor:
-    case = call.case
-    return ops.encode(
-        inputs["x"],
-        call.lengths,
-        EncoderWeights(*(inputs[n] for n in EncoderWeights._fields)),
-        case.stream,
-        n_heads=case.n_heads,
-        backend=backend,
-        dropout=Dropout(case.dropout, 0x7EDCBA98_76543210, call.rows) if case.dropout else None,
-    )
-
-
-def run_encoder(call: Encoder, backend: str) -> dict[str, Tensor]:
-    leaves = {name: t.detach().requires_grad_() for name, t in call.inputs.items()}
-    out = forward(call, leaves, backend)
-    gradients = torch.autograd.grad(out, list(leaves.values()), call.upstream)
-    names = (f"d{name}" for name in leaves)
-    return {"out": out.detach()} | dict(zip(names, gradients, strict=True))
 
 
 def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
@@ -194,40 +122,6 @@ def test_reasoning_parity_of_widths_that_fill_no_vector(name):
     assert_reasoning_parity(run_reasoning(call, "cpp"), reasoning_baseline(call))
 
 
-# -- the encoder's contract -----------------------------------------------------------------------
-
-
-@pytest.fixture
-def call() -> Encoder:
-    return random_encoder(ENCODERS["recommendations, dropout"]).to(torch.float32)
-
-
-def test_padding_and_its_upstream_gradient_change_no_bit(call):
-    padding = ~length_mask(call.lengths, call.case.length).unsqueeze(-1)
-    other = call._replace(
-        inputs=call.inputs | {"x": call.inputs["x"].masked_fill(padding, 3.0)},
-        upstream=call.upstream.masked_fill(padding, torch.nan),
-    )
-    results = run_encoder(call, "cpp")
-    assert_same_bits(results, run_encoder(other, "cpp"))
-    assert not results["out"].masked_fill(~padding, 0.0).any()
-    assert not results["dx"].masked_fill(~padding, 0.0).any()
-
-
-def test_a_user_alone_has_the_same_bits(call):
-    whole = run_encoder(call, "cpp")
-    for users in (slice(0, 1), slice(1, 6)):
-        part = call._replace(
-            inputs=call.inputs | {"x": call.inputs["x"][users]},
-            lengths=call.lengths[users],
-            rows=call.rows[users],
-            upstream=call.upstream[users],
-        )
-        results = run_encoder(part, "cpp")
-        for name in ("out", "dx"):
-            assert torch.equal(results[name], whole[name][users]), name
-
-
 def test_a_user_alone_has_the_same_bits_in_bfloat16():
     whole = random_reasoning(PAIRS["D=33 H=1"]).to(torch.bfloat16)
     expected = run_reasoning(whole, "cpp")
@@ -244,94 +138,12 @@ def test_a_user_alone_has_the_same_bits_in_bfloat16():
         assert torch.equal(results[name], expected[name][users]), name
 
 
-def test_strided_inputs_and_int32_lengths_give_the_same_bits(call):
-    def spread(t: Tensor) -> Tensor:
-        return torch.stack((t, torch.full_like(t, torch.nan)), -1)[..., 0]
-
-    strided = call._replace(
-        inputs={name: spread(t) for name, t in call.inputs.items()},
-        lengths=call.lengths.int().repeat_interleave(2)[::2],
-        rows=call.rows.repeat_interleave(2)[::2],
-        upstream=spread(call.upstream.mT).mT,
-    )
-    assert_same_bits(run_encoder(call, "cpp"), run_encoder(strided, "cpp"))
-
-
-def test_an_empty_batch(call):
-    empty = call._replace(
-        inputs=call.inputs | {"x": call.inputs["x"][:0]},
-        lengths=call.lengths[:0],
-        rows=call.rows[:0],
-        upstream=call.upstream[:0],
-    )
-    for name, t in run_encoder(empty, "cpp").items():
-        assert t.shape == run_encoder(empty, "reference")[name].shape
-        assert not t.any()
-
-
-def test_states_may_have_more_axes():
-    call = random_encoder(ENCODERS["default"]).to(torch.float32)
-    x = call.inputs["x"]
-    both = call._replace(inputs=call.inputs | {"x": torch.stack((x, 2 * x), 1)})
-    found = forward(both._replace(lengths=call.lengths[:, None]), both.inputs, "cpp")
-    assert torch.equal(found[:, 0], forward(call, call.inputs, "cpp"))
-
-
-def test_every_element_is_written(call):
-    """Memory that torch.empty hands out holds NaN here."""
-    expected = run_encoder(call, "cpp")
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert_same_bits(expected, run_encoder(call, "cpp"))
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def test_opcheck(call):
-    inputs = call.inputs | {"x": call.inputs["x"].nan_to_num(0.0)}
-    weights = [inputs[name] for name in EncoderWeights._fields]
-    arguments = (inputs["x"], call.lengths, call.rows, weights, REC, 2, 6554, 7)
-    torch.library.opcheck(torch.ops.lcr_fast.cpu_encode_fwd.default, arguments)
-    torch.library.opcheck(torch.ops.lcr_fast.cpu_encode_bwd.default, (call.upstream, *arguments))
-
-
-def test_compiles_without_graph_breaks(call):
-    def run(*values):
-        return forward(call, dict(zip(call.inputs, values, strict=True)), "cpp")
-
-    found = []
-    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
-        leaves = [t.detach().requires_grad_() for t in call.inputs.values()]
-        out = function(*leaves)
-        found.append([out, *torch.autograd.grad(out, leaves, call.upstream)])
-    for eager, traced in zip(*found, strict=True):
-        assert torch.equal(eager, traced)
-
-
-def test_only_the_inputs_are_saved_for_backward(call):
-    leaves = {name: t.detach().requires_grad_() for name, t in call.inputs.items()}
-    known = {t.untyped_storage()._cdata for t in (*leaves.values(), call.lengths, call.rows)}
-
-    def pack(t: Tensor) -> Tensor:
-        assert t.untyped_storage()._cdata in known
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        forward(call, leaves, "cpp")
-
-
-def test_lengths_and_levels_are_checked(call):
-    with pytest.raises(RuntimeError, match=r"lengths\[0\] is 8, expected 0 to 7"):
-        run_encoder(call._replace(lengths=call.lengths + 1), "cpp")
-    with pytest.raises(ValueError, match="cannot serve encode: it serves float32 and halves"):
-        run_encoder(call.to(torch.float64), "cpp")
-
-
 # -- threads and processes ------------------------------------------------------------------------
 
 
-def test_two_threads_give_the_bits_of_one(call):
+def test_two_threads_give_the_bits_of_one():
     """Two streams of a single user, and several users."""
+    call = random_encoder(ENCODERS["recommendations, dropout"]).to(torch.float32)
     calls = [
         random_reasoning(ReasoningCase(n_users=n)).to(dtype)
         for n in (1, 9)

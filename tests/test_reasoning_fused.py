@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensorMode
 
 import tensor_core
 from lcr_fast import noise, ops
-from lcr_fast.ops import _dispatch, _triton
+from lcr_fast.ops import _dispatch
 from lcr_fast.ops import reasoning as op_layer
 from lcr_fast.ops.noise import Dropout, Noise
 from lcr_fast.reference import Steps, length_mask
@@ -231,14 +231,6 @@ def test_parity_in_every_configuration(monkeypatch, name, dtype):
     assert set(asked) == {"fwd", "bwd"}
 
 
-@pytest.fixture
-def tf32_allowed():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 @pytest.mark.gpu
 def test_parity_where_tf32_is_allowed(monkeypatch, tf32_allowed):
     require("triton", DEFAULT)
@@ -317,22 +309,6 @@ BIT_CASES = {
     "dropout": ReasoningCase(dropout=0.2),
     "trajectories": ReasoningCase(n_trajectories=2, n_users=4),
 }
-
-
-@pytest.fixture
-def dots_in_order(monkeypatch):
-    """Let the interpreter sum a dot in order: its BLAS may round a row by its place in the tile."""
-    if GPU or not _triton.INTERPRETED:
-        return
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-
-    def create_dot(self, a, b, d, *_):
-        total = d.data.copy()  # [M, N]
-        for k in range(a.data.shape[-1]):
-            total += a.data[..., k, None].astype(total.dtype) * b.data[..., k, None, :]
-        return interpreter.TensorHandle(total, d.dtype.scalar)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
 @pytest.fixture(params=BIT_CASES)

@@ -14,17 +14,18 @@ from lcr_fast.kernels.scoring import config as scoring_config
 def test_every_job_is_another_one():
     names = [str(job) for job in sweep.jobs()]
     assert len(set(names)) == len(names)
-    assert {job.op for job in sweep.jobs()} == {"forward", "backward", "score"}
+    ops = {"forward", "backward", "encode", "encode backward", "score"}
+    assert {job.op for job in sweep.jobs()} == ops
 
 
-@pytest.mark.parametrize("op", ["forward", "backward"])
+@pytest.mark.parametrize("op", ["forward", "backward", "encode", "encode backward"])
 def test_a_configuration_is_that_of_the_asked_pass_alone(op):
     asked = sweep.Config(16, True, 128)
     case = (64, 2, 32, torch.float32, "tf32x3", GPUS["sm_90"])
     with sweep._configured(sweep.Job(op, "tf32x3", 64, 30, asked)):
         found = {which: reasoning_config.config(which, *case) for which in ("fwd", "bwd")}
-    assert (found["fwd"] == asked) == (op == "forward")
-    assert (found["bwd"] == asked) == (op == "backward")
+    assert (found["bwd"] == asked) == ("backward" in op)
+    assert (found["fwd"] == asked) != (found["bwd"] == asked)
     assert reasoning_config.config("fwd", *case) != asked
 
 

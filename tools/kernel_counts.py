@@ -2,11 +2,11 @@
 
     python tools/kernel_counts.py [--arch sm_90] [--only REGEX]
 
-A program takes its sequences through the loop over the steps; what that loop executes once, times
-the warps, over the sequences, is what is told. Loops inside have trip counts known at compile time:
-over blocks of heads, which exponentiate between their products, and over blocks of hidden units.
-Bytes are those of a warp's loads and stores: addresses that its lanes share are counted for each.
-What wgmma reads of shared memory by itself is not among them.
+A program takes its sequences through the loop over the steps, in an encoder over the layers; what
+that loop executes once, times the warps, over the sequences, is what is told. Loops inside have
+trip counts known at compile time: over blocks of heads, which exponentiate between their products,
+and over blocks of hidden units. Bytes are those of a warp's loads and stores: addresses that its
+lanes share are counted for each. What wgmma reads of shared memory by itself is not among them.
 """
 
 import argparse
@@ -18,9 +18,11 @@ from triton import knobs
 
 import kernel_resources
 import sass
+from lcr_fast.kernels.encoding.forward import encode_fwd_kernel
 from lcr_fast.kernels.launch import Variant
 from lcr_fast.kernels.reasoning.forward import latent_reasoning_fwd_kernel
 
+_KERNELS = (latent_reasoning_fwd_kernel, encode_fwd_kernel)
 _LANES = 32
 _PRODUCT = re.compile(r"HMMA|[HQI]GMMA|UTC\w*MMA")
 _EXPONENTIAL = re.compile(r"MUFU\.EX2")
@@ -30,7 +32,7 @@ _SPILLED = re.compile(r"(LDL|STL)\b")
 
 
 class Counts(NamedTuple):
-    """Of one sequence in one step; barriers are a program's."""
+    """Of one sequence in one step or layer; barriers are a program's."""
 
     instructions: float  # of all warps
     products: float  # those of them on tensor cores
@@ -131,7 +133,7 @@ def count_step(listing: str, head_blocks: int, unit_blocks: int) -> Counts:
 
 
 def counts(variant: Variant, compiled: Any) -> Counts:
-    """Count a compiled variant of the forward kernel."""
+    """Count a compiled variant of a forward kernel."""
     shape, sequences = variant.constexprs["SHAPE"], variant.constexprs["SEQUENCES"]
     of_warp = count_step(
         sass.disassemble(compiled.asm["cubin"]),
@@ -146,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print a table of the forward kernels; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python tools/kernel_counts.py",
-        description="Count what a user costs the reasoning kernel in a step.",
+        description="Count what a user costs reasoning in a step and an encoder in a layer.",
     )
     parser.add_argument("--arch", nargs="+", choices=("sm_80", "sm_90"), default=["sm_80", "sm_90"])
     parser.add_argument("--only", default="fwd-infer", help="a regular expression for names")
@@ -157,10 +159,10 @@ def main(argv: list[str] | None = None) -> int:
     sys.stdout.write(f"|---|---|{'--:|' * len(Counts._fields)}\n")
     for arch in args.arch:
         for name, variant in kernel_resources.all_variants(arch):
-            if variant.kernel is latent_reasoning_fwd_kernel and re.search(args.only, name):
+            if variant.kernel in _KERNELS and re.search(args.only, name):
                 found = counts(variant, kernel_resources.compile_variant(variant, arch))
                 cells = " | ".join(f"{n:,.0f}" for n in found)
-                sys.stdout.write(f"| {name.removeprefix('reasoning.')} | {arch} | {cells} |\n")
+                sys.stdout.write(f"| {name} | {arch} | {cells} |\n")
                 sys.stdout.flush()
     return 0
 

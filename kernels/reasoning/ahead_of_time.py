@@ -27,20 +27,26 @@ _INT64 = ("lengths", "memory_lengths", "user_rows")
 _FLOAT32 = ("dh", "da", "dx2", "dmemory", "dkeys", "dnorm")
 
 
-def _types(dtype: torch.dtype, weights: torch.dtype) -> dict[str, Type]:
-    """Types of arguments that are not numbers of the states' dtype, nor int32."""
-    state, matrix, vector = f"*{TYPES[dtype]}", f"*{TYPES[dtype]}", f"*{TYPES[weights]}"
-    stream = ForwardStream(state, "*i64", state, state)
+def weight_types(dtype: torch.dtype, weights: torch.dtype) -> StepWeights:
+    """Types of the weights: matrices have the states' dtype."""
+    matrix, vector = f"*{TYPES[dtype]}", f"*{TYPES[weights]}"
     attention = AttentionWeights(matrix, vector, matrix, vector)
     ffn, norms = FfnWeights(matrix, vector, matrix, vector), NormWeights(vector, vector)
+    return StepWeights(attention, attention, ffn, norms)
+
+
+def argument_types(dtype: torch.dtype, weights: torch.dtype) -> dict[str, Type]:
+    """Types of arguments that are not numbers of the states' dtype, nor int32."""
+    state, of_step = f"*{TYPES[dtype]}", weight_types(dtype, weights)
+    stream = ForwardStream(state, "*i64", state, state)
     return {
         **{f"{name}_ptr": "*i64" for name in _INT64},
         **{f"{name}_ptr": "*fp32" for name in _FLOAT32},
         **dict.fromkeys(("search", "rec"), stream),
-        "weights": StepWeights(attention, attention, ffn, norms),
-        "attention": attention,
-        "ffn": ffn,
-        "norms": norms,
+        "weights": of_step,
+        "attention": of_step.self_attention,
+        "ffn": of_step.ffn,
+        "norms": of_step.norms,
         **dict.fromkeys(("noise_scale", "dropout_scale"), "fp32"),
         **dict.fromkeys(("noise_seed", "dropout_seed"), "i64"),
     }
@@ -118,5 +124,5 @@ def variants(arch: str) -> Iterator[Variant]:
         for which, name, kernel, switches in launched:
             compiled = constants(which, dim, dim, 2, sizes, dtype, call.precision, GPUS[arch])
             compiled |= rows | switches
-            types = _types(dtype, call.weights)
+            types = argument_types(dtype, call.weights)
             yield describe(f"{name}-{suffix}", kernel, dtype, types, compiled)

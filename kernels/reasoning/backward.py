@@ -2,7 +2,8 @@
 
 Each step is computed again from its input and then differentiated. No atomics: a program owns what
 it writes. Sublayers meet in float32 gradients and in scratch, where each step leaves a row for
-every row of its states (scratch.py).
+every row of its states (scratch.py). The kernels of self-attention and FFN serve an encoder's
+layers too, where SHAPE.SUBLAYERS is 2.
 """
 
 import triton
@@ -14,9 +15,9 @@ from lcr_fast.kernels.reasoning.pooling import pool_bwd
 from lcr_fast.kernels.reasoning.scratch import scratch_columns
 from lcr_fast.kernels.reasoning.step import (
     apply_dropout,
+    before_last_norm,
     before_norm1,
     before_norm2,
-    before_norm3,
     load_initial,
     norm,
     zero_padding,
@@ -83,7 +84,7 @@ def recompute_self_kernel(
 ):
     """Leave h, x1, a and ones of one stream in scratch; one program a tile and step."""
     D: tl.constexpr = SHAPE.D
-    C: tl.constexpr = scratch_columns(D, SHAPE.F)
+    C: tl.constexpr = scratch_columns(D, SHAPE.F, SHAPE.SUBLAYERS)
     M: tl.constexpr = SEQUENCES * SLOT
     noise = Noise(noise_scale, noise_seed)
     dropout = Dropout(dropout_threshold, dropout_scale, dropout_seed)
@@ -110,7 +111,7 @@ def recompute_self_kernel(
         SHAPE, SEQUENCES, DROPOUT,
     )  # fmt: skip
     store_tile(columns(at, C.x1), x1, D)
-    a = norm(x1, norms, index, 0, h.dtype, D)
+    a = norm(x1, norms, index, 0, h.dtype, SHAPE)
     store_tile(columns(at, C.a), zero_padding(a, rows), D)
 
 
@@ -139,7 +140,7 @@ def recompute_cross_kernel(
 ):
     """Leave x2 of one stream in scratch, where a is; one program a tile and step."""
     D: tl.constexpr = SHAPE.D
-    C: tl.constexpr = scratch_columns(D, SHAPE.F)
+    C: tl.constexpr = scratch_columns(D, SHAPE.F, SHAPE.SUBLAYERS)
     M: tl.constexpr = SEQUENCES * SLOT
     dropout = Dropout(dropout_threshold, dropout_scale, dropout_seed)
     first = tl.program_id(0).to(tl.int64) * SEQUENCES
@@ -175,7 +176,7 @@ def ffn_bwd_kernel(
     dout_ptr,  # [B, N, L, D] upstream gradient of h^(K)
     dpooled_ptr,  # [B, N, K, 2, 2, D]
     dh_ptr,  # float32 [B, N, L, D] gradient of h^(k+1), if that is not h^(K)
-    dx2_ptr,  # float32 [B, N, L, D]
+    dx2_ptr,  # float32 [B, N, L, D]; an encoder's da
     lengths_ptr,  # [B]
     memory_lengths_ptr,  # [B]
     user_rows_ptr,  # [B]
@@ -184,7 +185,7 @@ def ffn_bwd_kernel(
     norms,  # NormWeights
     scratch_ptr,  # [sequences, L, columns] of this step
     dkeys_ptr,  # float32 [B, N, K, 2, 2, D]
-    dnorm_ptr,  # float32 [programs, K, 2, 3, 2, D] weight and bias of each norm
+    dnorm_ptr,  # float32 [programs, K, 2, SUBLAYERS, 2, D] weight and bias of each norm
     n_sequences,
     n_trajectories,
     size,
@@ -204,11 +205,14 @@ def ffn_bwd_kernel(
 ):
     """Of one stream and step, backward of h = LN3(c + m3 FFN(c)), c = LN2(x2), pooling included.
 
-    Leaves dx2, and in scratch the gradient of the cross-attention's output.
+    Leaves dx2, and in scratch the gradient of the cross-attention's output; of an encoder's layer
+    da, as c is a.
     """
     D: tl.constexpr = SHAPE.D
-    C: tl.constexpr = scratch_columns(D, SHAPE.F)
+    C: tl.constexpr = scratch_columns(D, SHAPE.F, SHAPE.SUBLAYERS)
     M: tl.constexpr = SEQUENCES * SLOT
+    HAS_CROSS: tl.constexpr = SHAPE.SUBLAYERS == 3
+    LAST: tl.constexpr = SHAPE.SUBLAYERS - 1
     dtype: tl.constexpr = scratch_ptr.dtype.element_ty
     dropout = Dropout(dropout_threshold, dropout_scale, dropout_seed)
     program = tl.program_id(0).to(tl.int64)
@@ -219,16 +223,20 @@ def ffn_bwd_kernel(
     user_row = rows.sequence
     if DROPOUT:
         user_row = load_of_user(user_rows_ptr, first, n_sequences, n_trajectories, M, SLOT)
-    dnorm = dnorm_ptr + ((program * steps + k) * 2 + stream) * (6 * D)
+    dnorm = dnorm_ptr + ((program * steps + k) * 2 + stream) * (2 * SHAPE.SUBLAYERS * D)
     pooled_stride = steps.to(tl.int64) * (4 * D)
     at_h = (4 * k + 2 + stream) * D  # in [K, 2, 2, D]
 
-    x2 = load_tile(columns(at, C.x2), D).to(tl.float32)
-    c = norm(x2, norms, index, 1, dtype, D)
+    if HAS_CROSS:
+        x2 = load_tile(columns(at, C.x2), D).to(tl.float32)
+        c = norm(x2, norms, index, 1, dtype, SHAPE)
+        if SHAPE.F > 0:
+            store_tile(columns(at, C.c), c, D)
+    else:
+        c = load_tile(columns(at, C.c), D)
     x3 = c.to(tl.float32)
     if SHAPE.F > 0:
-        store_tile(columns(at, C.c), c, D)
-        x3 = before_norm3(
+        x3 = before_last_norm(
             c, user_row, rows.position, k, index, stream, ffn, dropout, SHAPE, DROPOUT
         )
     if k == steps - 1:  # padding carries no gradient, whatever the upstream tensor holds there
@@ -240,7 +248,7 @@ def ffn_bwd_kernel(
     if POOL:
         h = c
         if SHAPE.F > 0:
-            h = norm(x3, norms, index, 2, dtype, D)
+            h = norm(x3, norms, index, LAST, dtype, SHAPE)
         dh = pool_bwd(
             dh, h, sequence_lengths(
                 lengths_ptr, first, n_sequences, n_trajectories, size, SEQUENCES
@@ -249,8 +257,10 @@ def ffn_bwd_kernel(
             first, n_sequences, n_trajectories, SEQUENCES,
         )  # fmt: skip
     if SHAPE.F > 0:
-        dc = layer_norm_bwd(dh, x3, norm_at(norms, index, 2, D), dnorm + 4 * D, D)
-        dy = apply_dropout(dc, user_row, rows.position, k, stream, 2, dropout, D, DROPOUT).to(dtype)
+        of_norm = norm_at(norms, index, LAST, SHAPE)
+        dc = layer_norm_bwd(dh, x3, of_norm, dnorm + 2 * LAST * D, D)
+        dy = apply_dropout(dc, user_row, rows.position, k, stream, LAST, dropout, SHAPE, DROPOUT)
+        dy = dy.to(dtype)
         store_tile(columns(at, C.ffn_dy), dy, D)
         dh = ffn_bwd(
             dy, columns(at, C.ffn_dy), c, columns(at, C.c), dc,
@@ -258,12 +268,14 @@ def ffn_bwd_kernel(
             ffn_at(ffn, index, D, SHAPE.F), SHAPE, PARKED,
         )  # fmt: skip
 
-    x2 = load_tile(columns(at, C.x2), D).to(tl.float32)
-    dx2 = layer_norm_bwd(dh, x2, norm_at(norms, index, 1, D), dnorm + 2 * D, D)
-    store_tile(tile_at(dx2_ptr, rows, size, D), dx2, D)
-    dy = apply_dropout(dx2, user_row, rows.position, k, stream, 1, dropout, D, DROPOUT)
-    gate = load_of_user(memory_lengths_ptr, first, n_sequences, n_trajectories, M, SLOT) > 0
-    store_tile(columns(at, C.cross_dy), tl.where(gate[:, None], dy, 0.0), D)
+    if HAS_CROSS:
+        x2 = load_tile(columns(at, C.x2), D).to(tl.float32)
+        dh = layer_norm_bwd(dh, x2, norm_at(norms, index, 1, SHAPE), dnorm + 2 * D, D)
+    store_tile(tile_at(dx2_ptr, rows, size, D), dh, D)
+    if HAS_CROSS:
+        dy = apply_dropout(dh, user_row, rows.position, k, stream, 1, dropout, SHAPE, DROPOUT)
+        gate = load_of_user(memory_lengths_ptr, first, n_sequences, n_trajectories, M, SLOT) > 0
+        store_tile(columns(at, C.cross_dy), tl.where(gate[:, None], dy, 0.0), D)
 
 
 @kernel(do_not_specialize=_RUNTIME_NUMBERS)
@@ -291,7 +303,7 @@ def cross_bwd_kernel(
 ):
     """Of one stream and step, backward of x2 = a + g m2 MCA(a, memory): da and dmemory."""
     D: tl.constexpr = SHAPE.D
-    C: tl.constexpr = scratch_columns(D, SHAPE.F)
+    C: tl.constexpr = scratch_columns(D, SHAPE.F, SHAPE.SUBLAYERS)
     M: tl.constexpr = SEQUENCES * SLOT
     first = tl.program_id(0).to(tl.int64) * SEQUENCES
     rows = locate_rows(first, n_sequences, lengths_ptr, n_trajectories, size, M, SLOT)
@@ -319,8 +331,8 @@ def cross_bwd_kernel(
 
 @kernel(do_not_specialize=_RUNTIME_NUMBERS)
 def self_bwd_kernel(
-    da_ptr,  # float32 [B, N, L, D], from both cross-attentions
-    dmemory_ptr,  # float32 [B, N, L, D], from both cross-attentions
+    da_ptr,  # float32 [B, N, L, D], of the stream's own cross-attention, or of an encoder's FFN
+    dmemory_ptr,  # float32 [B, N, L, D], of the other's
     dpooled_ptr,  # [B, N, K, 2, 2, D]
     dh_ptr,  # float32 [B, N, L, D] gradient of h^(k)
     lengths_ptr,  # [B]
@@ -330,7 +342,7 @@ def self_bwd_kernel(
     norms,  # NormWeights
     scratch_ptr,  # [sequences, L, columns] of this step
     dkeys_ptr,  # float32 [B, N, K, 2, 2, D]
-    dnorm_ptr,  # float32 [programs, K, 2, 3, 2, D]
+    dnorm_ptr,  # float32 [programs, K, 2, SUBLAYERS, 2, D]
     n_sequences,
     n_trajectories,
     size,
@@ -350,7 +362,7 @@ def self_bwd_kernel(
 ):
     """Of one stream and step, backward of a = LN1(x1), x1 = h + m1 MSA(h), pooling included."""
     D: tl.constexpr = SHAPE.D
-    C: tl.constexpr = scratch_columns(D, SHAPE.F)
+    C: tl.constexpr = scratch_columns(D, SHAPE.F, SHAPE.SUBLAYERS)
     M: tl.constexpr = SEQUENCES * SLOT
     dtype: tl.constexpr = scratch_ptr.dtype.element_ty
     dropout = Dropout(dropout_threshold, dropout_scale, dropout_seed)
@@ -362,12 +374,13 @@ def self_bwd_kernel(
     user_row = rows.sequence
     if DROPOUT:
         user_row = load_of_user(user_rows_ptr, first, n_sequences, n_trajectories, M, SLOT)
-    dnorm = dnorm_ptr + ((program * steps + k) * 2 + stream) * (6 * D)
+    dnorm = dnorm_ptr + ((program * steps + k) * 2 + stream) * (2 * SHAPE.SUBLAYERS * D)
     pooled_stride = steps.to(tl.int64) * (4 * D)
     at_a = (4 * k + stream) * D  # in [K, 2, 2, D]
 
     da = load_tile(tile_at(da_ptr, rows, size, D), D)
-    da += load_tile(tile_at(dmemory_ptr, rows, size, D), D)
+    if SHAPE.SUBLAYERS == 3:
+        da += load_tile(tile_at(dmemory_ptr, rows, size, D), D)
     if POOL:
         da = pool_bwd(
             da, load_tile(columns(at, C.a), D), sequence_lengths(
@@ -377,8 +390,9 @@ def self_bwd_kernel(
             first, n_sequences, n_trajectories, SEQUENCES,
         )  # fmt: skip
     x1 = load_tile(columns(at, C.x1), D).to(tl.float32)
-    dx1 = layer_norm_bwd(da, x1, norm_at(norms, index, 0, D), dnorm, D)
-    dy = apply_dropout(dx1, user_row, rows.position, k, stream, 0, dropout, D, DROPOUT).to(dtype)
+    dx1 = layer_norm_bwd(da, x1, norm_at(norms, index, 0, SHAPE), dnorm, D)
+    dy = apply_dropout(dx1, user_row, rows.position, k, stream, 0, dropout, SHAPE, DROPOUT)
+    dy = dy.to(dtype)
     dy_at = columns(at, C.self_dy)
     store_tile(dy_at, dy, D)
     h_at = columns(at, C.h)

@@ -73,6 +73,7 @@ class Shape(NamedTuple):
     BLOCK_HEADS: int  # columns of whole heads at a time, of the attention's D
     BLOCK_F: int  # hidden units of the FFN at a time
     PRECISION: str  # of products (see core/product.py)
+    SUBLAYERS: int = 3  # of a step; 2 of an encoder's layer, which has no cross-attention
 
 
 class Config(NamedTuple):

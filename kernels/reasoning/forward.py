@@ -18,9 +18,9 @@ from lcr_fast.kernels.reasoning.pooling import pool
 from lcr_fast.kernels.reasoning.step import (
     REC,
     SEARCH,
+    before_last_norm,
     before_norm1,
     before_norm2,
-    before_norm3,
     load_initial,
     norm,
     zero_padding,
@@ -89,7 +89,7 @@ def _self(
         h, x.own, x.user_row, x.rows.position, k, index, stream, weights.self_attention, dropout,
         SHAPE, SEQUENCES, DROPOUT,
     )  # fmt: skip
-    return norm(x1, weights.norms, index, 0, h.dtype, SHAPE.D)
+    return norm(x1, weights.norms, index, 0, h.dtype, SHAPE)
 
 
 @triton.jit
@@ -102,12 +102,12 @@ def _cross(
         a, memory, x.other, x.gate, x.user_row, x.rows.position, k, index, stream,
         weights.cross_attention, dropout, SHAPE, SEQUENCES, DROPOUT,
     )  # fmt: skip
-    h = norm(x2, weights.norms, index, 1, a.dtype, SHAPE.D)
+    h = norm(x2, weights.norms, index, 1, a.dtype, SHAPE)
     if SHAPE.F > 0:
-        x3 = before_norm3(
+        x3 = before_last_norm(
             h, x.user_row, x.rows.position, k, index, stream, weights.ffn, dropout, SHAPE, DROPOUT
         )
-        h = norm(x3, weights.norms, index, 2, a.dtype, SHAPE.D)
+        h = norm(x3, weights.norms, index, 2, a.dtype, SHAPE)
     return h
 
 

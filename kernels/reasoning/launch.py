@@ -1,13 +1,13 @@
 """Launching latent cross reasoning, forward and backward."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from lcr_fast.kernels.gpu import columns_product, dot_precision, gpu_of, on_device
+from lcr_fast.kernels.gpu import dot_precision, gpu_of, on_device
 from lcr_fast.kernels.launch import launch
 from lcr_fast.kernels.reasoning.backward import (
     cross_bwd_kernel,
@@ -18,7 +18,7 @@ from lcr_fast.kernels.reasoning.backward import (
 )
 from lcr_fast.kernels.reasoning.config import constants, slots
 from lcr_fast.kernels.reasoning.forward import ForwardStream, latent_reasoning_fwd_kernel
-from lcr_fast.kernels.reasoning.scratch import scratch_columns
+from lcr_fast.kernels.reasoning.scratch import chunk_users, layout, products, write_gradients
 from lcr_fast.kernels.reasoning.weights import step_weights
 from lcr_fast.weights import ReasoningWeights
 
@@ -78,82 +78,6 @@ def latent_reasoning_fwd(
     return search_out, rec_out, pooled, saved_search, saved_rec
 
 
-# Of a GPU's memory, what one chunk of users may take for scratch. Weight gradients are products
-# over all rows of a chunk, and every chunk launches all kernels: the fewer the better.
-_SCRATCH_SHARE = 1 / 128
-_INTERPRETER_MEMORY = 1 << 36
-
-
-def _chunk_users(n_users: int, user_bytes: int, device: torch.device) -> int:
-    """Choose how many users a chunk has: as few chunks as scratch allows, of one size."""
-    memory = _INTERPRETER_MEMORY
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-    most = max(1, int(_SCRATCH_SHARE * memory) // max(user_bytes, 1))
-    return triton.cdiv(n_users, triton.cdiv(n_users, most))
-
-
-class _Matrix(NamedTuple):
-    """A matrix, its bias, and the columns of scratch whose products are their gradients."""
-
-    weight: str  # fields of ReasoningWeights
-    bias: str
-    dy: slice
-    x: slice
-
-
-def _matrices(D: int, F: int) -> list[_Matrix]:
-    C = scratch_columns(D, F)
-    parts = [
-        ("self_qkv", C.self_dq, 3 * D, C.h, D),
-        ("self_out", C.self_dy, D, C.self_heads, D),
-        ("cross_qkv", C.cross_dq, 3 * D, C.a, D),
-        ("cross_out", C.cross_dy, D, C.cross_heads, D),
-    ]
-    if F:
-        parts += [("ffn_in", C.dhidden, F, C.c, D), ("ffn_out", C.ffn_dy, D, C.hidden, F)]
-    return [
-        _Matrix(f"{name}_weight", f"{name}_bias", slice(dy, dy + out), slice(x, x + width))
-        for name, dy, out, x, width in parts
-    ]
-
-
-def _products(scratch: Tensor, D: int, F: int, shared: bool) -> list[Tensor]:
-    """Multiply a stream's gradients with their operands, summed over a chunk's rows: float32.
-
-    ``scratch`` is [K, rows, columns], a product [P, out, in]. Halves multiply all columns of dY
-    with all of X at once: a sixth of that is read, but it fills a GPU, which narrow sums over
-    100,000 rows do not, and the ones in X make the biases' gradients in passing. float32, which
-    takes no tensor cores here, has the biases' product, then one for each of :func:`_matrices`.
-    """
-    C = scratch_columns(D, F)
-    gradients, operands = slice(C.self_dq, C.x1), slice(C.ones, C.self_dq)
-    if scratch.dtype != torch.float32:  # a step at a time fills more of a GPU than all in one sum
-        product = columns_product(scratch[..., gradients], scratch[..., operands])
-        return [product.sum(0, keepdim=True) if shared else product]
-    if shared:
-        scratch = scratch.view(1, -1, C.width)
-    pairs = [(gradients, slice(C.ones, C.ones + 1)), *((m.dy, m.x) for m in _matrices(D, F))]
-    return [columns_product(scratch[..., dy], scratch[..., x]) for dy, x in pairs]
-
-
-def _write_gradients(
-    gradients: ReasoningWeights, stream: int, products: list[Tensor], D: int, F: int
-) -> None:
-    """Write what :func:`_products` made of one stream into the gradients of the weights."""
-    first, P = scratch_columns(D, F).self_dq, len(products[0])
-    for i, (weight, bias, dy, x) in enumerate(_matrices(D, F)):
-        out = slice(dy.start - first, dy.stop - first)
-        values = products[0][:, out, x] if len(products) == 1 else products[1 + i]
-        for name, value in ((weight, values), (bias, products[0][:, out, 0])):
-            into = getattr(gradients, name)
-            if weight == "cross_qkv_weight":  # keys and values are those of the other's queries
-                into[:P, stream, :D] = value[:, :D]
-                into[:P, 1 - stream, D:] = value[:, D:]
-            else:
-                into[:P, stream] = value
-
-
 def latent_reasoning_bwd(
     dsearch_out: Tensor,
     drec_out: Tensor,
@@ -203,9 +127,10 @@ def latent_reasoning_bwd(
     )  # fmt: skip
     is_dropping = dropout_threshold > 0
     dropout = (dropout_threshold, 65536.0 / (65536 - dropout_threshold), dropout_seed)
-    width = scratch_columns(D, F).width
+    scratch_layout = layout(D, F)
+    width = scratch_layout.columns.width
     user_bytes = N * K * (search_size + rec_size) * width * search.element_size()
-    chunk = _chunk_users(B, user_bytes, search.device)
+    chunk = chunk_users(B, user_bytes, search.device)
     float32: dict[str, Any] = {"dtype": torch.float32, "device": search.device}
     dkeys = torch.empty((B, N, K, 2, 2, D) if has_pool else (0,), **float32)
     sums: list[Tensor] = []
@@ -271,7 +196,7 @@ def latent_reasoning_bwd(
         drec[users] = dh[1].sum(1)
         of_chunk = [
             dnorm.sum((0, 1) if shared else 0).view(-1, 2, 3, 2, D),
-            *(product for x in (0, 1) for product in _products(scratch[x], D, F, shared)),
+            *(product for x in (0, 1) for product in products(scratch[x], scratch_layout, shared)),
         ]
         sums = [a + b for a, b in zip(sums, of_chunk, strict=True)] if sums else of_chunk
     if has_pool:
@@ -280,6 +205,6 @@ def latent_reasoning_bwd(
     for of_norms, part in ((gradients.norm_weight, 0), (gradients.norm_bias, 1)):
         of_norms[: len(dnorms), :, :n_norms] = dnorms[:, :, :n_norms, part]
     n_products = (len(sums) - 1) // 2
-    _write_gradients(gradients, 0, sums[1 : 1 + n_products], D, F)
-    _write_gradients(gradients, 1, sums[1 + n_products :], D, F)
+    write_gradients(gradients, 0, sums[1 : 1 + n_products], scratch_layout)
+    write_gradients(gradients, 1, sums[1 + n_products :], scratch_layout)
     return dsearch, drec, dtarget_keys, list(gradients)

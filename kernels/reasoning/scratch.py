@@ -1,16 +1,26 @@
-"""Scratch of the backward kernels: what a row holds for a row of states in one step."""
+"""Scratch of the backward kernels: what a row holds for a row of states in one step.
+
+And what the host makes of it, the gradients of the weights.
+"""
 
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 import triton
+from torch import Tensor
+
+from lcr_fast.kernels.gpu import columns_product
+from lcr_fast.weights import EncoderWeights, ReasoningWeights
 
 
 class ScratchColumns(NamedTuple):
     """Columns of a row, the first of each; D wide, ``hidden`` and ``dhidden`` F.
 
     The host multiplies gradients' columns with operands': a gradient's with its operand's make that
-    of a matrix, and with ``ones`` that of a bias.
+    of a matrix, and with ``ones`` that of a bias. Without cross-attention a is c, and what is
+    another's alone has no column.
     """
 
     ones: int  # operand of all gradients; 16 wide, of which one is needed
@@ -36,11 +46,116 @@ class ScratchColumns(NamedTuple):
 
 
 _ONES = 16  # the least columns that keep the others aligned
+_OF_CROSS = ("a", "cross_heads", "cross_dq", "cross_dk", "cross_dv", "cross_dy", "x2")
 
 
 @triton.constexpr_function
-def scratch_columns(D: int, F: int) -> ScratchColumns:
+def scratch_columns(D: int, F: int, sublayers: int = 3) -> ScratchColumns:
     """Lay out a row; for the host and, at compile time, for the kernels."""
-    names = ScratchColumns._fields[:-1]
-    widths = [{"ones": _ONES, "hidden": F, "dhidden": F}.get(name, D) for name in names]
-    return ScratchColumns(*itertools.accumulate(widths, initial=0))
+    widths = dict.fromkeys(ScratchColumns._fields[:-1], D) | {"ones": _ONES}
+    widths |= {"hidden": F, "dhidden": F}
+    if sublayers == 2:
+        widths |= dict.fromkeys(_OF_CROSS, 0)
+    return ScratchColumns(*itertools.accumulate(widths.values(), initial=0))
+
+
+# Of a GPU's memory, what one chunk of users may take for scratch. Weight gradients are products
+# over all rows of a chunk, and every chunk launches all kernels: the fewer the better.
+_SCRATCH_SHARE = 1 / 128
+_INTERPRETER_MEMORY = 1 << 36
+
+
+def chunk_users(n_users: int, user_bytes: int, device: torch.device) -> int:
+    """Choose how many users a chunk has: as few chunks as scratch allows, of one size."""
+    memory = _INTERPRETER_MEMORY
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    most = max(1, int(_SCRATCH_SHARE * memory) // max(user_bytes, 1))
+    return triton.cdiv(n_users, triton.cdiv(n_users, most))
+
+
+class Matrix(NamedTuple):
+    """A matrix, its bias, and the columns of scratch whose products are their gradients."""
+
+    weight: str  # fields of ReasoningWeights or EncoderWeights
+    bias: str
+    dy: slice
+    x: slice
+
+
+class Layout(NamedTuple):
+    """The columns of a row, and the matrices whose gradients are made of them."""
+
+    columns: ScratchColumns
+    matrices: list[Matrix]
+
+    @property
+    def gradients(self) -> slice:
+        """Columns of all dY."""
+        return slice(self.columns.self_dq, self.columns.x1)
+
+    @property
+    def operands(self) -> slice:
+        """Columns of all X."""
+        return slice(self.columns.ones, self.columns.self_dq)
+
+
+def layout(D: int, F: int, sublayers: int = 3) -> Layout:
+    """Lay out the scratch of a reasoning step, or with 2 ``sublayers`` of an encoder's layer."""
+    C = scratch_columns(D, F, sublayers)
+    has_cross = sublayers == 3
+    of_self = "self_" if has_cross else ""
+    parts = [
+        (f"{of_self}qkv", C.self_dq, 3 * D, C.h, D),
+        (f"{of_self}out", C.self_dy, D, C.self_heads, D),
+    ]
+    if has_cross:
+        parts += [
+            ("cross_qkv", C.cross_dq, 3 * D, C.a, D),
+            ("cross_out", C.cross_dy, D, C.cross_heads, D),
+        ]
+    if F:
+        parts += [("ffn_in", C.dhidden, F, C.c, D), ("ffn_out", C.ffn_dy, D, C.hidden, F)]
+    return Layout(
+        C,
+        [
+            Matrix(f"{name}_weight", f"{name}_bias", slice(dy, dy + out), slice(x, x + width))
+            for name, dy, out, x, width in parts
+        ],
+    )
+
+
+def products(scratch: Tensor, of: Layout, shared: bool) -> list[Tensor]:
+    """Multiply a stream's gradients with their operands, summed over a chunk's rows: float32.
+
+    ``scratch`` is [K, rows, columns], a product [P, out, in]. Halves multiply all columns of dY
+    with all of X at once: a sixth of that is read, but it fills a GPU, which narrow sums over
+    100,000 rows do not, and the ones in X make the biases' gradients in passing. float32, which
+    takes no tensor cores here, has the biases' product, then one for each matrix.
+    """
+    if scratch.dtype != torch.float32:  # a step at a time fills more of a GPU than all in one sum
+        product = columns_product(scratch[..., of.gradients], scratch[..., of.operands])
+        return [product.sum(0, keepdim=True) if shared else product]
+    if shared:
+        scratch = scratch.view(1, -1, of.columns.width)
+    ones = slice(of.columns.ones, of.columns.ones + 1)
+    pairs = [(of.gradients, ones), *((m.dy, m.x) for m in of.matrices)]
+    return [columns_product(scratch[..., dy], scratch[..., x]) for dy, x in pairs]
+
+
+def write_gradients(
+    gradients: ReasoningWeights | EncoderWeights, stream: int, made: Sequence[Tensor], of: Layout
+) -> None:
+    """Write what :func:`products` made of one stream into the gradients of the weights."""
+    P = len(made[0])
+    for i, (weight, bias, dy, x) in enumerate(of.matrices):
+        out = slice(dy.start - of.gradients.start, dy.stop - of.gradients.start)
+        values = made[0][:, out, x] if len(made) == 1 else made[1 + i]
+        for name, value in ((weight, values), (bias, made[0][:, out, 0])):
+            into = getattr(gradients, name)
+            if weight == "cross_qkv_weight":  # keys and values are those of the other's queries
+                D = x.stop - x.start
+                into[:P, stream, :D] = value[:, :D]
+                into[:P, 1 - stream, D:] = value[:, D:]
+            else:
+                into[:P, stream] = value

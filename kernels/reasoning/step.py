@@ -1,4 +1,4 @@
-"""Device functions of one reasoning step, for its forward and backward kernels.
+"""Device functions of one reasoning step, and of an encoder's layer, forward and backward.
 
 For each stream x with the other stream x', g = 1 if x' has an event, else 0, and dropout masks m:
 
@@ -6,6 +6,7 @@ For each stream x with the other stream x', g = 1 if x' has an event, else 0, an
     x2 = a_x + g m2 MCA_x(Q = a_x, K = V = a_x')     c_x = LN2(x2)
     x3 = c_x + m3 FFN_x(c_x)                         h_x <- LN3(x3)
 
+A layer has SHAPE.SUBLAYERS = 2 and no cross-attention: c_x is a_x, and behind the FFN is its LN2.
 States between sublayers have the tensors' dtype, which is also that of the products' operands;
 products accumulate in float32, softmax, LayerNorm and all sums are float32.
 
@@ -20,7 +21,8 @@ from lcr_fast.kernels.core.noise import dropout_keep, normal_noise
 from lcr_fast.kernels.reasoning.sublayers import attention, ffn, layer_norm, rounded
 from lcr_fast.kernels.reasoning.weights import attention_at, ffn_at, norm_at
 
-# Dropout sites, as in lcr_fast/ops/noise.py: step k has three a stream.
+# Dropout sites, as in lcr_fast/ops/noise.py: a step or a layer has one a sublayer and stream.
+_ENCODER_SITES = tl.constexpr(0)
 _REASONING_SITES = tl.constexpr(1 << 13)
 _STREAM_SITES = tl.constexpr(1 << 12)
 
@@ -31,15 +33,16 @@ REC = tl.constexpr(1)
 @triton.jit
 def apply_dropout(
     update, user_row, position, k, stream: tl.constexpr, place: tl.constexpr, dropout,
-    D: tl.constexpr, DROPOUT: tl.constexpr,
+    SHAPE: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """Drop from a sublayer's output; ``place`` is 0 for MSA, 1 for MCA, 2 for FFN."""
+    """Drop from the output of the step's sublayer at ``place``, from 0."""
     if DROPOUT:
-        site = _REASONING_SITES + stream * _STREAM_SITES + 3 * k + place
+        FIRST: tl.constexpr = _REASONING_SITES if SHAPE.SUBLAYERS == 3 else _ENCODER_SITES
+        site = FIRST + stream * _STREAM_SITES + SHAPE.SUBLAYERS * k + place
         if (
             dropout.threshold > 0
         ):  # always; a branch keeps the drawing out of the products before it
-            keep = dropout_keep(user_row, position, site, dropout.threshold, dropout.seed, D)
+            keep = dropout_keep(user_row, position, site, dropout.threshold, dropout.seed, SHAPE.D)
             update = tl.where(keep, update * dropout.scale, 0.0)
     return update
 
@@ -64,11 +67,11 @@ def load_initial(
 @triton.jit
 def _add_update(
     y, x, user_row, position, k, stream: tl.constexpr, place: tl.constexpr, dropout,
-    D: tl.constexpr, DROPOUT: tl.constexpr,
+    SHAPE: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Compute x + m update, where a sum without dropout has x already: float32 [M, D]."""
     if DROPOUT:
-        y = apply_dropout(y, user_row, position, k, stream, place, dropout, D, DROPOUT)
+        y = apply_dropout(y, user_row, position, k, stream, place, dropout, SHAPE, DROPOUT)
         y += x.to(tl.float32)
     return y
 
@@ -82,7 +85,7 @@ def before_norm1(
     y = attention(
         h, h, lengths, None, attention_at(weights, index, SHAPE.D), SHAPE, SEQUENCES, not DROPOUT
     )
-    return _add_update(y, h, user_row, position, k, stream, 0, dropout, SHAPE.D, DROPOUT)
+    return _add_update(y, h, user_row, position, k, stream, 0, dropout, SHAPE, DROPOUT)
 
 
 @triton.jit
@@ -95,23 +98,24 @@ def before_norm2(
         a, memory, lengths, gate, attention_at(weights, index, SHAPE.D), SHAPE, SEQUENCES,
         not DROPOUT,
     )  # fmt: skip
-    return _add_update(y, a, user_row, position, k, stream, 1, dropout, SHAPE.D, DROPOUT)
+    return _add_update(y, a, user_row, position, k, stream, 1, dropout, SHAPE, DROPOUT)
 
 
 @triton.jit
-def before_norm3(
+def before_last_norm(
     c, user_row, position, k, index, stream: tl.constexpr, weights, dropout,
     SHAPE: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """x3 = c + m3 FFN(c): float32 [M, D]."""
+    """x3, an encoder's x2, = c + m FFN(c): float32 [M, D]."""
     y = ffn(c, ffn_at(weights, index, SHAPE.D, SHAPE.F), SHAPE, not DROPOUT)
-    return _add_update(y, c, user_row, position, k, stream, 2, dropout, SHAPE.D, DROPOUT)
+    LAST: tl.constexpr = SHAPE.SUBLAYERS - 1
+    return _add_update(y, c, user_row, position, k, stream, LAST, dropout, SHAPE, DROPOUT)
 
 
 @triton.jit
-def norm(x, norms, index, which: tl.constexpr, dtype: tl.constexpr, D: tl.constexpr):
-    """LN of a stream and step, ``which`` being 0, 1 or 2: [M, D] in ``dtype``."""
-    return rounded(layer_norm(x, norm_at(norms, index, which, D), D), dtype)
+def norm(x, norms, index, which: tl.constexpr, dtype: tl.constexpr, SHAPE: tl.constexpr):
+    """LN behind one sublayer of a stream and step, from 0: [M, D] in ``dtype``."""
+    return rounded(layer_norm(x, norm_at(norms, index, which, SHAPE), SHAPE.D), dtype)
 
 
 @triton.jit

@@ -1,4 +1,7 @@
-"""The weights of reasoning as the kernels take them, and where one stream and step's stand."""
+"""Weights as the kernels take them, and where those of one stream and step stand.
+
+An encoder's layer is a step without cross-attention.
+"""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lcr_fast.weights import ReasoningWeights
+from lcr_fast.weights import EncoderWeights, ReasoningWeights
 
 
 class AttentionWeights(NamedTuple):
@@ -28,10 +31,10 @@ class FfnWeights(NamedTuple):
 
 
 class NormWeights(NamedTuple):
-    """Of all P sets of weights, both streams and the three norms, or at those of one."""
+    """Of all P sets of weights, both streams and every sublayer, or at those of one."""
 
-    weight: Any  # [P, 2, 3, D]
-    bias: Any  # [P, 2, 3, D]
+    weight: Any  # [P, 2, SUBLAYERS, D]
+    bias: Any  # [P, 2, SUBLAYERS, D]
 
 
 class StepWeights(NamedTuple):
@@ -41,6 +44,33 @@ class StepWeights(NamedTuple):
     cross_attention: AttentionWeights
     ffn: FfnWeights
     norms: NormWeights
+
+
+class LayerWeights(NamedTuple):
+    """Those of an encoder."""
+
+    attention: AttentionWeights
+    ffn: FfnWeights
+    norms: NormWeights
+
+
+def layer_weights(weights: EncoderWeights, dtype: torch.dtype) -> LayerWeights:
+    """Cast matrices as :func:`step_weights` does."""
+    return LayerWeights(
+        AttentionWeights(
+            weights.qkv_weight.to(dtype),
+            weights.qkv_bias,
+            weights.out_weight.to(dtype),
+            weights.out_bias,
+        ),
+        FfnWeights(
+            weights.ffn_in_weight.to(dtype),
+            weights.ffn_in_bias,
+            weights.ffn_out_weight.to(dtype),
+            weights.ffn_out_bias,
+        ),
+        NormWeights(weights.norm_weight, weights.norm_bias),
+    )
 
 
 def step_weights(weights: ReasoningWeights, dtype: torch.dtype) -> StepWeights:
@@ -91,7 +121,7 @@ def ffn_at(weights, index, D: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def norm_at(norms, index, which: tl.constexpr, D: tl.constexpr):
-    """Move to one norm of a stream and step: 0, 1 or 2."""
-    offset = (index * 3 + which) * D
+def norm_at(norms, index, which: tl.constexpr, SHAPE: tl.constexpr):
+    """Move to the norm behind one sublayer of a stream and step, from 0."""
+    offset = (index * SHAPE.SUBLAYERS + which) * SHAPE.D
     return NormWeights(norms.weight + offset, norms.bias + offset)

@@ -1,10 +1,10 @@
 """Encoders, latent cross reasoning and its noisy rollouts.
 
-Reasoning has three implementations: the reference; ``triton`` on CUDA tensors (and on CPU tensors
+Both have three implementations: the reference; ``triton`` on CUDA tensors (and on CPU tensors
 under Triton's interpreter, if asked for); ``cpp`` on CPU tensors. The fused two serve the defaults
 of the model and ``share_steps``, ``step_ffn``; what limits them is asked of
-``LATENT_REASONING.obstacles``. What they do not serve runs on the reference. The encoders have the
-reference and ``cpp``.
+``LATENT_REASONING.obstacles`` and ``ENCODE.obstacles``. What they do not serve runs on the
+reference.
 """
 
 from typing import NamedTuple
@@ -34,6 +34,10 @@ class EncodeCase(NamedTuple):
 
     device: str  # cpu, cuda
     dtype: torch.dtype
+    dim: int
+    n_heads: int
+    ffn_dim: int
+    length: int
 
 
 class ReasoningCase(NamedTuple):
@@ -70,6 +74,21 @@ def _triton_obstacle(case: ReasoningCase) -> str | None:
         ffn_dim=case.ffn_dim,
         search_len=case.search_len,
         rec_len=case.rec_len,
+        dtype=case.dtype,
+        gpu=current_gpu() if case.device == "cuda" else None,
+    )
+
+
+def _encode_triton_obstacle(case: EncodeCase) -> str | None:
+    if (reason := triton_obstacle(case.device)) is not None:
+        return reason
+    from lcr_fast.kernels import encoding as kernels
+
+    return kernels.obstacle(
+        dim=case.dim,
+        n_heads=case.n_heads,
+        ffn_dim=case.ffn_dim,
+        length=case.length,
         dtype=case.dtype,
         gpu=current_gpu() if case.device == "cuda" else None,
     )
@@ -158,7 +177,16 @@ ENCODE = Op(
     _Encode,
     ("out",),
     lambda call: torch.empty_like(call.x),
-    [Backend("cpp", "cpu_", ("cpu",), _dtype_obstacle)],
+    [
+        Backend(
+            "triton",
+            "triton_",
+            ("cuda",),
+            _encode_triton_obstacle,
+            [kernel("encoding", f"encode_{name}") for name in ("fwd", "bwd")],
+        ),
+        Backend("cpp", "cpu_", ("cpu",), _dtype_obstacle),
+    ],
     gradients=("x", "weights"),
 )
 
@@ -217,7 +245,10 @@ def encode(
     _check_heads(dim, n_heads)
     if dropout is not None:
         dropout.check(x)
-    chosen = ENCODE.choose(backend, EncodeCase(x.device.type, x.dtype))
+    case = EncodeCase(
+        x.device.type, x.dtype, dim, n_heads, weights.ffn_in_weight.shape[-2], x.shape[-2]
+    )
+    chosen = ENCODE.choose(backend, case, notice=x.dtype != torch.float64)
     if chosen == "reference":
         masks = None
         if dropout is not None:

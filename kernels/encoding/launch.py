@@ -1,0 +1,159 @@
+"""Launching the encoders, forward and backward."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from lcr_fast.kernels.encoding.forward import encode_fwd_kernel
+from lcr_fast.kernels.gpu import Gpu, dot_precision, gpu_of, on_device
+from lcr_fast.kernels.launch import launch
+from lcr_fast.kernels.reasoning import config
+from lcr_fast.kernels.reasoning.backward import (
+    ffn_bwd_kernel,
+    recompute_self_kernel,
+    self_bwd_kernel,
+)
+from lcr_fast.kernels.reasoning.scratch import chunk_users, layout, products, write_gradients
+from lcr_fast.kernels.reasoning.weights import layer_weights
+from lcr_fast.weights import EncoderWeights
+
+SUBLAYERS = 2  # of a layer: self-attention and FFN
+
+
+def obstacle(
+    *, dim: int, n_heads: int, ffn_dim: int, length: int, dtype: torch.dtype, gpu: Gpu | None = None
+) -> str | None:
+    """Say why the kernels cannot serve a case on a GPU, or in the interpreter, or None."""
+    if ffn_dim == 0:
+        return "it needs an FFN in every layer"
+    return config.obstacle(
+        dim=dim, n_heads=n_heads, ffn_dim=ffn_dim, search_len=length, rec_len=length,
+        dtype=dtype, gpu=gpu,
+    )  # fmt: skip
+
+
+def constants(
+    which: str, D: int, F: int, H: int, size: int, dtype: torch.dtype, precision: str, gpu: Gpu
+) -> dict[str, Any]:
+    """Compile-time arguments and launch options of a pass: those of reasoning on one stream."""
+    compiled = config.constants(which, D, F, H, (size, size), dtype, precision, gpu)
+    slot, _ = config.slots(size, size)
+    return compiled | {"SHAPE": compiled["SHAPE"]._replace(SUBLAYERS=SUBLAYERS), "SLOT": slot}
+
+
+def _dropout(threshold: int, seed: int) -> tuple[int, float, int]:
+    return threshold, 65536.0 / (65536 - threshold), seed
+
+
+def encode_fwd(
+    x: Tensor,
+    lengths: Tensor,
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    stream: int,
+    n_heads: int,
+    dropout_threshold: int,
+    dropout_seed: int,
+) -> Tensor:
+    """Launch the forward kernel: h^(0) of one stream, [B, L, D]."""
+    B, size, D = x.shape
+    named = EncoderWeights(*weights)
+    n_layers, F = named.qkv_weight.shape[0], named.ffn_in_weight.shape[-2]
+    out = torch.empty_like(x)
+    compiled = constants(
+        "fwd", D, F, n_heads, size, x.dtype, dot_precision(x.dtype), gpu_of(x.device)
+    )
+    if out.numel():
+        with on_device(x):
+            launch(
+                encode_fwd_kernel, (triton.cdiv(B, compiled["SEQUENCES"]),),
+                x, lengths, rows, layer_weights(named, x.dtype), out, B, size, n_layers, stream,
+                *_dropout(dropout_threshold, dropout_seed),
+                DROPOUT=dropout_threshold > 0, SAVE=False, **compiled,
+            )  # fmt: skip
+    return out
+
+
+def encode_bwd(
+    dout: Tensor,
+    x: Tensor,
+    lengths: Tensor,
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    stream: int,
+    n_heads: int,
+    dropout_threshold: int,
+    dropout_seed: int,
+) -> tuple[Tensor, list[Tensor]]:
+    """Launch the backward kernels on chunks of users and multiply out the weight gradients.
+
+    Nothing was saved: where there are more layers than one, their inputs are made again first.
+    Returns the gradients of x [B, L, D] and of the 10 weights, all in their dtypes.
+    """
+    B, size, D = x.shape
+    named = EncoderWeights(*weights)
+    n_layers, F = named.qkv_weight.shape[0], named.ffn_in_weight.shape[-2]
+    dx = torch.empty_like(x)
+    gradients = EncoderWeights(*map(torch.empty_like, weights))
+    torch._foreach_zero_(list(gradients))  # the other stream's, by one kernel for all
+    if x.numel() == 0:
+        return dx, list(gradients)
+
+    cast = layer_weights(named, x.dtype)
+    recompute, differentiate = (
+        constants(which, D, F, n_heads, size, x.dtype, dot_precision(x.dtype), gpu_of(x.device))
+        for which in ("fwd", "bwd")
+    )
+    dropout = _dropout(dropout_threshold, dropout_seed)
+    of_training = {"DROPOUT": dropout_threshold > 0, "NOISE": False, "POOL": False, "SAVE": True}
+    scratch_layout = layout(D, F, SUBLAYERS)
+    width = scratch_layout.columns.width
+    chunk = chunk_users(B, n_layers * size * width * x.element_size(), x.device)
+    float32: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
+    absent = x.new_empty(0)  # another stream, and what reasoning alone has
+    sums: list[Tensor] = []
+    for start in range(0, B, chunk):
+        users = slice(start, min(start + chunk, B))
+        n = users.stop - users.start
+        of_users = (lengths[users], rows[users])
+        n_recompute = triton.cdiv(n, recompute["SEQUENCES"])
+        n_programs = triton.cdiv(n, differentiate["SEQUENCES"])
+        saved = x.new_empty(n_layers - 1, n, size, D)
+        scratch = x.new_empty(n_layers, n * size, width)
+        dh, da = (torch.empty(n, size, D, **float32) for _ in range(2))
+        dnorm = torch.empty(n_programs, n_layers, 2, SUBLAYERS, 2, D, **float32)
+        with on_device(x):
+            if n_layers > 1:
+                launch(
+                    encode_fwd_kernel, (n_recompute,),
+                    x[users], *of_users, cast, saved, n, size, n_layers - 1, stream, *dropout,
+                    **of_training, **recompute,
+                )  # fmt: skip
+            launch(
+                recompute_self_kernel, (n_recompute, n_layers),
+                x[users], *of_users, cast.attention, cast.norms, saved, scratch,
+                n, 1, size, 1, stream, n, 0.0, 0, *dropout, **of_training, **recompute,
+            )  # fmt: skip
+            for i in reversed(range(n_layers)):
+                launch(
+                    ffn_bwd_kernel, (n_programs,),
+                    dout[users], absent, dh, da, of_users[0], of_users[0], of_users[1], absent,
+                    cast.ffn, cast.norms, scratch[i], absent, dnorm,
+                    n, 1, size, i, n_layers, 1, stream, *dropout, **of_training, **differentiate,
+                )  # fmt: skip
+                launch(
+                    self_bwd_kernel, (n_programs,),
+                    da, absent, absent, dh, *of_users, absent, cast.attention, cast.norms,
+                    scratch[i], absent, dnorm,
+                    n, 1, size, i, n_layers, 1, stream, *dropout, **of_training, **differentiate,
+                )  # fmt: skip
+        dx[users] = dh
+        of_chunk = [dnorm[:, :, stream].sum(0), *products(scratch, scratch_layout, shared=False)]
+        sums = [a + b for a, b in zip(sums, of_chunk, strict=True)] if sums else of_chunk
+    dnorms, *made = sums
+    gradients.norm_weight[:, stream], gradients.norm_bias[:, stream] = dnorms.unbind(2)
+    write_gradients(gradients, stream, made, scratch_layout)
+    return dx, list(gradients)

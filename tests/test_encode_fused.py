@@ -1,0 +1,399 @@
+"""The fused backends of the encoders against the reference, through the public op.
+
+As tests/test_reasoning_fused.py does for reasoning: ``triton`` runs on a GPU where there is one,
+else in Triton's interpreter. Inputs carry NaN behind every length, upstream gradients random
+numbers: neither must matter. The first users have a full and an empty history, and one event.
+"""
+
+import functools
+import math
+
+import pytest
+import torch
+from test_reasoning_fused import CONFIGS, DEVICES, GPU, HALVES, assert_same_bits, leave_out
+from torch import Tensor
+
+import tensor_core
+from lcr_fast.ops import reasoning as op_layer
+from lcr_fast.reference import length_mask
+from lcr_fast.testing import (
+    Encoder,
+    EncoderCase,
+    assert_reasoning_parity,
+    encode,
+    random_encoder,
+    reasoning_baseline,
+    run_encoder,
+)
+from lcr_fast.weights import REC, EncoderWeights
+
+DEFAULT = EncoderCase()
+
+
+def require(backend: str, case: EncoderCase = DEFAULT, dtype: torch.dtype = torch.float32) -> None:
+    """Skip what the backend says it does not serve."""
+    asked = op_layer.EncodeCase(
+        DEVICES[backend], dtype, case.dim, case.n_heads, case.ffn_dim, case.length
+    )
+    if reason := op_layer.ENCODE.obstacles(asked)[backend]:
+        pytest.skip(f"{backend}: {reason}")
+
+
+@pytest.fixture(
+    params=[pytest.param(b, marks=[pytest.mark.gpu] if b == "triton" else []) for b in DEVICES]
+)
+def backend(request) -> str:
+    require(request.param)
+    return request.param
+
+
+def draw(backend: str, case: EncoderCase = DEFAULT, dtype=torch.float32, **to) -> Encoder:
+    require(backend, case, dtype)
+    return random_encoder(case).to(dtype, device=DEVICES[backend], **to)
+
+
+def assert_parity(call: Encoder, backend: str) -> None:
+    assert_reasoning_parity(run_encoder(call, backend), reasoning_baseline(call, run_encoder))
+
+
+# -- parity ---------------------------------------------------------------------------------------
+
+CASES = {
+    "three layers, dropout": EncoderCase(n_layers=3, n_users=3, dropout=0.2),
+    # The largest error of a few users is a matter of luck.
+    "twelve users, dropout": EncoderCase(n_users=12, stream=REC, dropout=0.2),
+    "one event": EncoderCase(length=1, n_users=3),
+    "one head, 17 events": EncoderCase(n_heads=1, n_layers=1, length=17, n_users=3),
+    "D=64, 33 events": EncoderCase(dim=64, n_heads=4, ffn_dim=64, n_layers=1, length=33, n_users=3),
+    "D=64, 50 events, dropout": EncoderCase(
+        dim=64, ffn_dim=64, n_layers=1, length=50, n_users=3, dropout=0.1
+    ),
+    "D=128, 128 events": EncoderCase(dim=128, ffn_dim=160, n_layers=1, length=128, n_users=2),
+    "D=128 H=8, narrow FFN": EncoderCase(dim=128, n_heads=8, ffn_dim=16, n_layers=1, n_users=3),
+    "infinite padding": EncoderCase(padding=math.inf, n_users=3),
+}
+REDUNDANT = {*CASES} - {"three layers, dropout", "D=64, 33 events", "one event"}
+ON_A_GPU = {
+    "D=64, 32 events": EncoderCase(dim=64, ffn_dim=64, n_layers=1, length=32, n_users=500),
+    "D=64, 50 events, dropout": EncoderCase(
+        dim=64, ffn_dim=64, length=50, n_users=257, dropout=0.1, stream=REC
+    ),
+    "D=32, 20 events": EncoderCase(length=20, n_users=1000),
+    "D=128, 128 events": EncoderCase(dim=128, ffn_dim=128, length=128, n_users=70),
+    "one wide head, 64 events": EncoderCase(dim=64, n_heads=1, ffn_dim=64, length=64, n_users=70),
+}
+
+
+@pytest.mark.parametrize("case", leave_out(CASES, REDUNDANT))
+def test_parity(backend, case):
+    assert_parity(draw(backend, CASES[case]), backend)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("weights", leave_out([None, torch.float32], {None}), ids=str)
+def test_parity_in_half_precision(backend, dtype, weights):
+    case = CASES["twelve users, dropout"]._replace(n_layers=1)
+    call = draw(backend, case, dtype, weights=weights)
+    assert run_encoder(call, backend)["dnorm_bias"].dtype == (weights or dtype)
+    assert_parity(call, backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("case", ON_A_GPU)
+def test_parity_of_large_calls(case, dtype):
+    assert_parity(draw("triton", ON_A_GPU[case], dtype), "triton")
+
+
+@pytest.mark.full
+@pytest.mark.skipif(GPU, reason="a GPU has tensor cores")
+def test_parity_with_the_rounding_of_tensor_cores(monkeypatch):
+    call = draw("triton", CASES["three layers, dropout"])
+    with tensor_core.multiplying(monkeypatch, "highest"):
+        assert_parity(call, "triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.full
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parity_in_every_configuration(monkeypatch, name):
+    config, _ = CONFIGS[name]
+    require("triton")
+    from lcr_fast.kernels.reasoning import config as reasoning_config
+
+    monkeypatch.setattr(reasoning_config, "config", lambda *_: reasoning_config.Config(**config))
+    case = EncoderCase(dim=128, ffn_dim=32, n_users=3, dropout=0.2)
+    assert_parity(draw("triton", case), "triton")
+
+
+@pytest.mark.gpu
+def test_parity_where_tf32_is_allowed(monkeypatch, tf32_allowed):
+    require("triton")
+    from lcr_fast.kernels.encoding import launch as kernels
+
+    precisions = []
+
+    def constants(*of_call):
+        compiled = encoder_constants(*of_call)
+        precisions.append(compiled["SHAPE"].PRECISION)
+        return compiled
+
+    encoder_constants = kernels.constants
+    monkeypatch.setattr(kernels, "constants", constants)
+    call = draw("triton", EncoderCase(n_layers=1, n_users=3))
+    assert_parity(call, "triton")
+    assert precisions == ["tf32"] * 3  # forward, recomputation, backward
+
+
+def test_chunks_of_users_add_up(monkeypatch):
+    require("triton")
+    from lcr_fast.kernels.encoding import launch as kernels
+
+    chunks = []
+
+    def chunk_users(*_):
+        chunks.append(2)
+        return 2
+
+    monkeypatch.setattr(kernels, "chunk_users", chunk_users)
+    assert_parity(draw("triton", EncoderCase(n_layers=1, n_users=5)), "triton")
+    assert chunks
+
+
+# -- bits -----------------------------------------------------------------------------------------
+
+
+BIT_CASE = EncoderCase(stream=REC, dropout=0.2)
+
+
+@pytest.fixture
+def call(backend, dots_in_order) -> Encoder:
+    return draw(backend, BIT_CASE)
+
+
+@functools.cache
+def results_of(backend: str) -> dict[str, Tensor]:
+    """Results of an unchanged ``call``, computed once."""
+    return run_encoder(draw(backend, BIT_CASE), backend)
+
+
+def take(call: Encoder, users: slice) -> Encoder:
+    """Keep some users of a call."""
+    return call._replace(
+        inputs=call.inputs | {"x": call.inputs["x"][users]},
+        lengths=call.lengths[users],
+        rows=call.rows[users],
+        upstream=call.upstream[users],
+    )
+
+
+def test_padding_and_its_upstream_gradient_change_no_bit(backend, call):
+    padding = ~length_mask(call.lengths, call.case.length).unsqueeze(-1)
+    other = call._replace(
+        inputs=call.inputs | {"x": call.inputs["x"].masked_fill(padding, 3.0)},
+        upstream=call.upstream.masked_fill(padding, torch.nan),
+    )
+    results = results_of(backend)
+    assert_same_bits(results, run_encoder(other, backend))
+    assert not results["out"].masked_fill(~padding, 0.0).any()
+    assert not results["dx"].masked_fill(~padding, 0.0).any()
+
+
+def test_a_user_alone_and_any_split_of_a_batch_give_the_same_bits(backend, call):
+    whole = results_of(backend)
+    for users in (slice(0, 1), slice(1, 6)):
+        results = run_encoder(take(call, users), backend)
+        for name in ("out", "dx"):
+            assert torch.equal(results[name], whole[name][users]), name
+
+
+@pytest.mark.full("triton")
+def test_strided_inputs_and_int32_lengths_give_the_same_bits(backend, call):
+    def spread(t: Tensor) -> Tensor:
+        return torch.stack((t, torch.full_like(t, torch.nan)), -1)[..., 0]
+
+    strided = call._replace(
+        inputs={name: spread(t) for name, t in call.inputs.items()},
+        lengths=call.lengths.int().repeat_interleave(2)[::2],
+        rows=call.rows.repeat_interleave(2)[::2],
+        upstream=spread(call.upstream.mT).mT,
+    )
+    assert_same_bits(results_of(backend), run_encoder(strided, backend))
+
+
+@pytest.mark.full("triton")
+def test_every_element_is_written_and_two_runs_give_the_same_bits(backend, call):
+    """Memory that torch.empty hands out holds NaN in the second."""
+    expected = results_of(backend)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        assert_same_bits(expected, run_encoder(call, backend))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.full("triton")
+def test_only_some_inputs_need_gradients(backend, call):
+    leaves = {n: t.detach().requires_grad_(n in ("x", "qkv_bias")) for n, t in call.inputs.items()}
+    out = encode(call._replace(inputs=leaves), backend)
+    dx, dbias = torch.autograd.grad(out, [leaves["x"], leaves["qkv_bias"]], call.upstream)
+    complete = results_of(backend)
+    assert torch.equal(dx, complete["dx"])
+    assert torch.equal(dbias, complete["dqkv_bias"])
+    assert not dbias[:, 1 - REC].any()
+    with torch.no_grad():
+        assert torch.equal(encode(call, backend), complete["out"])
+
+
+def test_rows_name_the_dropout(backend, call):
+    """Whatever their place in the batch; another row draws other masks."""
+    first = call.inputs["x"][:1].expand(3, -1, -1)
+    repeated = take(call, slice(0, 3))._replace(
+        inputs=call.inputs | {"x": first},
+        lengths=call.lengths[[0, 0, 0]],
+        rows=call.rows[[0, 1, 0]],
+    )
+    out = encode(repeated, backend)
+    assert torch.equal(out[0], out[2])
+    assert not torch.equal(out[0], out[1])
+
+
+# -- shapes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [0, 7])
+def test_an_empty_batch(backend, length):
+    call = draw(backend)
+    empty = take(call, slice(0, 0 if length else 2))
+    empty = empty._replace(
+        inputs=empty.inputs | {"x": empty.inputs["x"][:, :length]},
+        lengths=empty.lengths * 0,
+        upstream=empty.upstream[:, :length],
+    )
+    expected = run_encoder(empty, "reference")
+    for name, t in run_encoder(empty, backend).items():
+        assert t.shape == expected[name].shape
+        assert not t.any()
+
+
+def test_states_may_have_more_axes(backend, dots_in_order):
+    call = draw(backend)
+    x = call.inputs["x"]
+    both = call._replace(
+        inputs=call.inputs | {"x": torch.stack((x, 2 * x), 1)}, lengths=call.lengths[:, None]
+    )
+    assert torch.equal(encode(both, backend)[:, 0], encode(call, backend))
+
+
+def test_extra_padding_changes_nothing(backend):
+    call = draw(backend)
+    x = torch.nn.functional.pad(call.inputs["x"], (0, 0, 0, 13), value=math.nan)
+    longer = encode(call._replace(inputs=call.inputs | {"x": x}), backend)
+    assert not longer[:, 7:].any()
+    torch.testing.assert_close(longer[:, :7], encode(call, backend), rtol=1e-4, atol=1e-5)
+
+
+# -- torch ----------------------------------------------------------------------------------------
+
+
+def test_opcheck(backend):
+    call = draw(backend, EncoderCase(n_layers=1, length=2, n_users=2, stream=REC, padding=0.0))
+    weights = [call.inputs[name] for name in EncoderWeights._fields]
+    arguments = (call.inputs["x"], call.lengths, call.rows, weights, REC, 2, 6554, 7)
+    prefix = {"triton": "triton", "cpp": "cpu"}[backend]
+    forward, backward = (
+        getattr(torch.ops.lcr_fast, f"{prefix}_encode_{name}").default for name in ("fwd", "bwd")
+    )
+    torch.library.opcheck(forward, arguments)
+    torch.library.opcheck(backward, (call.upstream, *arguments))
+
+
+@pytest.mark.full("triton")
+def test_compiles_without_graph_breaks(backend):
+    call = draw(backend, EncoderCase(n_layers=1, n_users=3, length=3, stream=REC, dropout=0.2))
+
+    def run(*values):
+        return encode(call._replace(inputs=dict(zip(call.inputs, values, strict=True))), backend)
+
+    found = []
+    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        leaves = [t.detach().requires_grad_() for t in call.inputs.values()]
+        out = function(*leaves)
+        found.append([out, *torch.autograd.grad(out, leaves, call.upstream)])
+    for eager, traced in zip(*found, strict=True):
+        assert torch.equal(eager, traced)
+
+
+def test_only_the_inputs_are_saved_for_backward(backend, call):
+    leaves = {name: t.detach().requires_grad_() for name, t in call.inputs.items()}
+    known = {t.untyped_storage()._cdata for t in (*leaves.values(), call.lengths, call.rows)}
+
+    def pack(t: Tensor) -> Tensor:
+        assert t.untyped_storage()._cdata in known
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        encode(call._replace(inputs=leaves), backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_captured_training_step_replays_the_same_bits(dtype):
+    case = EncoderCase(dim=64, ffn_dim=64, length=30, n_users=100, dropout=0.1)
+    call = draw("triton", case, dtype)
+    expected = run_encoder(call, "triton")  # which compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run_encoder(call, "triton")
+    for t in results.values():
+        t.fill_(torch.nan)
+    graph.replay()
+    assert_same_bits(expected, results)
+
+
+# -- dispatch -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dim": 48}, "it needs a width of 32, 64 or 128, got 48"),
+        ({"n_heads": 4}, "it needs heads at least 16 wide, got 4 heads of width 32"),
+        ({"ffn_dim": 40}, "it needs an FFN width that is a multiple of 16, got 40"),
+        ({"length": 129}, "it holds 128 events a stream, got 129"),
+        ({"dtype": torch.float64}, "it computes float32, float16 and bfloat16, not torch.float64"),
+    ],
+    ids=str,
+)
+def test_outside_the_envelope_triton_says_why(changes, reason):
+    require("triton")
+    case = EncoderCase()._replace(**{k: v for k, v in changes.items() if k != "dtype"})
+    call = random_encoder(case).to(changes.get("dtype", torch.float32), device=DEVICES["triton"])
+    with pytest.raises(ValueError, match=f"'triton' cannot serve encode: {reason}"):
+        encode(call, "triton")
+
+
+def test_a_layer_without_an_ffn_is_not_served():
+    require("triton")
+    asked = op_layer.EncodeCase(DEVICES["triton"], torch.float32, 32, 2, 0, 7)
+    assert op_layer.ENCODE.obstacles(asked)["triton"] == "it needs an FFN in every layer"
+
+
+def test_cpp_checks_lengths_and_dtypes():
+    call = draw("cpp")
+    with pytest.raises(RuntimeError, match=r"lengths\[0\] is 8, expected 0 to 7"):
+        encode(call._replace(lengths=call.lengths + 1), "cpp")
+    with pytest.raises(ValueError, match="cannot serve encode: it serves float32 and halves"):
+        encode(call.to(torch.float64), "cpp")
+
+
+def test_auto_takes_the_fused_backend_of_the_device(backend):
+    fused = "triton" if DEVICES[backend] == "cuda" else "cpp"
+    require(fused)
+    call = draw(backend)
+    assert torch.equal(encode(call, "auto"), encode(call, fused))
+    on_a_gpu = op_layer.EncodeCase("cuda", torch.float32, 32, 2, 48, 7)
+    assert next(iter(op_layer.ENCODE.obstacles(on_a_gpu))) == "triton"
