@@ -128,7 +128,10 @@ def find_versions(device: str) -> dict[str, str]:
 
 # -- the parts ------------------------------------------------------------------------------------
 
-_PYTEST = (sys.executable, "-m", "pytest", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider")
+PYTEST = (
+    sys.executable, "-m", "pytest", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider",
+    "-p", "benchmarks.failures_at_once",
+)  # fmt: skip
 # cuBLAS' kernels, whose synchronisation racecheck does not see (seen of nvjet on an H200).
 _OTHERS = r"nvjet|cublas|cutlass|gemm"
 _SANITIZER_STATUS = 9  # the program itself ends with 1
@@ -148,12 +151,12 @@ def _spread_pytest(
     """Run test files over ``jobs`` processes, by pytest-xdist or one process a file."""
     files = sorted(files)
     if machine.has_xdist:
-        words = (*_PYTEST, "-n", str(jobs), "--dist", "worksteal", *options, *map(str, files))
+        words = (*PYTEST, "-n", str(jobs), "--dist", "worksteal", *options, *map(str, files))
         return Part(name, [[Command(name, words, environment=_ONE_THREAD, is_pytest=True)]])
     chains = [
         [
             Command(
-                file.stem, (*_PYTEST, *options, str(file)), environment=_ONE_THREAD, is_pytest=True
+                file.stem, (*PYTEST, *options, str(file)), environment=_ONE_THREAD, is_pytest=True
             )
         ]
         for file in files
@@ -223,7 +226,7 @@ def _timed(machine: Machine, work: Path, name: str, files: Iterable[str], *optio
     chain = []
     for file in _bench_files(files):
         words = (
-            *_PYTEST, *_bench_options(machine), "--benchmark-columns=median", "--durations=5",
+            *PYTEST, *_bench_options(machine), "--benchmark-columns=median", "--durations=5",
             f"--benchmark-json={work / name}-{file.stem}.json", *options, str(file),
         )  # fmt: skip
         chain.append(Command(file.stem, words, _BENCHMARK_SECONDS, is_pytest=True))

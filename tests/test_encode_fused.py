@@ -150,17 +150,18 @@ def test_parity_where_tf32_is_allowed(monkeypatch, tf32_allowed):
 
 
 @pytest.mark.gpu
-def test_chunks_of_users_add_up(monkeypatch):
+def test_pieces_of_a_batch_add_up(monkeypatch):
     require("triton")
     from lcr_fast.kernels.encoding import launch as kernels
+    from lcr_fast.kernels.reasoning.scratch import Pieces
 
     asked = []
 
-    def chunk_users(n_users, *_):
+    def pieces(n_users, *_):
         asked.append(n_users)
-        return FEW
+        return Pieces(FEW, 1)
 
-    monkeypatch.setattr(kernels, "chunk_users", chunk_users)
+    monkeypatch.setattr(kernels, "pieces", pieces)
     assert_parity(draw("triton", EncoderCase(n_layers=1, n_users=FEW + 2)), "triton")
     assert asked == [FEW + 2]
 

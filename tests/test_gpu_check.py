@@ -157,7 +157,7 @@ def test_findings_in_the_kernels_of_others_are_told_apart(runner, names, status,
 @pytest.mark.parametrize(
     "options", [(), pytest.param(("-n", "1"), marks=pytest.mark.full)], ids=["plain", "xdist"]
 )
-def test_tests_that_failed_are_named_when_time_runs_out(runner, tmp_path, monkeypatch, options):
+def test_failed_tests_are_quoted_when_time_runs_out(runner, tmp_path, monkeypatch, options):
     if options:
         pytest.importorskip("xdist")
     (tmp_path / "test_a.py").write_text(
@@ -170,11 +170,14 @@ def test_tests_that_failed_are_named_when_time_runs_out(runner, tmp_path, monkey
         "    time.sleep(600)\n"
     )
     run_out_of_time_at(tmp_path / "began", monkeypatch)
-    words = (sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *options, "test_a.py")
-    part = Part("tests", [[Command("test_a", words, is_pytest=True)]])
+    words = (*gpu_check.PYTEST, *options, "test_a.py")
+    path = {"PYTHONPATH": str(gpu_check.ROOT)}  # of the plugin, as the folder is another
+    part = Part("tests", [[Command("test_a", words, environment=path, is_pytest=True)]])
     result = run(runner, part)["tests"]
     assert result.status == TIMED_OUT
     assert "1 passed, 1 failed: test_a.py::test_a[an id, with D=1]" in result.summary
+    log = (tmp_path / "logs" / "tests.log").read_text()
+    assert log.index("def test_a(x): assert 0") < log.index("test_b")
 
 
 def test_pytest_is_summed_up_over_files(runner, tmp_path):

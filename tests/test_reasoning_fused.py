@@ -179,6 +179,45 @@ def test_parity_of_half_states_under_float32_weights(backend, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("share_steps", [True, False], ids=["shared", "own"])
+@pytest.mark.parametrize("at_once", [(2, 1), (5, 2)], ids=str)
+def test_pieces_of_a_batch_add_up(monkeypatch, at_once, share_steps):
+    case = ReasoningCase(n_users=5, steps=3, share_steps=share_steps)
+    require("triton", case)
+    from lcr_fast.kernels.reasoning import launch as kernels
+    from lcr_fast.kernels.reasoning.scratch import Pieces
+
+    asked = []
+
+    def pieces(n_users, n_steps, *_):
+        asked.append((n_users, n_steps))
+        return Pieces(*at_once)
+
+    monkeypatch.setattr(kernels, "pieces", pieces)
+    call = draw("triton", case)
+    assert_reasoning_parity(run_reasoning(call, "triton"), reasoning_baseline(call))
+    assert asked == [(5, 3)]
+
+
+@pytest.mark.parametrize(
+    ("n_users", "n_steps", "expected"),
+    [(1, 5, (1, 5)), (25, 5, (25, 3)), (100, 5, (100, 1)), (101, 5, (51, 1)), (260, 5, (87, 1))],
+)
+def test_pieces_fit_scratch_and_are_even(monkeypatch, n_users, n_steps, expected):
+    from lcr_fast.kernels.reasoning import scratch
+
+    def pieces(dtype):
+        return scratch.pieces(n_users, n_steps, 7, dtype, torch.device("cpu"))
+
+    monkeypatch.setattr(scratch, "_MOST_NUMBERS", 100 * 7)
+    assert pieces(torch.float32) == pieces(torch.float16) == expected
+    monkeypatch.setattr(scratch, "_INTERPRETER_MEMORY", 128 * 2 * 100 * 7)
+    assert pieces(torch.float16) == expected
+    few = pieces(torch.float32)
+    assert few.users * few.steps <= 50
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("case", ON_A_GPU)

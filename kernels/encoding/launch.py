@@ -16,7 +16,7 @@ from lcr_fast.kernels.reasoning.backward import (
     recompute_self_kernel,
     self_bwd_kernel,
 )
-from lcr_fast.kernels.reasoning.scratch import chunk_users, layout, products, write_gradients
+from lcr_fast.kernels.reasoning.scratch import add_up, layout, pieces, products, write_gradients
 from lcr_fast.kernels.reasoning.weights import layer_weights
 from lcr_fast.weights import EncoderWeights
 
@@ -88,7 +88,7 @@ def encode_bwd(
     dropout_threshold: int,
     dropout_seed: int,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Launch the backward kernels on chunks of users and multiply out the weight gradients.
+    """Launch the backward kernels on pieces of the batch and multiply out the weight gradients.
 
     Nothing was saved: where there are more layers than one, their inputs are made again first.
     Returns the gradients of x [B, L, D] and of the 10 weights, all in their dtypes.
@@ -111,18 +111,19 @@ def encode_bwd(
     of_training = {"DROPOUT": dropout_threshold > 0, "NOISE": False, "POOL": False, "SAVE": True}
     scratch_layout = layout(D, F, SUBLAYERS)
     width = scratch_layout.columns.width
-    chunk = chunk_users(B, n_layers * size * width * x.element_size(), x.device)
+    users_at_once = pieces(B, 1, n_layers * size * width, x.dtype, x.device).users
+    scratch_rows = x.new_empty(n_layers * users_at_once * size, width)  # of all pieces
     float32: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     absent = x.new_empty(0)  # another stream, and what reasoning alone has
-    sums: list[Tensor] = []
-    for start in range(0, B, chunk):
-        users = slice(start, min(start + chunk, B))
+    sums: dict[Any, list[Tensor]] = {}
+    for start in range(0, B, users_at_once):
+        users = slice(start, min(start + users_at_once, B))
         n = users.stop - users.start
         of_users = (lengths[users], rows[users])
         n_recompute = triton.cdiv(n, recompute["SEQUENCES"])
         n_programs = triton.cdiv(n, differentiate["SEQUENCES"])
         saved = x.new_empty(n_layers - 1, n, size, D)
-        scratch = x.new_empty(n_layers, n * size, width)
+        scratch = scratch_rows[: n_layers * n * size].view(n_layers, n * size, width)
         dh, da = (torch.empty(n, size, D, **float32) for _ in range(2))
         dnorm = torch.empty(n_programs, n_layers, 2, SUBLAYERS, 2, D, **float32)
         with on_device(x):
@@ -135,7 +136,7 @@ def encode_bwd(
             launch(
                 recompute_self_kernel, (n_recompute, n_layers),
                 x[users], *of_users, cast.attention, cast.norms, saved, scratch,
-                n, 1, size, 1, stream, n, 0.0, 0, *dropout, **of_training, **recompute,
+                n, 1, size, 0, 1, stream, n, 0.0, 0, *dropout, **of_training, **recompute,
             )  # fmt: skip
             for i in reversed(range(n_layers)):
                 launch(
@@ -151,9 +152,9 @@ def encode_bwd(
                     n, 1, size, i, n_layers, 1, stream, *dropout, **of_training, **differentiate,
                 )  # fmt: skip
         dx[users] = dh
-        of_chunk = [dnorm[:, :, stream].sum(0), *products(scratch, scratch_layout, shared=False)]
-        sums = [a + b for a, b in zip(sums, of_chunk, strict=True)] if sums else of_chunk
-    dnorms, *made = sums
+        add_up(sums, "norms", [dnorm[:, :, stream].sum(0)])
+        add_up(sums, "matrices", products(scratch, scratch_layout, shared=False))
+    (dnorms,) = sums["norms"]
     gradients.norm_weight[:, stream], gradients.norm_bias[:, stream] = dnorms.unbind(2)
-    write_gradients(gradients, stream, made, scratch_layout)
+    write_gradients(gradients, stream, 0, sums["matrices"], scratch_layout)
     return dx, list(gradients)

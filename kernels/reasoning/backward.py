@@ -51,8 +51,8 @@ def _load_step_input(
 
 
 _RUNTIME_NUMBERS = [
-    "n_sequences", "n_trajectories", "size", "memory_size", "k", "steps", "set_stride", "stream",
-    "saved_sequences", "noise_seed", "dropout_threshold", "dropout_seed",
+    "n_sequences", "n_trajectories", "size", "memory_size", "first_step", "k", "steps",
+    "set_stride", "stream", "saved_sequences", "noise_seed", "dropout_threshold", "dropout_seed",
 ]  # fmt: skip
 
 
@@ -64,10 +64,11 @@ def recompute_self_kernel(
     attention,  # AttentionWeights of the self-attention
     norms,  # NormWeights
     saved_ptr,  # [K-1, saved_sequences, L, D], at the first sequence of this launch
-    scratch_ptr,  # [K, sequences, L, columns]
+    scratch_ptr,  # [steps of this launch, sequences, L, columns]
     n_sequences,
     n_trajectories,
     size,
+    first_step,
     set_stride,
     stream,
     saved_sequences,
@@ -89,10 +90,10 @@ def recompute_self_kernel(
     noise = Noise(noise_scale, noise_seed)
     dropout = Dropout(dropout_threshold, dropout_scale, dropout_seed)
     first = tl.program_id(0).to(tl.int64) * SEQUENCES
-    k = tl.program_id(1)
+    k = first_step + tl.program_id(1)
     index = 2 * k * set_stride + stream
     rows = locate_rows(first, n_sequences, lengths_ptr, n_trajectories, size, M, SLOT)
-    scratch_ptr += k.to(tl.int64) * n_sequences * size * C.width
+    scratch_ptr += tl.program_id(1).to(tl.int64) * n_sequences * size * C.width
     at = tile_at(scratch_ptr, rows, size, C.width)
     user_row = rows.sequence
     if NOISE or DROPOUT:
@@ -121,12 +122,13 @@ def recompute_cross_kernel(
     memory_lengths_ptr,  # [B]
     user_rows_ptr,  # [B]
     attention,  # AttentionWeights of the cross-attention
-    scratch_ptr,  # [K, sequences, L, columns]
-    memory_scratch_ptr,  # [K, sequences, L', columns]
+    scratch_ptr,  # [steps of this launch, sequences, L, columns]
+    memory_scratch_ptr,  # [steps of this launch, sequences, L', columns]
     n_sequences,
     n_trajectories,
     size,
     memory_size,
+    first_step,
     set_stride,
     stream,
     dropout_threshold,
@@ -144,14 +146,14 @@ def recompute_cross_kernel(
     M: tl.constexpr = SEQUENCES * SLOT
     dropout = Dropout(dropout_threshold, dropout_scale, dropout_seed)
     first = tl.program_id(0).to(tl.int64) * SEQUENCES
-    k = tl.program_id(1)
+    k = first_step + tl.program_id(1)
     index = 2 * k * set_stride + stream
     rows = locate_rows(first, n_sequences, lengths_ptr, n_trajectories, size, M, SLOT)
     memory_rows = locate_rows(
         first, n_sequences, memory_lengths_ptr, n_trajectories, memory_size,
         SEQUENCES * MEMORY_SLOT, MEMORY_SLOT,
     )  # fmt: skip
-    step = k.to(tl.int64) * n_sequences * C.width
+    step = tl.program_id(1).to(tl.int64) * n_sequences * C.width
     scratch_ptr += step * size
     memory_scratch_ptr += step * memory_size
     gate = load_of_user(memory_lengths_ptr, first, n_sequences, n_trajectories, M, SLOT) > 0

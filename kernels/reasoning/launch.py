@@ -18,7 +18,7 @@ from lcr_fast.kernels.reasoning.backward import (
 )
 from lcr_fast.kernels.reasoning.config import constants, slots
 from lcr_fast.kernels.reasoning.forward import ForwardStream, latent_reasoning_fwd_kernel
-from lcr_fast.kernels.reasoning.scratch import chunk_users, layout, products, write_gradients
+from lcr_fast.kernels.reasoning.scratch import add_up, layout, pieces, products, write_gradients
 from lcr_fast.kernels.reasoning.weights import step_weights
 from lcr_fast.weights import ReasoningWeights
 
@@ -99,7 +99,7 @@ def latent_reasoning_bwd(
     saved_search: Tensor,
     saved_rec: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Launch the backward kernels on chunks of users and multiply out the weight gradients.
+    """Launch the backward kernels on pieces of the batch and multiply out the weight gradients.
 
     Returns the gradients of both streams [B, L, D] summed over the trajectories, of the target keys
     [B, 2, D] (or [0]) and of the 14 weights in their dtypes.
@@ -111,7 +111,8 @@ def latent_reasoning_bwd(
     shared = named.norm_weight.shape[0] == 1
     dsearch, drec = torch.empty_like(search), torch.empty_like(rec)
     dtarget_keys = torch.zeros_like(target_keys)
-    gradients = ReasoningWeights(*map(torch.zeros_like, weights))
+    gradients = ReasoningWeights(*map(torch.empty_like, weights))
+    torch._foreach_zero_(list(gradients))
     if B == 0:
         return dsearch, drec, dtarget_keys, list(gradients)
 
@@ -129,82 +130,89 @@ def latent_reasoning_bwd(
     dropout = (dropout_threshold, 65536.0 / (65536 - dropout_threshold), dropout_seed)
     scratch_layout = layout(D, F)
     width = scratch_layout.columns.width
-    user_bytes = N * K * (search_size + rec_size) * width * search.element_size()
-    chunk = chunk_users(B, user_bytes, search.device)
+    at_once = pieces(B, K, N * sum(sizes) * width, search.dtype, search.device)
+    scratch_rows = tuple(  # of all pieces, one after another
+        search.new_empty(at_once.steps * at_once.users * N * size, width) for size in sizes
+    )
     float32: dict[str, Any] = {"dtype": torch.float32, "device": search.device}
     dkeys = torch.empty((B, N, K, 2, 2, D) if has_pool else (0,), **float32)
-    sums: list[Tensor] = []
-    for start in range(0, B, chunk):
-        users = slice(start, min(start + chunk, B))
+    sums: dict[Any, list[Tensor]] = {}  # norms, and matrices by stream and first set of weights
+    for start in range(0, B, at_once.users):
+        users = slice(start, min(start + at_once.users, B))
         lengths = (search_lengths[users], rec_lengths[users])
         n = len(lengths[0]) * N
         n_recompute = triton.cdiv(n, recompute["SEQUENCES"])
         programs = triton.cdiv(n, differentiate["SEQUENCES"])
-        scratch = tuple(search.new_empty(K, n * size, width) for size in sizes)
         dh, da, dmemory = (
             tuple(torch.empty(n // N, N, size, D, **float32) for size in sizes) for _ in range(3)
         )
         dnorm = torch.empty(programs, K, 2, 3, 2, D, **float32)
-        with on_device(search):
-            for x, (state, saved) in enumerate(((search, saved_search), (rec, saved_rec))):
-                launch(
-                    recompute_self_kernel, (n_recompute, K),
-                    state[users], lengths[x], rows[users], self_attention, norms,
-                    saved[:, users], scratch[x],
-                    n, N, sizes[x], int(not shared), x, B * N, noise_scale, noise_seed, *dropout,
-                    SLOT=slot[x], NOISE=noise_scale != 0.0,
-                    DROPOUT=is_dropping, **recompute,
-                )  # fmt: skip
+        for last in range(K, 0, -at_once.steps):
+            first = max(0, last - at_once.steps)
+            scratch = tuple(
+                rows_of[: (last - first) * n * size].view(last - first, n * size, width)
+                for rows_of, size in zip(scratch_rows, sizes, strict=True)
+            )
+            with on_device(search):
+                for x, (state, saved) in enumerate(((search, saved_search), (rec, saved_rec))):
+                    launch(
+                        recompute_self_kernel, (n_recompute, last - first),
+                        state[users], lengths[x], rows[users], self_attention, norms,
+                        saved[:, users], scratch[x],
+                        n, N, sizes[x], first, int(not shared), x, B * N, noise_scale, noise_seed,
+                        *dropout,
+                        SLOT=slot[x], NOISE=noise_scale != 0.0,
+                        DROPOUT=is_dropping, **recompute,
+                    )  # fmt: skip
+                for x in (0, 1):
+                    launch(
+                        recompute_cross_kernel, (n_recompute, last - first),
+                        lengths[x], lengths[1 - x], rows[users], cross_attention, scratch[x],
+                        scratch[1 - x],
+                        n, N, sizes[x], sizes[1 - x], first, int(not shared), x, *dropout,
+                        SLOT=slot[x], MEMORY_SLOT=slot[1 - x],
+                        DROPOUT=is_dropping, **recompute,
+                    )  # fmt: skip
+                for k in reversed(range(first, last)):
+                    of_step = [of_stream[k - first] for of_stream in scratch]
+                    for x, dout in enumerate((dsearch_out, drec_out)):
+                        launch(
+                            ffn_bwd_kernel, (programs,),
+                            dout[users], dpooled[users], dh[x], da[x], lengths[x], lengths[1 - x],
+                            rows[users], target_keys[users], ffn, norms, of_step[x], dkeys[users],
+                            dnorm, n, N, sizes[x], k, K, int(not shared), x, *dropout,
+                            SLOT=slot[x], DROPOUT=is_dropping,
+                            POOL=has_pool, **differentiate,
+                        )  # fmt: skip
+                    for x in (0, 1):
+                        launch(
+                            cross_bwd_kernel, (programs,),
+                            da[x], da[x], dmemory[1 - x], lengths[x], lengths[1 - x],
+                            cross_attention, of_step[x], of_step[1 - x],
+                            n, N, sizes[x], sizes[1 - x], k, int(not shared), x,
+                            SLOT=slot[x], MEMORY_SLOT=slot[1 - x], **differentiate,
+                        )  # fmt: skip
+                    for x in (0, 1):
+                        launch(
+                            self_bwd_kernel, (programs,),
+                            da[x], dmemory[x], dpooled[users], dh[x], lengths[x], rows[users],
+                            target_keys[users], self_attention, norms, of_step[x],
+                            dkeys[users], dnorm,
+                            n, N, sizes[x], k, K, int(not shared), x, *dropout,
+                            SLOT=slot[x], DROPOUT=is_dropping, POOL=has_pool,
+                            **differentiate,
+                        )  # fmt: skip
             for x in (0, 1):
-                launch(
-                    recompute_cross_kernel, (n_recompute, K),
-                    lengths[x], lengths[1 - x], rows[users], cross_attention, scratch[x],
-                    scratch[1 - x],
-                    n, N, sizes[x], sizes[1 - x], int(not shared), x, *dropout,
-                    SLOT=slot[x], MEMORY_SLOT=slot[1 - x],
-                    DROPOUT=is_dropping, **recompute,
-                )  # fmt: skip
-            for k in reversed(range(K)):
-                for x, dout in enumerate((dsearch_out, drec_out)):
-                    launch(
-                        ffn_bwd_kernel, (programs,),
-                        dout[users], dpooled[users], dh[x], da[x], lengths[x], lengths[1 - x],
-                        rows[users], target_keys[users], ffn, norms, scratch[x][k], dkeys[users],
-                        dnorm, n, N, sizes[x], k, K, int(not shared), x, *dropout,
-                        SLOT=slot[x], DROPOUT=is_dropping,
-                        POOL=has_pool, **differentiate,
-                    )  # fmt: skip
-                for x in (0, 1):
-                    launch(
-                        cross_bwd_kernel, (programs,),
-                        da[x], da[x], dmemory[1 - x], lengths[x], lengths[1 - x], cross_attention,
-                        scratch[x][k], scratch[1 - x][k],
-                        n, N, sizes[x], sizes[1 - x], k, int(not shared), x,
-                        SLOT=slot[x], MEMORY_SLOT=slot[1 - x], **differentiate,
-                    )  # fmt: skip
-                for x in (0, 1):
-                    launch(
-                        self_bwd_kernel, (programs,),
-                        da[x], dmemory[x], dpooled[users], dh[x], lengths[x], rows[users],
-                        target_keys[users], self_attention, norms, scratch[x][k],
-                        dkeys[users], dnorm,
-                        n, N, sizes[x], k, K, int(not shared), x, *dropout,
-                        SLOT=slot[x], DROPOUT=is_dropping, POOL=has_pool,
-                        **differentiate,
-                    )  # fmt: skip
+                made = products(scratch[x], scratch_layout, shared)
+                add_up(sums, (x, 0 if shared else first), made)
         dsearch[users] = dh[0].sum(1)
         drec[users] = dh[1].sum(1)
-        of_chunk = [
-            dnorm.sum((0, 1) if shared else 0).view(-1, 2, 3, 2, D),
-            *(product for x in (0, 1) for product in products(scratch[x], scratch_layout, shared)),
-        ]
-        sums = [a + b for a, b in zip(sums, of_chunk, strict=True)] if sums else of_chunk
+        add_up(sums, "norms", [dnorm.sum((0, 1) if shared else 0).view(-1, 2, 3, 2, D)])
     if has_pool:
         dtarget_keys.copy_(dkeys.sum((1, 2, 3)))
-    dnorms, n_norms = sums[0], 3 if F else 2
+    (dnorms,), n_norms = sums.pop("norms"), 3 if F else 2
     for of_norms, part in ((gradients.norm_weight, 0), (gradients.norm_bias, 1)):
         of_norms[: len(dnorms), :, :n_norms] = dnorms[:, :, :n_norms, part]
-    n_products = (len(sums) - 1) // 2
-    write_gradients(gradients, 0, sums[1 : 1 + n_products], scratch_layout)
-    write_gradients(gradients, 1, sums[1 + n_products :], scratch_layout)
+    for (x, first), made in sums.items():
+        write_gradients(gradients, x, first, made, scratch_layout)
     return dsearch, drec, dtarget_keys, list(gradients)

@@ -5,7 +5,7 @@ And what the host makes of it, the gradients of the weights.
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -59,19 +59,37 @@ def scratch_columns(D: int, F: int, sublayers: int = 3) -> ScratchColumns:
     return ScratchColumns(*itertools.accumulate(widths.values(), initial=0))
 
 
-# Of a GPU's memory, what one chunk of users may take for scratch. Weight gradients are products
-# over all rows of a chunk, and every chunk launches all kernels: the fewer the better.
+# What scratch may take: of a GPU's memory, and numbers, 1,200 users' step at the default model's
+# width. More would spare launches, which so large a batch does not notice.
 _SCRATCH_SHARE = 1 / 128
+_MOST_NUMBERS = 80 << 20
 _INTERPRETER_MEMORY = 1 << 36
 
 
-def chunk_users(n_users: int, user_bytes: int, device: torch.device) -> int:
-    """Choose how many users a chunk has: as few chunks as scratch allows, of one size."""
+class Pieces(NamedTuple):
+    """What backward has in scratch at a time."""
+
+    users: int
+    steps: int
+
+
+def pieces(
+    n_users: int, n_steps: int, user_numbers: int, dtype: torch.dtype, device: torch.device
+) -> Pieces:
+    """Cut a batch whose users take ``user_numbers`` a step as little as scratch allows, evenly.
+
+    All users take as many steps as fit, or if not even one does, fewer of them take one.
+    """
     memory = _INTERPRETER_MEMORY
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
-    most = max(1, int(_SCRATCH_SHARE * memory) // max(user_bytes, 1))
-    return triton.cdiv(n_users, triton.cdiv(n_users, most))
+    numbers = min(_MOST_NUMBERS, int(_SCRATCH_SHARE * memory) // dtype.itemsize)
+    most = max(1, numbers // max(user_numbers, 1))  # users' steps
+    at_once = min(n_steps, max(1, most // n_users))
+    return Pieces(
+        triton.cdiv(n_users, triton.cdiv(n_users, most)),
+        triton.cdiv(n_steps, triton.cdiv(n_steps, at_once)),
+    )
 
 
 class Matrix(NamedTuple):
@@ -126,28 +144,51 @@ def layout(D: int, F: int, sublayers: int = 3) -> Layout:
 
 
 def products(scratch: Tensor, of: Layout, shared: bool) -> list[Tensor]:
-    """Multiply a stream's gradients with their operands, summed over a chunk's rows: float32.
+    """Multiply a stream's gradients with their operands, summed over rows: float32.
 
-    ``scratch`` is [K, rows, columns], a product [P, out, in]. Halves multiply all columns of dY
+    ``scratch`` is [steps, rows, columns], a product [P, out, in], where P is 1 if the steps share
+    their weights, else the number of steps. Halves multiply all columns of dY
     with all of X at once: a sixth of that is read, but it fills a GPU, which narrow sums over
     100,000 rows do not, and the ones in X make the biases' gradients in passing. float32, which
-    takes no tensor cores here, has the biases' product, then one for each matrix.
+    takes no tensor cores here, has the biases' sums, then a product for each matrix. (A product
+    with ones adds row to row, a sum in a tree: over 9,000 rows a third of the error.)
     """
-    if scratch.dtype != torch.float32:  # a step at a time fills more of a GPU than all in one sum
+    if scratch.dtype != torch.float32:
+        if shared:  # several sums fill more of a GPU than one
+            rows = len(scratch) * scratch.shape[1]
+            parts = next(n for n in (8, 5, 4, 3, 2, 1) if rows % n == 0)
+            scratch = scratch.view(parts, -1, of.columns.width)
         product = columns_product(scratch[..., of.gradients], scratch[..., of.operands])
         return [product.sum(0, keepdim=True) if shared else product]
     if shared:
         scratch = scratch.view(1, -1, of.columns.width)
-    ones = slice(of.columns.ones, of.columns.ones + 1)
-    pairs = [(of.gradients, ones), *((m.dy, m.x) for m in of.matrices)]
-    return [columns_product(scratch[..., dy], scratch[..., x]) for dy, x in pairs]
+    of_biases = scratch[..., of.gradients].sum(-2).unsqueeze(-1)
+    return [
+        of_biases,
+        *(columns_product(scratch[..., m.dy], scratch[..., m.x]) for m in of.matrices),
+    ]
+
+
+def add_up(sums: dict[Any, list[Tensor]], key: Any, made: list[Tensor]) -> None:
+    """Add what a piece of a batch made to what others did under the same key."""
+    if key in sums:
+        torch._foreach_add_(sums[key], made)
+    else:
+        sums[key] = made
 
 
 def write_gradients(
-    gradients: ReasoningWeights | EncoderWeights, stream: int, made: Sequence[Tensor], of: Layout
+    gradients: ReasoningWeights | EncoderWeights,
+    stream: int,
+    first: int,
+    made: Sequence[Tensor],
+    of: Layout,
 ) -> None:
-    """Write what :func:`products` made of one stream into the gradients of the weights."""
-    P = len(made[0])
+    """Write what :func:`products` made of one stream into the gradients of the weights.
+
+    ``first`` is the first set of weights that it is of.
+    """
+    sets = slice(first, first + len(made[0]))
     for i, (weight, bias, dy, x) in enumerate(of.matrices):
         out = slice(dy.start - of.gradients.start, dy.stop - of.gradients.start)
         values = made[0][:, out, x] if len(made) == 1 else made[1 + i]
@@ -155,7 +196,7 @@ def write_gradients(
             into = getattr(gradients, name)
             if weight == "cross_qkv_weight":  # keys and values are those of the other's queries
                 D = x.stop - x.start
-                into[:P, stream, :D] = value[:, :D]
-                into[:P, 1 - stream, D:] = value[:, D:]
+                into[sets, stream, :D] = value[:, :D]
+                into[sets, 1 - stream, D:] = value[:, D:]
             else:
-                into[:P, stream] = value
+                into[sets, stream] = value
