@@ -79,3 +79,18 @@ class Batch:
 
     def _map(self, function) -> "Batch":
         return Batch(**{f.name: function(getattr(self, f.name)) for f in dataclasses.fields(self)})
+
+
+def read_items(batch: Batch, max_clicks: int) -> tuple[Tensor, Tensor]:
+    """Items of a batch's valid events, padded with 0: clicked [B, L_s * n], and read [B, L_r]."""
+    searches = torch.arange(batch.search_clicks.shape[1], device=batch.device)
+    valid = (searches < batch.search_lengths.unsqueeze(1)).unsqueeze(-1)
+    clicked = (batch.search_clicks[..., :max_clicks] * valid).flatten(1)
+    events = torch.arange(batch.rec_items.shape[1], device=batch.device)
+    return clicked, batch.rec_items * (events < batch.rec_lengths.unsqueeze(1))
+
+
+def seen_items(batch: Batch, exclude: Tensor | None = None) -> Tensor:
+    """Items that a user of the batch has seen, [B, X], padded with 0."""
+    parts = read_items(batch, batch.search_clicks.shape[2])
+    return torch.cat(parts if exclude is None else (*parts, exclude), 1)

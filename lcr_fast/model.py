@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lcr_fast import reference
-from lcr_fast.batch import Batch
+from lcr_fast.batch import Batch, read_items, seen_items
 from lcr_fast.config import LCRConfig
 from lcr_fast.ops import reasoning, scoring
 from lcr_fast.ops._op import Case, Op
@@ -19,118 +19,14 @@ from lcr_fast.ops._triton import ptxas_in_use
 from lcr_fast.ops.adaptive import adaptive_reasoning
 from lcr_fast.ops.noise import Dropout, Noise
 from lcr_fast.ops.reasoning import Reasoned
+from lcr_fast.parameters import Head, Packed, encoder_shapes, reasoning_shapes
 from lcr_fast.profiling import ranged
 from lcr_fast.reference import Exits, States, Steps, Streams
 from lcr_fast.storage import load_tensors, save_tensors
 from lcr_fast.weights import REC, SEARCH, EncoderWeights, ReasoningWeights, ScoringWeights
 
 _KIND = "model"
-_OUT_SCALE = 0.1  # of Glorot's bound, for the projections that end a sublayer
 _TABLE_BLOCK = 1 << 16  # items whose text is projected at once
-
-
-class _Packed(nn.Module):
-    """The parameters of one weights tuple, under its field names."""
-
-    def __init__(self, weights_type, shapes: dict[str, tuple[int, ...]]) -> None:
-        super().__init__()
-        self.weights_type = weights_type
-        for name in weights_type._fields:
-            self.register_parameter(name, nn.Parameter(torch.empty(shapes[name])))
-        for name, parameter in self.named_parameters():
-            if "norm_weight" in name:
-                nn.init.ones_(parameter)
-            elif "bias" in name:
-                nn.init.zeros_(parameter)
-            elif parameter.numel():
-                _init_sublayer(name, parameter)
-
-    def weights(self):
-        return self.weights_type(**self._parameters)  # not getattr: a module's is slow
-
-
-def _init_linear(weight: Tensor) -> None:
-    """Glorot-uniform over the last two axes."""
-    bound = math.sqrt(6.0 / sum(weight.shape[-2:]))
-    nn.init.uniform_(weight, -bound, bound)
-
-
-def _init_sublayer(name: str, weight: Tensor) -> None:
-    """Start every sublayer near the identity and every attention as similarity (our reading).
-
-    With ordinary post-norm initialisation each of the 2 + 3K sublayers averages over positions,
-    and K steps leave nothing to tell events apart: training stays on a plateau. So the output
-    projections start small, and keys start equal to queries.
-    """
-    with torch.no_grad():
-        for block in weight.split(weight.shape[-1], -2) if "qkv" in name else (weight,):
-            _init_linear(block)
-        if "qkv" in name:
-            query, key, _ = weight.split(weight.shape[-1], -2)
-            key.copy_(query)
-        if "out_weight" in name:
-            weight.mul_(_OUT_SCALE)
-
-
-def _encoder_shapes(config: LCRConfig) -> dict[str, tuple[int, ...]]:
-    n, d, f = config.n_layers, config.dim, config.ffn_width
-    return {
-        "qkv_weight": (n, 2, 3 * d, d), "qkv_bias": (n, 2, 3 * d),
-        "out_weight": (n, 2, d, d), "out_bias": (n, 2, d),
-        "ffn_in_weight": (n, 2, f, d), "ffn_in_bias": (n, 2, f),
-        "ffn_out_weight": (n, 2, d, f), "ffn_out_bias": (n, 2, d),
-        "norm_weight": (n, 2, 2, d), "norm_bias": (n, 2, 2, d),
-    }  # fmt: skip
-
-
-def _reasoning_shapes(config: LCRConfig) -> dict[str, tuple[int, ...]]:
-    p = 1 if config.share_steps and config.steps else config.steps
-    d, f = config.dim, config.ffn_width if config.step_ffn else 0
-    shapes = {
-        "ffn_in_weight": (p, 2, f, d),
-        "ffn_in_bias": (p, 2, f),
-        "ffn_out_weight": (p, 2, d, f),
-        "ffn_out_bias": (p, 2, d),
-        "norm_weight": (p, 2, 3, d),
-        "norm_bias": (p, 2, 3, d),
-    }
-    for kind in ("self", "cross"):
-        shapes |= {
-            f"{kind}_qkv_weight": (p, 2, 3 * d, d),
-            f"{kind}_qkv_bias": (p, 2, 3 * d),
-            f"{kind}_out_weight": (p, 2, d, d),
-            f"{kind}_out_bias": (p, 2, d),
-        }
-    return shapes
-
-
-class _Head(nn.Module):
-    """Parameters of the target-aware aggregation, the MLP and the bonus of seen items."""
-
-    def __init__(self, config: LCRConfig) -> None:
-        super().__init__()
-        d = config.dim
-        # Starting from the identity, an event attends to candidates that resemble it.
-        self.target_weight = nn.Parameter(torch.eye(d).repeat(2, 1, 1))
-        widths = (d * (4 if config.user_embedding else 3), *config.mlp_hidden, 1)
-        n_linear = 0 if config.score == "dot" else len(widths) - 1
-        self.dot = config.score != "mlp"
-        self.seen_bonus = nn.Parameter(torch.zeros(2)) if config.seen_bonus else None
-        self.mlp_weights = nn.ParameterList(
-            nn.Parameter(torch.empty(widths[i + 1], widths[i])) for i in range(n_linear)
-        )
-        self.mlp_biases = nn.ParameterList(
-            nn.Parameter(torch.zeros(widths[i + 1])) for i in range(n_linear)
-        )
-        for weight in self.mlp_weights:
-            _init_linear(weight)
-        if config.score == "mlp_dot":
-            # The MLP starts silent: what it adds to the match of vectors, it has to learn.
-            nn.init.zeros_(self.mlp_weights[-1])
-
-    def weights(self) -> ScoringWeights:
-        weights, biases = self.mlp_weights.parameters(), self.mlp_biases.parameters()
-        return ScoringWeights(self.target_weight, tuple(weights), tuple(biases), self.dot)
 
 
 class LCRSER(nn.Module):
@@ -164,12 +60,12 @@ class LCRSER(nn.Module):
         self.register_buffer("item_text", None, persistent=False)
         self.register_buffer("query_text", None, persistent=False)
 
-        self.encoder = _Packed(EncoderWeights, _encoder_shapes(config))
-        self.reasoning = _Packed(ReasoningWeights, _reasoning_shapes(config))
+        self.encoder = Packed(EncoderWeights, encoder_shapes(config))
+        self.reasoning = Packed(ReasoningWeights, reasoning_shapes(config))
         self.step_embedding = (
             nn.Parameter(torch.zeros(config.steps, 2, d)) if config.step_embedding else None
         )
-        self.head = _Head(config)
+        self.head = Head(config)
         #: Key of the dropout masks in training mode; a trainer sets a new one every step.
         self.dropout_seed = 0
         #: Fingerprint of the prepared data whose ids the model knows; saved with it.
@@ -712,18 +608,3 @@ def _align(x: Tensor, h: Streams) -> Tensor:
 def _like(first: Tensor, last: Tensor) -> Tensor:
     """Insert a trajectory axis into h^(0) where h^(K) has one."""
     return first.unsqueeze(1) if last.ndim == 4 else first
-
-
-def read_items(batch: Batch, max_clicks: int) -> Streams:
-    """Items of a batch's valid events, padded with 0: clicked [B, L_s * n], and read [B, L_r]."""
-    searches = torch.arange(batch.search_clicks.shape[1], device=batch.device)
-    valid = (searches < batch.search_lengths.unsqueeze(1)).unsqueeze(-1)
-    clicked = (batch.search_clicks[..., :max_clicks] * valid).flatten(1)
-    events = torch.arange(batch.rec_items.shape[1], device=batch.device)
-    return clicked, batch.rec_items * (events < batch.rec_lengths.unsqueeze(1))
-
-
-def seen_items(batch: Batch, exclude: Tensor | None = None) -> Tensor:
-    """Items that a user of the batch has seen, [B, X], padded with 0."""
-    parts = read_items(batch, batch.search_clicks.shape[2])
-    return torch.cat(parts if exclude is None else (*parts, exclude), 1)

@@ -9,7 +9,7 @@ import pytest
 
 from command_line import read_csv, run
 from lcr_fast.data.prepared import PreparedData
-from lcr_fast.experiments import depth
+from lcr_fast.experiments import depth, latency, strata
 from lcr_fast.model import LCRSER
 from lcr_fast.training import adaptive
 from lcr_fast.training.diversity import tail_items
@@ -29,8 +29,8 @@ TINY = [
 def study(prepared_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("depth") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        times = depth.forward_times
-        patch.setattr(depth, "forward_times", lambda *a: times(*a, users=(1, 3), turns=1))
+        times = latency.forward_times
+        patch.setattr(latency, "forward_times", lambda *a: times(*a, users=(1, 3), turns=1))
         text = run("study", "latency", "--data", prepared_folder, "--out", out, *TINY)
     (out.parent / "text").write_text(text)
     return out
@@ -96,13 +96,13 @@ def test_curves_of_seeds_are_their_mean(study, prepared_folder):
         model = load_model(study / f"seed-{seed}" / "deep" / "model.safetensors", data, "cpu")
         valid, test = (adaptive.read_depths(model, data, split) for split in ("valid", "test"))
         seeds.append(depth.SeedModels({}, valid, test, {}))
-    curves = depth._curves(seeds)
+    curves = latency._curves(seeds)
     fixed = np.mean([seed.test.gains("ndcg@5").mean(0) for seed in seeds], 0)
     for rule, first in (("change", 1), ("confidence", 0), ("entropy", 0)):
         curve = curves[adaptive.TITLES[rule]]
         assert curve[0] == pytest.approx((first, fixed[first]))
         assert curve[-1] == pytest.approx((2, fixed[2]))
-    alone = dict(depth._curves(seeds[:1])[adaptive.TITLES["change"]])
+    alone = dict(latency._curves(seeds[:1])[adaptive.TITLES["change"]])
     assert alone[2.0] == pytest.approx(seeds[0].test.gains("ndcg@5").mean(0)[2])
 
 
@@ -123,11 +123,11 @@ def test_strata_reads_back_what_latency_trained(study, prepared_folder, monkeypa
 
 def test_strata_part_the_users(prepared, make_model):
     model = make_model(prepared).eval()
-    strata = depth.user_strata(model, prepared)
+    found = strata.user_strata(model, prepared)
     samples = prepared.split("test")
     n_searches = samples.search_end - prepared.search_offsets[samples.users]
     kinds: dict = {}
-    for name, member in strata.items():
+    for name, member in found.items():
         kind, stratum = name.split(": ")
         kinds.setdefault(kind, {})[stratum] = member
     assert {"similarity", "text similarity", "searches", "noise", "target"} <= set(kinds)

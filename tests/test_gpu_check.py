@@ -26,7 +26,8 @@ def python(title: str, code: str, **options) -> Command:
 @pytest.fixture
 def runner(tmp_path):
     (tmp_path / "logs").mkdir()
-    with Runner(tmp_path, tmp_path / "logs", os.environ) as runner:
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # they take time
+    with Runner(tmp_path, tmp_path / "logs", environment) as runner:
         yield runner
 
 

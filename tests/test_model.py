@@ -6,7 +6,7 @@ import torch
 
 import oracle
 from lcr_fast import LCRSER, Batch, LCRConfig, reference
-from lcr_fast.model import seen_items
+from lcr_fast.batch import seen_items
 from lcr_fast.reference import length_mask
 from lcr_fast.testing import random_batch, random_model
 from lcr_fast.weights import REC, SEARCH

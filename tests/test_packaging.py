@@ -5,11 +5,14 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from lcr_fast import LCRSER, LCRConfig, ops
+from lcr_fast.ops import _triton
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,7 +51,11 @@ def run_without(modules: tuple[str, ...], code: str) -> None:
 def test_import_and_training_need_no_optional_package_and_no_gpu():
     run_without(
         ("triton", "polars", "matplotlib", "safetensors", "tabulate", "tqdm"),
-        TRAIN_ONE_STEP
+        """
+    import lcr_fast, lcr_fast.data.batching, lcr_fast.data.negatives
+    assert "torch._dynamo" not in sys.modules  # which takes longer than all else
+    """
+        + TRAIN_ONE_STEP
         + """
     assert "lcr_fast.kernels" not in sys.modules
     assert not torch.cuda.is_initialized()
@@ -117,6 +124,17 @@ def test_without_a_compiler_a_build_says_so_or_is_left_out(tmp_path, build, code
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not any(tmp_path.rglob("*"))
+
+
+def test_what_is_constant_is_not_traced():
+    """The mark is Dynamo's own, set without it."""
+
+    @_triton._constant
+    def answer() -> int:
+        return threading.get_ident() and 2  # which Dynamo does not trace
+
+    compiled = torch.compile(lambda x: answer() * x, backend="eager", fullgraph=True)
+    assert compiled(torch.ones(1)) == 2
 
 
 # -- backends -------------------------------------------------------------------------------------

@@ -2,9 +2,9 @@
 
 import ast
 import json
+import os
 import resource
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pytest
@@ -285,27 +285,29 @@ def test_no_room_is_said_of_the_file(model, path):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-_CHILD = """
-import os, signal, sys
-from lcr_fast.storage import replacing
-with replacing(sys.argv[1]) as path:
-    path.write_text("half")
-    print("written", flush=True)
-    sys.stdin.read()
-"""
-
-
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_only_what_is_abandoned_is_removed(tmp_path):
     path = tmp_path / "file"
-    with subprocess.Popen(
-        [sys.executable, "-c", _CHILD, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as child:
-        assert child.stdout.readline() == b"written\n"
+    written, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            with replacing(path) as half:
+                half.write_text("half")
+                os.write(write_end, b"!")
+                signal.pause()
+        finally:
+            os._exit(1)
+    os.close(write_end)
+    try:
+        assert os.read(written, 1) == b"!"
         with replacing(path) as mine:
             mine.write_text("mine")
             assert len(list(tmp_path.iterdir())) == 2  # the child lives, and so its file
-        child.kill()
-        child.wait()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(written)
     assert len(list(tmp_path.iterdir())) == 2
     with replacing(path) as again:
         again.write_text("again")

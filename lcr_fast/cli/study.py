@@ -29,7 +29,8 @@ QUICK_USERS = 150
 
 def add(commands: Commands) -> None:
     from lcr_fast.experiments.grid import MAPS
-    from lcr_fast.experiments.study import AXES, REWARDS, STEPS
+    from lcr_fast.experiments.paper import STEPS
+    from lcr_fast.experiments.rl import AXES, REWARDS
 
     parser = commands.add_parser(
         "study", help="train many models over seeds: what phase 2 does, the paper's figures"
@@ -134,7 +135,7 @@ def add(commands: Commands) -> None:
 
 
 def _run_rl(arguments: argparse.Namespace) -> None:
-    from lcr_fast.experiments.study import parse_axis, run_rl_study
+    from lcr_fast.experiments.rl import parse_axis, run_rl_study
 
     n_seeds = _n_seeds(arguments)
     for reward in arguments.rewards:
@@ -147,7 +148,7 @@ def _run_rl(arguments: argparse.Namespace) -> None:
 
 
 def _run_paper(arguments: argparse.Namespace) -> None:
-    from lcr_fast.experiments.study import run_paper_study
+    from lcr_fast.experiments.paper import run_paper_study
 
     n_seeds = _n_seeds(arguments)
     for steps in arguments.all_steps:
@@ -165,7 +166,7 @@ def _run_grid(arguments: argparse.Namespace) -> None:
 
 
 def _run_latency(arguments: argparse.Namespace) -> None:
-    from lcr_fast.experiments.depth import run_latency_study
+    from lcr_fast.experiments.latency import run_latency_study
 
     n_seeds = _n_seeds(arguments)
     with _open_job(arguments, "depth") as job:
@@ -175,7 +176,7 @@ def _run_latency(arguments: argparse.Namespace) -> None:
 def _run_strata(arguments: argparse.Namespace) -> None:
     from lcr_fast.data.prepared import PreparedData
     from lcr_fast.data.synthetic import World
-    from lcr_fast.experiments.depth import run_strata_of_runs, run_strata_study
+    from lcr_fast.experiments.strata import run_strata_of_runs, run_strata_study
 
     if arguments.runs:
         set_threads(arguments)

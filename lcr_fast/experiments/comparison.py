@@ -7,7 +7,7 @@ job can be resumed: what is finished is read back.
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +16,9 @@ import torch
 from lcr_fast.config import LCRConfig, TrainConfig
 from lcr_fast.data.prepared import PreparedData
 from lcr_fast.experiments import plots
-from lcr_fast.experiments.tables import BASE, result_tables, write_results, write_rows
+from lcr_fast.experiments.tables import BASE, result_tables, write_results, write_rows, write_tables
 from lcr_fast.model import LCRSER
-from lcr_fast.storage import load_info, load_json, replacing, save_json
+from lcr_fast.storage import load_info, load_json, save_json
 from lcr_fast.training import analysis, evaluation
 from lcr_fast.training.baselines import TITLES
 from lcr_fast.training.diversity import list_diversity
@@ -117,6 +117,15 @@ class Job:
     def ranking(self) -> dict[str, Any]:
         """How test users are ranked: options of :func:`evaluation.rank_split`."""
         return {"protocols": list(self.protocols), "catalogue_users": self.catalogue_users}
+
+    def of_seed(self, seed: int, **changes: Any) -> "Job":
+        """Return the job of another seed, in a folder of its own in this one's."""
+        train = self.train.replace(seed=seed)
+        return replace(self, out=self.out / f"seed-{seed}", train=train, **changes)
+
+    def seeds(self, n: int) -> range:
+        """Return n seeds, from the config's on."""
+        return range(self.train.seed, self.train.seed + n)
 
     def check(self, objectives: Iterable[str]) -> None:
         """Raise ValueError, before anything is written, where training or evaluation would fail."""
@@ -293,14 +302,12 @@ def run_comparison(job: Job, variants: list[str]) -> str:
             row for row in differences([(pair[0], pair[1])]) if row["protocol"] in protocols
         ]
     changes = _differences(results)
-    tables = "\n\n".join(result_tables(results, changes))
     write_results(job.out / "results.csv", results)
     if changes:
         write_rows(job.out / "differences.csv", [
             {"model": name, "than": BASE, **row} for name, rows in changes.items() for row in rows
         ])  # fmt: skip
-    with replacing(job.out / "results.md") as path:
-        path.write_text(tables + "\n", encoding="utf-8")
+    tables = write_tables(job.out, result_tables(results, changes))
     models = {name: result for name, result in results.items() if name in VARIANTS}
     plots.learning_curves(models, job.out / "learning_curves.png")
     plots.target_distances(models, job.out / "target_distance.png")

@@ -3,11 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from tabulate import tabulate
-
 from lcr_fast.config import TrainConfig
 from lcr_fast.data.prepared import PreparedData
-from lcr_fast.experiments.tables import protocol_titles
+from lcr_fast.experiments.tables import markdown, protocol_titles
 from lcr_fast.model import LCRSER
 from lcr_fast.training.distillation import student_of
 from lcr_fast.training.evaluation import rank_model
@@ -54,4 +52,4 @@ def distillation_table(teacher: LCRSER, student: LCRSER, data: PreparedData) -> 
         ],
     ]
     title = f"test NDCG@5, {protocol_titles(ranks[0].n_negatives)['sampled']}"
-    return tabulate(lines, [title, *groups], tablefmt="github", disable_numparse=True)
+    return markdown(lines, [title, *groups])

@@ -10,12 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from tabulate import tabulate
 
 from lcr_fast.experiments import plots
 from lcr_fast.experiments.comparison import VARIANTS, Job
-from lcr_fast.experiments.tables import protocol_titles, write_rows
-from lcr_fast.storage import replacing
+from lcr_fast.experiments.tables import markdown, protocol_titles, write_rows, write_tables
 from lcr_fast.training.ranks import spread, weighted_metric
 from lcr_fast.training.trainer import check_trainable
 
@@ -97,10 +95,7 @@ def run_grid_study(job: Job, n_seeds: int, names: Sequence[str]) -> str:
     tables = [
         f"### {MAPS[name].title}\n\n{_table(MAPS[name], cells)}" for name, cells in found.items()
     ]
-    text = "\n\n".join([head, *tables])
-    with replacing(job.out / "results.md") as path:
-        path.write_text(text + "\n", encoding="utf-8")
-    return text
+    return write_tables(job.out, [head, *tables])
 
 
 def _places(part: Map) -> list[tuple[tuple[float, float], dict[str, Any]]]:
@@ -112,10 +107,8 @@ def _measure(job: Job, n_seeds: int, part: Map) -> dict[tuple[float, float], Cel
     """Train the places of a map, and set each against the best of the means over the seeds."""
     variant = VARIANTS[part.variant]
     gains: dict[tuple[float, float], list[NDArray]] = {place: [] for place, _ in _places(part)}
-    for seed in (job.train.seed + i for i in range(n_seeds)):
-        mine = dataclasses.replace(
-            job, out=job.out / f"seed-{seed}", train=job.train.replace(seed=seed)
-        )
+    for seed in job.seeds(n_seeds):
+        mine = job.of_seed(seed)
         if variant.start is not None:
             first = VARIANTS[variant.start]
             mine.cell(
@@ -164,4 +157,4 @@ def _table(part: Map, cells: dict[tuple[float, float], Cell]) -> str:
             texts.append(text)
         lines.append([str(a), *texts])
     headers = [f"{row} \\ {column}", *map(str, columns)]
-    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+    return markdown(lines, headers)

@@ -192,7 +192,7 @@ def pareto(
     """Draw accuracy against the time of a forward, a panel a number of users.
 
     ``points`` are titles and accuracies by model, ``times`` rows of
-    :func:`~lcr_fast.experiments.latency.forward_times`.
+    :func:`~lcr_fast.experiments.timing.forward_times`.
     """
     users = list(dict.fromkeys(row["users"] for row in times))
     figure, panels = new_figure(len(users), width=5.0)

@@ -1,6 +1,7 @@
 """Results as Markdown tables and as CSV."""
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,11 @@ from lcr_fast.storage import replacing
 from lcr_fast.training.ranks import Ranks
 
 BASE = "base"  # the variant that tables compare to
+
+
+def markdown(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
+    """Lay texts out as a table of Markdown."""
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
 def protocol_titles(n_negatives: int | str) -> dict[str, str]:
@@ -44,7 +50,7 @@ def rank_tables(rows: list[dict[str, Any]], n_negatives: int | str) -> list[str]
             for metric in dict.fromkeys(row["metric"] for row in mine)
         ]
         headers = [titles[protocol], *(f"{group} (n={n:,})" for group, n in counts.items())]
-        tables.append(tabulate(lines, headers, tablefmt="github", disable_numparse=True))
+        tables.append(markdown(lines, headers))
     return tables
 
 
@@ -111,7 +117,7 @@ def _main_table(results: dict[str, dict[str, Any]], titles: dict[str, str]) -> s
                 row.append(f"{share:.3f}" if share == share else "")
         rows.append(row)
     title = f"Test, {_count(first, main):,} users, {titles[main]}, [95 % bootstrap interval]:\n\n"
-    return title + tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+    return title + markdown(rows, headers)
 
 
 def strata_table(
@@ -132,7 +138,7 @@ def strata_table(
         ]
         for result in results.values()
     ]
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+    return markdown(rows, headers)
 
 
 def _search_tables(results: dict[str, dict[str, Any]], titles: dict[str, str]) -> list[str]:
@@ -197,3 +203,11 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def write_tables(folder: Path, parts: Sequence[str]) -> str:
+    """Write ``results.md``, atomically; return its text."""
+    text = "\n\n".join(parts)
+    with replacing(folder / "results.md") as path:
+        path.write_text(text + "\n", encoding="utf-8")
+    return text

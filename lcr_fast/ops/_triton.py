@@ -1,7 +1,8 @@
 """Whether the Triton kernels can serve at all: installed, on a GPU, compiled correctly."""
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -14,12 +15,24 @@ if TYPE_CHECKING:
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+_F = TypeVar("_F", bound=Callable)
+
+
+def _constant(function: _F) -> _F:
+    """Mark a function as :func:`torch.compiler.assume_constant_result` does.
+
+    That one imports all of Dynamo, for longer than everything else that this package needs.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def _has_gpu() -> bool:
     # The first question is cheap, and answers for every call with CUDA tensors.
     return torch.cuda.is_initialized() or torch.cuda.is_available()
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def current_gpu() -> "Gpu | None":
     """Describe the current GPU; None without one. Needs Triton."""
     from lcr_fast.kernels import gpu
@@ -27,7 +40,7 @@ def current_gpu() -> "Gpu | None":
     return gpu.gpu_of(torch.device("cuda", torch.cuda.current_device())) if _has_gpu() else None
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _gpu_obstacle() -> str | None:
     if not _has_gpu():
         return None  # asked of a machine without a GPU

@@ -22,6 +22,15 @@ from lcr_fast import reference
 from lcr_fast.metrics import RANKING_KINDS, TIES, parse_metric
 from lcr_fast.ops._extension import extension_error
 from lcr_fast.ops._op import Backend, Op
+from lcr_fast.ops._ranking_faults import (
+    check_choice,
+    check_device,
+    expand,
+    find_faults,
+    first_of,
+    indices,
+    raise_first,
+)
 
 DEFAULT_METRICS = ("hr@1", "hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr")
 CPU_LEVELS = ("baseline", "avx2", "avx512", "avx512bf16")
@@ -157,7 +166,7 @@ def ranking_metrics(
             path, such a row becomes NaN instead, and so do its sums.
 
     """
-    _check_choice("reduce", reduce, _REDUCTIONS)
+    check_choice("reduce", reduce, _REDUCTIONS)
     names = _metric_names(metrics)
     values = _rank(
         scores,
@@ -249,7 +258,7 @@ def catalogue_metrics(
     the item is seen. The other arguments, the result and what raises are those of
     :func:`ranking_metrics`.
     """
-    _check_choice("reduce", reduce, _REDUCTIONS)
+    check_choice("reduce", reduce, _REDUCTIONS)
     names = _metric_names(metrics)
     values = _rank_catalogue(
         users,
@@ -307,7 +316,7 @@ def _rank(
     backend: str,
 ) -> Tensor:
     """Return rows [..., M] of the named metrics, or sums [M + 1], as the op does."""
-    _check_choice("ties", ties, TIES)
+    check_choice("ties", ties, TIES)
     if scores.dim() == 0 or scores.dtype not in _FLOATS:
         raise ValueError(
             f"scores must be [..., C] in float32, float16, bfloat16 or float64, got "
@@ -324,13 +333,13 @@ def _rank(
     scores = scores.detach()
     leading = scores.shape[:-1]
     if target is not None:
-        target = _indices("target", target, leading, scores.device)
+        target = indices("target", target, leading, scores.device)
     if counts is not None:
-        counts = _indices("counts", counts, leading, scores.device)
+        counts = indices("counts", counts, leading, scores.device)
     if relevance is not None:
-        relevance = _expand("relevance", relevance, scores.shape, scores.device)
+        relevance = expand("relevance", relevance, scores.shape, scores.device)
     if excluded is not None:
-        excluded = _expand("excluded", excluded, scores.shape, scores.device)
+        excluded = expand("excluded", excluded, scores.shape, scores.device)
     kinds, ks = _codes(names)
     case = RankingCase(scores.device.type, relevance is not None)
     chosen = RANKING_METRICS.choose(backend, case)
@@ -340,7 +349,7 @@ def _rank(
         )
         values, faults = RANKING_METRICS(chosen, call)
         if validate and scores.is_cuda:
-            _raise_first("scores", faults.tolist(), leading, target, counts, scores.shape[-1])
+            raise_first("scores", faults.tolist(), leading, target, counts, scores.shape[-1])
         return values
     rows = reference.ranking_metrics(
         scores,
@@ -352,8 +361,8 @@ def _rank(
         ties=ties,
     )
     if not torch.compiler.is_compiling() and (validate or not scores.is_cuda):
-        faults = _find_faults(rows["rank"], target, counts, scores.shape[-1])
-        _raise_first("scores", faults, leading, target, counts, scores.shape[-1])
+        faults = find_faults(rows["rank"], target, counts, scores.shape[-1])
+        raise_first("scores", faults, leading, target, counts, scores.shape[-1])
     return _pack(rows, names, output)
 
 
@@ -369,7 +378,7 @@ def _rank_catalogue(
     validate: bool,
     backend: str,
 ) -> Tensor:
-    _check_choice("ties", ties, TIES)
+    check_choice("ties", ties, TIES)
     if (
         users.dim() != 2
         or items.dim() != 2
@@ -383,29 +392,29 @@ def _rank_catalogue(
             f"{list(items.shape)} in {items.dtype}"
         )
     users, items = users.detach(), items.detach()
-    _check_device("items", items, users.device)
+    check_device("items", items, users.device)
     leading, n_items = users.shape[:1], items.shape[0]
-    target = _indices("target", target, leading, users.device)
+    target = indices("target", target, leading, users.device)
     if seen is not None:
         if seen.dim() != 2:
             raise ValueError(f"seen must be [B, S], got {list(seen.shape)}")
-        seen = _indices("seen", seen, (users.shape[0], seen.shape[1]), users.device)
+        seen = indices("seen", seen, (users.shape[0], seen.shape[1]), users.device)
     kinds, ks = _codes(names)
     chosen = CATALOGUE_METRICS.choose(backend, RankingCase(users.device.type))
     if chosen != "reference":
         call = _Catalogue(users, items, target, seen, kinds, ks, TIES.index(ties), output)
         values, faults = CATALOGUE_METRICS(chosen, call)
         if validate and users.is_cuda:
-            _raise_first("users", faults.tolist(), leading, target, None, n_items)
+            raise_first("users", faults.tolist(), leading, target, None, n_items)
         return values
     rows = reference.catalogue_metrics(
         users, items, target, metrics=(*names, "rank"), seen=seen, ties=ties
     )
     if not torch.compiler.is_compiling() and (validate or not users.is_cuda):
-        faults = _find_faults(rows["rank"], target, None, n_items)
+        faults = find_faults(rows["rank"], target, None, n_items)
         if seen is not None:
-            faults[2] = _first((seen >= n_items).any(-1) & (target >= 0))
-        _raise_first("users", faults, leading, target, None, n_items)
+            faults[2] = first_of((seen >= n_items).any(-1) & (target >= 0))
+        raise_first("users", faults, leading, target, None, n_items)
     return _pack(rows, names, output)
 
 
@@ -441,102 +450,3 @@ def _metric_names(metrics: Sequence[str]) -> tuple[str, ...]:
     if isinstance(metrics, str):  # whose letters would be taken for names
         raise ValueError(f"metrics must be a sequence of names, ({metrics!r},), got a text")
     return tuple(metrics)
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
-
-
-def _expand(name: str, tensor: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
-    """View ``tensor`` in ``shape``, without a copy."""
-    _check_device(name, tensor, device)
-    if tensor.shape == shape:  # the ordinary call, without a view
-        return tensor
-    missing = len(shape) - tensor.dim()
-    if missing < 0 or any(
-        size not in (1, wanted) for size, wanted in zip(tensor.shape, shape[missing:], strict=True)
-    ):
-        raise ValueError(f"{name} must broadcast to {list(shape)}, got {list(tensor.shape)}")
-    return tensor.expand(shape)
-
-
-def _indices(name: str, tensor: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
-    """Return int64 indices in ``shape``, contiguous: one number a row."""
-    if tensor.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"{name} must be int64 or int32, got {tensor.dtype}")
-    return _expand(name, tensor, shape, device).long().contiguous()
-
-
-def _first(flags: Tensor) -> int:
-    """Return the number of the first True of ``flags``, or their number."""
-    found = flags.flatten().nonzero()
-    return int(found[0]) if len(found) else flags.numel()
-
-
-def _find_faults(
-    rank: Tensor, target: Tensor | None, counts: Tensor | None, n_items: int
-) -> list[int]:
-    """Sort the NaN rows of the reference by their cause: [NaN, target, counts], as the op does."""
-    bad = rank.isnan()
-    wrong_count = torch.zeros_like(bad)
-    wrong_target = torch.zeros_like(bad)
-    if counts is not None:
-        wrong_count = (counts < 0) | (counts > n_items)
-    if target is not None:
-        limit = n_items if counts is None else counts
-        wrong_target = ((target < -1) | (target >= limit)) & ~wrong_count
-    return [
-        _first(bad & ~wrong_count & ~wrong_target),
-        _first(bad & wrong_target),
-        _first(bad & wrong_count),
-    ]
-
-
-def _raise_first(
-    name: str,
-    faults: list[int],
-    leading: Sequence[int],
-    target: Tensor | None,
-    counts: Tensor | None,
-    n_items: int,
-) -> None:
-    """Raise what the C++ path raises for ``faults``, the first row of each kind."""
-    n_rows = 1
-    for size in leading:
-        n_rows *= size
-    nan_row, target_row, counts_row = faults
-
-    def at(row: int) -> str:
-        place = []
-        for size in reversed(leading):
-            place.append(str(row % size))
-            row //= size
-        return ", ".join(reversed(place))
-
-    if counts_row < n_rows:
-        if counts is None:
-            raise RuntimeError(
-                f"seen[{at(counts_row)}] has an item out of range, expected indices below {n_items}"
-            )
-        raise RuntimeError(
-            f"counts[{at(counts_row)}] is {counts.flatten()[counts_row].item()}, expected 0 to "
-            f"{n_items}"
-        )
-    if target is not None and target_row < n_rows:
-        limit = n_items if counts is None else counts.flatten()[target_row].item()
-        raise RuntimeError(
-            f"target[{at(target_row)}] is {target.flatten()[target_row].item()}, expected an index "
-            f"below {limit}, or -1 for none"
-        )
-    if nan_row < n_rows and name == "users":
-        raise RuntimeError(f"users[{at(nan_row)}] gives a NaN score, expected finite vectors")
-    if nan_row < n_rows:
-        raise RuntimeError(
-            f"scores[{at(nan_row)}] has a NaN, expected numbers (infinities included)"
-        )

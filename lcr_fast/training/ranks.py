@@ -1,9 +1,10 @@
 """Ranks of every target of a split: what they are worth, and how far two sets of them differ."""
 
+import functools
 import hashlib
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ RANKS = "ranks.safetensors"
 _KIND = "ranks"
 CUTS = (1, 5, 10, 20)
 _DRAWS = 1000
+_KEPT_USERS = 1000  # of so many at most the draws are kept, 8 MB
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -70,11 +72,25 @@ def bootstrap(
 def _bootstrap_means(values: NDArray, draws: int = _DRAWS, seed: int = 0) -> NDArray:
     """Means of several metrics [n, M] over resampled users, the same for all: [draws, M]."""
     n, n_metrics = values.shape
-    rng = np.random.default_rng(seed)
     means = np.full((draws, n_metrics), np.nan)
-    for draw in range(draws if n else 0):
-        means[draw] = np.bincount(rng.integers(n, size=n), minlength=n) @ values
-    return means / max(n, 1)
+    if not n:
+        return means
+    counts = _kept_counts(n, draws, seed) if n <= _KEPT_USERS else _counts(n, draws, seed)
+    for draw, of_users in enumerate(counts):
+        means[draw] = of_users @ values
+    return means / n
+
+
+def _counts(n: int, draws: int, seed: int) -> Iterator[NDArray]:
+    """Count how often each of n users is drawn: [n] a draw."""
+    rng = np.random.default_rng(seed)
+    for _ in range(draws):
+        yield np.bincount(rng.integers(n, size=n), minlength=n).astype(float)
+
+
+@functools.lru_cache(maxsize=8)  # every model, metric and group of as many users asks for them
+def _kept_counts(n: int, draws: int, seed: int) -> NDArray:
+    return np.stack(list(_counts(n, draws, seed)))
 
 
 def _intervals(values: NDArray, means: NDArray, level: float = 0.95) -> list[Interval]:

@@ -1,8 +1,6 @@
 """Readers on made-up files in each format, on malformed ones, and on real ones where present."""
 
 import re
-import subprocess
-import sys
 
 import numpy as np
 import polars as pl
@@ -33,14 +31,6 @@ def test_the_registry_reads_by_name(tmp_path):
     for source in SOURCES:
         with pytest.raises((FileNotFoundError, ValueError), match=r"absent"):
             read(source, tmp_path / "absent")
-
-
-def test_training_and_serving_do_not_need_polars():
-    code = (
-        "import sys, lcr_fast, lcr_fast.data.batching, lcr_fast.data.negatives\n"
-        "assert 'polars' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_frames(shop, tmp_path):
