@@ -254,12 +254,13 @@ def kuaisar(folder):
     for line, row in enumerate(rows_of(folder / "src_inter.csv", fields), 1):
         user, item = integer(row["user_id"]), integer(row["item_id"])
         time = milliseconds(row["search_session_timestamp"], least=10**11)
-        words = text(row["keyword"])
-        require(re.fullmatch(r"\[\s*([0-9]+\s*(,\s*[0-9]+\s*)*)?\]", words), words)
+        words = text(row["keyword"], nullable=True)
+        listed = r"\[\s*([0-9]+\s*(,\s*[0-9]+\s*)*)?\]"
+        require(words is None or re.fullmatch(listed, words), words)
         session = (user, text(row["search_session_id"]), time, words)
         if session not in found:
             found[session] = line
-            told.search(line, user, time, re.findall("[0-9]+", words))
+            told.search(line, user, time, re.findall("[0-9]+", words or ""))
         if number(row["click_cnt"]) > 0:
             told.click(found[session], item, time)
     return told.done()

@@ -2,7 +2,12 @@
 
 import json
 import math
+import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -184,6 +189,43 @@ def test_one_dead_process_ends_the_job_and_any_number_resumes(train, alone, tmp_
     _, errors, ends = train(1, tmp_path, ["supervised"])
     assert ends == [0], errors
     assert_same_run(tmp_path / "supervised", alone / "supervised")
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for a rank in /proc")
+def test_torchrun_ends_with_a_rank_and_one_process_resumes(prepared_folder, tmp_path):
+    command = ["-m", "lcr_fast", "train", "--data", prepared_folder, "--out", tmp_path]
+    command += ["--variants", "lcr", "--dim", "8", "--epochs", "3", "--batch-size", "4"]
+    lines = tmp_path / "lcr" / METRICS
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    with subprocess.Popen([*torchrun, *command], stderr=subprocess.PIPE, text=True) as agent:
+        while not (lines.is_file() and lines.read_text()):
+            assert agent.poll() is None
+            time.sleep(0.05)
+        os.kill(_process_of(agent.pid, rank=1), signal.SIGKILL)
+        _, errors = agent.communicate()
+    assert agent.returncode == 1
+    said = [line for line in errors.splitlines() if line.startswith("lcr-fast train:")]
+    assert said == [
+        "lcr-fast train: the job was stopped, or another of its processes ended; --resume "
+        "continues from the last checkpoint"
+    ]
+    assert len(curve(lines.parent)) < 4
+    subprocess.run([sys.executable, *command, "--resume"], check=True)
+    assert [line["epoch"] for line in curve(lines.parent)] == [0, 1, 2, 3]
+    assert (tmp_path / "results.md").is_file()
+
+
+def _process_of(agent: int, rank: int) -> int:
+    """Find a process that torchrun has started."""
+    started = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+    variable = f"RANK={rank}".encode()
+    (found,) = (
+        int(process)
+        for process in started
+        if variable in Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+    )
+    return found
 
 
 def test_commands_for_one_process_say_so(job, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from . import splits
+from . import progress, splits
 from .core import k_core as core_of
 from .folder import require_free, write_folder
 from .log import TERM_END, InteractionLog, Vectors
@@ -21,6 +21,8 @@ from .prepared import SPLITS, PreparedData, Sizes
 from .segments import lower_bound, offsets_of
 from .splits import Split
 
+_HISTORY = ("min_history", "min_rec_history", "min_search_history")
+_N_STEPS = 7  # that a progress bar tells
 _NEGATIVES_CHUNK = 8192  # samples whose negatives are drawn at a time, to bound memory
 
 
@@ -66,11 +68,7 @@ def prepare(
     without any sample, where negatives run out for all, and if ``out`` is occupied; nothing is
     written then.
     """
-    history = {
-        "min_history": min_history,
-        "min_rec_history": min_rec_history,
-        "min_search_history": min_search_history,
-    }
+    history = dict(zip(_HISTORY, (min_history, min_rec_history, min_search_history), strict=True))
     least = {
         "seed": 0,
         "n_negatives": 0,
@@ -90,9 +88,52 @@ def prepare(
     if split == "time" and not log.common_clock:
         raise ValueError(f"{log.source}: times compare within a user only: no split by time")
     require_free(out, overwrite)
-    if k_core:
-        log = core_of(log, k_core)
-    events = _with_samples(log, history, needed=vocabulary is None or split == "time")
+    with progress.steps("prepare", _N_STEPS) as begin:
+        begin("histories")
+        if k_core:
+            log = core_of(log, k_core)
+        arrays, notes, items, queries = _arrays(log, options, vocabulary, begin)
+        data = PreparedData(arrays, {})
+        begin("negatives")
+        for number, name in enumerate(("valid", "test")):
+            rng = np.random.default_rng([seed, number])
+            arrays[f"{name}_negatives"] = _negatives(data, rng, name, negatives, n_negatives)
+        manifest = {
+            "source": log.source,
+            "counts": _counts(data),
+            "options": options,
+            "notes": [*log.notes, *notes],
+        }
+
+        def fill(folder: Path) -> None:
+            for name, array in arrays.items():
+                np.save(folder / f"{name}.npy", array, allow_pickle=False)
+            for name, vectors, ids, n_rows in (
+                ("item_text", log.item_text, items, data.n_items + 1),
+                ("query_text", log.query_text, queries, data.n_queries + 1),
+            ):
+                ours = None if vocabulary is None else vocabulary.arrays.get(name)
+                if vectors is not None or ours is not None:
+                    _write_vectors(folder / f"{name}.npy", vectors, ids, n_rows, ours)
+
+        begin("files")
+        folder = write_folder(out, manifest, fill, overwrite=overwrite)
+    return PreparedData.open(folder, verify=False)
+
+
+def _arrays(
+    log: InteractionLog,
+    options: dict[str, Any],
+    vocabulary: PreparedData | None,
+    begin: Callable[[str], None],
+) -> tuple[dict[str, NDArray], list[str], pl.DataFrame, pl.DataFrame]:
+    """Make all arrays but the negatives, and notes; return the numbers of items and queries too.
+
+    Queries are named by the key of a search that has them.
+    """
+    history = {name: options[name] for name in _HISTORY}
+    needed = vocabulary is None or options["split"] == "time"
+    events = _with_samples(log, history, needed=needed)
     notes = [_samples_note(events, history)]
     searches, clicks = log.searches, log.clicks
     if vocabulary is None:
@@ -100,45 +141,27 @@ def prepare(
         notes.append(kept)
     notes += _time_notes(log, events, clicks)
     known = _known_ids(vocabulary)
+    begin("ids")
     users = _numbered([events["user"], searches["user"]], known["users"])
     items = _numbered([events["item"], clicks["item"], _shown(events)["item"]], known["items"])
     arrays: dict[str, NDArray] = {}
+    begin("events")
     events = _add_events(arrays, events, users, items)
+    begin("searches")
     searches = _add_searches(arrays, searches, users)
     _add_clicks(arrays, clicks, searches, items)
     queries = _add_queries(arrays, searches, known)
     _add_seen(arrays)
     for name, table in (("user", users), ("item", items)):
         arrays |= _id_table(name, table["text"])
+    begin("samples")
     notes += _add_samples(arrays, events, items, options)
-    if split == "user" and log.common_clock:
+    if options["split"] == "user" and log.common_clock:
         notes += splits.later_than_tests(arrays["train_times"], arrays["test_times"])
-    data = PreparedData(arrays, {})
     if vocabulary is not None:
         arrays["known_sizes"] = np.array(vocabulary.sizes, dtype=np.int64)
-        notes.append(_vocabulary_note(vocabulary, data.sizes))
-    for number, name in enumerate(("valid", "test")):
-        rng = np.random.default_rng([seed, number])
-        arrays[f"{name}_negatives"] = _negatives(data, rng, name, negatives, n_negatives)
-    manifest = {
-        "source": log.source,
-        "counts": _counts(data),
-        "options": options,
-        "notes": [*log.notes, *notes],
-    }
-
-    def fill(folder: Path) -> None:
-        for name, array in arrays.items():
-            np.save(folder / f"{name}.npy", array, allow_pickle=False)
-        for name, vectors, ids, n_rows in (
-            ("item_text", log.item_text, items, data.n_items + 1),
-            ("query_text", log.query_text, queries, data.n_queries + 1),
-        ):
-            ours = None if vocabulary is None else vocabulary.arrays.get(name)
-            if vectors is not None or ours is not None:
-                _write_vectors(folder / f"{name}.npy", vectors, ids, n_rows, ours)
-
-    return PreparedData.open(write_folder(out, manifest, fill, overwrite=overwrite), verify=False)
+        notes.append(_vocabulary_note(vocabulary, PreparedData(arrays, {}).sizes))
+    return arrays, notes, items, queries
 
 
 def _check_options(options: dict[str, Any], least: dict[str, int]) -> None:
@@ -366,22 +389,23 @@ def _add_seen(arrays: dict[str, NDArray]) -> None:
     n_users = len(arrays["rec_offsets"]) - 2
     every_user = np.arange(n_users + 1, dtype=np.int32)
     searcher = np.repeat(every_user, np.diff(arrays["search_offsets"]))
-    sights = pl.DataFrame(
-        {
-            "u": np.concatenate(
-                [
-                    np.repeat(every_user, np.diff(arrays["rec_offsets"])),
-                    np.repeat(searcher, np.diff(arrays["click_offsets"])),
-                ]
-            ),
-            "i": np.concatenate([arrays["rec_items"], arrays["click_items"]]),
-            "time": np.concatenate([arrays["rec_times"], arrays["click_times"]]),
-        }
+    users = np.concatenate(
+        [
+            np.repeat(every_user, np.diff(arrays["rec_offsets"])),
+            np.repeat(searcher, np.diff(arrays["click_offsets"])),
+        ]
     )
-    sights = sights.group_by("u", "i").agg(pl.col("time").min()).sort("u", "i")
-    arrays["seen_offsets"] = offsets_of(sights["u"].to_numpy(), n_users + 1)
-    arrays["seen_items"] = sights["i"].to_numpy()
-    arrays["seen_times"] = sights["time"].to_numpy()
+    items = np.concatenate([arrays["rec_items"], arrays["click_items"]])
+    times = np.concatenate([arrays["rec_times"], arrays["click_times"]])
+    # One number a pair: users are in order already, and NumPy's stable sort takes runs as they are.
+    pairs = users.astype(np.int64) << 32 | items
+    order = np.argsort(pairs, kind="stable")
+    pairs = pairs[order]
+    first = np.flatnonzero(np.diff(pairs, prepend=-1))
+    pairs, times = pairs[first], np.minimum.reduceat(times[order], first)
+    arrays["seen_offsets"] = offsets_of(pairs >> 32, n_users + 1)
+    arrays["seen_items"] = (pairs & (2**32 - 1)).astype(np.int32)
+    arrays["seen_times"] = times
 
 
 def _add_samples(

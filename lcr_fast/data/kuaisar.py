@@ -3,7 +3,8 @@
 The recommendation stream holds the clicked rows of ``rec_inter.csv``, all of them targets; the
 searches are the sessions of ``src_inter.csv``, their terms the word ids of the keyword. KuaiSAR
 dates the search but not the clicks in it, so a click carries its search's time, and the clicks of a
-search stand in the order of the file. Users', items' and network features are not read.
+search stand in the order of the file. A search without a keyword has no words. Users', items' and
+network features are not read.
 """
 
 from __future__ import annotations
@@ -75,8 +76,10 @@ def _events(path: Path, keep_duplicates: bool) -> tuple[pl.DataFrame, list[str]]
 
 
 def _searches(path: Path) -> tuple[pl.DataFrame, pl.DataFrame, list[str]]:
-    rows = read_table(path, _SEARCH_FIELDS)
-    check(rows, pl.col("keyword").str.contains(_WORD_LIST), path, "keyword", "a list of word ids")
+    rows = read_table(path, _SEARCH_FIELDS, nullable=("keyword",))
+    words = pl.col("keyword")
+    valid = words.is_null() | words.str.contains(_WORD_LIST)
+    check(rows, valid, path, "keyword", "a list of word ids")
     rows = rows.with_columns(
         search=pl.col("row").min().over(_SESSION),
         time="search_session_timestamp",

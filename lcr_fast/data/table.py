@@ -9,6 +9,7 @@ from pathlib import Path
 
 import polars as pl
 
+from . import progress
 from .rules import Rule, is_missing
 
 
@@ -46,20 +47,21 @@ def read_table(
             & ~(is_missing(pl.col(name), schema[name]) if name in nullable else pl.lit(False))
             for name, value in typed.items()
         }
-        frame = (
-            raw.select(*fields)
-            .with_row_index("row", offset=1)
-            .select(
-                pl.col("row").cast(pl.Int64),
-                *(value.alias(name) for name, value in typed.items()),
-                *(value.alias(_flag_of(name)) for name, value in broken.items()),
-            )
-        )
         bad = pl.any_horizontal(pl.lit(False), *(_flag_of(name) for name in fields))
         # Of a line of text all fields are parsed: polars would not miss, nor mind, one too many.
         flags = pl.QueryOptFlags(projection_pushdown=is_columnar(path))
-        kept = frame if keep is None else frame.filter(keep | bad)
-        table = kept.collect(engine="streaming", optimizations=flags)
+        with progress.passing(raw, path.name) as rows:
+            frame = (
+                rows.select(*fields)
+                .with_row_index("row", offset=1)
+                .select(
+                    pl.col("row").cast(pl.Int64),
+                    *(value.alias(name) for name, value in typed.items()),
+                    *(value.alias(_flag_of(name)) for name, value in broken.items()),
+                )
+            )
+            kept = frame if keep is None else frame.filter(keep | bad)
+            table = kept.collect(engine="streaming", optimizations=flags)
         wrong = table.filter(bad)
         if wrong.height:
             first = wrong.sort("row").row(0, named=True)
