@@ -53,6 +53,15 @@ void reasoning_forward(const ReasoningArgs& args, const WeightArg* weights,
                        const ReasoningResults& results, int64_t n_threads,
                        const Parallel& parallel);
 
+// The same on float32 states and weights that were packed before, which spares each call that work:
+// pack_reasoning() writes reasoning_floats() of them.
+int64_t reasoning_floats(const TransformerShape& shape);
+void pack_reasoning(const TransformerShape& shape, const WeightArg* weights, float* packed,
+                    const Parallel& parallel);
+void reasoning_forward(const ReasoningArgs& args, const float* packed,
+                       const ReasoningResults& results, int64_t n_threads,
+                       const Parallel& parallel);
+
 // A user leaves after the first k < K steps at which
 //   bias[k] + weight . [m; |m - m'|; |m - 2 m' + m''|] >= 0
 // where m [2 D] holds the means of both streams' states after k steps, m' and m'' those before.
@@ -97,6 +106,13 @@ struct EncoderArgs {
 };
 
 void encoder_forward(const EncoderArgs& args, const WeightArg* weights, void* out,
+                     const Parallel& parallel);
+
+// The same on weights of this stream that were packed before; see reasoning_floats().
+int64_t encoder_floats(const TransformerShape& shape);
+void pack_encoder(const TransformerShape& shape, int64_t stream, const WeightArg* weights,
+                  float* packed, const Parallel& parallel);
+void encoder_forward(const EncoderArgs& args, const float* packed, void* out,
                      const Parallel& parallel);
 
 // `dweights` [n_layers, 2, ...]: those of the other stream become 0.

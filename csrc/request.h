@@ -5,11 +5,36 @@
 // four or more terms or clicks in another order. Of a history only the valid events are read.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #include "reasoning.h"
 #include "scoring.h"
 
 namespace lcr_fast {
+
+// The widths of a model's layers.
+struct RequestLayers {
+  TransformerShape encoder;
+  TransformerShape reasoning;   // n_sets 0: none
+  bool reads_users;             // the head's MLP
+  std::vector<int64_t> widths;  // of the MLP's layers; the last is 1
+};
+
+// Where the weights of those layers stand, packed once for many requests; offsets in floats.
+struct RequestLayout {
+  explicit RequestLayout(const RequestLayers& layers);
+
+  int64_t encoder[2];
+  int64_t reasoning;
+  int64_t target_weight;
+  int64_t first_transposed;  // see ScoringArgs
+  std::vector<int64_t> weights, biases;
+  int64_t size;
+};
+
+// Write RequestLayout.size floats. The weights of `head` are copied.
+void pack_request(const RequestLayers& layers, const WeightArg* encoder, const WeightArg* reasoning,
+                  const ScoringArgs& head, float* packed);
 
 struct RequestArgs {
   int64_t n_users;
@@ -21,7 +46,7 @@ struct RequestArgs {
   int64_t n_read_clicks;  // the first of them, at most n_clicks
   int64_t n_candidates;
   bool by_terms;              // a query is the mean of its terms
-  const int64_t* user;        // [B], read where there are vectors of users
+  const int64_t* user;        // [B], read where the head reads users
   const int64_t* rec_items;   // [B, L_r]
   const int64_t* queries;     // [B, L_s], rows of the table unless by_terms
   const int64_t* terms;       // [B, L_s, T], rows of the table if by_terms
@@ -30,17 +55,15 @@ struct RequestArgs {
 
   const float* items;  // rows of vectors, row 0 zero
   const float* query_table;
-  const float* users;        // or null
+  const float* users;        // where the head reads them
   const float* position[2];  // [length[x], dim] at least
   const float* seen_bonus;   // [2], or null
 
-  TransformerShape encoder;
-  const WeightArg* encoder_weights;
-  TransformerShape reasoning;
-  const WeightArg* reasoning_weights;
+  RequestLayers layers;
+  const float* packed;  // by pack_request
   int64_t n_steps;
-  float readout;            // share of h^(K) in what is scored
-  const ScoringArgs* head;  // its weights
+  float readout;  // share of h^(K) in what is scored
+  bool dot;       // see ScoringArgs
 };
 
 // scores [B, C]; -inf for candidate 0. One user takes one thread, or two, a stream each.

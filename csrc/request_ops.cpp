@@ -26,25 +26,53 @@ void alone(int64_t n_tasks, const Task& task) {
   if (n_tasks > 0) task(0, n_tasks);
 }
 
+// What the head's MLP reads is told by its first layer.
+bool reads_users(const Tensors& mlp_weights, int64_t dim) {
+  return !mlp_weights.empty() && mlp_weights[0].dim() == 2 && mlp_weights[0].size(1) == 4 * dim;
+}
+
+Tensor request_weights(Tensors encoder, Tensors reasoning, const Tensor& target_weight,
+                       Tensors mlp_weights, Tensors mlp_biases, int64_t n_heads) {
+  check(target_weight.dim() == 3, "target_weight must be [2, D, D]");
+  RequestLayers layers{};
+  std::vector<WeightArg> encoder_args, reasoning_args;
+  layers.encoder = weights_shape(encoder, 1, n_heads, ScalarType::Float, encoder_args);
+  const int64_t D = layers.encoder.dim;
+  check(layers.encoder.ffn_dim > 0, "the encoder must have an FFN");
+  if (!reasoning.empty())
+    layers.reasoning = weights_shape(reasoning, 2, n_heads, ScalarType::Float, reasoning_args);
+  check(reasoning.empty() || layers.reasoning.dim == D, "the reasoning must be of width ", D);
+  ScoringArgs head{};
+  head.dim = D;
+  layers.reads_users = reads_users(mlp_weights, D);
+  static const float kNobody = 0;
+  if (layers.reads_users) head.user = &kNobody;  // for the width alone
+  set_head(head, target_weight, mlp_weights, mlp_biases, true);
+  layers.widths = head.widths;
+  Tensor packed = torch::stable::new_empty(target_weight, {RequestLayout(layers).size});
+  pack_request(layers, encoder_args.data(), reasoning_args.data(), head,
+               packed.mutable_data_ptr<float>());
+  return packed;
+}
+
 Tensor request(const Tensor& user, const Tensor& rec_items, const Tensor& rec_lengths,
                const Tensor& search_queries, const Tensor& search_terms,
                const Tensor& search_clicks, const Tensor& search_lengths, const Tensor& candidates,
                const Tensor& items, const Tensor& queries, const Tensor& users,
-               const Tensor& search_position, const Tensor& rec_position, Tensors encoder,
-               Tensors reasoning, const Tensor& target_weight, const Tensor& seen_bonus,
-               Tensors mlp_weights, Tensors mlp_biases, int64_t steps, int64_t n_heads,
-               int64_t max_clicks, double readout, bool terms, bool dot, int64_t n_threads) {
+               const Tensor& search_position, const Tensor& rec_position, const Tensor& seen_bonus,
+               const Tensor& weights, std::vector<int64_t> widths, int64_t n_layers, int64_t ffn,
+               int64_t n_sets, int64_t step_ffn, int64_t steps, int64_t n_heads, int64_t max_clicks,
+               double readout, bool terms, bool dot, int64_t n_threads) {
   check(rec_items.dim() == 2 && search_terms.dim() == 3 && search_clicks.dim() == 3 &&
-            candidates.dim() == 2 && target_weight.dim() == 3,
-        "a batch has the dimensions of lcr_fast.Batch");
+            candidates.dim() == 2 && items.dim() == 2,
+        "a batch has the dimensions of lcr_fast.Batch, and items are [rows, dim]");
   check(steps >= 0 && max_clicks >= 0 && n_threads >= 1,
         "steps and max_clicks must not be negative and n_threads be positive, got ", steps, ", ",
         max_clicks, " and ", n_threads);
-  const int64_t B = rec_items.size(0), D = target_weight.size(1);
+  const int64_t B = rec_items.size(0), D = items.size(1);
   const int64_t n_search = search_terms.size(1), n_rec = rec_items.size(1);
   RequestArgs a{};
   a.n_users = B;
-  a.dim = D;
   a.length[0] = n_search;
   a.length[1] = n_rec;
   a.lengths[0] = ids_below(search_lengths, "search_lengths", {B}, n_search + 1);
@@ -66,32 +94,26 @@ Tensor request(const Tensor& user, const Tensor& rec_items, const Tensor& rec_le
   else
     a.queries = ids_below(search_queries, "search_queries", {B, n_search}, queries.size(0));
   if (seen_bonus.numel() > 0) a.seen_bonus = floats(seen_bonus, "seen_bonus", {2});
-  std::vector<WeightArg> encoder_weights, reasoning_weights;
-  a.encoder = weights_shape(encoder, 1, n_heads, ScalarType::Float, encoder_weights);
-  check(a.encoder.dim == D && a.encoder.ffn_dim > 0, "the encoder must be of width ", D,
-        " and have an FFN");
-  a.encoder_weights = encoder_weights.data();
-  if (steps > 0) {
-    a.reasoning = weights_shape(reasoning, 2, n_heads, ScalarType::Float, reasoning_weights);
-    check(a.reasoning.dim == D && (a.reasoning.n_sets == 1 || a.reasoning.n_sets >= steps),
-          "the reasoning must be of width ", D, " and have a set of weights for each step");
-    a.reasoning_weights = reasoning_weights.data();
-  }
-  a.n_steps = steps;
-  a.readout = static_cast<float>(readout);
-  ScoringArgs head{};
-  head.n_users = B;
-  head.n_trajectories = 1;
-  head.dim = D;
-  const bool reads_users =
-      !mlp_weights.empty() && mlp_weights[0].dim() == 2 && mlp_weights[0].size(1) == 4 * D;
-  if (reads_users) {
+  check(D > 0 && n_heads > 0 && D % n_heads == 0, "n_heads must divide the width ", D, ", got ",
+        n_heads);
+  bool fit = n_layers >= 0 && ffn > 0 && step_ffn >= 0 && n_sets >= 0;
+  fit = fit && (steps == 0 || n_sets == 1 || n_sets >= steps);
+  for (int64_t width : widths) fit = fit && width > 0;
+  check(fit, "no layers for ", steps, " steps: n_layers ", n_layers, ", ffn ", ffn, ", n_sets ",
+        n_sets, ", step_ffn ", step_ffn);
+  check(widths.empty() || widths.back() == 1, "the MLP must end in one score");
+  a.layers.encoder = {D, n_heads, ffn, n_layers};
+  a.layers.reasoning = {D, n_heads, step_ffn, n_sets};
+  a.layers.widths = std::move(widths);
+  a.layers.reads_users = users.dim() == 2;
+  if (a.layers.reads_users) {
     a.users = table(users, "users", D);
     a.user = ids_below(user, "user", {B}, users.size(0));
-    head.user = a.users;  // the rows of the request's users take its place
   }
-  set_head(head, target_weight, mlp_weights, mlp_biases, dot);
-  a.head = &head;
+  a.packed = floats(weights, "weights", {RequestLayout(a.layers).size});
+  a.n_steps = steps;
+  a.readout = static_cast<float>(readout);
+  a.dot = dot;
   Tensor scores = torch::stable::new_empty(items, {B, a.n_candidates});
   if (n_threads == 1)
     score_request(a, scores.mutable_data_ptr<float>(), n_threads, alone);
@@ -104,13 +126,19 @@ Tensor request(const Tensor& user, const Tensor& rec_items, const Tensor& rec_le
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lcr_fast, m) {
   m.def(
+      "cpu_request_weights(Tensor[] encoder, Tensor[] reasoning, Tensor target_weight,"
+      " Tensor[] mlp_weights, Tensor[] mlp_biases, int n_heads) -> Tensor");
+  m.def(
       "cpu_request(Tensor user, Tensor rec_items, Tensor rec_lengths, Tensor search_queries,"
       " Tensor search_terms, Tensor search_clicks, Tensor search_lengths, Tensor candidates,"
       " Tensor items, Tensor queries, Tensor users, Tensor search_position, Tensor rec_position,"
-      " Tensor[] encoder, Tensor[] reasoning, Tensor target_weight, Tensor seen_bonus,"
-      " Tensor[] mlp_weights, Tensor[] mlp_biases, int steps, int n_heads, int max_clicks,"
-      " float readout, bool terms, bool dot, int n_threads) -> Tensor");
+      " Tensor seen_bonus, Tensor weights, int[] widths, int n_layers, int ffn, int n_sets,"
+      " int step_ffn, int steps, int n_heads, int max_clicks, float readout, bool terms, bool dot,"
+      " int n_threads) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(lcr_fast, CPU, m) { m.impl("cpu_request", TORCH_BOX(&request)); }
+STABLE_TORCH_LIBRARY_IMPL(lcr_fast, CPU, m) {
+  m.impl("cpu_request_weights", TORCH_BOX(&request_weights));
+  m.impl("cpu_request", TORCH_BOX(&request));
+}
 
 }  // namespace lcr_fast

@@ -23,11 +23,15 @@ struct ScoringArgs {
   const float* target_weight;         // [2, dim, dim]
   std::vector<const float*> weights;  // layer l: [widths[l], widths[l - 1]]; none: the dot head
   std::vector<const float*> biases;
-  std::vector<int64_t> widths;  // the last is 1
-  bool dot;                     // add (z_r + z_s)^T e to the MLP; without an MLP it is the score
+  std::vector<int64_t> widths;    // the last is 1
+  bool dot;                       // add (z_r + z_s)^T e to the MLP; without an MLP it is the score
+  const float* first_transposed;  // [inputs, widths[0]], or null: each call makes it
 
   int64_t inputs() const { return dim * (user == nullptr ? 3 : 4); }  // of the first layer
 };
+
+// Write what args.first_transposed holds.
+void transpose_first(const ScoringArgs& args, float* out);
 
 // Candidates of each user: rows of an item table.
 struct CandidateArgs {

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 import test_cpu_reasoning
+import test_request
 import test_scoring
 from lcr_fast import ops
 from lcr_fast.ops import ranking
+from lcr_fast.serving.scorer import Scorer
 from lcr_fast.testing import random_encoder, random_reasoning, run_encoder, run_reasoning
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -40,6 +42,9 @@ def results() -> Iterator[tuple[str, Iterable[Tensor]]]:
             yield f"score {n_candidates}, {head}", case.run("cpp").values()
         case = test_scoring.catalogue_case(300, head)
         yield f"catalogue, {head}", case.catalogue(ops.score_topk, 300)
+    for changes in test_request.CONFIGS:
+        model = test_request.make(**changes)
+        yield f"request {changes}", map(Scorer(model), test_request.batches(model.config))
     g = torch.Generator().manual_seed(0)
     for dtype in (*DTYPES, torch.float64):
         users, items = (torch.randn(n, 33, generator=g).to(dtype) for n in (6, 3000))

@@ -7,6 +7,7 @@ so that an extension can be tried that is not the installed one.
 import json
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +23,9 @@ def zeros(*shape: int, dtype: torch.dtype = F32) -> Tensor:
 IDS = zeros(B, dtype=I64)
 
 
-def call(op: str, arguments: dict[str, object], changes: dict[str, object]) -> None:
+def call(op: str, arguments: dict[str, object], changes: dict[str, object]) -> Any:
     assert not changes.keys() - arguments.keys()
-    getattr(torch.ops.lcr_fast, op)(*(arguments | changes).values())
+    return getattr(torch.ops.lcr_fast, op)(*(arguments | changes).values())
 
 
 def noise(**changes: object) -> None:
@@ -53,11 +54,11 @@ def catalogue(**changes: object) -> None:
     call("catalogue_metrics", arguments, changes)
 
 
-def block(n_attentions: int, ffn_dim: int = F) -> list[Tensor]:
-    attention = (zeros(1, 2, 3 * D, D), zeros(1, 2, 3 * D), zeros(1, 2, D, D), zeros(1, 2, D))
-    ffn = (zeros(1, 2, ffn_dim, D), zeros(1, 2, ffn_dim), zeros(1, 2, D, ffn_dim), zeros(1, 2, D))
-    norms = (zeros(1, 2, n_attentions + 1, D),) * 2
-    return [*attention * n_attentions, *ffn, *norms]
+def block(n_attentions: int, ffn_dim: int = F, dim: int = D) -> list[Tensor]:
+    attention = ((3 * dim, dim), (3 * dim,), (dim, dim), (dim,))
+    ffn = ((ffn_dim, dim), (ffn_dim,), (dim, ffn_dim), (dim,))
+    norms = ((n_attentions + 1, dim),) * 2
+    return [zeros(1, 2, *shape) for shape in (*attention * n_attentions, *ffn, *norms)]
 
 
 def reasoning(**changes: object) -> None:
@@ -116,6 +117,12 @@ def rank(**changes: object) -> None:
     call("cpu_score_rank", arguments, changes)
 
 
+def request_weights(**changes: object) -> Tensor:
+    arguments = {"encoder": block(1), "reasoning": block(2), "target_weight": zeros(2, D, D)}
+    arguments |= {"mlp_weights": [], "mlp_biases": [], "n_heads": 2}
+    return call("cpu_request_weights", arguments, changes)
+
+
 def request(**changes: object) -> None:
     ids = {"user": zeros(B, dtype=I64), "rec_items": zeros(B, L, dtype=I64)}
     ids |= {"rec_lengths": IDS, "search_queries": zeros(B, L, dtype=I64)}
@@ -123,8 +130,8 @@ def request(**changes: object) -> None:
     ids |= {"search_lengths": IDS, "candidates": zeros(B, 4, dtype=I64)}
     weights = {"items": zeros(N_ITEMS + 1, D), "queries": zeros(4, D), "users": zeros(0)}
     weights |= {"search_position": zeros(L, D), "rec_position": zeros(L, D)}
-    weights |= {"encoder": block(1), "reasoning": block(2), "target_weight": zeros(2, D, D)}
-    weights |= {"seen_bonus": zeros(2), "mlp_weights": [], "mlp_biases": []}
+    weights |= {"seen_bonus": zeros(2), "weights": request_weights(), "widths": []}
+    weights |= {"n_layers": 1, "ffn": F, "n_sets": 1, "step_ffn": F}
     more = {"steps": 1, "n_heads": 2, "max_clicks": 2, "readout": 1.0, "terms": True, "dot": True}
     call("cpu_request", {**ids, **weights, **more, "n_threads": 1}, changes)
 
@@ -231,18 +238,22 @@ ERRORS: dict[str, Callable[[], None]] = {
     "k must be at least 1, got 0": lambda: topk(k=0),
     "target must be in 0..6, got -1": lambda: rank(target=IDS - 1),
     # request_ops.cpp
-    "a batch has the dimensions of lcr_fast.Batch": lambda: request(candidates=IDS),
+    "a batch has the dimensions of lcr_fast.Batch, and items are [rows, dim]":
+        lambda: request(candidates=IDS),
     "steps and max_clicks must not be negative and n_threads be positive, got -1, 2 and 1":
         lambda: request(steps=-1),
     "search_clicks must be in 0..6, got 7":
         lambda: request(search_clicks=zeros(B, L, 2, dtype=I64) + 7),
-    "users must be [rows, dim]":
-        lambda: request(mlp_weights=[zeros(1, 4 * D)], mlp_biases=[zeros(1)]),
+    "queries must be [rows, dim]":
+        lambda: request(queries=zeros(4)),
     "rec_position has 1 rows, and a history 3 events": lambda: request(rec_position=zeros(1, D)),
-    "the encoder must be of width 8 and have an FFN": lambda: request(encoder=block(1, ffn_dim=0)),
-    "the reasoning must be of width 8 and have a set of weights for each step":
-        lambda: request(reasoning=[w.expand(2, *w.shape[1:]).contiguous() for w in block(2)],
-                        steps=3),
+    "weights must be contiguous float32 of a fitting shape": lambda: request(ffn=F + 1),
+    "no layers for 3 steps: n_layers 1, ffn 12, n_sets 2, step_ffn 12":
+        lambda: request(steps=3, n_sets=2),
+    "target_weight must be [2, D, D]": lambda: request_weights(target_weight=zeros(D)),
+    "the encoder must have an FFN": lambda: request_weights(encoder=block(1, ffn_dim=0)),
+    "the reasoning must be of width 8":
+        lambda: request_weights(reasoning=block(2, dim=4)),
 }  # fmt: skip
 
 

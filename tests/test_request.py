@@ -86,6 +86,21 @@ def test_what_stands_behind_a_length_is_not_read():
     assert torch.equal(scorer(other), scorer(batch))
 
 
+def test_weights_are_those_of_its_making():
+    model = make(user_embedding=True)
+    batch = next(batches(model.config))
+    scorer = Scorer(model)
+    before = scorer(batch)
+    with torch.no_grad():
+        for layer in (model.encoder, model.reasoning, model.head):
+            for parameter in layer.parameters():
+                parameter.mul_(1.5)
+        after = model(batch)
+    assert not torch.equal(before, after)
+    assert torch.equal(scorer(batch), before)
+    assert torch.equal(Scorer(model)(batch), after)
+
+
 def test_strided_ids():
     model = make()
     batch = next(batches(model.config))

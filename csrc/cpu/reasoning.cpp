@@ -3,14 +3,11 @@
 #include "../reasoning.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
-#include <vector>
 
 #include "../cpu_level.h"
 #include "convert.h"
 #include "reasoning_kernels.h"
+#include "scratch.h"
 
 namespace lcr_fast {
 namespace {
@@ -27,30 +24,6 @@ const ReasoningKernels& kernels_of(FloatType type) {
 }
 
 static_assert(kReasoningWeights <= kMaxWeights && kEncoderWeights <= kMaxWeights);
-
-struct FreeAligned {
-  void operator()(float* p) const { std::free(p); }
-};
-using Floats = std::unique_ptr<float[], FreeAligned>;
-
-Floats new_floats(int64_t n) {
-  constexpr size_t kLine = 64;
-  const size_t bytes = (static_cast<size_t>(n) * sizeof(float) + kLine - 1) / kLine * kLine;
-  void* p = std::aligned_alloc(kLine, std::max(bytes, kLine));
-  if (p == nullptr) throw std::bad_alloc();
-  return Floats(static_cast<float*>(p));
-}
-
-// Scratch of this thread, kept for its next task: fresh memory would fault in page by page.
-float* thread_scratch(int64_t n) {
-  thread_local Floats scratch;
-  thread_local int64_t size = 0;
-  if (size < n) {
-    scratch = new_floats(n);
-    size = n;
-  }
-  return scratch.get();
-}
 
 // Weights in float32, converted where they are stored in halves.
 class FloatWeights {
@@ -97,28 +70,28 @@ BlockRange encoder_blocks(const TransformerShape& shape, int64_t stream) {
   return {shape.n_sets, stream, 2};
 }
 
-// The weights of a range of blocks, packed for the kernels.
-struct PackedWeights {
-  Floats forward;
-  Floats backward;  // null in a forward pass
-};
-
-PackedWeights pack_weights(const BlockSpec& spec, const BlockRange& range, int64_t n_sets,
-                           const WeightArg* weights, const ReasoningKernels& kernels, bool backward,
-                           const Parallel& parallel) {
+// Pack the weights of a range of blocks: one behind the other in `forward` and, where it is not
+// null, in `backward`.
+void pack_blocks(const BlockSpec& spec, const BlockRange& range, int64_t n_sets,
+                 const WeightArg* weights, const ReasoningKernels& kernels, float* forward,
+                 float* backward, const Parallel& parallel) {
   const FloatWeights floats(spec, n_sets, weights);
   const int64_t size = forward_layout(spec).size, backward_size = backward_layout(spec).size;
-  PackedWeights packed;
-  packed.forward = new_floats(range.n_blocks * size);
-  if (backward) packed.backward = new_floats(range.n_blocks * backward_size);
   parallel(range.n_blocks, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      kernels.pack_forward(spec, floats.get(), range.index(i), packed.forward.get() + i * size);
-      if (backward)
-        kernels.pack_backward(spec, floats.get(), range.index(i),
-                              packed.backward.get() + i * backward_size);
+      kernels.pack_forward(spec, floats.get(), range.index(i), forward + i * size);
+      if (backward != nullptr)
+        kernels.pack_backward(spec, floats.get(), range.index(i), backward + i * backward_size);
     }
   });
+}
+
+Floats packed_blocks(const TransformerShape& shape, int n_attentions, const BlockRange& range,
+                     FloatType type, const WeightArg* weights, const Parallel& parallel) {
+  const BlockSpec spec = spec_of(shape, n_attentions);
+  Floats packed = new_floats(range.n_blocks * forward_layout(spec).size);
+  pack_blocks(spec, range, shape.n_sets, weights, kernels_of(type), packed.get(), nullptr,
+              parallel);
   return packed;
 }
 
@@ -137,8 +110,11 @@ class GradientSums {
         weights_(weights),
         n_groups_(std::clamp<int64_t>((n_users + kGroup - 1) / kGroup, 1, kMaxGroups)),
         n_users_(n_users),
-        packed_(pack_weights(spec, range, n_sets, weights, kernels, true, parallel)),
-        sums_(new_floats(n_groups_ * size())) {}
+        forward_(new_floats(range.n_blocks * forward_layout(spec).size)),
+        backward_(new_floats(range.n_blocks * backward_layout(spec).size)),
+        sums_(new_floats(n_groups_ * size())) {
+    pack_blocks(spec, range, n_sets, weights, kernels, forward_.get(), backward_.get(), parallel);
+  }
 
   // Run `user(weights, b)` for every user, groups in parallel.
   template <class User>
@@ -147,7 +123,7 @@ class GradientSums {
       for (int64_t group = begin; group < end; ++group) {
         float* sums = sums_.get() + group * size();
         std::fill_n(sums, size(), 0.0f);
-        const BackwardWeights weights{packed_.forward.get(), packed_.backward.get(), sums};
+        const BackwardWeights weights{forward_.get(), backward_.get(), sums};
         const int64_t last = (group + 1) * n_users_ / n_groups_;
         for (int64_t b = group * n_users_ / n_groups_; b < last; ++b) user(weights, b);
       }
@@ -195,21 +171,35 @@ class GradientSums {
   BlockLayout at_;
   const WeightArg* weights_;
   int64_t n_groups_, n_users_;
-  PackedWeights packed_;
-  Floats sums_;
+  Floats forward_, backward_, sums_;
 };
 
 }  // namespace
 
 // -- reasoning ------------------------------------------------------------------------------------
 
+int64_t reasoning_floats(const TransformerShape& shape) {
+  return reasoning_blocks(shape).n_blocks * forward_layout(spec_of(shape, 2)).size;
+}
+
+void pack_reasoning(const TransformerShape& shape, const WeightArg* weights, float* packed,
+                    const Parallel& parallel) {
+  pack_blocks(spec_of(shape, 2), reasoning_blocks(shape), shape.n_sets, weights,
+              kernels_of(FloatType::kFloat32), packed, nullptr, parallel);
+}
+
 void reasoning_forward(const ReasoningArgs& args, const WeightArg* weights,
                        const ReasoningResults& results, int64_t n_threads,
                        const Parallel& parallel) {
+  const Floats packed =
+      packed_blocks(args.shape, 2, reasoning_blocks(args.shape), args.type, weights, parallel);
+  reasoning_forward(args, packed.get(), results, n_threads, parallel);
+}
+
+void reasoning_forward(const ReasoningArgs& args, const float* packed,
+                       const ReasoningResults& results, int64_t n_threads,
+                       const Parallel& parallel) {
   const ReasoningKernels& kernels = kernels_of(args.type);
-  const PackedWeights made = pack_weights(spec_of(args.shape, 2), reasoning_blocks(args.shape),
-                                          args.shape.n_sets, weights, kernels, false, parallel);
-  const float* packed = made.forward.get();
   const int64_t n_items = args.n_users * args.n_trajectories, n_parts = 2 * args.n_steps;
   const int64_t size = kernels.forward_scratch(args);
   if (n_items > 1 || n_threads == 1) {
@@ -235,9 +225,9 @@ void adaptive_forward(const ReasoningArgs& args, const WeightArg* weights, const
                       void* const* states, int64_t* taken, int64_t n_threads,
                       const Parallel& parallel) {
   const ReasoningKernels& kernels = kernels_of(args.type);
-  const PackedWeights made = pack_weights(spec_of(args.shape, 2), reasoning_blocks(args.shape),
-                                          args.shape.n_sets, weights, kernels, false, parallel);
-  const float* packed = made.forward.get();
+  const Floats made =
+      packed_blocks(args.shape, 2, reasoning_blocks(args.shape), args.type, weights, parallel);
+  const float* packed = made.get();
   const ReasoningResults results{{states[0], states[1]}, nullptr, {nullptr, nullptr}};
   const int64_t size = kernels.exit_scratch(args);
   const Parallel in_turn = [](int64_t n, const Task& task) { task(0, n); };
@@ -278,16 +268,30 @@ void reasoning_backward(const ReasoningArgs& args, const WeightArg* weights,
 
 // -- encoder --------------------------------------------------------------------------------------
 
+int64_t encoder_floats(const TransformerShape& shape) {
+  return shape.n_sets * forward_layout(spec_of(shape, 1)).size;
+}
+
+void pack_encoder(const TransformerShape& shape, int64_t stream, const WeightArg* weights,
+                  float* packed, const Parallel& parallel) {
+  pack_blocks(spec_of(shape, 1), encoder_blocks(shape, stream), shape.n_sets, weights,
+              kernels_of(FloatType::kFloat32), packed, nullptr, parallel);
+}
+
 void encoder_forward(const EncoderArgs& args, const WeightArg* weights, void* out,
                      const Parallel& parallel) {
+  const Floats packed = packed_blocks(args.shape, 1, encoder_blocks(args.shape, args.stream),
+                                      args.type, weights, parallel);
+  encoder_forward(args, packed.get(), out, parallel);
+}
+
+void encoder_forward(const EncoderArgs& args, const float* packed, void* out,
+                     const Parallel& parallel) {
   const ReasoningKernels& kernels = kernels_of(args.type);
-  const PackedWeights packed =
-      pack_weights(spec_of(args.shape, 1), encoder_blocks(args.shape, args.stream),
-                   args.shape.n_sets, weights, kernels, false, parallel);
   const int64_t size = kernels.encoder_scratch(args);
   parallel(args.n_users, [&](int64_t begin, int64_t end) {
     for (int64_t user = begin; user < end; ++user)
-      kernels.encoder_forward(args, packed.forward.get(), out, user, thread_scratch(size));
+      kernels.encoder_forward(args, packed, out, user, thread_scratch(size));
   });
 }
 

@@ -4,59 +4,117 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <utility>
 #include <vector>
+
+#include "scratch.h"
 
 namespace lcr_fast {
 namespace {
 
 constexpr int kSearch = 0, kRec = 1;
 constexpr int64_t kCascade = 16;  // rows that torch's sum adds before it starts a new partial sum
+constexpr int64_t kColumns = 16;  // of a sum at a time
+constexpr int64_t kAhead = 4;     // events whose vectors are on their way
+constexpr int64_t kCandidates = 128;  // likewise, of a user
 
-using Buffer = std::vector<float>;
+void alone(int64_t n_tasks, const Task& task) { task(0, n_tasks); }
 
-// The mean of the vectors of ids other than 0, added in torch's order. `partial` has room for dim.
-void mean_of(const float* table, const int64_t* ids, int64_t n, int64_t dim, float* out,
-             float* partial) {
-  std::fill_n(out, dim, 0.0f);
-  std::fill_n(partial, dim, 0.0f);
+// The head's weights where `packed` has them.
+ScoringArgs packed_head(const RequestLayers& layers, const float* packed) {
+  const RequestLayout at(layers);
+  ScoringArgs head{};
+  head.dim = layers.encoder.dim;
+  head.target_weight = packed + at.target_weight;
+  head.widths = layers.widths;
+  for (size_t l = 0; l < layers.widths.size(); ++l) {
+    head.weights.push_back(packed + at.weights[l]);
+    head.biases.push_back(packed + at.biases[l]);
+  }
+  head.first_transposed = packed + at.first_transposed;
+  return head;
+}
+
+// `width` columns of mean_of(); a constant width stays in registers.
+template <class Width>
+void mean_columns(const float* table, const int64_t* ids, int64_t n, int64_t dim, Width width,
+                  float divisor, float* out) {
+  float sum[kColumns] = {}, partial[kColumns] = {};
   const int64_t whole = n / kCascade * kCascade;
-  int64_t count = 0;
   for (int64_t i = 0; i < n; ++i) {
     const float* row = table + ids[i] * dim;
-    count += ids[i] > 0;
-    for (int64_t d = 0; d < dim; ++d) out[d] += row[d];
+    for (int64_t d = 0; d < width; ++d) sum[d] += row[d];
     if (i < whole && (i + 1) % kCascade == 0)
-      for (int64_t d = 0; d < dim; ++d) {
-        partial[d] += out[d];
-        out[d] = 0.0f;
-      }
+      for (int64_t d = 0; d < width; ++d) partial[d] += std::exchange(sum[d], 0.0f);
   }
+  for (int64_t d = 0; d < width; ++d) out[d] = (sum[d] + partial[d]) / divisor;
+}
+
+// The mean of the vectors of ids other than 0, added in torch's order.
+void mean_of(const float* table, const int64_t* ids, int64_t n, int64_t dim, float* out) {
+  const auto count = n - std::count(ids, ids + n, 0);
   const auto divisor = static_cast<float>(std::max<int64_t>(count, 1));
-  for (int64_t d = 0; d < dim; ++d) out[d] = (out[d] + partial[d]) / divisor;
+  int64_t d = 0;
+  for (; d + kColumns <= dim; d += kColumns)
+    mean_columns(table + d, ids, n, dim, std::integral_constant<int64_t, kColumns>(), divisor,
+                 out + d);
+  if (d < dim) mean_columns(table + d, ids, n, dim, dim - d, divisor, out + d);
+}
+
+// Ask for rows of a table, which stand anywhere: so they come together, and while others are read.
+void prefetch(const float* table, const int64_t* ids, int64_t n, int64_t dim) {
+  constexpr int64_t kLine = 16;
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(table + ids[i] * dim + d);
+}
+
+// Ask for what event `l` of both streams reads, where there is such an event.
+void prefetch_event(const RequestArgs& a, int64_t b, int64_t l) {
+  const int64_t dim = a.layers.encoder.dim;
+  if (l < a.lengths[kSearch][b]) {
+    const int64_t event = b * a.length[kSearch] + l;
+    if (a.by_terms)
+      prefetch(a.query_table, a.terms + event * a.n_terms, a.n_terms, dim);
+    else
+      prefetch(a.query_table, a.queries + event, 1, dim);
+    prefetch(a.items, a.clicks + event * a.n_clicks, a.n_read_clicks, dim);
+  }
+  if (l < a.lengths[kRec][b]) prefetch(a.items, a.rec_items + b * a.length[kRec] + l, 1, dim);
+}
+
+// The vector of search `l` of a user; `clicked` has room for one.
+void embed_search(const RequestArgs& a, int64_t b, int64_t l, float* clicked, float* out) {
+  const int64_t dim = a.layers.encoder.dim, event = b * a.length[kSearch] + l;
+  if (a.by_terms)
+    mean_of(a.query_table, a.terms + event * a.n_terms, a.n_terms, dim, out);
+  else
+    std::copy_n(a.query_table + a.queries[event] * dim, dim, out);
+  mean_of(a.items, a.clicks + event * a.n_clicks, a.n_read_clicks, dim, clicked);
+  const float* position = a.position[kSearch] + l * dim;
+  for (int64_t d = 0; d < dim; ++d) out[d] = out[d] + clicked[d] + position[d];
+}
+
+void embed_item(const RequestArgs& a, int64_t b, int64_t l, float* out) {
+  const int64_t dim = a.layers.encoder.dim;
+  const float* item = a.items + a.rec_items[b * a.length[kRec] + l] * dim;
+  const float* position = a.position[kRec] + l * dim;
+  for (int64_t d = 0; d < dim; ++d) out[d] = item[d] + position[d];
 }
 
 // The vectors of both streams of one user, valid events only.
 void embed(const RequestArgs& a, int64_t b, float* search, float* rec) {
-  const int64_t dim = a.dim;
-  Buffer room(2 * dim);
-  float *const clicked = room.data(), *const partial = clicked + dim;
-  for (int64_t l = 0; l < a.lengths[kSearch][b]; ++l) {
-    const int64_t event = b * a.length[kSearch] + l;
-    float* out = search + l * dim;
-    if (a.by_terms)
-      mean_of(a.query_table, a.terms + event * a.n_terms, a.n_terms, dim, out, partial);
-    else
-      std::copy_n(a.query_table + a.queries[event] * dim, dim, out);
-    mean_of(a.items, a.clicks + event * a.n_clicks, a.n_read_clicks, dim, clicked, partial);
-    const float* position = a.position[kSearch] + l * dim;
-    for (int64_t d = 0; d < dim; ++d) out[d] = out[d] + clicked[d] + position[d];
+  const int64_t dim = a.layers.encoder.dim;
+  const int64_t length[2] = {a.lengths[kSearch][b], a.lengths[kRec][b]};
+  const Floats clicked = new_floats(dim);
+  for (int64_t l = 0; l < kAhead; ++l) prefetch_event(a, b, l);
+  for (int64_t l = 0; l < std::max(length[kSearch], length[kRec]); ++l) {
+    prefetch_event(a, b, l + kAhead);
+    if (l < length[kSearch]) embed_search(a, b, l, clicked.get(), search + l * dim);
+    if (l < length[kRec]) embed_item(a, b, l, rec + l * dim);
   }
-  for (int64_t l = 0; l < a.lengths[kRec][b]; ++l) {
-    const float* item = a.items + a.rec_items[b * a.length[kRec] + l] * dim;
-    const float* position = a.position[kRec] + l * dim;
-    for (int64_t d = 0; d < dim; ++d) rec[l * dim + d] = item[d] + position[d];
-  }
+  // The head will read them, after the encoders.
+  prefetch(a.items, a.candidates + b * a.n_candidates, std::min(a.n_candidates, kCandidates), dim);
 }
 
 // What the head reads: torch.lerp(h0, h, share), into h.
@@ -93,57 +151,99 @@ void finish_scores(const RequestArgs& a, int64_t b, float* scores) {
 
 }  // namespace
 
+RequestLayout::RequestLayout(const RequestLayers& layers) {
+  size = 0;
+  const auto take = [this](int64_t n) {
+    constexpr int64_t kLine = 16;
+    return std::exchange(size, size + (n + kLine - 1) / kLine * kLine);
+  };
+  const int64_t dim = layers.encoder.dim;
+  for (int x : {kSearch, kRec}) encoder[x] = take(encoder_floats(layers.encoder));
+  reasoning = take(layers.reasoning.n_sets > 0 ? reasoning_floats(layers.reasoning) : 0);
+  target_weight = take(2 * dim * dim);
+  int64_t in = dim * (layers.reads_users ? 4 : 3);
+  first_transposed = take(layers.widths.empty() ? 0 : in * layers.widths[0]);
+  for (int64_t width : layers.widths) {
+    weights.push_back(take(width * in));
+    biases.push_back(take(width));
+    in = width;
+  }
+}
+
+void pack_request(const RequestLayers& layers, const WeightArg* encoder, const WeightArg* reasoning,
+                  const ScoringArgs& head, float* packed) {
+  const RequestLayout at(layers);
+  const int64_t dim = layers.encoder.dim;
+  std::fill_n(packed, at.size, 0.0f);
+  for (int x : {kSearch, kRec})
+    pack_encoder(layers.encoder, x, encoder, packed + at.encoder[x], alone);
+  if (layers.reasoning.n_sets > 0)
+    pack_reasoning(layers.reasoning, reasoning, packed + at.reasoning, alone);
+  std::copy_n(head.target_weight, 2 * dim * dim, packed + at.target_weight);
+  if (!head.widths.empty()) transpose_first(head, packed + at.first_transposed);
+  int64_t in = head.inputs();
+  for (size_t l = 0; l < head.widths.size(); ++l) {
+    std::copy_n(head.weights[l], head.widths[l] * in, packed + at.weights[l]);
+    std::copy_n(head.biases[l], head.widths[l], packed + at.biases[l]);
+    in = head.widths[l];
+  }
+}
+
 void score_request(const RequestArgs& a, float* scores, int64_t n_threads,
                    const Parallel& parallel) {
-  const int64_t B = a.n_users;
-  const int64_t size[2] = {B * a.length[kSearch] * a.dim, B * a.length[kRec] * a.dim};
-  Buffer embedded[2], encoded[2], reasoned[2];
+  const int64_t B = a.n_users, dim = a.layers.encoder.dim;
+  const RequestLayout at(a.layers);
+  const int64_t size[2] = {B * a.length[kSearch] * dim, B * a.length[kRec] * dim};
+  Floats embedded[2], encoded[2], reasoned[2];
   for (int x : {kSearch, kRec}) {
-    embedded[x].resize(size[x]);
-    encoded[x].resize(size[x]);
+    embedded[x] = new_floats(size[x]);
+    encoded[x] = new_floats(size[x]);
   }
   parallel(B, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b)
-      embed(a, b, embedded[kSearch].data() + b * a.length[kSearch] * a.dim,
-            embedded[kRec].data() + b * a.length[kRec] * a.dim);
+      embed(a, b, embedded[kSearch].get() + b * a.length[kSearch] * dim,
+            embedded[kRec].get() + b * a.length[kRec] * dim);
   });
   for (int x : {kSearch, kRec}) {
-    const EncoderArgs args{a.encoder,          FloatType::kFloat32, x,       B, a.length[x],
-                           embedded[x].data(), a.lengths[x],        nullptr, {}};
-    encoder_forward(args, a.encoder_weights, encoded[x].data(), parallel);
+    const EncoderArgs args{a.layers.encoder,  FloatType::kFloat32, x,       B, a.length[x],
+                           embedded[x].get(), a.lengths[x],        nullptr, {}};
+    encoder_forward(args, a.packed + at.encoder[x], encoded[x].get(), parallel);
   }
-  ScoringArgs head = *a.head;
+  ScoringArgs head = packed_head(a.layers, a.packed);
+  head.n_users = B;
+  head.n_trajectories = 1;
+  head.dot = a.dot;
   for (int x : {kSearch, kRec}) {
-    head.states[x] = encoded[x].data();
+    head.states[x] = encoded[x].get();
     head.lengths[x] = a.lengths[x];
     head.size[x] = a.length[x];
   }
   if (a.n_steps > 0) {
     ReasoningArgs args{};
-    args.shape = a.reasoning;
+    args.shape = a.layers.reasoning;
     args.n_users = B;
     args.n_trajectories = 1;
     args.n_steps = a.n_steps;
     ReasoningResults results{};
     for (int x : {kSearch, kRec}) {
-      reasoned[x].resize(size[x]);
+      reasoned[x] = new_floats(size[x]);
       args.length[x] = a.length[x];
-      args.states[x] = encoded[x].data();
+      args.states[x] = encoded[x].get();
       args.lengths[x] = a.lengths[x];
-      results.states[x] = reasoned[x].data();
+      results.states[x] = reasoned[x].get();
     }
-    reasoning_forward(args, a.reasoning_weights, results, n_threads, parallel);
+    reasoning_forward(args, a.packed + at.reasoning, results, n_threads, parallel);
     for (int x : {kSearch, kRec}) {
-      if (a.readout != 1.0f) read_states(encoded[x].data(), a.readout, size[x], reasoned[x].data());
-      head.states[x] = reasoned[x].data();
+      if (a.readout != 1.0f) read_states(encoded[x].get(), a.readout, size[x], reasoned[x].get());
+      head.states[x] = reasoned[x].get();
     }
   }
-  Buffer users;
-  if (head.user != nullptr) {
-    users.resize(B * a.dim);
+  Floats users;
+  if (a.layers.reads_users) {
+    users = new_floats(B * dim);
     for (int64_t b = 0; b < B; ++b)
-      std::copy_n(a.users + a.user[b] * a.dim, a.dim, users.data() + b * a.dim);
-    head.user = users.data();
+      std::copy_n(a.users + a.user[b] * dim, dim, users.get() + b * dim);
+    head.user = users.get();
   }
   const CandidateArgs candidates{a.items,        a.candidates, a.n_candidates,
                                  a.n_candidates, {},           nullptr};

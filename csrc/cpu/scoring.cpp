@@ -24,23 +24,25 @@ void score_cpu(const ScoringArgs& args, const CandidateArgs& candidates, float* 
   // Folded histories of a few groups at a time.
   const int64_t block =
       std::max<int64_t>(1, kFoldBytes / (4 * std::max<int64_t>(1, fold_floats * N * cut.users)));
-  Buffer folded;
+  const int64_t most_users = std::min(args.n_users, block * cut.users);
+  const Floats folded = new_floats(most_users * N * fold_floats);
   for (int64_t g0 = 0; g0 < cut.n_groups; g0 += block) {
     const int64_t g1 = std::min(cut.n_groups, g0 + block);
     const int64_t u0 = g0 * cut.users, u1 = std::min(args.n_users, g1 * cut.users);
     if (fold_floats > 0) {
-      folded.resize((u1 - u0) * N * fold_floats);
       parallel((u1 - u0) * N, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i)
-          net.fold(u0 + i / N, i % N, folded.data() + i * fold_floats);
+          net.fold(u0 + i / N, i % N, folded.get() + i * fold_floats);
       });
     }
     parallel((g1 - g0) * cut.n_tiles, [&](int64_t begin, int64_t end) {
       TileWork work(net, cut.ld);
-      Buffer et(D * cut.ld), keys[2], first(net.hidden * cut.ld), bias(cut.users * net.hidden);
-      for (Buffer& key : keys) key.resize(net.fold_keys ? 0 : D * cut.ld);
-      float* const key_data[2] = {keys[0].data(), keys[1].data()};
-      const TileItems items{et.data(), {key_data[0], key_data[1]}, first.data()};
+      const int64_t key_rows = net.fold_keys ? 0 : D;
+      const Floats et = new_floats((D + 2 * key_rows + net.hidden) * cut.ld);
+      float* const keys[2] = {et.get() + D * cut.ld, et.get() + (D + key_rows) * cut.ld};
+      float* const first = et.get() + (D + 2 * key_rows) * cut.ld;
+      const TileItems items{et.get(), {keys[0], keys[1]}, first};
+      const Floats bias = new_floats(cut.users * net.hidden);
       std::vector<const float*> rows;
       std::vector<Segment> segments;
       for (int64_t task = begin; task < end; ++task) {
@@ -50,10 +52,10 @@ void score_cpu(const ScoringArgs& args, const CandidateArgs& candidates, float* 
         const int64_t c1 = std::min(C, c0 + cut.columns);
         item_rows(candidates, D, b0, b1, c0, c1, rows);
         const auto n = static_cast<int64_t>(rows.size());
-        prepare_items(net, rows.data(), n, cut.ld, et.data(), key_data, first.data());
+        prepare_items(net, rows.data(), n, cut.ld, et.get(), keys, first);
         segments.clear();
         for (int64_t b = b0; b < b1; ++b) {
-          float* own = bias.data() + (b - b0) * net.hidden;
+          float* own = bias.get() + (b - b0) * net.hidden;
           if (net.mlp) net.user_bias(b, own);
           segments.push_back({b, (b - b0) * (c1 - c0), c1 - c0, own, nullptr});
         }

@@ -90,7 +90,7 @@ void head_bwd(const ScoringNet& net, int64_t n, float kept, BackwardWork& w, Wei
   const int64_t ld = w.forward.ld, width = 2 * net.dim;
   for (size_t l = a.widths.size() - 1; l > 0; --l) {
     const int64_t out = a.widths[l], in = a.widths[l - 1];
-    const float* x = w.forward.layers[l - 1].data();
+    const float* x = w.forward.layers[l - 1];
     float* d = w.dlayers[l].data();
     float* dx = w.dlayers[l - 1].data();
     k.transpose(x, ld, in, n, w.swapped.data(), in);
@@ -100,7 +100,7 @@ void head_bwd(const ScoringNet& net, int64_t n, float kept, BackwardWork& w, Wei
     k.relu_bwd(x, kept, ld, in, n, dx);
   }
   const float* d = w.dlayers[0].data();
-  k.transpose(w.forward.pooled.data(), ld, width, n, w.swapped.data(), width);
+  k.transpose(w.forward.pooled, ld, width, n, w.swapped.data(), width);
   k.gemm(net.hidden, width, n, {d, ld, 1}, w.swapped.data(), width, sums.weight(0), net.inputs,
          kAdd);
   k.gemm(n, width, net.hidden, {d, 1, ld}, a.weights[0], net.inputs, w.dpooled.data(), width, {});
@@ -134,7 +134,7 @@ void attention_bwd(const ScoringNet& net, const std::vector<Segment>& segments, 
       if (rows == 0) continue;
       const int64_t place = net.place(x);
       const float* h = net.states(x, s.user, trajectory);
-      const float* alpha = w.forward.alpha[x].data() + s.begin;
+      const float* alpha = w.forward.alpha[x] + s.begin;
       float* dalpha = w.dalpha[x].data() + s.begin;
       float* dh = gradients.states[x] + (s.user * a.n_trajectories + trajectory) * a.size[x] * dim;
       k.gemm(rows, s.size, dim, {h, dim, 1}, w.dpooled_swapped.data() + place * ld + s.begin, ld,
@@ -211,7 +211,7 @@ void score_bwd_cpu(const ScoringArgs& args, const CandidateArgs& candidates, con
               head_bwd(net, n, kept, w, sums);
               for (size_t i = 0; i < w.dfirst.size(); ++i) w.dfirst[i] += w.dlayers[0][i];
             } else {
-              k.transpose(w.forward.pooled.data(), ld, 2 * D, n, w.swapped.data(), 2 * D);
+              k.transpose(w.forward.pooled, ld, 2 * D, n, w.swapped.data(), 2 * D);
               std::fill_n(w.dpooled.data(), n * 2 * D, 0.0f);
             }
             if (net.dot)

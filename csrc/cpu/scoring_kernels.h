@@ -31,6 +31,9 @@ struct ScoringKernels {
   // out [n, m] = in [m, n], transposed.
   void (*transpose)(const float* in, int64_t ld_in, int64_t m, int64_t n, float* out,
                     int64_t ld_out);
+  // The same of n rows that stand anywhere.
+  void (*transpose_rows)(const float* const* rows, int64_t n, int64_t dim, float* out,
+                         int64_t ld_out);
   // x [rows, n] = y + bias [rows], of one leading dimension.
   void (*add_bias)(const float* y, const float* bias, int64_t ld, int64_t rows, int64_t n,
                    float* x);
@@ -231,9 +234,19 @@ LCR_TARGET void dropout(const DropoutKey& key, int64_t row, int64_t site, int64_
   }
 }
 
-constexpr ScoringKernels kThisLevel = {chained_gemm, softmax,         softmax_bwd, column_dots,
-                                       row_sums,     transpose<true>, add_bias,    relu,
-                                       relu_bwd,     dropout};
+constexpr ScoringKernels kThisLevel = {
+    chained_gemm,
+    softmax,
+    softmax_bwd,
+    column_dots,
+    row_sums,
+    transpose<true>,
+    transpose_rows<true, const float* const*>,
+    add_bias,
+    relu,
+    relu_bwd,
+    dropout,
+};
 
 }  // namespace
 }  // namespace lcr_fast

@@ -1,6 +1,8 @@
 #include "scoring_tile.h"
 
 #include <algorithm>
+#include <numeric>
+#include <utility>
 
 #include "../cpu_level.h"
 
@@ -22,6 +24,11 @@ int64_t leading_dimension(int64_t n) {
 
 }  // namespace
 
+void transpose_first(const ScoringArgs& args, float* out) {
+  const int64_t inputs = args.inputs(), hidden = args.widths[0];
+  scoring_kernels().transpose(args.weights[0], inputs, hidden, inputs, out, hidden);
+}
+
 ScoringNet::ScoringNet(const ScoringArgs& args, bool fold_keys, bool fold_layer)
     : a(args),
       k(scoring_kernels()),
@@ -31,10 +38,12 @@ ScoringNet::ScoringNet(const ScoringArgs& args, bool fold_keys, bool fold_layer)
       hidden(mlp ? args.widths[0] : 0),
       inputs(args.inputs()),
       fold_keys(fold_keys),
-      fold_layer(fold_layer && mlp) {
-  if (!mlp) return;
-  first_transposed.resize(inputs * hidden);
-  k.transpose(args.weights[0], inputs, hidden, inputs, first_transposed.data(), hidden);
+      fold_layer(fold_layer && mlp),
+      first_transposed(args.first_transposed) {
+  if (!mlp || first_transposed != nullptr) return;
+  made_ = new_floats(inputs * hidden);
+  transpose_first(args, made_.get());
+  first_transposed = made_.get();
 }
 
 void ScoringNet::fold(int64_t b, int64_t n, float* folded) const {
@@ -45,7 +54,7 @@ void ScoringNet::fold(int64_t b, int64_t n, float* folded) const {
       k.gemm(rows, dim, dim, h, a.target_weight + x * dim * dim, dim,
              const_cast<float*>(keys(folded, x)), dim, {});
     if (fold_layer)
-      k.gemm(rows, hidden, dim, h, first_transposed.data() + place(x) * hidden, hidden,
+      k.gemm(rows, hidden, dim, h, first_transposed + place(x) * hidden, hidden,
              const_cast<float*>(layer(folded, x)), hidden, {});
   }
 }
@@ -53,17 +62,24 @@ void ScoringNet::fold(int64_t b, int64_t n, float* folded) const {
 void ScoringNet::user_bias(int64_t b, float* out) const {
   std::copy_n(a.biases[0], hidden, out);
   if (a.user != nullptr)
-    k.gemm(1, hidden, dim, {a.user + b * dim, 0, 1}, first_transposed.data() + 3 * dim * hidden,
-           hidden, out, hidden, kAdd);
+    k.gemm(1, hidden, dim, {a.user + b * dim, 0, 1}, first_transposed + 3 * dim * hidden, hidden,
+           out, hidden, kAdd);
 }
 
 TileWork::TileWork(const ScoringNet& net, int64_t ld) : ld(ld) {
   const ScoringArgs& a = net.a;
-  for (int x : {kSearch, kRec}) alpha[x].resize(a.size[x] * ld);
-  pooled.resize(2 * net.dim * ld);
-  products.resize(net.dot ? std::max(a.size[0], a.size[1]) * ld : 0);
-  for (int64_t width : a.widths) layers.emplace_back(width * ld);
-  if (!net.mlp) layers.emplace_back(ld);
+  const int64_t pooled_rows = net.fold_layer ? 0 : 2 * net.dim;
+  const int64_t product_rows = net.dot ? std::max(a.size[0], a.size[1]) : 0;
+  std::vector<int64_t> widths = a.widths;
+  if (!net.mlp) widths.push_back(1);
+  const int64_t layer_rows = std::accumulate(widths.begin(), widths.end(), int64_t{0});
+  memory_ = new_floats((a.size[0] + a.size[1] + pooled_rows + product_rows + layer_rows) * ld);
+  float* at = memory_.get();
+  const auto take = [&at, ld](int64_t rows) { return std::exchange(at, at + rows * ld); };
+  for (int x : {kSearch, kRec}) alpha[x] = take(a.size[x]);
+  pooled = take(pooled_rows);
+  products = take(product_rows);
+  for (int64_t width : widths) layers.push_back(take(width));
 }
 
 ColumnCut::ColumnCut(int64_t n_users, int64_t n_candidates) {
@@ -78,11 +94,7 @@ ColumnCut::ColumnCut(int64_t n_users, int64_t n_candidates) {
 
 void prepare_items(const ScoringNet& net, const float* const* rows, int64_t n, int64_t ld,
                    float* et, float* const keys[2], float* first) {
-  for (int64_t d = 0; d < net.dim; d += 16) {
-    const int64_t end = std::min(net.dim, d + 16);
-    for (int64_t c = 0; c < n; ++c)
-      for (int64_t i = d; i < end; ++i) et[i * ld + c] = rows[c][i];
-  }
+  net.k.transpose_rows(rows, n, net.dim, et, ld);
   if (!net.fold_keys)
     for (int x : {kSearch, kRec})
       net.k.gemm(net.dim, n, net.dim, {net.a.target_weight + x * net.dim * net.dim, net.dim, 1}, et,
@@ -98,8 +110,8 @@ void score_tile(const ScoringNet& net, const Segment* segments, int64_t n_segmen
   const ScoringArgs& a = net.a;
   const ScoringKernels& k = net.k;
   const int64_t dim = net.dim, ld = work.ld;
-  float* top = work.layers[0].data();
-  float* dots = work.layers.back().data();  // the last layer adds to them
+  float* top = work.layers[0];
+  float* dots = work.layers.back();  // the last layer adds to them
   for (int64_t s = 0; s < n_segments; ++s) {
     const Segment& segment = segments[s];
     const int64_t at = segment.begin, size = segment.size;
@@ -109,13 +121,13 @@ void score_tile(const ScoringNet& net, const Segment* segments, int64_t n_segmen
     for (int x : {kSearch, kRec}) {
       const int64_t rows = net.length(x, segment.user);
       const float* h = net.states(x, segment.user, trajectory);
-      float* alpha = work.alpha[x].data() + at;
+      float* alpha = work.alpha[x] + at;
       const float* left = net.fold_keys ? net.keys(segment.folded, x) : h;
       const float* right = net.fold_keys ? items.transposed : items.keys[x];
       k.gemm(rows, size, dim, {left, dim, 1}, right + at, ld, alpha, ld, {});
       k.softmax(alpha, ld, rows, size);
       if (net.dot) {
-        float* products = work.products.data() + at;
+        float* products = work.products + at;
         k.gemm(rows, size, dim, {h, dim, 1}, items.transposed + at, ld, products, ld, {});
         k.column_dots(alpha, products, ld, rows, size, dots + at, true);
       }
@@ -123,17 +135,16 @@ void score_tile(const ScoringNet& net, const Segment* segments, int64_t n_segmen
         k.gemm(net.hidden, size, rows, {net.layer(segment.folded, x), 1, net.hidden}, alpha, ld,
                top + at, ld, kAdd);
       else
-        k.gemm(dim, size, rows, {h, 1, dim}, alpha, ld, work.pooled.data() + net.place(x) * ld + at,
-               ld, {});
+        k.gemm(dim, size, rows, {h, 1, dim}, alpha, ld, work.pooled + net.place(x) * ld + at, ld,
+               {});
     }
   }
   if (!net.mlp) return;
   if (!net.fold_layer)
-    k.gemm(net.hidden, n, 2 * dim, {a.weights[0], net.inputs, 1}, work.pooled.data(), ld, top, ld,
-           kAdd);
+    k.gemm(net.hidden, n, 2 * dim, {a.weights[0], net.inputs, 1}, work.pooled, ld, top, ld, kAdd);
   const size_t last = a.widths.size() - 1;
   for (size_t l = 0; l < last; ++l) {
-    float* x = work.layers[l].data();
+    float* x = work.layers[l];
     if (l == 0) k.relu(x, ld, net.hidden, n);
     if (candidates != nullptr && candidates->dropout.threshold > 0)
       for (int64_t s = 0; s < n_segments; ++s)
@@ -141,7 +152,7 @@ void score_tile(const ScoringNet& net, const Segment* segments, int64_t n_segmen
                   kHeadSites + static_cast<int64_t>(l), first_column, x + segments[s].begin, ld,
                   a.widths[l], segments[s].size);
     k.gemm(a.widths[l + 1], n, a.widths[l], {a.weights[l + 1], a.widths[l], 1}, x, ld,
-           work.layers[l + 1].data(), ld,
+           work.layers[l + 1], ld,
            {.row_bias = a.biases[l + 1], .add = net.dot && l + 1 == last, .relu = l + 1 < last});
   }
 }

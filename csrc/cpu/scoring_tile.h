@@ -11,6 +11,7 @@
 
 #include "../scoring.h"
 #include "scoring_kernels.h"
+#include "scratch.h"
 
 namespace lcr_fast {
 
@@ -59,7 +60,10 @@ struct ScoringNet {
   const int64_t hidden;
   const int64_t inputs;
   const bool fold_keys, fold_layer;
-  Buffer first_transposed;  // [inputs, hidden]
+  const float* first_transposed;  // [inputs, hidden]
+
+ private:
+  Floats made_;  // where the call did not bring it
 };
 
 // The columns of a tile that belong to one user.
@@ -74,13 +78,16 @@ struct Segment {
 // Room for the intermediates of one tile of `ld` columns.
 struct TileWork {
   TileWork(const ScoringNet& net, int64_t ld);
-  const float* scores() const { return layers.back().data(); }
+  const float* scores() const { return layers.back(); }
 
   int64_t ld;
-  Buffer alpha[2];             // [size, ld]
-  Buffer pooled;               // [2 dim, ld] z_r, z_s
-  Buffer products;             // [size, ld] H_x e, of the dot product
-  std::vector<Buffer> layers;  // [width, ld] after ReLU and dropout
+  float* alpha[2];             // [size, ld]
+  float* pooled;               // [2 dim, ld] z_r, z_s; unless the layer is folded
+  float* products;             // [size, ld] H_x e, of the dot product
+  std::vector<float*> layers;  // [width, ld] after ReLU and dropout
+
+ private:
+  Floats memory_;
 };
 
 // What the items of a tile contribute, whoever the user is.

@@ -157,11 +157,19 @@ LCR_INLINE void transpose_block(Vec (&rows)[kLanes]) {
   if constexpr (kLanes >= 16) exchange<8>(rows);
 }
 
-// out[c][r] = in[r][c]: `in` [n_rows, n_cols] with rows `in_row` floats apart, `out` likewise.
-// Columns of `out` up to the next multiple of kLanes become 0 or, where kInside, stay as they are.
-template <bool kInside = false>
-LCR_TARGET void transpose(const float* in, int64_t in_row, int64_t n_rows, int64_t n_cols,
-                          float* out, int64_t out_row) {
+// Rows `row` floats apart.
+struct EvenRows {
+  const float* data;
+  int64_t row;
+  LCR_TARGET const float* operator[](int64_t i) const { return data + i * row; }
+};
+
+// out[c][r] = in[r][c]: `in` [n_rows, n_cols], an EvenRows or pointers to the rows; the rows of
+// `out` are `out_row` floats apart. Columns of `out` up to the next multiple of kLanes become 0 or,
+// where kInside, stay as they are.
+template <bool kInside, class Rows>
+LCR_TARGET void transpose_rows(const Rows in, int64_t n_rows, int64_t n_cols, float* out,
+                               int64_t out_row) {
   for (int64_t r = 0; r < n_rows; r += kLanes) {
     const int64_t n_r = n_rows - r < kLanes ? n_rows - r : kLanes;
     for (int64_t c = 0; c < n_cols; c += kLanes) {
@@ -169,7 +177,7 @@ LCR_TARGET void transpose(const float* in, int64_t in_row, int64_t n_rows, int64
       Vec block[kLanes];
 #pragma GCC unroll 16
       for (int64_t i = 0; i < kLanes; ++i)
-        block[i] = i < n_r ? load_first(in + (r + i) * in_row + c, n_c) : Vec{};
+        block[i] = i < n_r ? load_first(in[r + i] + c, n_c) : Vec{};
       transpose_block(block);
       for (int64_t i = 0; i < n_c; ++i) {
         float* row = out + (c + i) * out_row + r;
@@ -180,6 +188,13 @@ LCR_TARGET void transpose(const float* in, int64_t in_row, int64_t n_rows, int64
       }
     }
   }
+}
+
+// The same of rows `in_row` floats apart.
+template <bool kInside = false>
+LCR_TARGET void transpose(const float* in, int64_t in_row, int64_t n_rows, int64_t n_cols,
+                          float* out, int64_t out_row) {
+  transpose_rows<kInside>(EvenRows{in, in_row}, n_rows, n_cols, out, out_row);
 }
 
 }  // namespace

@@ -25,7 +25,7 @@ class RequestCase(NamedTuple):
 class Request(NamedTuple):
     """The arguments of the registered op, in the order of its schema; absent tensors are empty.
 
-    The first are those of a :class:`~lcr_fast.Batch`, the weights float32.
+    The first are those of a :class:`~lcr_fast.Batch`; vectors and weights are float32.
     """
 
     user: Tensor
@@ -41,12 +41,13 @@ class Request(NamedTuple):
     users: Tensor  # [U + 1, D]
     search_position: Tensor  # [L_s or more, D]
     rec_position: Tensor  # [L_r or more, D]
-    encoder: tuple[Tensor, ...]
-    reasoning: tuple[Tensor, ...]
-    target_weight: Tensor
     seen_bonus: Tensor  # [2]
-    mlp_weights: tuple[Tensor, ...]
-    mlp_biases: tuple[Tensor, ...]
+    weights: Tensor  # of all layers: pack_weights()
+    widths: list[int]  # of the layers of the head's MLP
+    n_layers: int  # of the encoder
+    ffn: int
+    n_sets: int  # of step weights
+    step_ffn: int  # 0: none
     steps: int
     n_heads: int
     max_clicks: int
@@ -54,6 +55,23 @@ class Request(NamedTuple):
     terms: bool  # a query is the mean of its terms' vectors
     dot: bool
     n_threads: int
+
+
+def pack_weights(
+    encoder: tuple[Tensor, ...],
+    reasoning: tuple[Tensor, ...],
+    target_weight: Tensor,
+    mlp_weights: tuple[Tensor, ...],
+    mlp_biases: tuple[Tensor, ...],
+    n_heads: int,
+) -> Tensor:
+    """Copy the weights of all layers as requests read them: float32, the same on every CPU.
+
+    ``reasoning`` is empty where no request takes a step. RuntimeError on sizes that do not fit.
+    """
+    return torch.ops.lcr_fast.cpu_request_weights(
+        encoder, reasoning, target_weight, mlp_weights, mlp_biases, n_heads
+    )
 
 
 def _obstacle(case: RequestCase) -> str | None:

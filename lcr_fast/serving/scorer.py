@@ -6,7 +6,9 @@ from torch import Tensor, nn
 
 from lcr_fast.batch import Batch
 from lcr_fast.model import LCRSER
-from lcr_fast.ops.request import REQUEST, Request, RequestCase
+from lcr_fast.ops.request import REQUEST, Request, RequestCase, pack_weights
+
+_IDS = Request._fields[:8]  # of a Batch
 
 
 class Scorer(nn.Module):
@@ -14,10 +16,10 @@ class Scorer(nn.Module):
 
     To the bit where the width is a multiple of 64; in others torch adds the vectors of a query's
     terms in another order. On one thread, unless ``n_threads`` says otherwise: where others want
-    the cores too, waiting for a second one costs more than it brings. Reads the model's own
-    tensors, which must not move; trained on, the model needs a new Scorer. No gradients. Raises
-    ValueError where one call cannot serve the model, and RuntimeError on ids or lengths out of
-    range.
+    the cores too, waiting for a second one costs more than it brings. The weights of the layers
+    are packed here, once; vectors of items, terms and users are the model's own tensors, which must
+    not move. Trained on, the model needs a new Scorer. No gradients. Raises ValueError where one
+    call cannot serve the model, and RuntimeError on ids or lengths out of range.
     """
 
     def __init__(self, model: LCRSER, n_threads: int = 1) -> None:
@@ -30,22 +32,31 @@ class Scorer(nn.Module):
         empty = model.search_position.detach().new_empty(0)
         users = model.user_embedding
         bonus = model.head.seen_bonus
+        reasoning = model.reasoning.weights() if config.steps else ()
 
         def ready(tensors) -> tuple[Tensor, ...]:
             return tuple(t.detach().contiguous() for t in tensors)
 
-        self._weights: dict[str, Any] = {
+        rest: dict[str, Any] = {
             "items": model.item_embedding.weight.detach(),
             "queries": model.query_embedding.weight.detach(),
             "users": empty if users is None else users.weight.detach(),
             "search_position": model.search_position.detach(),
             "rec_position": model.rec_position.detach(),
-            "encoder": ready(model.encoder.weights()),
-            "reasoning": ready(model.reasoning.weights()),
-            "target_weight": head.target_weight.detach(),
             "seen_bonus": empty if bonus is None else bonus.detach() * config.dim,
-            "mlp_weights": ready(head.mlp_weights),
-            "mlp_biases": ready(head.mlp_biases),
+            "weights": pack_weights(
+                ready(model.encoder.weights()),
+                ready(reasoning),
+                head.target_weight.detach(),
+                ready(head.mlp_weights),
+                ready(head.mlp_biases),
+                config.n_heads,
+            ),
+            "widths": [bias.numel() for bias in head.mlp_biases],
+            "n_layers": config.n_layers,
+            "ffn": config.ffn_width,
+            "n_sets": len(reasoning[0]) if reasoning else 0,
+            "step_ffn": config.ffn_width if config.step_ffn else 0,
             "steps": config.steps,
             "n_heads": config.n_heads,
             "max_clicks": config.max_clicks,
@@ -54,11 +65,12 @@ class Scorer(nn.Module):
             "dot": head.dot,
             "n_threads": n_threads,
         }
+        self._rest = tuple(rest[name] for name in Request._fields[len(_IDS) :])
 
     def forward(self, batch: Batch) -> Tensor:
         """Score the batch's candidates: [B, C], -inf where a candidate is 0."""
-        ids = {name: getattr(batch, name).contiguous() for name in Request._fields[:8]}
-        return REQUEST("cpp", Request(**ids, **self._weights))
+        ids = (getattr(batch, name).contiguous() for name in _IDS)
+        return REQUEST("cpp", Request(*ids, *self._rest))
 
 
 def fastest(model: LCRSER) -> nn.Module:
