@@ -218,6 +218,19 @@ def test_pieces_fit_scratch_and_are_even(monkeypatch, n_users, n_steps, expected
 
 
 @pytest.mark.gpu
+def test_gradients_of_biases_are_summed_in_a_tree():
+    """A product with ones would add row to row, and the error grow with the batch."""
+    from lcr_fast.kernels.reasoning.scratch import layout, products
+
+    of = layout(32, 32)
+    device = "cuda" if GPU else "cpu"
+    scratch = torch.rand(2, 4500, of.columns.width, device=device)
+    of_biases = products(scratch, of, shared=True)[0][0, :, 0].double()
+    exact = scratch.double().sum((0, 1))[of.gradients]
+    assert ((of_biases / exact - 1).abs() < 2**-21).all()
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("case", ON_A_GPU)
