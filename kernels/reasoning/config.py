@@ -114,7 +114,7 @@ _DEFAULTS = {
     },
 }
 # Exceptions, by (pass, kind, D, rows of the slot, major compute capability or None for all).
-_CONFIGS = {
+_CONFIGS: dict[tuple[str, str, int, int, int | None], Config] = {
     **{
         ("fwd", kind, 64, slot, 9): Config(4, block_heads=64, block_f=64)
         for kind in ("half", "tf32x3")
