@@ -77,8 +77,10 @@ def jobs() -> Iterator[Job]:
                 if slot <= 64:  # one stream needs fewer registers than two
                     for registers in (None, 168, 128):
                         config = Config(4, registers=registers)
-                        yield Job("encode", kind, dim, size, config._replace(block_f=64))
                         yield Job("encode backward", kind, dim, size, config)
+                        for heads in (32, 64):
+                            config = config._replace(block_heads=heads, block_f=64)
+                            yield Job("encode", kind, dim, size, config)
             for candidates, hidden, warps in (
                 (16, 16, 4), (32, 16, 4), (32, 32, 4), (32, 32, 8), (64, 32, 4), (64, 32, 8),
             ):  # fmt: skip

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
+from lcr_fast.kernels.encoding.config import constants
 from lcr_fast.kernels.encoding.forward import encode_fwd_kernel
-from lcr_fast.kernels.encoding.launch import constants
 from lcr_fast.kernels.gpu import GPUS
 from lcr_fast.kernels.launch import TYPES, Variant, describe
 from lcr_fast.kernels.reasoning.ahead_of_time import argument_types, weight_types

@@ -7,10 +7,10 @@ import torch
 import triton
 from torch import Tensor
 
+from lcr_fast.kernels.encoding.config import SUBLAYERS, constants
 from lcr_fast.kernels.encoding.forward import encode_fwd_kernel
-from lcr_fast.kernels.gpu import Gpu, dot_precision, gpu_of, on_device
+from lcr_fast.kernels.gpu import dot_precision, gpu_of, on_device
 from lcr_fast.kernels.launch import launch
-from lcr_fast.kernels.reasoning import config
 from lcr_fast.kernels.reasoning.backward import (
     ffn_bwd_kernel,
     recompute_self_kernel,
@@ -19,29 +19,6 @@ from lcr_fast.kernels.reasoning.backward import (
 from lcr_fast.kernels.reasoning.scratch import add_up, layout, pieces, products, write_gradients
 from lcr_fast.kernels.reasoning.weights import layer_weights
 from lcr_fast.weights import EncoderWeights
-
-SUBLAYERS = 2  # of a layer: self-attention and FFN
-
-
-def obstacle(
-    *, dim: int, n_heads: int, ffn_dim: int, length: int, dtype: torch.dtype, gpu: Gpu | None = None
-) -> str | None:
-    """Say why the kernels cannot serve a case on a GPU, or in the interpreter, or None."""
-    if ffn_dim == 0:
-        return "it needs an FFN in every layer"
-    return config.obstacle(
-        dim=dim, n_heads=n_heads, ffn_dim=ffn_dim, search_len=length, rec_len=length,
-        dtype=dtype, gpu=gpu,
-    )  # fmt: skip
-
-
-def constants(
-    which: str, D: int, F: int, H: int, size: int, dtype: torch.dtype, precision: str, gpu: Gpu
-) -> dict[str, Any]:
-    """Compile-time arguments and launch options of a pass: those of reasoning on one stream."""
-    compiled = config.constants(which, D, F, H, (size, size), dtype, precision, gpu)
-    slot, _ = config.slots(size, size)
-    return compiled | {"SHAPE": compiled["SHAPE"]._replace(SUBLAYERS=SUBLAYERS), "SLOT": slot}
 
 
 def _dropout(threshold: int, seed: int) -> tuple[int, float, int]:
