@@ -55,14 +55,17 @@ Tensor request_weights(Tensors encoder, Tensors reasoning, const Tensor& target_
   return packed;
 }
 
-Tensor request(const Tensor& user, const Tensor& rec_items, const Tensor& rec_lengths,
-               const Tensor& search_queries, const Tensor& search_terms,
-               const Tensor& search_clicks, const Tensor& search_lengths, const Tensor& candidates,
+Tensor request(Tensor user, Tensor rec_items, Tensor rec_lengths, Tensor search_queries,
+               Tensor search_terms, Tensor search_clicks, Tensor search_lengths, Tensor candidates,
                const Tensor& items, const Tensor& queries, const Tensor& users,
                const Tensor& search_position, const Tensor& rec_position, const Tensor& seen_bonus,
                const Tensor& weights, std::vector<int64_t> widths, int64_t n_layers, int64_t ffn,
                int64_t n_sets, int64_t step_ffn, int64_t steps, int64_t n_heads, int64_t max_clicks,
                double readout, bool terms, bool dot, int64_t n_threads) {
+  // Here, because a compiled program passes on what strides its caller's tensors have.
+  for (Tensor* ids : {&user, &rec_items, &rec_lengths, &search_queries, &search_terms,
+                      &search_clicks, &search_lengths, &candidates})
+    if (!ids->is_contiguous()) *ids = torch::stable::contiguous(*ids);
   check(rec_items.dim() == 2 && search_terms.dim() == 3 && search_clicks.dim() == 3 &&
             candidates.dim() == 2 && items.dim() == 2,
         "a batch has the dimensions of lcr_fast.Batch, and items are [rows, dim]");

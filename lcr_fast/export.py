@@ -148,9 +148,14 @@ def _axes() -> list[dict[int, str]]:
     return [{0: "B", **axes.get(name, {})} for name in _FIELDS]
 
 
+def _limits(config: LCRConfig) -> dict[str, int]:
+    """Say how long axes may be; the others are unlimited."""
+    return {"L_s": config.max_search_len, "L_r": config.max_rec_len, "M": config.max_clicks}
+
+
 def _dynamic(config: LCRConfig) -> dict[str, Any]:
     """Say between which sizes each axis may be."""
-    limits = {"L_s": config.max_search_len, "L_r": config.max_rec_len, "M": config.max_clicks}
+    limits = _limits(config)
     unlimited = {name: Dim(name, min=0) for name in ("B", "T", "C", "X")}
     # An axis of one place is that or nothing: torch would make two programs of it.
     limited = {
@@ -168,8 +173,8 @@ def save(model: LCRSER, path: str | Path, format: Format = "pt2", *, k: int | No
       serve the model, that is what is compiled, a single operator. Also for processes without
       Python, which pass the tensors of a Batch in the order of its fields (``examples/score.cpp``).
     - ``onnx``: operator set ``OPSET``, on the reference whatever the model's backend, scores of
-      candidates alone. Inputs are named as the fields of a Batch, the output ``scores``. Empty
-      axes are padded by the caller: at least one event, term and click.
+      candidates alone. Inputs are named as the fields of a Batch, the output ``scores``. Any axis
+      may be empty.
 
     Raises ValueError where :func:`program` does, and for a format that cannot hold the model.
     """
@@ -177,10 +182,13 @@ def save(model: LCRSER, path: str | Path, format: Format = "pt2", *, k: int | No
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     _refuse_exits(model)
-    write = {"pt2": _write_pt2, "aoti": _compile, "onnx": _write_onnx}[format]
     if format == "onnx":
         _check_onnx(model, k)
-        model = _on_reference(model)
+        made = _onnx_program(program(_on_reference(model)), model.config)
+        with replacing(path) as temporary:
+            made.save(temporary, external_data=False)
+        return
+    write = {"pt2": _write_pt2, "aoti": _compile}[format]
     if format == "aoti" and k is None and obstacle(model) is None:
         exported = _trace(model, _Traced(Scorer(model)))  # one operator, and nothing to compile
     else:
@@ -236,14 +244,25 @@ def _check_onnx(model: LCRSER, k: int | None) -> None:
 
 
 def _on_reference(model: LCRSER) -> LCRSER:
-    """Make a model with the same tensors whose ops run on the reference."""
-    copy = LCRSER(model.config.replace(backend="reference"))
+    """Make a model with the same tensors whose ops run on the reference.
+
+    It may read an event and a click even where the model reads none, see _fill_empty_axes().
+    """
+    config = model.config
+    copy = LCRSER(config.replace(
+        backend="reference", max_search_len=max(config.max_search_len, 1),
+        max_rec_len=max(config.max_rec_len, 1), max_clicks=max(config.max_clicks, 1),
+    ))  # fmt: skip
     copy.set_text(model.item_text, model.query_text)
-    copy.to(model.head.target_weight.dtype).load_state_dict(model.state_dict())
+    state = model.state_dict()
+    for name in ("search_position", "rec_position"):
+        missing = len(getattr(copy, name)) - len(state[name])
+        state[name] = F.pad(state[name], (0, 0, 0, missing))
+    copy.to(model.head.target_weight.dtype).load_state_dict(state)
     return copy
 
 
-def _write_onnx(exported: ExportedProgram, path: Path) -> None:
+def _onnx_program(exported: ExportedProgram, config: LCRConfig) -> torch.onnx.ONNXProgram:
     import onnx_ir
     from onnxscript import opset20 as op
 
@@ -262,17 +281,51 @@ def _write_onnx(exported: ExportedProgram, path: Path) -> None:
         custom_translation_table={torch.ops.aten.searchsorted.Tensor: searchsorted},
     )
     assert made is not None  # it is where the program is written to a file at once
-    # The axes' names, in place of torch's symbols.
-    inputs, outputs = made.model.graph.inputs, made.model.graph.outputs
-    names = {
-        str(_known(value.shape)[axis]): dim
-        for value, axes in zip(inputs, _axes(), strict=True)
-        for axis, dim in axes.items()
-    }
-    for value in (*inputs, *outputs):
-        sizes = [names.get(str(size), size) for size in _known(value.shape)]
+    graph, limits = made.model.graph, _limits(config)
+    # The axes' names, in place of torch's symbols; what is never read has no place.
+    names = {}
+    for value, axes in zip(graph.inputs, _axes(), strict=True):
+        sizes = list(_known(value.shape))
+        for axis, name in axes.items():
+            names[str(sizes[axis])] = name
+            sizes[axis] = 0 if limits.get(name) == 0 else name
         value.shape = onnx_ir.Shape(sizes)
-    made.save(path, external_data=False)
+    for value in graph.outputs:
+        value.shape = onnx_ir.Shape([names[str(size)] for size in _known(value.shape)])
+    _fill_empty_axes(graph)
+    return made
+
+
+def _fill_empty_axes(graph: Any) -> None:
+    """Pad histories and clicks to one place at least: other engines do not attend to nothing."""
+    for value, axes in zip(graph.inputs, _axes(), strict=True):
+        least = [int(axes.get(axis) in ("L_s", "L_r", "M")) for axis in range(len(value.shape))]
+        if any(least):
+            users = [(use.node, use.idx) for use in value.uses()]
+            nodes, filled = _padded(value, least)
+            graph.insert_before(graph[0], nodes)
+            for node, index in users:
+                node.replace_input_with(index, filled)
+
+
+def _padded(value: Any, least: list[int]) -> tuple[list[Any], Any]:
+    """Make the nodes that pad a tensor with zeros to the ``least`` sizes, and their result."""
+    import onnx_ir
+
+    nodes = []
+
+    def add(kind: str, *inputs: Any, **attributes: Any) -> Any:
+        nodes.append(onnx_ir.node(kind, inputs, attributes))
+        return nodes[-1].outputs[0]
+
+    def constant(numbers: list[int]) -> Any:
+        return add("Constant", value=onnx_ir.tensor(numbers, onnx_ir.DataType.INT64))
+
+    nothing = constant([0] * len(least))
+    missing = add("Max", add("Sub", constant(least), add("Shape", value)), nothing)
+    padded = add("Pad", value, add("Concat", nothing, missing, axis=0))
+    padded.dtype = value.dtype
+    return nodes, padded
 
 
 def _known(shape: Any) -> Any:

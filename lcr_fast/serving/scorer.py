@@ -69,7 +69,7 @@ class Scorer(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Score the batch's candidates: [B, C], -inf where a candidate is 0."""
-        ids = (getattr(batch, name).contiguous() for name in _IDS)
+        ids = (getattr(batch, name) for name in _IDS)
         return REQUEST("cpp", Request(*ids, *self._rest))
 
 
