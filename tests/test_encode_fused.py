@@ -213,6 +213,19 @@ def test_a_user_alone_and_any_split_of_a_batch_give_the_same_bits(backend, call)
             assert torch.equal(results[name], whole[name][users]), name
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("case", ["D=64, 32 events", "D=64, 50 events, dropout"])
+def test_no_bit_depends_on_the_slot(case, dtype):
+    call = draw("triton", ON_A_GPU[case]._replace(n_users=9), dtype)
+    whole = run_encoder(call, "triton")
+    for users in (slice(0, 1), slice(5, 6), slice(3, 9)):
+        results = run_encoder(take(call, users), "triton")
+        for name in ("out", "dx"):
+            assert torch.equal(results[name], whole[name][users]), name
+
+
 @pytest.mark.full("triton")
 def test_strided_inputs_and_int32_lengths_give_the_same_bits(backend, call):
     def spread(t: Tensor) -> Tensor:
