@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+import scoring_cases
 import test_cpu_reasoning
 import test_request
-import test_scoring
 from lcr_fast import ops
 from lcr_fast.ops import ranking
 from lcr_fast.serving.scorer import Scorer
@@ -36,11 +36,11 @@ def results() -> Iterator[tuple[str, Iterable[Tensor]]]:
         for name, encoder in test_cpu_reasoning.ENCODERS.items():
             call = random_encoder(encoder).to(dtype)
             yield f"encode {dtype} {name}", run_encoder(call, "cpp").values()
-    for head in test_scoring.HEADS:
+    for head in scoring_cases.HEADS:
         for n_candidates in (5, 130):
-            case = test_scoring.parity_case(head, n_candidates)
+            case = scoring_cases.parity_case(head, n_candidates)
             yield f"score {n_candidates}, {head}", case.run("cpp").values()
-        case = test_scoring.catalogue_case(300, head)
+        case = scoring_cases.catalogue_case(300, head)
         yield f"catalogue, {head}", case.catalogue(ops.score_topk, 300)
     for changes in test_request.CONFIGS:
         model = test_request.make(**changes)

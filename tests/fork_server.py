@@ -73,6 +73,8 @@ def _run(code: str, environment: dict[str, str]) -> tuple[int, str, str]:
 
 
 if __name__ == "__main__":
+    import torch._dynamo  # noqa: F401  # which optimizers import
+
     import test_cpu_reasoning  # noqa: F401
     import test_scoring  # noqa: F401
 

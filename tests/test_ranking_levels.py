@@ -18,14 +18,14 @@ assert ranking.cpu_level() == {level!r}
 metrics = ("hr@3", "ndcg_exp@5", "mrr", "map@5", "rank")
 g = torch.Generator().manual_seed(0)
 for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-    for C in (1, 7, 33, 131, 2049):
+    for C in (1, 7, 131, 2049):
         scores = torch.randn(3, C, generator=g).mul(20).round().to(dtype)
         target = torch.randint(0, C, (3,), generator=g)
         excluded = torch.rand(3, C, generator=g) < 0.3
         nan = torch.where(torch.arange(C) == C - 1, torch.nan, scores)
         for ties in TIES:
             for mask in (None, excluded):
-                for kind in ({{"target": target}}, {{"relevance": scores > 30}}):
+                for kind in ({{"target": target}}, {{"relevance": scores > 30}})[: 1 + (C != 2049)]:
                     found = [
                         ranking.ranking_metrics(
                             scores, **kind, metrics=metrics, excluded=mask, ties=ties, backend=b

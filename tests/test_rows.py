@@ -1,7 +1,5 @@
 """Tables updated by rows: gradients, clipping, AdamW, whole steps, resume; against dense ones."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,8 @@ from lcr_fast.storage import load_tensors
 from lcr_fast.training import trainer as module
 from lcr_fast.training.objective import OBJECTIVES
 from lcr_fast.training.rows import RowAdamW, clip_gradients, flat, merge_gradients, merged
-from lcr_fast.training.trainer import CHECKPOINT, MODEL, Trainer
+from lcr_fast.training.trainer import CHECKPOINT, Trainer
+from training_runs import KilledError, assert_same_run, die_at
 
 CONFIG = TrainConfig(
     epochs=2, batch_size=100, learning_rate=1e-2, align_queries=0.2, align_items=0.3,
@@ -183,18 +182,6 @@ def test_the_first_step_is_that_of_dense_tables(
         assert not torch.equal(found["rows"][name], start[name])
 
 
-def die_at(monkeypatch, update: int) -> None:
-    """Let the trainer die in its n-th update, counted from 1."""
-    counter, original = itertools.count(1), Trainer._update
-
-    def dying(self, loss):
-        if next(counter) == update:
-            raise KeyboardInterrupt
-        original(self, loss)
-
-    monkeypatch.setattr(Trainer, "_update", dying)
-
-
 @pytest.mark.parametrize("objective", ["supervised", "grpo"])
 def test_a_killed_run_resumes_bit_for_bit(prepared, make_model, tmp_path, monkeypatch, objective):
     monkeypatch.setattr(module, "_CHECKPOINT_SECONDS", -1.0)
@@ -202,19 +189,16 @@ def test_a_killed_run_resumes_bit_for_bit(prepared, make_model, tmp_path, monkey
     with monkeypatch.context() as patch:
         die_at(patch, 5)
         killed = Trainer(make_model(prepared), prepared, CONFIG, objective, tmp_path / "killed")
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KilledError):
             killed.run()
     again = make_model(prepared, seed=9)
     trainer = Trainer(again, prepared, CONFIG, objective, tmp_path / "killed", resume=True)
     assert trainer.progress.step
     trainer.run()
     assert not any(module.sparse for module in again.modules() if hasattr(module, "sparse"))
-    for name, kind in ((CHECKPOINT, "checkpoint"), (MODEL, "model")):
-        mine, theirs = (load_tensors(tmp_path / run / name, kind)[0] for run in ("killed", "whole"))
-        assert mine.keys() == theirs.keys()
-        for key, tensor in mine.items():
-            assert torch.equal(tensor, theirs[key]), key
-    last = mine.get("adam.item_embedding.weight.last")
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    saved, _ = load_tensors(tmp_path / "killed" / CHECKPOINT, "checkpoint")
+    last = saved.get("adam.item_embedding.weight.last")
     assert last is None or last.dtype == torch.int32
 
 

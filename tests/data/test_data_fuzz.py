@@ -9,10 +9,10 @@ import fuzz_readers
 
 @pytest.mark.parametrize("source", fuzz_readers.GENERATORS)
 def test_mutated_files_are_refused_or_read_as_they_are(source):
-    outcomes = [fuzz_readers.fuzz_reader(source, number) for number in range(24)]
+    outcomes = [fuzz_readers.fuzz_reader(source, number) for number in range(15)]
     assert [outcome for outcome in outcomes if outcome.startswith("!")] == []
     counts = Counter(outcomes)
-    assert counts["accepted"] >= 8  # every third is as it was
+    assert counts["accepted"] >= 5  # every third is as it was
     assert counts["refused"]
 
 

@@ -139,7 +139,7 @@ def told(log, user, known_items, known_terms):
     ]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(days=st.lists(logs, min_size=2, max_size=3))
 def test_any_later_day_is_read_as_told(make_log, shop, tmp_path_factory, days):
     folder = tmp_path_factory.mktemp("days")
