@@ -50,15 +50,11 @@ def read_table(
         bad = pl.any_horizontal(pl.lit(False), *(_flag_of(name) for name in fields))
         # Of a line of text all fields are parsed: polars would not miss, nor mind, one too many.
         flags = pl.QueryOptFlags(projection_pushdown=is_columnar(path))
-        with progress.passing(raw, path.name) as rows:
-            frame = (
-                rows.select(*fields)
-                .with_row_index("row", offset=1)
-                .select(
-                    pl.col("row").cast(pl.Int64),
-                    *(value.alias(name) for name, value in typed.items()),
-                    *(value.alias(_flag_of(name)) for name, value in broken.items()),
-                )
+        with progress.passing(raw.select(*fields), path.name) as rows:
+            frame = rows.with_row_index("row", offset=1).select(
+                pl.col("row").cast(pl.Int64),
+                *(value.alias(name) for name, value in typed.items()),
+                *(value.alias(_flag_of(name)) for name, value in broken.items()),
             )
             kept = frame if keep is None else frame.filter(keep | bad)
             table = kept.collect(engine="streaming", optimizations=flags)
