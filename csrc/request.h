@@ -38,7 +38,6 @@ void pack_request(const RequestLayers& layers, const WeightArg* encoder, const W
 
 struct RequestArgs {
   int64_t n_users;
-  int64_t dim;
   int64_t length[2];          // padded: search, recommendation
   const int64_t* lengths[2];  // [B] in 0..length[x]
   int64_t n_terms;

@@ -1,26 +1,30 @@
-"""Serving without launches: a model's scores as CUDA graphs, one for each of a few batch sizes.
+"""Serving without launches: a model as CUDA graphs, one for each of a few batch sizes.
 
 A request of one user costs a GPU far less than the host spends on launching its kernels. A graph
 is launched as one; what it costs is that sizes are fixed. So a batch is padded with users who have
 nothing, and with zeros to the most events, terms and candidates, which the model treats as padding
-anyway: scores have the bits of the model on :meth:`CapturedModel.padded`.
+anyway: results have the bits of the model on the padded batch.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lcr_fast.batch import Batch
-from lcr_fast.model import LCRSER
+from lcr_fast.model import LCRSER, check_recommendation
+
+_Result = TypeVar("_Result")
 
 
 class Graph(Protocol):
     """What captures and replays: :class:`CudaGraph`."""
 
-    def capture(self, function: Callable[[], Tensor]) -> Tensor:
-        """Record ``function``; return the tensor that every replay writes."""
+    def capture(self, function: Callable[[], _Result]) -> _Result:
+        """Record ``function``; return the tensors that every replay writes."""
 
     def replay(self) -> None:
         """Do again what was recorded."""
@@ -32,7 +36,7 @@ class CudaGraph:
     def __init__(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
 
-    def capture(self, function: Callable[[], Tensor]) -> Tensor:
+    def capture(self, function: Callable[[], _Result]) -> _Result:
         """Run ``function`` once, which compiles its kernels, and once more to record it."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -48,19 +52,23 @@ class CudaGraph:
 
 
 class _Bucket:
-    """One batch size: a batch that stays where it is, and the scores of each replay."""
+    """One batch size: a batch that stays where it is, and what each replay makes of it."""
 
     def __init__(
-        self, sizes: dict[str, tuple[int, ...]], device: torch.device, model: LCRSER, graph: Graph
+        self,
+        sizes: dict[str, tuple[int, ...]],
+        device: torch.device,
+        function: Callable[[Batch], Any],
+        graph: Graph,
     ) -> None:
         n = sum(map(_numel, sizes.values()))
         self._values = torch.zeros(n, dtype=torch.int64, device=device)
         self._staged = torch.zeros(n, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._sizes = sizes
         self._is_read = torch.cuda.Event() if device.type == "cuda" else None
-        batch = Batch(**self._views(self._values))
+        self.batch = Batch(**self._views(self._values))
         self._graph = graph
-        self._scores = graph.capture(lambda: model(batch))
+        self._result = graph.capture(lambda: function(self.batch))
 
     def _views(self, values: Tensor) -> dict[str, Tensor]:
         parts = values.split([*map(_numel, self._sizes.values())])
@@ -81,24 +89,26 @@ class _Bucket:
         """Return the batch that is computed for ``batch``."""
         return Batch(**self._views(self.stage(batch).clone()))
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def replay(self, batch: Batch) -> Any:
+        """Compute for ``batch``, as ``self.batch``; the result is overwritten by the next one."""
         self._values.copy_(self.stage(batch), non_blocking=True)
         if self._is_read is not None:
             self._is_read.record()
         self._graph.replay()
-        return self._scores[: len(batch), : batch.candidates.shape[1]].clone()
+        return self._result
 
 
 def _numel(size: tuple[int, ...]) -> int:
     return torch.Size(size).numel()
 
 
-class CapturedModel:
-    """Scores of a model by replaying; see :func:`capture`."""
+class _Captured:
+    """One function of a batch, for each of a few batch sizes."""
 
     def __init__(
         self,
         model: LCRSER,
+        function: Callable[[Batch], Any],
         batch_sizes: Iterable[int],
         n_candidates: int,
         max_terms: int,
@@ -107,16 +117,15 @@ class CapturedModel:
         self.batch_sizes = tuple(sorted(set(batch_sizes)))
         if not self.batch_sizes or self.batch_sizes[0] < 1:
             raise ValueError(f"batch_sizes must be positive numbers, got {self.batch_sizes}")
-        if n_candidates < 1 or max_terms < 0:
-            raise ValueError(
-                f"n_candidates must be positive and max_terms not negative, got {n_candidates} and "
-                f"{max_terms}"
-            )
+        if max_terms < 0:
+            raise ValueError(f"max_terms must not be negative, got {max_terms}")
         if model.training:
             raise ValueError(
                 "a model in training cannot be captured, as every call drops other units: call "
                 "model.eval() first"
             )
+        if model.exits is not None:
+            raise ValueError("a model whose users leave the reasoning early cannot be captured")
         config, device = model.config, model.head.target_weight.device
         searches = config.max_search_len
         self._sizes: dict[str, tuple[int, ...]] = {
@@ -128,7 +137,7 @@ class CapturedModel:
         before = _reserved(device)
         with torch.no_grad():
             self._buckets = {
-                n: _Bucket({k: (n, *s) for k, s in self._sizes.items()}, device, model, graph())
+                n: _Bucket({k: (n, *s) for k, s in self._sizes.items()}, device, function, graph())
                 for n in self.batch_sizes
             }
         self.memory_bytes = _reserved(device) - before  # of the GPU, for all batch sizes
@@ -145,6 +154,11 @@ class CapturedModel:
                     f"[B, {', '.join(map(str, most))}] was captured"
                 )
 
+    def _pieces(self, batch: Batch) -> Iterator[slice]:
+        """Cut a batch into pieces of the largest batch size."""
+        most = self.batch_sizes[-1]
+        return (slice(i, i + most) for i in range(0, max(len(batch), 1), most))
+
     def padded(self, batch: Batch) -> Batch:
         """Return what is computed for a batch that fits one bucket, on the CPU."""
         self._check(batch)
@@ -154,6 +168,14 @@ class CapturedModel:
             )
         return self._bucket(batch).padded(batch)
 
+
+def _reserved(device: torch.device) -> int:
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+
+
+class CapturedModel(_Captured):
+    """Scores of a model by replaying; see :func:`capture`."""
+
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
         """Score the candidates of a batch, best on the CPU: [B, C], on the model's device.
@@ -162,13 +184,59 @@ class CapturedModel:
         histories, terms or candidates beyond what was captured.
         """
         self._check(batch)
-        most = self.batch_sizes[-1]
-        pieces = [batch.rows(slice(i, i + most)) for i in range(0, max(len(batch), 1), most)]
-        return torch.cat([self._bucket(piece)(piece) for piece in pieces])
+        scores = []
+        for rows in self._pieces(batch):
+            piece = batch.rows(rows)
+            whole = self._bucket(piece).replay(piece)
+            scores.append(whole[: len(piece), : piece.candidates.shape[1]].clone())
+        return torch.cat(scores)
 
 
-def _reserved(device: torch.device) -> int:
-    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+class CapturedRecommender(_Captured):
+    """A model's encoders and reasoning by replaying, before it ranks the catalogue.
+
+    See :func:`capture_recommender`. The pass over the catalogue is a few long kernels, of a size
+    that depends on what is excluded; so it is launched.
+    """
+
+    def __init__(
+        self,
+        model: LCRSER,
+        batch_sizes: Iterable[int],
+        max_terms: int,
+        graph: Callable[[], Graph],
+    ) -> None:
+        # One candidate, which is not read: the target of no user, 0, is a column.
+        super().__init__(model, model.final_states, batch_sizes, 1, max_terms, graph)
+        self._model = model
+
+    @torch.no_grad()
+    def recommend(
+        self, batch: Batch, k: int = 10, exclude: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Find the top-k items for a batch, best on the CPU: as :meth:`LCRSER.recommend`.
+
+        More users than the largest batch size are computed in pieces of it. Raises ValueError for
+        histories or terms beyond what was captured.
+        """
+        check_recommendation(batch, k, exclude)
+        batch = batch.replace(
+            candidates=batch.candidates[:, :0], target=torch.zeros_like(batch.target)
+        )
+        self._check(batch)
+        items, scores = [], []
+        for rows in self._pieces(batch):
+            piece = batch.rows(rows)
+            bucket = self._bucket(piece)
+            states = bucket.replay(piece)
+            seen = None
+            if exclude is not None:
+                missing = len(bucket.batch) - len(piece)
+                seen = F.pad(exclude[rows].to(bucket.batch.device), (0, 0, 0, missing))
+            found = self._model.best_items(states, bucket.batch, k, seen)
+            items.append(found[0][: len(piece)])
+            scores.append(found[1][: len(piece)])
+        return torch.cat(items), torch.cat(scores)
 
 
 def capture(
@@ -185,16 +253,37 @@ def capture(
     ``memory_bytes`` tells what the graphs hold. ``graph`` makes what captures, by default a
     :class:`CudaGraph`.
 
-    Raises ValueError for a model that is in training or on no GPU, RuntimeError where its
-    operations cannot be captured.
+    Raises ValueError for a model that is in training, on no GPU or with exits, RuntimeError where
+    its operations cannot be captured.
     """
-    device: Any = model.head.target_weight.device
-    if graph is None:
-        if device.type != "cuda":
-            raise ValueError(f"only a model on a GPU can be captured, this one is on {device}")
-        graph = CudaGraph
+    if n_candidates < 1:
+        raise ValueError(f"n_candidates must be positive, got {n_candidates}")
+    with _explained(model, graph):
+        return CapturedModel(model, model, batch_sizes, n_candidates, max_terms, graph or CudaGraph)
+
+
+def capture_recommender(
+    model: LCRSER,
+    batch_sizes: Iterable[int] = (1, 8, 64, 256),
+    max_terms: int = 16,
+    graph: Callable[[], Graph] | None = None,
+) -> CapturedRecommender:
+    """Capture what ``model.recommend`` computes before the catalogue; all else as :func:`capture`.
+
+    Its ``recommend`` gives the bits of the model's own on the padded batch.
+    """
+    with _explained(model, graph):
+        return CapturedRecommender(model, batch_sizes, max_terms, graph or CudaGraph)
+
+
+@contextlib.contextmanager
+def _explained(model: LCRSER, graph: Callable[[], Graph] | None) -> Iterator[None]:
+    """Refuse a model that is on no GPU; say what could not be captured in one sentence."""
+    device = model.head.target_weight.device
+    if graph is None and device.type != "cuda":
+        raise ValueError(f"only a model on a GPU can be captured, this one is on {device}")
     try:
-        return CapturedModel(model, batch_sizes, n_candidates, max_terms, graph)
+        yield
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise RuntimeError(f"this model cannot be captured: {reason}") from error

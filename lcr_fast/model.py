@@ -419,6 +419,18 @@ class LCRSER(nn.Module):
             backend=self.config.backend,
         )
 
+    def best_items(
+        self, h: Streams, batch: Batch, k: int, exclude: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Find the top-k items of the catalogue from final states: see :meth:`recommend`."""
+        # No item that remains has been seen, so none has a bonus.
+        return scoring.score_topk(
+            *self._catalogue(h, batch),
+            k,
+            exclude=seen_items(batch, exclude),
+            backend=self.config.backend,
+        )
+
     # -- public API -----------------------------------------------------------------------------
 
     def forward(self, batch: Batch) -> Tensor:
@@ -455,21 +467,11 @@ class LCRSER(nn.Module):
         (histories are truncated; pass what they lost). Returns items [B, k] and scores [B, k]; a
         user with fewer than k unseen items ends in item 0 with score -inf. Memory O(B * k).
         """
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
-        B = batch.user.shape[0]
-        if exclude is not None and (exclude.ndim != 2 or exclude.shape[0] != B):
-            raise ValueError(f"exclude must be int64 [{B}, X], got {list(exclude.shape)}")
+        check_recommendation(batch, k, exclude)
         was_training = self.training
         self.eval()
         try:
-            # No item that remains has been seen, so none has a bonus.
-            return scoring.score_topk(
-                *self._catalogue(self.final_states(batch), batch),
-                k,
-                exclude=seen_items(batch, exclude),
-                backend=self.config.backend,
-            )
+            return self.best_items(self.final_states(batch), batch, k, exclude)
         finally:
             self.train(was_training)
 
@@ -579,6 +581,15 @@ class LCRSER(nn.Module):
         if info.get("exits") is not None:
             model.exits = Exits.from_dict(info["exits"])
         return model.to(device).eval()
+
+
+def check_recommendation(batch: Batch, k: int, exclude: Tensor | None) -> None:
+    """Raise ValueError for a ``k`` or ``exclude`` that :meth:`LCRSER.recommend` cannot take."""
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    B = batch.user.shape[0]
+    if exclude is not None and (exclude.ndim != 2 or exclude.shape[0] != B):
+        raise ValueError(f"exclude must be int64 [{B}, X], got {list(exclude.shape)}")
 
 
 def _text_tensor(given: Any) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lcr_fast.batch import Batch
-from lcr_fast.capture import capture
+from lcr_fast.capture import capture, capture_recommender
 from lcr_fast.config import LCRConfig
 from lcr_fast.model import LCRSER
 from lcr_fast.testing import random_batch
@@ -21,6 +21,10 @@ def draw(n_users: int, n_candidates: int = 5, seed: int = 0, config: LCRConfig =
     return random_batch(config, n_users, n_candidates, generator)
 
 
+def _tensors(result) -> tuple[torch.Tensor, ...]:
+    return (result,) if isinstance(result, torch.Tensor) else tuple(result)
+
+
 class Recorded:
     """A graph that computes again what it was made of, as a replay does."""
 
@@ -33,7 +37,8 @@ class Recorded:
 
     def replay(self):
         self.replays += 1
-        self.out.copy_(self.function())
+        for out, value in zip(_tensors(self.out), _tensors(self.function()), strict=True):
+            out.copy_(value)
 
 
 @pytest.fixture
@@ -119,6 +124,46 @@ def test_what_cannot_be_captured_is_refused(model):
         capture(model.eval(), graph=Failing)
 
 
+def test_recommendations_are_those_for_the_padded_batch(model, graphs):
+    captured = capture_recommender(model, (4, 1), 3, graph=Recorded)
+    exclude = torch.randint(0, 31, (9, 7), generator=torch.Generator().manual_seed(3))
+    exclude[5:] = 0
+    batch = draw(9, n_candidates=0)
+    items, scores = captured.recommend(batch, 5, exclude)
+    assert [graph.replays for graph in graphs] == [1, 2]
+    expected = model.recommend(batch, 5, exclude)
+    assert torch.equal(items, expected[0])
+    torch.testing.assert_close(scores, expected[1])
+    for rows in (slice(0, 4), slice(4, 8), slice(8, 9)):
+        padded = captured.padded(batch.rows(rows))
+        plain = model.recommend(padded, 5, exclude[rows])
+        assert torch.equal(items[rows], plain[0])
+        assert torch.equal(scores[rows], plain[1])
+
+
+def test_recommendations_need_no_exclude_and_no_user(model, graphs):
+    captured = capture_recommender(model, (4,), 3, graph=Recorded)
+    batch = draw(3)
+    items, scores = captured.recommend(batch, 2)
+    plain = model.recommend(captured.padded(draw(3, n_candidates=0)), 2)
+    assert torch.equal(items, plain[0][:3])
+    assert torch.equal(scores, plain[1][:3])
+    assert captured.recommend(batch.rows(slice(0)), 2)[0].shape == (0, 2)
+
+
+def test_what_a_recommender_refuses(model, graphs):
+    captured = capture_recommender(model, (4,), 3, graph=Recorded)
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        captured.recommend(draw(2), 0)
+    with pytest.raises(ValueError, match=r"exclude must be int64 \[2, X\], got \[1, 3\]"):
+        captured.recommend(draw(2), 1, torch.zeros(1, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="only a model on a GPU can be captured"):
+        capture_recommender(model)
+    model.exits = object()
+    with pytest.raises(ValueError, match="users leave the reasoning early cannot be captured"):
+        capture_recommender(model, graph=Recorded)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -134,3 +179,23 @@ def test_replays_have_the_bits_of_the_padded_batch(dtype):
             pieces = [batch.rows(slice(i, i + 16)) for i in range(0, n_users, 16)]
             plain = [model(captured.padded(p).to("cuda"))[: len(p), :6] for p in pieces]
         assert torch.equal(captured(batch), torch.cat(plain))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_recommendations_by_replay_have_the_bits_of_the_padded_batch(dtype):
+    config = CONFIG.replace(dim=64, mlp_hidden=(200, 80), max_search_len=30, max_rec_len=30)
+    torch.manual_seed(0)
+    model = LCRSER(config).to("cuda", dtype).eval()
+    captured = capture_recommender(model, (1, 16), max_terms=3)
+    assert captured.memory_bytes > 0
+    for seed, n_users in enumerate((1, 7, 16)):
+        batch = draw(n_users, 0, seed, config)
+        exclude = torch.randint(0, 31, (n_users, 4), device="cuda")
+        padded = captured.padded(batch)
+        whole = exclude.new_zeros(len(padded), 4)
+        whole[:n_users] = exclude
+        plain = model.recommend(padded.to("cuda"), 9, whole)
+        for found, expected in zip(captured.recommend(batch, 9, exclude), plain, strict=True):
+            assert torch.equal(found, expected[:n_users])

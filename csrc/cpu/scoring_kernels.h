@@ -37,8 +37,6 @@ struct ScoringKernels {
   // x [rows, n] = y + bias [rows], of one leading dimension.
   void (*add_bias)(const float* y, const float* bias, int64_t ld, int64_t rows, int64_t n,
                    float* x);
-  // x = max(x, 0), NaN kept.
-  void (*relu)(float* x, int64_t ld, int64_t rows, int64_t n);
   // d = d * kept where x > 0, else 0: a unit is 0 where ReLU or dropout made it so.
   void (*relu_bwd)(const float* x, float kept, int64_t ld, int64_t rows, int64_t n, float* d);
   // Drop units of x [rows, n]: row h, column c is coordinate h of position first + c.
@@ -197,11 +195,6 @@ LCR_TARGET void add_bias(const float* y, const float* bias, int64_t ld, int64_t 
     for (int64_t c = 0; c < n; ++c) x[h * ld + c] = y[h * ld + c] + bias[h];
 }
 
-LCR_TARGET void relu(float* x, int64_t ld, int64_t rows, int64_t n) {
-  for (int64_t h = 0; h < rows; ++h)
-    for (int64_t c = 0; c < n; ++c) x[h * ld + c] = x[h * ld + c] < 0 ? 0.0f : x[h * ld + c];
-}
-
 LCR_TARGET void relu_bwd(const float* x, float kept, int64_t ld, int64_t rows, int64_t n,
                          float* d) {
   for (int64_t h = 0; h < rows; ++h)
@@ -243,7 +236,6 @@ constexpr ScoringKernels kThisLevel = {
     transpose<true>,
     transpose_rows<true, const float* const*>,
     add_bias,
-    relu,
     relu_bwd,
     dropout,
 };

@@ -112,6 +112,7 @@ void score_tile(const ScoringNet& net, const Segment* segments, int64_t n_segmen
   const int64_t dim = net.dim, ld = work.ld;
   float* top = work.layers[0];
   float* dots = work.layers.back();  // the last layer adds to them
+  const bool deep = a.widths.size() > 1;
   for (int64_t s = 0; s < n_segments; ++s) {
     const Segment& segment = segments[s];
     const int64_t at = segment.begin, size = segment.size;
@@ -133,7 +134,7 @@ void score_tile(const ScoringNet& net, const Segment* segments, int64_t n_segmen
       }
       if (net.fold_layer)
         k.gemm(net.hidden, size, rows, {net.layer(segment.folded, x), 1, net.hidden}, alpha, ld,
-               top + at, ld, kAdd);
+               top + at, ld, {.add = true, .relu = deep && x == kRec});
       else
         k.gemm(dim, size, rows, {h, 1, dim}, alpha, ld, work.pooled + net.place(x) * ld + at, ld,
                {});
@@ -141,11 +142,11 @@ void score_tile(const ScoringNet& net, const Segment* segments, int64_t n_segmen
   }
   if (!net.mlp) return;
   if (!net.fold_layer)
-    k.gemm(net.hidden, n, 2 * dim, {a.weights[0], net.inputs, 1}, work.pooled, ld, top, ld, kAdd);
+    k.gemm(net.hidden, n, 2 * dim, {a.weights[0], net.inputs, 1}, work.pooled, ld, top, ld,
+           {.add = true, .relu = deep});
   const size_t last = a.widths.size() - 1;
   for (size_t l = 0; l < last; ++l) {
     float* x = work.layers[l];
-    if (l == 0) k.relu(x, ld, net.hidden, n);
     if (candidates != nullptr && candidates->dropout.threshold > 0)
       for (int64_t s = 0; s < n_segments; ++s)
         k.dropout(candidates->dropout, candidates->dropout_rows[segments[s].user],

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import sys
 import typing
 from collections.abc import Callable
 from dataclasses import MISSING, fields
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lcr_fast.config import LCRConfig
 
 if TYPE_CHECKING:
+    from lcr_fast.capture import CapturedRecommender
     from lcr_fast.data.prepared import PreparedData
     from lcr_fast.model import LCRSER
 
@@ -79,6 +81,16 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         help="which implementation the ops use; default: the config's, auto",
     )
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
+
+
+def add_capture(parser: argparse.ArgumentParser) -> None:
+    """Add the way back from CUDA graphs: see :func:`captured`."""
+    parser.add_argument(
+        "--no-capture",
+        dest="capture",
+        action="store_false",
+        help="on a GPU, launch every kernel by itself; the default replays CUDA graphs",
+    )
 
 
 def add_protocols(parser: argparse.ArgumentParser) -> None:
@@ -211,6 +223,31 @@ def open_model(arguments: argparse.Namespace, path: Path) -> "tuple[LCRSER, Prep
     data = PreparedData.open(arguments.data)
     model = load_model(path, data, arguments.device, arguments.backend, any_data=arguments.any_data)
     return model, data
+
+
+def captured(
+    arguments: argparse.Namespace, model: "LCRSER", largest: int
+) -> "CapturedRecommender | None":
+    """Capture a model for batches up to ``largest``, and say what that takes.
+
+    None on a CPU, for a model whose users leave early, and where --no-capture asks for none.
+    """
+    on_gpu = model.head.target_weight.device.type == "cuda"
+    if not on_gpu or not arguments.capture or model.exits is not None:
+        return None
+    from lcr_fast.capture import capture_recommender
+
+    sizes = [*(n for n in (1, 8, 64) if n < largest), largest]
+    try:
+        recommender = capture_recommender(model, sizes)
+    except RuntimeError as error:
+        raise ValueError(f"{error}; --no-capture does without graphs") from error
+    print(
+        f"captured batches of {', '.join(map(str, sizes))}: "
+        f"{recommender.memory_bytes / 1e6:.0f} MB of GPU memory",
+        file=sys.stderr,
+    )
+    return recommender
 
 
 def say(line: str) -> None:

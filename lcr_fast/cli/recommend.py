@@ -6,8 +6,10 @@ import sys
 
 from lcr_fast.cli.arguments import (
     Commands,
+    add_capture,
     add_command,
     add_model_arguments,
+    captured,
     open_model,
     set_threads,
 )
@@ -29,6 +31,7 @@ def add(commands: Commands) -> None:
         type=float,
         help="one user at a time, with as many steps as take at most this (p99, measured first)",
     )
+    add_capture(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -44,8 +47,9 @@ def run(arguments: argparse.Namespace) -> None:
         choice = with_budget(model, arguments.budget_ms, k=arguments.k)
         print(choice.describe(), file=sys.stderr)
         model, batch_size = choice.model, 1
+    recommender = captured(arguments, model, batch_size)
     steps = model.on_steps = StepCount(model.config.steps)
-    lines = recommend(model, data, arguments.users, arguments.k, batch_size)
+    lines = recommend(model, data, arguments.users, arguments.k, batch_size, recommender)
     if unknown := describe_unknown(model.config, data):
         print(unknown, file=sys.stderr)
     writer = csv.writer(sys.stdout)

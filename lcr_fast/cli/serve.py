@@ -5,8 +5,10 @@ import sys
 
 from lcr_fast.cli.arguments import (
     Commands,
+    add_capture,
     add_command,
     add_model_arguments,
+    captured,
     open_model,
     say,
     set_threads,
@@ -31,6 +33,7 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--wait-ms", type=float, default=0.0, help="time that a first request waits for others"
     )
+    add_capture(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -42,7 +45,6 @@ def run(arguments: argparse.Namespace) -> None:
     model, data = open_model(arguments, arguments.model)
     if unknown := describe_unknown(model.config, data):
         print(unknown, file=sys.stderr)
-    app = create_app(
-        Engine(model, data), max_batch=arguments.max_batch, max_wait=arguments.wait_ms / 1e3
-    )
+    engine = Engine(model, data, captured(arguments, model, arguments.max_batch))
+    app = create_app(engine, max_batch=arguments.max_batch, max_wait=arguments.wait_ms / 1e3)
     make_server(app, host=arguments.host, port=arguments.port, say=say).run()

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lcr_fast.capture import CapturedRecommender
 from lcr_fast.data.prepared import IdTable, PreparedData
 from lcr_fast.model import LCRSER
 from lcr_fast.serving.scorer import fastest
@@ -38,10 +39,13 @@ class Engine:
     """A model beside the histories of its users, all that is known of them.
 
     The model is in evaluation. Answers depend on what else is in their batch by rounding alone.
-    Raises ValueError where the model knows more items than the data.
+    ``recommender`` is the model captured, where recommendations shall come from graphs. Raises
+    ValueError where the model knows more items than the data.
     """
 
-    def __init__(self, model: LCRSER, data: PreparedData) -> None:
+    def __init__(
+        self, model: LCRSER, data: PreparedData, recommender: CapturedRecommender | None = None
+    ) -> None:
         if model.config.n_items > data.n_items:
             raise ValueError(
                 f"the model knows more items than the data: {model.config.n_items}, not "
@@ -52,6 +56,9 @@ class Engine:
         self._scorer = fastest(model)
         self._batcher = make_batcher(data, "test", model)
         self._device = model.head.target_weight.device
+        self._recommend = model.recommend if recommender is None else recommender.recommend
+        # A captured model lays a batch out on the host.
+        self._read_on = self._device if recommender is None else torch.device("cpu")
 
     def user(self, text: str) -> int:
         """Look up a user; raises UnknownIdError."""
@@ -85,9 +92,9 @@ class Engine:
         users = np.array([request.user for request in requests])
         times = _ends(users)
         nothing = np.zeros((len(users), 0), dtype=np.int64)
-        batch = self._batcher.at(users, times, nothing).to(self._device)
+        batch = self._batcher.at(users, times, nothing).to(self._read_on)
         seen = torch.from_numpy(padded_seen(self.data, users, times)).to(self._device)
-        items, scores = self.model.recommend(batch, max(r.k for r in requests), exclude=seen)
+        items, scores = self._recommend(batch, max(r.k for r in requests), exclude=seen)
         answers = []
         for request, *found in zip(requests, items.tolist(), scores.tolist(), strict=True):
             best = itertools.islice(zip(*found, strict=True), request.k)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from lcr_fast.capture import CapturedRecommender
 from lcr_fast.data.prepared import PreparedData
 from lcr_fast.model import LCRSER
 from lcr_fast.serving.engine import Engine, RecommendRequest
@@ -14,18 +15,20 @@ def recommend(
     users: Sequence[str] | None = None,
     k: int = 10,
     batch_size: int = 256,
+    recommender: CapturedRecommender | None = None,
 ) -> Iterator[tuple[str, int, str, float]]:
     """Yield (user, rank, item, score) with raw ids, k unseen items a user, rank from 1.
 
     ``users`` None means all; a user without any history gets what the model gives to nobody in
     particular. What of the data the model does not know is skipped, as ``make_batcher`` says.
+    ``recommender`` is the model captured, where there is one.
     Raises ValueError, before anything is computed, for a user that the data does not know, and
     where the model knows items that it does not. Processes of one job share the work, and each
     yields all of it.
     """
     if isinstance(users, str):  # whose letters would be taken for users
         raise ValueError(f"users must be a sequence of ids, [{users!r}], got a text")
-    engine = Engine(model, data)
+    engine = Engine(model, data, recommender)
     if users is None:
         numbers = list(range(1, data.n_users + 1))
     else:

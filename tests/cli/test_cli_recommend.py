@@ -2,12 +2,16 @@
 
 import csv
 import io
+from types import SimpleNamespace
 
 import polars as pl
 import pytest
+import torch
 
 from command_line import WORLD, fails, run
 from lcr_fast import cli
+from lcr_fast.capture import capture_recommender
+from lcr_fast.cli.arguments import captured
 from lcr_fast.data import synthetic
 from lcr_fast.data.prepared import PreparedData
 
@@ -58,6 +62,71 @@ def test_a_locale_does_not_change_what_is_written(job, monkeypatch):
     model = job / "run" / "lcr" / "model.safetensors"
     cli.main(["recommend", str(model), "--data", str(job / "data"), "-k", "1"])
     assert "ä".encode() in stream.buffer.getvalue()
+
+
+class Again:
+    """A graph that computes again what it was made of, as a replay does."""
+
+    def capture(self, function):
+        self.function, self.out = function, function()
+        return self.out
+
+    def replay(self):
+        for out, value in zip(self.out, self.function(), strict=True):
+            out.copy_(value)
+
+
+def test_captured_recommendations_are_those_of_plain_calls(job, monkeypatch):
+    def replaying(arguments, model, largest):
+        assert arguments.capture
+        return capture_recommender(model, (3, 9), graph=Again)
+
+    arguments = ("recommend", job / "run" / "lcr" / "model.safetensors", "--data", job / "data")
+    plain = list(csv.reader(run(*arguments).splitlines()))
+    monkeypatch.setattr("lcr_fast.cli.recommend.captured", replaying)
+    found = list(csv.reader(run(*arguments).splitlines()))
+    assert [row[:3] for row in found] == [row[:3] for row in plain]
+    scores = [[float(row[3]) for row in rows[1:]] for rows in (found, plain)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Something that says it is a model on a GPU, and what is captured of it."""
+    sizes = []
+
+    def capture(model, batch_sizes):
+        sizes.append(list(batch_sizes))
+        return SimpleNamespace(memory_bytes=12_345_678)
+
+    monkeypatch.setattr("lcr_fast.capture.capture_recommender", capture)
+    weight = SimpleNamespace(device=torch.device("cuda"))
+    return SimpleNamespace(exits=None, head=SimpleNamespace(target_weight=weight)), sizes
+
+
+def test_a_model_on_a_gpu_is_captured_unless_told_otherwise(on_gpu, capsys):
+    model, sizes = on_gpu
+    asked, told = SimpleNamespace(capture=True), SimpleNamespace(capture=False)
+    assert captured(asked, model, 256).memory_bytes == 12_345_678
+    assert captured(asked, model, 8) is not None
+    assert sizes == [[1, 8, 64, 256], [1, 8]]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "captured batches of 1, 8, 64, 256: 12 MB of GPU memory"
+    assert captured(told, model, 256) is None
+    model.exits = object()
+    assert captured(asked, model, 256) is None
+    model.exits, model.head.target_weight.device = None, torch.device("cpu")
+    assert captured(asked, model, 256) is None
+    assert len(sizes) == 2
+
+
+def test_what_cannot_be_captured_names_the_way_out(on_gpu, monkeypatch):
+    def capture(model, batch_sizes):
+        raise RuntimeError("this model cannot be captured: no")
+
+    monkeypatch.setattr("lcr_fast.capture.capture_recommender", capture)
+    with pytest.raises(ValueError, match="cannot be captured: no; --no-capture does without"):
+        captured(SimpleNamespace(capture=True), on_gpu[0], 4)
 
 
 @pytest.mark.parametrize(
