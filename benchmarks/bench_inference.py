@@ -3,7 +3,8 @@
 d = 64, 100 candidates; one user with 30 + 30 events, or a batch with random numbers of events.
 "eager" is the reference everywhere; "repeated history" is eager too, but copies each history to
 all of its candidates before it pools, as the published code of UniSAR and GSERec does. On a GPU in
-three precisions, and "captured" and "captured eager" replay CUDA graphs.
+three precisions, and "captured" and "captured eager" replay CUDA graphs. The model is the paper's
+plain reading; one request of the default model, with its bonus of seen items, is timed on GPUs.
 """
 
 import pytest
@@ -28,6 +29,11 @@ def pytest_generate_tests(metafunc):
     device = metafunc.config.getoption("--device")
     # On a CPU one request is compiled; on a GPU that and the largest batch, in float32.
     n_compiled = {1, max(BATCH["cuda"])} if device == "cuda" else {1}
+    steps, sizes = STEPS, BATCH[device]
+    if metafunc.function is not test_batch:
+        sizes = (1,)
+    if metafunc.function is test_latency_of_the_default_model:
+        steps = (max(STEPS),) if device == "cuda" else ()
     cases = [
         pytest.param(
             n_users,
@@ -35,20 +41,18 @@ def pytest_generate_tests(metafunc):
             marks=[pytest.mark.extended] * (K not in QUICK_STEPS)
             + [pytest.mark.compiled] * (max(STEPS) == K and n_users in n_compiled),
         )
-        for n_users in ((1,) if metafunc.function is test_latency else BATCH[device])
-        for K in STEPS
+        for n_users in sizes
+        for K in steps
     ]
     metafunc.parametrize(("n_users", "K"), cases)
 
 
 class Scorers:
-    """The same random model on each path."""
+    """The same random model on each path; ``reading`` is of its config."""
 
-    def __init__(self, K: int, precision: str, device: str) -> None:
+    def __init__(self, K: int, precision: str, device: str, reading: dict) -> None:
         sizes = {"n_items": 20_000, "n_users": 1000, "n_terms": 5000}
-        config = LCRConfig(
-            **sizes, dim=D, steps=K, max_search_len=L, max_rec_len=L, **harness.PLAIN_READING
-        )
+        config = LCRConfig(**sizes, dim=D, steps=K, max_search_len=L, max_rec_len=L, **reading)
         generator = torch.Generator().manual_seed(0)
         self.eager = random_model(config.replace(backend="reference"), generator, torch.float32)
         self.ours = LCRSER(config).eval()
@@ -86,9 +90,11 @@ class Scorers:
 def prepare(benchmark, compiles, capture, device):
     """Return a function that makes all variants, held to the reference, and the batches."""
 
-    def prepare(K: int, n_users: int, precision: str):
-        scorers = Scorers(K, precision, device)
-        functions = {"": scorers.ours, "eager": scorers.eager, "repeated history": scorers.repeated}
+    def prepare(K: int, n_users: int, precision: str, default: bool = False):
+        scorers = Scorers(K, precision, device, {} if default else harness.PLAIN_READING)
+        functions = {"": scorers.ours, "eager": scorers.eager}
+        if not default:
+            functions["repeated history"] = scorers.repeated
         if compiles:
             torch.compiler.reset()
             functions["torch.compile"] = torch.compile(scorers.eager, dynamic=False)
@@ -117,6 +123,21 @@ def prepare(benchmark, compiles, capture, device):
 def test_latency(prepare, race, precision, n_users, K):
     with harness.multiplying_in(precision):
         turns, _ = prepare(K, n_users, precision)
+        ours = turns.pop("")
+        race(
+            ours,
+            {name: (f, 1.0) for name, f in turns.items()},
+            rounds=REQUESTS,
+            seconds=4.0,
+            single=True,
+        )
+
+
+@pytest.mark.benchmark(group="inference, one request of the default model")
+@torch.inference_mode()
+def test_latency_of_the_default_model(prepare, race, precision, n_users, K):
+    with harness.multiplying_in(precision):
+        turns, _ = prepare(K, n_users, precision, default=True)
         ours = turns.pop("")
         race(
             ours,

@@ -21,6 +21,7 @@ import harness
 from lcr_fast import ops
 from lcr_fast.config import LCRConfig
 from lcr_fast.metrics import TIES
+from lcr_fast.model import LCRSER
 from lcr_fast.ops import ranking
 from lcr_fast.reference import Steps
 from lcr_fast.testing import (
@@ -30,7 +31,9 @@ from lcr_fast.testing import (
     assert_parity,
     assert_reasoning_parity,
     every_op_rounded,
+    random_batch,
     random_encoder,
+    random_model,
     random_reasoning,
     random_streams,
     random_weights,
@@ -79,6 +82,35 @@ def _check_call(setting: Setting, call: Any, run: Callable[[Any, str], dict[str,
     found = run(call.to(setting.dtype, device=setting.device), "triton")
     expected = reasoning_baseline(call, run)
     assert_reasoning_parity({name: t.cpu() for name, t in found.items()}, expected)
+
+
+def lookups(setting: Setting) -> None:
+    sizes = setting.sizes
+    generator = torch.Generator().manual_seed(0)
+    config = LCRConfig(
+        n_items=sizes.n_items, dim=sizes.dim, max_search_len=sizes.search_len,
+        max_rec_len=sizes.rec_len, backend="reference",
+    )  # fmt: skip
+    drawn = random_model(config, generator, setting.dtype)
+    batch = random_batch(config, sizes.n_users, sizes.n_candidates, generator, n_terms=20)
+    batch.candidates[:, -1] = batch.rec_items[:, 0]
+    scores = torch.randn(batch.candidates.shape, generator=generator).to(setting.dtype)
+    results = []
+    for backend, dtype, device in (
+        ("triton", setting.dtype, setting.device),
+        ("reference", setting.dtype, "cpu"),
+        ("reference", torch.float64, "cpu"),
+    ):
+        model = LCRSER(config.replace(backend=backend)).to(dtype).eval()
+        model.load_state_dict(drawn.state_dict())
+        model.to(device)
+        here = batch.to(device)
+        with torch.inference_mode():
+            finished = model.finish(scores.to(device, dtype), here, here.candidates)
+            finished = finished.nan_to_num(neginf=0.0)  # of padding
+            results.append([t.cpu() for t in (*model.embed(here), finished)])
+    for name, *found in zip(("search", "rec", "scores"), *results, strict=True):
+        assert_parity(name, *found)
 
 
 def encoding(setting: Setting) -> None:
@@ -274,6 +306,7 @@ def ranking_metrics(setting: Setting) -> None:
 
 
 FAMILIES: dict[str, Callable[[Setting], None]] = {
+    "lookups": lookups,
     "encoding": encoding,
     "inference": inference,
     "training": training,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lcr_fast import reference
 from lcr_fast.batch import Batch, read_items, seen_items
 from lcr_fast.config import LCRConfig
-from lcr_fast.ops import reasoning, scoring
+from lcr_fast.ops import lookup, reasoning, scoring
 from lcr_fast.ops._op import Case, Op
 from lcr_fast.ops._triton import ptxas_in_use
 from lcr_fast.ops.adaptive import adaptive_reasoning
@@ -149,8 +149,19 @@ class LCRSER(nn.Module):
     @ranged("embed")
     def embed(self, batch: Batch) -> Streams:
         """Input vectors of both streams: [B, L_s, D], [B, L_r, D]."""
+        config = self.config
+        tables = (
+            self.query_embedding.weight, self.item_embedding.weight, self.search_position,
+            self.rec_position,
+        )  # fmt: skip
+        chosen = self._choose(lookup.EMBED, tables, text=self._has_text)
+        if chosen != "reference":
+            of_terms = config.query_encoder == "terms"
+            terms = batch.search_terms if of_terms else batch.search_queries.unsqueeze(-1)
+            ids = (terms, batch.search_clicks, batch.rec_items)
+            return lookup.embed(chosen, lookup.Embed(*ids, *tables, config.max_clicks))
         queries = self.query_vectors(batch.search_queries, batch.search_terms)
-        clicked = batch.search_clicks[..., : self.config.max_clicks]
+        clicked = batch.search_clicks[..., : config.max_clicks]
         clicks = _masked_mean(self.item_vectors(clicked), clicked > 0)
         search = queries + clicks + self.search_position[: queries.shape[1]]
         items = self.item_vectors(batch.rec_items)
@@ -210,10 +221,25 @@ class LCRSER(nn.Module):
             reasoning.encode(rec, batch.rec_lengths, weights, REC, **options),
         )
 
-    def _backend_of(self, op: Op) -> str:
-        """Give the config's backend to an op that knows it, ``auto`` to one that has no such."""
+    def _backend_of(self, op: Op, case: Case | None = None) -> str:
+        """Give the config's backend to an op that knows it, ``auto`` to one that has no such.
+
+        A lookup with gradients or text vectors is such: no backend has it, training needs it.
+        """
         backend = self.config.backend
-        return backend if backend in op.implementations else "auto"
+        beyond = isinstance(case, lookup.LookupCase) and case.beyond is not None
+        return backend if backend in op.implementations and not beyond else "auto"
+
+    @property
+    def _has_text(self) -> bool:
+        return bool(self.config.item_text_dim or self.config.query_text_dim)
+
+    def _choose(self, op: Op, tensors: tuple[Tensor, ...], text: bool = False) -> str:
+        """Choose what serves a lookup in tensors, or of them."""
+        gradients = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        first = tensors[0]
+        case = lookup.LookupCase(first.device.type, first.dtype, gradients, text)
+        return op.choose(self._backend_of(op, case), case)
 
     def _steps(self) -> Steps:
         config = self.config
@@ -341,7 +367,7 @@ class LCRSER(nn.Module):
             scores = self._score(h, batch, table, places)
         else:
             scores = self._score(h, batch, self.item_vectors(ids), None)
-        return self._finish(scores, batch, ids)
+        return self.finish(scores, batch, ids)
 
     def pool(
         self, states: Tensor, lengths: Tensor, candidates: Tensor, stream: int
@@ -355,10 +381,19 @@ class LCRSER(nn.Module):
 
         As :meth:`score` without ``candidates``, for vectors that are at hand already.
         """
-        return self._finish(self._score(h, batch, vectors, None), batch, batch.candidates)
+        return self.finish(self._score(h, batch, vectors, None), batch, batch.candidates)
 
-    def _finish(self, scores: Tensor, batch: Batch, ids: Tensor) -> Tensor:
+    def finish(self, scores: Tensor, batch: Batch, ids: Tensor) -> Tensor:
         """Add the bonus of seen items, and set padding to -inf; scores [B, (N,) C]."""
+        if (gains := self.head.seen_bonus) is not None:
+            chosen = self._choose(lookup.SEEN_BONUS, (scores, gains))
+            if chosen != "reference":
+                call = lookup.SeenBonus(
+                    scores if scores.ndim == 3 else scores.unsqueeze(1), ids, batch.search_clicks,
+                    batch.search_lengths, batch.rec_items, batch.rec_lengths, gains,
+                    float(self.config.dim), self.config.max_clicks,
+                )  # fmt: skip
+                return lookup.SEEN_BONUS(chosen, call).view(scores.shape)
         bonus, padding = self._bonus(batch, ids), ids == 0
         if scores.ndim == 3:
             bonus, padding = None if bonus is None else bonus.unsqueeze(1), padding.unsqueeze(1)
@@ -494,7 +529,9 @@ class LCRSER(nn.Module):
     def _choices(self, device: str) -> dict[str, tuple[str, dict[str, str | None]]]:
         """Find, for each op, what serves it on a device, and what could."""
         config, dtype = self.config, self.head.target_weight.dtype
+        training = self.training
         cases: dict[Op, Case] = {
+            lookup.EMBED: lookup.LookupCase(device, dtype, training, self._has_text),
             reasoning.ENCODE: reasoning.EncodeCase(
                 device, dtype, config.dim, config.n_heads, config.ffn_width,
                 max(config.max_search_len, config.max_rec_len),
@@ -508,8 +545,10 @@ class LCRSER(nn.Module):
                 device, dtype, config.dim, None if config.score == "dot" else config.mlp_hidden
             ),
         }  # fmt: skip
+        if self.head.seen_bonus is not None:
+            cases[lookup.SEEN_BONUS] = lookup.LookupCase(device, dtype, training)
         return {
-            op.name: (op.choose(self._backend_of(op), case), op.obstacles(case))
+            op.name: (op.choose(self._backend_of(op, case), case), op.obstacles(case))
             for op, case in cases.items()
         }
 

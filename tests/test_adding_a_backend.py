@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lcr_fast import ops, reference
-from lcr_fast.ops import adaptive, noise, ranking, reasoning, scoring
+from lcr_fast.ops import adaptive, lookup, noise, ranking, reasoning, scoring
 from lcr_fast.ops._extension import extension_error
 from lcr_fast.ops._op import Backend, Op
 from lcr_fast.ops.noise import HEAD_SITES, Dropout
@@ -16,7 +16,7 @@ from lcr_fast.weights import ScoringWeights
 OPS = (
     noise.NORMAL_NOISE, noise.DROPOUT_MASKS, reasoning.ENCODE, reasoning.LATENT_REASONING,
     adaptive.ADAPTIVE_REASONING, scoring.SCORE, scoring.SCORE_TOPK, scoring.SCORE_RANK,
-    ranking.RANKING_METRICS, ranking.CATALOGUE_METRICS,
+    ranking.RANKING_METRICS, ranking.CATALOGUE_METRICS, lookup.EMBED, lookup.SEEN_BONUS,
 )  # fmt: skip
 N_USERS, D, WIDTHS = 5, 8, (6, 3)
 IDS = torch.randint(0, 9, (N_USERS, 7), generator=torch.Generator().manual_seed(1))

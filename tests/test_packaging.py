@@ -165,5 +165,7 @@ def test_a_model_whose_backend_cannot_serve_it_is_refused_at_once(backend):
 
 def test_backend_report_has_a_line_for_each_op():
     lines = LCRSER(LCRConfig(dim=4, backend="reference")).backend_report().split("\n")
-    assert [line.split(":")[0] for line in lines] == ["encode", "latent_reasoning", "score"]
+    assert [line.split(":")[0] for line in lines] == [
+        "embed", "encode", "latent_reasoning", "score", "seen_bonus",
+    ]  # fmt: skip
     assert all(line.split(": ", 1)[1].startswith("reference") for line in lines)

@@ -1,0 +1,10 @@
+"""What ids are looked up for, at both ends of a forward pass (docs/fused-kernel.md).
+
+Events' vectors are gathered from the tables; candidates are searched for in the histories.
+"""
+
+from lcr_fast.kernels.lookup.ahead_of_time import variants
+from lcr_fast.kernels.lookup.embed import embed
+from lcr_fast.kernels.lookup.seen import seen_bonus
+
+__all__ = ["embed", "seen_bonus", "variants"]
