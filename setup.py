@@ -42,7 +42,7 @@ def extensions() -> list:
 
 
 class Build(BuildExtension):
-    """Look for a compiler first: torch would end in a traceback."""
+    """Look for a compiler, and for CUDA's library, first: torch would end in a traceback."""
 
     def build_extensions(self) -> None:
         command = [*shlex.split(get_cxx_compiler()), "-std=c++20", "-fsyntax-only", "-xc++", "-"]
@@ -54,6 +54,16 @@ class Build(BuildExtension):
                 "one (such as g++ 11 or clang 14), name it by CXX, or set LCR_FAST_BUILD=none to "
                 "run everything on the slower reference"
             ) from None
+        for of_cuda in (e for e in self.extensions if "cudart" in e.libraries):
+            folders = [f"-L{folder}" for folder in of_cuda.library_dirs]
+            command = [*shlex.split(get_cxx_compiler()), "-shared", "-xc++", "-", *folders]
+            link = [*command, "-lcudart", "-o", os.devnull]
+            if subprocess.run(link, input=b"", capture_output=True, check=False).returncode:
+                raise SystemExit(
+                    f"lcr_fast: CUDA's toolkit seems to be in {CUDA_HOME}, as nvcc is, but its "
+                    "library cudart does not link from there: set CUDA_HOME to the toolkit's "
+                    "folder, or LCR_FAST_BUILD=cpu to build without the CUDA operators"
+                )
         super().build_extensions()
 
 

@@ -126,6 +126,26 @@ def test_without_a_compiler_a_build_says_so_or_is_left_out(tmp_path, build, code
     assert not any(tmp_path.rglob("*"))
 
 
+@pytest.mark.full
+@pytest.mark.skipif(torch.version.cuda is None, reason="needs a CUDA build of torch")
+def test_a_toolkit_without_its_library_is_named(tmp_path):
+    pytest.importorskip("setuptools")
+    link = ["c++", "-shared", "-xc++", "-", "-lcudart", "-o", os.devnull]
+    if subprocess.run(link, input=b"", capture_output=True, check=False).returncode == 0:
+        pytest.skip("cudart links from anywhere here")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"CUDA_HOME": str(tmp_path), "LCR_FAST_BUILD": "cuda"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert f"seems to be in {tmp_path}, as nvcc is, but its library" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_what_is_constant_is_not_traced():
     """The mark is Dynamo's own, set without it."""
 
