@@ -118,11 +118,9 @@ def prepare(benchmark, compiles, capture, device):
     return prepare
 
 
-@pytest.mark.benchmark(group="inference, one request")
-@torch.inference_mode()
-def test_latency(prepare, race, precision, n_users, K):
+def _race_requests(prepare, race, precision: str, n_users: int, K: int, **options) -> None:
     with harness.multiplying_in(precision):
-        turns, _ = prepare(K, n_users, precision)
+        turns, _ = prepare(K, n_users, precision, **options)
         ours = turns.pop("")
         race(
             ours,
@@ -131,21 +129,18 @@ def test_latency(prepare, race, precision, n_users, K):
             seconds=4.0,
             single=True,
         )
+
+
+@pytest.mark.benchmark(group="inference, one request")
+@torch.inference_mode()
+def test_latency(prepare, race, precision, n_users, K):
+    _race_requests(prepare, race, precision, n_users, K)
 
 
 @pytest.mark.benchmark(group="inference, one request of the default model")
 @torch.inference_mode()
 def test_latency_of_the_default_model(prepare, race, precision, n_users, K):
-    with harness.multiplying_in(precision):
-        turns, _ = prepare(K, n_users, precision, default=True)
-        ours = turns.pop("")
-        race(
-            ours,
-            {name: (f, 1.0) for name, f in turns.items()},
-            rounds=REQUESTS,
-            seconds=4.0,
-            single=True,
-        )
+    _race_requests(prepare, race, precision, n_users, K, default=True)
 
 
 @pytest.mark.benchmark(group="inference, batch")

@@ -24,6 +24,11 @@ class Dropout(NamedTuple):
     seed: Any  # int64
 
 
+def dropout_arguments(threshold: int, seed: int) -> Dropout:
+    """Give a kernel's arguments of dropout; what is kept is scaled up for what is not."""
+    return Dropout(threshold, 65536.0 / (65536 - threshold), seed)
+
+
 @triton.jit
 def _philox(user_row, position, word2, seed, CALLS: tl.constexpr):
     """Philox words for CALLS counters of each row: four uint32 tiles [M, CALLS]."""

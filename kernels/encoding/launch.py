@@ -7,6 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
+from lcr_fast.kernels.core.noise import dropout_arguments
 from lcr_fast.kernels.encoding.config import SUBLAYERS, constants
 from lcr_fast.kernels.encoding.forward import encode_fwd_kernel
 from lcr_fast.kernels.gpu import dot_precision, gpu_of, on_device
@@ -19,10 +20,6 @@ from lcr_fast.kernels.reasoning.backward import (
 from lcr_fast.kernels.reasoning.scratch import add_up, layout, pieces, products, write_gradients
 from lcr_fast.kernels.reasoning.weights import layer_weights
 from lcr_fast.weights import EncoderWeights
-
-
-def _dropout(threshold: int, seed: int) -> tuple[int, float, int]:
-    return threshold, 65536.0 / (65536 - threshold), seed
 
 
 def encode_fwd(
@@ -48,7 +45,7 @@ def encode_fwd(
             launch(
                 encode_fwd_kernel, (triton.cdiv(B, compiled["SEQUENCES"]),),
                 x, lengths, rows, layer_weights(named, x.dtype), out, B, size, n_layers, stream,
-                *_dropout(dropout_threshold, dropout_seed),
+                *dropout_arguments(dropout_threshold, dropout_seed),
                 DROPOUT=dropout_threshold > 0, SAVE=False, **compiled,
             )  # fmt: skip
     return out
@@ -84,7 +81,7 @@ def encode_bwd(
         constants(which, D, F, n_heads, size, x.dtype, dot_precision(x.dtype), gpu_of(x.device))
         for which in ("fwd", "bwd")
     )
-    dropout = _dropout(dropout_threshold, dropout_seed)
+    dropout = dropout_arguments(dropout_threshold, dropout_seed)
     of_training = {"DROPOUT": dropout_threshold > 0, "NOISE": False, "POOL": False, "SAVE": True}
     scratch_layout = layout(D, F, SUBLAYERS)
     width = scratch_layout.columns.width

@@ -7,6 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
+from lcr_fast.kernels.core.noise import dropout_arguments
 from lcr_fast.kernels.gpu import dot_precision, gpu_of, on_device
 from lcr_fast.kernels.launch import launch
 from lcr_fast.kernels.reasoning.backward import (
@@ -70,7 +71,7 @@ def latent_reasoning_fwd(
                 rows, target_keys, step_weights(named, search.dtype), pooled,
                 B * N, N, search_size, rec_size, steps, int(named.norm_weight.shape[0] > 1),
                 noise_scale, noise_seed,
-                dropout_threshold, 65536.0 / (65536 - dropout_threshold), dropout_seed,
+                *dropout_arguments(dropout_threshold, dropout_seed),
                 SEARCH_SLOT=search_slot, REC_SLOT=rec_slot,
                 NOISE=noise_scale != 0.0, DROPOUT=dropout_threshold > 0,
                 POOL=has_pool, SAVE=save_states, **compiled,
@@ -127,7 +128,7 @@ def latent_reasoning_bwd(
         for which in ("fwd", "bwd")
     )  # fmt: skip
     is_dropping = dropout_threshold > 0
-    dropout = (dropout_threshold, 65536.0 / (65536 - dropout_threshold), dropout_seed)
+    dropout = dropout_arguments(dropout_threshold, dropout_seed)
     scratch_layout = layout(D, F)
     width = scratch_layout.columns.width
     at_once = pieces(B, K, N * sum(sizes) * width, search.dtype, search.device)

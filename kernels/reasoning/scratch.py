@@ -151,7 +151,7 @@ def products(scratch: Tensor, of: Layout, shared: bool) -> list[Tensor]:
     with all of X at once: a sixth of that is read, but it fills a GPU, which narrow sums over
     100,000 rows do not, and the ones in X make the biases' gradients in passing. float32, which
     takes no tensor cores here, has the biases' sums, then a product for each matrix. (A product
-    with ones adds row to row, a sum in a tree: over 9,000 rows a third of the error.)
+    with ones adds row to row, a sum in a tree: over 9,000 rows with a tenth of the error.)
     """
     if scratch.dtype != torch.float32:
         if shared:  # several sums fill more of a GPU than one

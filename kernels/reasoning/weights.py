@@ -54,21 +54,28 @@ class LayerWeights(NamedTuple):
     norms: NormWeights
 
 
+def _attention(
+    weights: ReasoningWeights | EncoderWeights, prefix: str, dtype: torch.dtype
+) -> AttentionWeights:
+    qkv, out = (getattr(weights, f"{prefix}{of}_weight").to(dtype) for of in ("qkv", "out"))
+    qkv_bias, out_bias = (getattr(weights, f"{prefix}{of}_bias") for of in ("qkv", "out"))
+    return AttentionWeights(qkv, qkv_bias, out, out_bias)
+
+
+def _ffn(weights: ReasoningWeights | EncoderWeights, dtype: torch.dtype) -> FfnWeights:
+    return FfnWeights(
+        weights.ffn_in_weight.to(dtype),
+        weights.ffn_in_bias,
+        weights.ffn_out_weight.to(dtype),
+        weights.ffn_out_bias,
+    )
+
+
 def layer_weights(weights: EncoderWeights, dtype: torch.dtype) -> LayerWeights:
     """Cast matrices as :func:`step_weights` does."""
     return LayerWeights(
-        AttentionWeights(
-            weights.qkv_weight.to(dtype),
-            weights.qkv_bias,
-            weights.out_weight.to(dtype),
-            weights.out_bias,
-        ),
-        FfnWeights(
-            weights.ffn_in_weight.to(dtype),
-            weights.ffn_in_bias,
-            weights.ffn_out_weight.to(dtype),
-            weights.ffn_out_bias,
-        ),
+        _attention(weights, "", dtype),
+        _ffn(weights, dtype),
         NormWeights(weights.norm_weight, weights.norm_bias),
     )
 
@@ -76,24 +83,9 @@ def layer_weights(weights: EncoderWeights, dtype: torch.dtype) -> LayerWeights:
 def step_weights(weights: ReasoningWeights, dtype: torch.dtype) -> StepWeights:
     """Cast matrices, as the dots want them, once: not in every program, in twice the registers."""
     return StepWeights(
-        AttentionWeights(
-            weights.self_qkv_weight.to(dtype),
-            weights.self_qkv_bias,
-            weights.self_out_weight.to(dtype),
-            weights.self_out_bias,
-        ),
-        AttentionWeights(
-            weights.cross_qkv_weight.to(dtype),
-            weights.cross_qkv_bias,
-            weights.cross_out_weight.to(dtype),
-            weights.cross_out_bias,
-        ),
-        FfnWeights(
-            weights.ffn_in_weight.to(dtype),
-            weights.ffn_in_bias,
-            weights.ffn_out_weight.to(dtype),
-            weights.ffn_out_bias,
-        ),
+        _attention(weights, "self_", dtype),
+        _attention(weights, "cross_", dtype),
+        _ffn(weights, dtype),
         NormWeights(weights.norm_weight, weights.norm_bias),
     )
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcr_fast.kernels.core.noise import Dropout
+from lcr_fast.kernels.core.noise import Dropout, dropout_arguments
 from lcr_fast.kernels.core.product import product
 from lcr_fast.kernels.gpu import columns_product, gpu_of, on_device
 from lcr_fast.kernels.launch import launch
@@ -457,7 +457,7 @@ def score_bwd(
                 head_bwd_kernel, (users * n_sums,),
                 *streams, items, ids, user, target_weight, mlp, rows, dscores,
                 inputs, dinputs, hidden, dt1, dt2, softmax, sums, ids_stride, *numbers,
-                dropout_threshold, 65536 / (65536 - dropout_threshold), dropout_seed, **of_head,
+                *dropout_arguments(dropout_threshold, dropout_seed), **of_head,
             )  # fmt: skip
             launch(
                 candidate_bwd_kernel, (users * n_tiles,),

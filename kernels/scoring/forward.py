@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcr_fast.kernels.core.noise import Dropout
+from lcr_fast.kernels.core.noise import Dropout, dropout_arguments
 from lcr_fast.kernels.gpu import gpu_of, on_device
 from lcr_fast.kernels.launch import launch
 from lcr_fast.kernels.ptxas import kernel
@@ -122,9 +122,7 @@ def score_fwd(
             n_trajectories,
             n_candidates,
             n_run,
-            dropout_threshold,
-            65536 / (65536 - dropout_threshold),
-            dropout_seed,
+            *dropout_arguments(dropout_threshold, dropout_seed),
             **compiled,
         )
     return scores
