@@ -149,7 +149,7 @@ def _scoring(job: Job, n_users: int) -> dict[str, Callable[[], Any]]:
     rows, dscores = torch.arange(n_users, device="cuda"), draw(n_users, 1, N_CANDIDATES)
     few = [t[:32, 0] for t in states] + [n[:32] for n in lengths]
     dot = False  # is the dot product added?
-    call = (*states, *lengths, items, ids, user, *head, rows, 0, 0, dot)
+    call = (*states, *lengths, items, ids, user, *head, rows, 0, rows[:0], dot)
     return {
         "score_fwd": lambda: scoring.score_fwd(*call),
         "score_bwd": lambda: scoring.score_bwd(dscores.to(dtype), *call),

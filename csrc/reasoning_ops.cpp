@@ -94,19 +94,13 @@ const int64_t* rows_of(const Tensor& t, int64_t n_users, bool read) {
   return t.const_data_ptr<int64_t>();
 }
 
-DropoutKey dropout_key(int64_t threshold, int64_t seed) {
-  check(threshold >= 0 && threshold < 65536, "dropout_threshold must be in 0..65535, got ",
-        threshold);
-  return {static_cast<uint32_t>(threshold), static_cast<uint64_t>(seed)};
-}
-
 // The arguments that both passes of reasoning share, checked, with what they point to.
 struct ReasoningCall {
   ReasoningCall(const Tensor& search, const Tensor& rec, const Tensor& search_lengths,
                 const Tensor& rec_lengths, const Tensor& rows, const Tensor& target_keys,
                 const Tensors& weight_tensors, int64_t steps, int64_t n_heads,
-                int64_t n_trajectories, double noise_scale, int64_t noise_seed,
-                int64_t dropout_threshold, int64_t dropout_seed)
+                int64_t n_trajectories, double noise_scale, const Tensor& noise_seed,
+                int64_t dropout_threshold, const Tensor& dropout_seed)
       : dtype(search.scalar_type()) {
     args.type = float_type(search, "search");
     args.shape = weights_shape(weight_tensors, 2, n_heads, dtype, weights);
@@ -128,7 +122,7 @@ struct ReasoningCall {
           n_trajectories);
     args.n_trajectories = n_trajectories;
     args.noise_scale = static_cast<float>(noise_scale);
-    args.noise_seed = static_cast<uint64_t>(noise_seed);
+    args.noise_seed = noise_scale != 0.0 ? seed_of(noise_seed, "noise_seed") : 0;
     args.dropout = dropout_key(dropout_threshold, dropout_seed);
     args.rows = rows_of(rows, B, noise_scale != 0.0 || dropout_threshold > 0);
     pooled = target_keys.dim() == 3;
@@ -145,8 +139,8 @@ struct ReasoningCall {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_latent_reasoning_fwd(
     const Tensor& search, const Tensor& rec, const Tensor& search_lengths,
     const Tensor& rec_lengths, const Tensor& rows, const Tensor& target_keys, Tensors weights,
-    int64_t steps, int64_t n_heads, int64_t n_trajectories, double noise_scale, int64_t noise_seed,
-    int64_t dropout_threshold, int64_t dropout_seed, bool save) {
+    int64_t steps, int64_t n_heads, int64_t n_trajectories, double noise_scale,
+    const Tensor& noise_seed, int64_t dropout_threshold, const Tensor& dropout_seed, bool save) {
   const ReasoningCall call(search, rec, search_lengths, rec_lengths, rows, target_keys, weights,
                            steps, n_heads, n_trajectories, noise_scale, noise_seed,
                            dropout_threshold, dropout_seed);
@@ -178,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor> cpu_adaptive_reasoning(
     int64_t steps, int64_t n_heads) {
   const Tensor none = torch::stable::new_empty(search, {0}, search.scalar_type());
   const ReasoningCall call(search, rec, search_lengths, rec_lengths, none, none, weights, steps,
-                           n_heads, 1, 0.0, 0, 0, 0);
+                           n_heads, 1, 0.0, none, 0, none);
   const ReasoningArgs& args = call.args;
   const auto floats = [](const Tensor& t, const char* name, int64_t size) {
     check(has_sizes(t, {size}) && t.scalar_type() == ScalarType::Float && t.is_contiguous(), name,
@@ -199,8 +193,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> cpu_latent_reasoning_bwd(
     const Tensor& dsearch_out, const Tensor& drec_out, const Tensor& dpooled, const Tensor& search,
     const Tensor& rec, const Tensor& search_lengths, const Tensor& rec_lengths, const Tensor& rows,
     const Tensor& target_keys, Tensors weights, int64_t steps, int64_t n_heads,
-    int64_t n_trajectories, double noise_scale, int64_t noise_seed, int64_t dropout_threshold,
-    int64_t dropout_seed, const Tensor& saved_search, const Tensor& saved_rec) {
+    int64_t n_trajectories, double noise_scale, const Tensor& noise_seed, int64_t dropout_threshold,
+    const Tensor& dropout_seed, const Tensor& saved_search, const Tensor& saved_rec) {
   const ReasoningCall call(search, rec, search_lengths, rec_lengths, rows, target_keys, weights,
                            steps, n_heads, n_trajectories, noise_scale, noise_seed,
                            dropout_threshold, dropout_seed);
@@ -234,7 +228,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> cpu_latent_reasoning_bwd(
 struct EncoderCall {
   EncoderCall(const Tensor& x, const Tensor& x_lengths, const Tensor& rows,
               const Tensors& weight_tensors, int64_t stream, int64_t n_heads,
-              int64_t dropout_threshold, int64_t dropout_seed)
+              int64_t dropout_threshold, const Tensor& dropout_seed)
       : dtype(x.scalar_type()) {
     args.type = float_type(x, "x");
     args.shape = weights_shape(weight_tensors, 1, n_heads, dtype, weights);
@@ -259,7 +253,7 @@ struct EncoderCall {
 
 Tensor cpu_encode_fwd(const Tensor& x, const Tensor& lengths, const Tensor& rows, Tensors weights,
                       int64_t stream, int64_t n_heads, int64_t dropout_threshold,
-                      int64_t dropout_seed) {
+                      const Tensor& dropout_seed) {
   const EncoderCall call(x, lengths, rows, weights, stream, n_heads, dropout_threshold,
                          dropout_seed);
   Tensor out = torch::stable::empty_like(x);
@@ -270,7 +264,7 @@ Tensor cpu_encode_fwd(const Tensor& x, const Tensor& lengths, const Tensor& rows
 std::tuple<Tensor, Tensors> cpu_encode_bwd(const Tensor& dout, const Tensor& x,
                                            const Tensor& lengths, const Tensor& rows,
                                            Tensors weights, int64_t stream, int64_t n_heads,
-                                           int64_t dropout_threshold, int64_t dropout_seed) {
+                                           int64_t dropout_threshold, const Tensor& dropout_seed) {
   const EncoderCall call(x, lengths, rows, weights, stream, n_heads, dropout_threshold,
                          dropout_seed);
   const EncoderArgs& args = call.args;
@@ -293,14 +287,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lcr_fast, m) {
   m.def(
       "cpu_latent_reasoning_fwd(Tensor search, Tensor rec, Tensor search_lengths,"
       " Tensor rec_lengths, Tensor rows, Tensor target_keys, Tensor[] weights, int steps,"
-      " int n_heads, int n_trajectories, float noise_scale, int noise_seed, int dropout_threshold,"
-      " int dropout_seed, bool save)"
+      " int n_heads, int n_trajectories, float noise_scale, Tensor noise_seed,"
+      " int dropout_threshold, Tensor dropout_seed, bool save)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "cpu_latent_reasoning_bwd(Tensor dsearch_out, Tensor drec_out, Tensor dpooled,"
       " Tensor search, Tensor rec, Tensor search_lengths, Tensor rec_lengths, Tensor rows,"
       " Tensor target_keys, Tensor[] weights, int steps, int n_heads, int n_trajectories,"
-      " float noise_scale, int noise_seed, int dropout_threshold, int dropout_seed,"
+      " float noise_scale, Tensor noise_seed, int dropout_threshold, Tensor dropout_seed,"
       " Tensor saved_search, Tensor saved_rec) -> (Tensor, Tensor, Tensor, Tensor[])");
   m.def(
       "cpu_adaptive_reasoning(Tensor search, Tensor rec, Tensor search_lengths,"
@@ -308,10 +302,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lcr_fast, m) {
       " int n_heads) -> (Tensor, Tensor, Tensor)");
   m.def(
       "cpu_encode_fwd(Tensor x, Tensor lengths, Tensor rows, Tensor[] weights, int stream,"
-      " int n_heads, int dropout_threshold, int dropout_seed) -> Tensor");
+      " int n_heads, int dropout_threshold, Tensor dropout_seed) -> Tensor");
   m.def(
       "cpu_encode_bwd(Tensor dout, Tensor x, Tensor lengths, Tensor rows, Tensor[] weights,"
-      " int stream, int n_heads, int dropout_threshold, int dropout_seed) -> (Tensor, Tensor[])");
+      " int stream, int n_heads, int dropout_threshold, Tensor dropout_seed)"
+      " -> (Tensor, Tensor[])");
 }
 STABLE_TORCH_LIBRARY_IMPL(lcr_fast, CPU, m) {
   m.impl("cpu_latent_reasoning_fwd", TORCH_BOX(&cpu_latent_reasoning_fwd));

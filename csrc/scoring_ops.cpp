@@ -78,10 +78,8 @@ ScoringArgs scoring_args(const Tensor& search, const Tensor& rec, const Tensor& 
 
 CandidateArgs candidate_args(const ScoringArgs& args, const Tensor& items, const Tensor& ids,
                              const Tensor& dropout_rows, int64_t dropout_threshold,
-                             int64_t dropout_seed) {
+                             const Tensor& dropout_seed) {
   check(items.dim() == 2 && ids.dim() == 2, "items must be [T, D] and ids [B or 1, C]");
-  check(dropout_threshold >= 0 && dropout_threshold < 65536,
-        "dropout_threshold must be in 0..65535, got ", dropout_threshold);
   check(dropout_threshold == 0 || args.n_trajectories == 1, "dropout needs one trajectory");
   CandidateArgs c{};
   const int64_t rows = ids.size(0);
@@ -90,7 +88,7 @@ CandidateArgs candidate_args(const ScoringArgs& args, const Tensor& items, const
   c.items = floats(items, "items", {items.size(0), args.dim});
   c.ids = ids_below(ids, "ids", {rows, c.n_candidates}, items.size(0));
   c.step = rows == args.n_users ? c.n_candidates : 0;
-  c.dropout = {static_cast<uint32_t>(dropout_threshold), static_cast<uint64_t>(dropout_seed)};
+  c.dropout = dropout_key(dropout_threshold, dropout_seed);
   if (dropout_threshold > 0)
     c.dropout_rows = integers(dropout_rows, "dropout_rows", {args.n_users});
   return c;
@@ -100,7 +98,7 @@ Tensor score_fwd(const Tensor& search, const Tensor& rec, const Tensor& search_l
                  const Tensor& rec_lengths, const Tensor& items, const Tensor& ids,
                  const Tensor& user, const Tensor& target_weight, Tensors mlp_weights,
                  Tensors mlp_biases, const Tensor& dropout_rows, int64_t dropout_threshold,
-                 int64_t dropout_seed, bool dot) {
+                 const Tensor& dropout_seed, bool dot) {
   const ScoringArgs args = scoring_args(search, rec, search_lengths, rec_lengths, user,
                                         target_weight, mlp_weights, mlp_biases, dot);
   const CandidateArgs candidates =
@@ -115,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensors, Tensors> score_bwd(
     const Tensor& dscores, const Tensor& search, const Tensor& rec, const Tensor& search_lengths,
     const Tensor& rec_lengths, const Tensor& items, const Tensor& ids, const Tensor& user,
     const Tensor& target_weight, Tensors mlp_weights, Tensors mlp_biases,
-    const Tensor& dropout_rows, int64_t dropout_threshold, int64_t dropout_seed, bool dot) {
+    const Tensor& dropout_rows, int64_t dropout_threshold, const Tensor& dropout_seed, bool dot) {
   const ScoringArgs args = scoring_args(search, rec, search_lengths, rec_lengths, user,
                                         target_weight, mlp_weights, mlp_biases, dot);
   const CandidateArgs candidates =
@@ -199,7 +197,7 @@ Tensor score_rank(const Tensor& search, const Tensor& rec, const Tensor& search_
 #define LCR_WEIGHTS "Tensor user, Tensor target_weight, Tensor[] mlp_weights, Tensor[] mlp_biases"
 #define LCR_CANDIDATES                                   \
   LCR_STREAMS ", Tensor items, Tensor ids, " LCR_WEIGHTS \
-              ", Tensor dropout_rows, int dropout_threshold, int dropout_seed, bool dot"
+              ", Tensor dropout_rows, int dropout_threshold, Tensor dropout_seed, bool dot"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lcr_fast, m) {
   m.def("cpu_score_fwd(" LCR_CANDIDATES ") -> Tensor");

@@ -66,8 +66,9 @@ class LCRSER(nn.Module):
             nn.Parameter(torch.zeros(config.steps, 2, d)) if config.step_embedding else None
         )
         self.head = Head(config)
-        #: Key of the dropout masks in training mode; a trainer sets a new one every step.
-        self.dropout_seed = 0
+        #: Key of the dropout masks in training mode, an int or int64 [] on the model's device; a
+        #: trainer sets a new one every step.
+        self.dropout_seed: int | Tensor = 0
         #: Fingerprint of the prepared data whose ids the model knows; saved with it.
         self.data_fingerprint: str | None = None
         #: Name of those ids in their order: data that goes on with them has others behind.
@@ -342,7 +343,7 @@ class LCRSER(nn.Module):
 
     @ranged("rollout")
     def rollout(
-        self, h0: Streams, batch: Batch, n_trajectories: int, noise_scale: float, seed: int
+        self, h0: Streams, batch: Batch, n_trajectories: int, noise_scale: float, seed: int | Tensor
     ) -> Reasoned:
         """Reason from N noisy copies of h^(0) (paper, Eq. 14): what is read, [B, N, L, D]."""
         reasoned = reasoning.latent_reasoning(

@@ -24,7 +24,9 @@ from torch import Tensor
 _MASK = 0xFFFFFFFF
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, ...]:
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int | Tensor
+) -> tuple[Tensor, ...]:
     """Four words for each counter: uint32 values held in int64 tensors, broadcast together."""
     c0, c1, c2, c3 = counter
     key0, key1 = seed & _MASK, (seed >> 32) & _MASK
@@ -42,7 +44,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
 
 
 def normal_noise_words(
-    rows: Tensor, seed: int, n_trajectories: int, stream: int, length: int, dim: int
+    rows: Tensor, seed: int | Tensor, n_trajectories: int, stream: int, length: int, dim: int
 ) -> Tensor:
     """Words behind :func:`normal_noise`: int64 [B, N, length, ceil(dim / 4), 4]."""
 
@@ -62,7 +64,7 @@ def normal_noise_words(
 
 def normal_noise(
     rows: Tensor,
-    seed: int,
+    seed: int | Tensor,
     n_trajectories: int,
     stream: int,
     length: int,
@@ -72,7 +74,8 @@ def normal_noise(
     """Draw eps ~ N(0, I) for N trajectories of B users, [B, N, length, dim].
 
     ``rows`` int64 [B] names each user's row, whatever its place in the batch; ``stream`` is 0 for
-    search and 1 for recommendation; ``seed`` is 64 bits. Halves are computed in float32.
+    search and 1 for recommendation; ``seed`` is 64 bits, an int or int64 []. Halves are computed
+    in float32.
     """
     acc = torch.promote_types(dtype, torch.float32)
     words = normal_noise_words(rows, seed, n_trajectories, stream, length, dim)
@@ -92,7 +95,13 @@ def dropout_threshold(rate: float) -> int:
 
 
 def dropout_masks(
-    rows: Tensor, seed: int, first_site: int, n_sites: int, length: int, dim: int, rate: float
+    rows: Tensor,
+    seed: int | Tensor,
+    first_site: int,
+    n_sites: int,
+    length: int,
+    dim: int,
+    rate: float,
 ) -> Tensor:
     """Draw float32 masks for ``n_sites`` dropout layers, [n_sites, B, length, dim].
 

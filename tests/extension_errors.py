@@ -21,6 +21,7 @@ def zeros(*shape: int, dtype: torch.dtype = F32) -> Tensor:
 
 
 IDS = zeros(B, dtype=I64)
+SEED = zeros(dtype=I64)
 
 
 def call(op: str, arguments: dict[str, object], changes: dict[str, object]) -> Any:
@@ -29,12 +30,12 @@ def call(op: str, arguments: dict[str, object], changes: dict[str, object]) -> A
 
 
 def noise(**changes: object) -> None:
-    arguments = {"rows": zeros(B, dtype=I64), "seed": 0, "n_trajectories": 1, "stream": 0}
+    arguments = {"rows": zeros(B, dtype=I64), "seed": SEED, "n_trajectories": 1, "stream": 0}
     call("normal_noise", arguments | {"length": L, "dim": D}, changes)
 
 
 def dropout(**changes: object) -> None:
-    arguments = {"rows": zeros(B, dtype=I64), "seed": 0, "first_site": 0, "n_sites": 1}
+    arguments = {"rows": zeros(B, dtype=I64), "seed": SEED, "first_site": 0, "n_sites": 1}
     call("dropout_masks", arguments | {"length": L, "dim": D, "threshold": 1}, changes)
 
 
@@ -66,7 +67,7 @@ def reasoning(**changes: object) -> None:
         "search": zeros(B, L, D), "rec": zeros(B, L, D), "search_lengths": zeros(B, dtype=I64),
         "rec_lengths": zeros(B, dtype=I64), "rows": zeros(B, dtype=I64), "target_keys": zeros(0),
         "weights": block(2), "steps": 1, "n_heads": 2, "n_trajectories": 1, "noise_scale": 0.0,
-        "noise_seed": 0, "dropout_threshold": 0, "dropout_seed": 0, "save_states": False,
+        "noise_seed": SEED, "dropout_threshold": 0, "dropout_seed": SEED, "save_states": False,
     }  # fmt: skip
     call("cpu_latent_reasoning_fwd", arguments, changes)
 
@@ -83,7 +84,8 @@ def adaptive(**changes: object) -> None:
 def encode(**changes: object) -> None:
     arguments = {
         "x": zeros(B, L, D), "lengths": zeros(B, dtype=I64), "rows": zeros(B, dtype=I64),
-        "weights": block(1), "stream": 0, "n_heads": 2, "dropout_threshold": 0, "dropout_seed": 0,
+        "weights": block(1), "stream": 0, "n_heads": 2, "dropout_threshold": 0,
+        "dropout_seed": SEED,
     }  # fmt: skip
     call("cpu_encode_fwd", arguments, changes)
 
@@ -98,7 +100,7 @@ def scoring_arguments(states: Sequence[int]) -> dict[str, object]:
 
 
 def score(**changes: object) -> None:
-    more = {"dropout_rows": zeros(0), "dropout_threshold": 0, "dropout_seed": 0, "dot": False}
+    more = {"dropout_rows": zeros(0), "dropout_threshold": 0, "dropout_seed": SEED, "dot": False}
     call("cpu_score_fwd", scoring_arguments((B, 1, L, D)) | more, changes)
 
 
@@ -152,6 +154,7 @@ ERRORS: dict[str, Callable[[], None]] = {
     "rows must be a contiguous int64 vector": lambda: noise(rows=INTS),
     "n_trajectories, length and dim must not be negative, got 1, 3 and -1": lambda: noise(dim=-1),
     "stream must be 0 or 1, got 2": lambda: noise(stream=2),
+    "seed must be an int64 tensor without axes": lambda: noise(seed=IDS),
     "first_site, n_sites, length and dim must not be negative, got 0, 1, -1 and 8":
         lambda: dropout(length=-1),
     "threshold must be in 0..65535, got 65536": lambda: dropout(threshold=65536),
@@ -195,6 +198,10 @@ ERRORS: dict[str, Callable[[], None]] = {
         lambda: reasoning(rec_lengths=zeros(B)),
     "search_lengths[1] is 4, expected 0 to 3": lambda: reasoning(search_lengths=at(1, 4, IDS)),
     "rows must be contiguous int64, one a user": lambda: reasoning(rows=INTS, noise_scale=1.0),
+    "noise_seed must be an int64 tensor without axes":
+        lambda: reasoning(noise_scale=1.0, noise_seed=zeros(0, dtype=I64)),
+    "dropout_seed must be an int64 tensor without axes":
+        lambda: reasoning(dropout_threshold=1, dropout_seed=zeros()),
     "dropout_threshold must be in 0..65535, got -1": lambda: reasoning(dropout_threshold=-1),
     "expected 14 weights, got 10": lambda: reasoning(weights=block(1)),
     "weights of linear layers must be [P, 2, out, in]":

@@ -173,7 +173,8 @@ def check_registered_ops(prefix: str, case: Case):
     ids = torch.randint(0, 9, (n_users, 4), device=device)
     arguments = (
         t["search"][:, None], t["rec"][:, None], *case.lengths, table, ids, t["user"],
-        t["target_weight"], *mlp, torch.arange(n_users, device=device), 1000, 7, True,
+        t["target_weight"], *mlp, torch.arange(n_users, device=device), 1000,
+        torch.tensor(7, device=device), True,
     )  # fmt: skip
     torch.library.opcheck(forward, arguments)
     upstream = torch.randn(n_users, 1, 4, device=device)

@@ -119,7 +119,7 @@ used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))
 torch.ops.lcr_fast.cpu_score_fwd(
     states, states, lengths, lengths, torch.zeros(2, 1), torch.zeros(1, 100, dtype=torch.int64),
-    torch.zeros(0), torch.zeros(2, 1, 1), [], [], torch.zeros(0), 0, 0, True,
+    torch.zeros(0), torch.zeros(2, 1, 1), [], [], torch.zeros(0), 0, lengths, True,
 )
 """
 

@@ -90,6 +90,8 @@ def test_training_scores_match_the_oracle_with_its_dropout(name):
     twin, scores = oracle.Model(model), model(batch)
     for b in range(len(batch)):
         close(scores[b], twin.forward(batch, b, seed=model.dropout_seed))
+    model.dropout_seed = torch.tensor(model.dropout_seed)
+    assert torch.equal(model(batch), scores)
     assert not torch.allclose(scores, model.eval()(batch))
 
 
@@ -106,6 +108,8 @@ def test_rollouts_match_the_oracle(name):
             after, _ = twin.rollout(batch, b, n, 0.7, seed=99)
             read = twin.read(twin.encode(batch, b), after[-1])
             close(scores[b, n], twin.scores(read, batch, b))
+    again = model.rollout(h0, batch, 3, 0.7, seed=torch.tensor(99))
+    assert torch.equal(again.search, reasoned.search)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -527,3 +531,20 @@ def test_forward_compiles_without_graph_breaks():
     )
     torch.testing.assert_close(compiled(batch), model(batch))
     assert len(graphs) == 1
+
+
+def test_a_seed_that_is_a_tensor_compiles_once_for_all_masks():
+    model, batch = setup(**CONFIGS["default"], dropout=0.3)
+    model.train()
+    graphs = []
+    compiled = torch.compile(
+        model, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward
+    )
+    model.dropout_seed = torch.tensor(0)
+    found = []
+    for seed in (1, 2, 3):
+        model.dropout_seed.fill_(seed)
+        found.append(compiled(batch))
+        torch.testing.assert_close(found[-1], model(batch))
+    assert len(graphs) == 1
+    assert not torch.allclose(found[0], found[1])

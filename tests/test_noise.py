@@ -9,7 +9,7 @@ import torch
 import oracle
 from lcr_fast import noise, ops
 from lcr_fast.ops._extension import extension_error
-from lcr_fast.ops.noise import dropout_masks, normal_noise
+from lcr_fast.ops.noise import dropout_masks, normal_noise, seed_tensor
 
 needs_cpp = pytest.mark.skipif(extension_error() is not None, reason="lcr_fast._C is not built")
 BACKENDS = ["reference", pytest.param("cpp", marks=needs_cpp)]
@@ -205,11 +205,28 @@ def test_noise_ops_refuse_what_they_cannot_serve():
         normal_noise(rows, 0, 1, 0, 2, 4, backend="triton")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("draw", [draw_noise, draw_masks])
+def test_a_seed_may_be_a_tensor(draw, backend):
+    rows = torch.arange(3)
+    for seed in SEEDS:
+        assert torch.equal(
+            draw(rows, backend, seed=torch.tensor(seed)), draw(rows, backend, seed=seed)
+        )
+
+
+def test_a_seed_is_one_integer():
+    rows = torch.arange(3)
+    for wrong in (torch.zeros(1, dtype=torch.int64), torch.tensor(1.0), rows.to("meta").sum()):
+        with pytest.raises(ValueError, match=r"a seed must be an int, or int64 \[\] on cpu, got"):
+            seed_tensor(wrong, rows)
+
+
 @needs_cpp
 def test_opcheck():
-    rows = torch.arange(3)
-    torch.library.opcheck(torch.ops.lcr_fast.normal_noise.default, (rows, 5, 2, 1, 3, 6))
-    torch.library.opcheck(torch.ops.lcr_fast.dropout_masks.default, (rows, 5, 0, 2, 3, 6, 99))
+    rows, seed = torch.arange(3), torch.tensor(5)
+    torch.library.opcheck(torch.ops.lcr_fast.normal_noise.default, (rows, seed, 2, 1, 3, 6))
+    torch.library.opcheck(torch.ops.lcr_fast.dropout_masks.default, (rows, seed, 0, 2, 3, 6, 99))
 
 
 def test_public_name():

@@ -637,7 +637,7 @@ def test_gradients_are_finite_differences_of_the_results(backend, group):
 
 
 def op_arguments(call: Reasoning) -> tuple[list, list]:
-    """Split a call into the tensors and the scalars of the registered ops."""
+    """Split a call into what the registered ops take before ``steps``, and the rest."""
     inputs = call.inputs
     weights = [inputs[name] for name in ReasoningWeights._fields]
     keys = inputs.get("target_keys", inputs["search"].new_empty(0))
@@ -645,7 +645,9 @@ def op_arguments(call: Reasoning) -> tuple[list, list]:
     scale = call.case.noise_scale if call.case.n_trajectories else 0.0
     threshold = noise.dropout_threshold(call.case.dropout)
     tensors = [inputs["search"], inputs["rec"], *call.lengths, call.rows, keys, weights]
-    return tensors, [call.case.steps, call.case.n_heads, n, scale, 5, threshold, 6]
+    noise_seed, dropout_seed = (torch.tensor(s, device=call.rows.device) for s in (5, 6))
+    numbers = [call.case.steps, call.case.n_heads, n, scale, noise_seed, threshold, dropout_seed]
+    return tensors, numbers
 
 
 @pytest.mark.parametrize("case", leave_out(["dropout", "trajectories"], {"trajectories"}))

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 TWO_PI = tl.constexpr(6.283185307179586)
 DROPOUT_COUNTER = tl.constexpr(1 << 31)  # in the third counter word; noise stays below
@@ -13,7 +14,7 @@ class Noise(NamedTuple):
     """What noise is drawn by, in a kernel."""
 
     scale: Any  # float32
-    seed: Any  # int64
+    seed: Any  # int64 [], read where it is drawn
 
 
 class Dropout(NamedTuple):
@@ -21,10 +22,10 @@ class Dropout(NamedTuple):
 
     threshold: Any  # int32: of 2^16 numbers so many drop
     scale: Any  # float32: of what is kept
-    seed: Any  # int64
+    seed: Any  # int64 [], read where it is drawn
 
 
-def dropout_arguments(threshold: int, seed: int) -> Dropout:
+def dropout_arguments(threshold: int, seed: Tensor) -> Dropout:
     """Give a kernel's arguments of dropout; what is kept is scaled up for what is not."""
     return Dropout(threshold, 65536.0 / (65536 - threshold), seed)
 

@@ -31,7 +31,7 @@ from lcr_fast.kernels.reasoning.tile import (
 
 @kernel(
     do_not_specialize=[
-        "n_users", "size", "n_layers", "stream", "dropout_threshold", "dropout_seed",
+        "n_users", "size", "n_layers", "stream", "dropout_threshold",
     ]
 )  # fmt: skip
 def encode_fwd_kernel(
@@ -46,7 +46,7 @@ def encode_fwd_kernel(
     stream,
     dropout_threshold,
     dropout_scale,
-    dropout_seed: tl.int64,
+    dropout_seed_ptr,  # int64 []
     SHAPE: tl.constexpr,
     SLOT: tl.constexpr,
     SEQUENCES: tl.constexpr,
@@ -55,7 +55,7 @@ def encode_fwd_kernel(
 ):
     D: tl.constexpr = SHAPE.D
     M: tl.constexpr = SEQUENCES * SLOT
-    dropout = Dropout(dropout_threshold, dropout_scale, dropout_seed)
+    dropout = Dropout(dropout_threshold, dropout_scale, dropout_seed_ptr)
     first = tl.program_id(0).to(tl.int64) * SEQUENCES
     rows = locate_rows(first, n_users, lengths_ptr, 1, size, M, SLOT)
     h = load_initial(x_ptr, rows, size, 1, None, stream, None, D, False)  # [M, D]

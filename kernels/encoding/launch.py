@@ -30,7 +30,7 @@ def encode_fwd(
     stream: int,
     n_heads: int,
     dropout_threshold: int,
-    dropout_seed: int,
+    dropout_seed: Tensor,
 ) -> Tensor:
     """Launch the forward kernel: h^(0) of one stream, [B, L, D]."""
     B, size, D = x.shape
@@ -60,7 +60,7 @@ def encode_bwd(
     stream: int,
     n_heads: int,
     dropout_threshold: int,
-    dropout_seed: int,
+    dropout_seed: Tensor,
 ) -> tuple[Tensor, list[Tensor]]:
     """Launch the backward kernels on pieces of the batch and multiply out the weight gradients.
 
@@ -110,7 +110,7 @@ def encode_bwd(
             launch(
                 recompute_self_kernel, (n_recompute, n_layers),
                 x[users], *of_users, cast.attention, cast.norms, saved, scratch,
-                n, 1, size, 0, 1, stream, n, 0.0, 0, *dropout, **of_training, **recompute,
+                n, 1, size, 0, 1, stream, n, 0.0, absent, *dropout, **of_training, **recompute,
             )  # fmt: skip
             for i in reversed(range(n_layers)):
                 launch(

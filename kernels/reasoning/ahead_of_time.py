@@ -23,7 +23,7 @@ from lcr_fast.kernels.reasoning.weights import (
     StepWeights,
 )
 
-_INT64 = ("lengths", "memory_lengths", "user_rows")
+_INT64 = ("lengths", "memory_lengths", "user_rows", "noise_seed", "dropout_seed")
 _FLOAT32 = ("dh", "da", "dx2", "dmemory", "dkeys", "dnorm")
 
 
@@ -48,7 +48,6 @@ def argument_types(dtype: torch.dtype, weights: torch.dtype) -> dict[str, Type]:
         "ffn": of_step.ffn,
         "norms": of_step.norms,
         **dict.fromkeys(("noise_scale", "dropout_scale"), "fp32"),
-        **dict.fromkeys(("noise_seed", "dropout_seed"), "i64"),
     }
 
 

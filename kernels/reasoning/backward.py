@@ -52,7 +52,7 @@ def _load_step_input(
 
 _RUNTIME_NUMBERS = [
     "n_sequences", "n_trajectories", "size", "memory_size", "first_step", "k", "steps",
-    "set_stride", "stream", "saved_sequences", "noise_seed", "dropout_threshold", "dropout_seed",
+    "set_stride", "stream", "saved_sequences", "dropout_threshold",
 ]  # fmt: skip
 
 
@@ -73,10 +73,10 @@ def recompute_self_kernel(
     stream,
     saved_sequences,
     noise_scale,
-    noise_seed: tl.int64,
+    noise_seed_ptr,  # int64 []
     dropout_threshold,
     dropout_scale,
-    dropout_seed: tl.int64,
+    dropout_seed_ptr,  # int64 []
     SHAPE: tl.constexpr,
     SLOT: tl.constexpr,
     SEQUENCES: tl.constexpr,
@@ -87,8 +87,8 @@ def recompute_self_kernel(
     D: tl.constexpr = SHAPE.D
     C: tl.constexpr = scratch_columns(D, SHAPE.F, SHAPE.SUBLAYERS)
     M: tl.constexpr = SEQUENCES * SLOT
-    noise = Noise(noise_scale, noise_seed)
-    dropout = Dropout(dropout_threshold, dropout_scale, dropout_seed)
+    noise = Noise(noise_scale, noise_seed_ptr)
+    dropout = Dropout(dropout_threshold, dropout_scale, dropout_seed_ptr)
     first = tl.program_id(0).to(tl.int64) * SEQUENCES
     k = first_step + tl.program_id(1)
     index = 2 * k * set_stride + stream
@@ -133,7 +133,7 @@ def recompute_cross_kernel(
     stream,
     dropout_threshold,
     dropout_scale,
-    dropout_seed: tl.int64,
+    dropout_seed_ptr,  # int64 []
     SHAPE: tl.constexpr,
     SLOT: tl.constexpr,
     MEMORY_SLOT: tl.constexpr,
@@ -144,7 +144,7 @@ def recompute_cross_kernel(
     D: tl.constexpr = SHAPE.D
     C: tl.constexpr = scratch_columns(D, SHAPE.F, SHAPE.SUBLAYERS)
     M: tl.constexpr = SEQUENCES * SLOT
-    dropout = Dropout(dropout_threshold, dropout_scale, dropout_seed)
+    dropout = Dropout(dropout_threshold, dropout_scale, dropout_seed_ptr)
     first = tl.program_id(0).to(tl.int64) * SEQUENCES
     k = first_step + tl.program_id(1)
     index = 2 * k * set_stride + stream
@@ -197,7 +197,7 @@ def ffn_bwd_kernel(
     stream,
     dropout_threshold,
     dropout_scale,
-    dropout_seed: tl.int64,
+    dropout_seed_ptr,  # int64 []
     SHAPE: tl.constexpr,
     SLOT: tl.constexpr,
     SEQUENCES: tl.constexpr,
@@ -216,7 +216,7 @@ def ffn_bwd_kernel(
     HAS_CROSS: tl.constexpr = SHAPE.SUBLAYERS == 3
     LAST: tl.constexpr = SHAPE.SUBLAYERS - 1
     dtype: tl.constexpr = scratch_ptr.dtype.element_ty
-    dropout = Dropout(dropout_threshold, dropout_scale, dropout_seed)
+    dropout = Dropout(dropout_threshold, dropout_scale, dropout_seed_ptr)
     program = tl.program_id(0).to(tl.int64)
     first = program * SEQUENCES
     index = 2 * k * set_stride + stream
@@ -354,7 +354,7 @@ def self_bwd_kernel(
     stream,
     dropout_threshold,
     dropout_scale,
-    dropout_seed: tl.int64,
+    dropout_seed_ptr,  # int64 []
     SHAPE: tl.constexpr,
     SLOT: tl.constexpr,
     SEQUENCES: tl.constexpr,
@@ -367,7 +367,7 @@ def self_bwd_kernel(
     C: tl.constexpr = scratch_columns(D, SHAPE.F, SHAPE.SUBLAYERS)
     M: tl.constexpr = SEQUENCES * SLOT
     dtype: tl.constexpr = scratch_ptr.dtype.element_ty
-    dropout = Dropout(dropout_threshold, dropout_scale, dropout_seed)
+    dropout = Dropout(dropout_threshold, dropout_scale, dropout_seed_ptr)
     program = tl.program_id(0).to(tl.int64)
     first = program * SEQUENCES
     index = 2 * k * set_stride + stream

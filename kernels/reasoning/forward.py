@@ -36,7 +36,7 @@ from lcr_fast.kernels.reasoning.tile import (
 
 _RUNTIME_NUMBERS = [
     "n_sequences", "n_trajectories", "search_size", "rec_size", "steps", "set_stride",
-    "noise_seed", "dropout_threshold", "dropout_seed",
+    "dropout_threshold",
 ]  # fmt: skip
 
 
@@ -126,10 +126,10 @@ def latent_reasoning_fwd_kernel(
     steps,
     set_stride,  # sets of weights from one step to the next: 0 if the steps share theirs
     noise_scale,
-    noise_seed: tl.int64,
+    noise_seed_ptr,  # int64 []
     dropout_threshold,
     dropout_scale,
-    dropout_seed: tl.int64,
+    dropout_seed_ptr,  # int64 []
     SHAPE: tl.constexpr,
     SEARCH_SLOT: tl.constexpr,
     REC_SLOT: tl.constexpr,
@@ -141,8 +141,8 @@ def latent_reasoning_fwd_kernel(
 ):
     D: tl.constexpr = SHAPE.D
     DRAWS: tl.constexpr = NOISE or DROPOUT
-    noise = Noise(noise_scale, noise_seed)
-    dropout = Dropout(dropout_threshold, dropout_scale, dropout_seed)
+    noise = Noise(noise_scale, noise_seed_ptr)
+    dropout = Dropout(dropout_threshold, dropout_scale, dropout_seed_ptr)
 
     first = tl.program_id(0).to(tl.int64) * SEQUENCES
     s = _locate(

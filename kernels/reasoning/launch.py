@@ -36,9 +36,9 @@ def latent_reasoning_fwd(
     n_heads: int,
     n_trajectories: int,
     noise_scale: float,
-    noise_seed: int,
+    noise_seed: Tensor,
     dropout_threshold: int,
-    dropout_seed: int,
+    dropout_seed: Tensor,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launch the forward kernel.
@@ -94,9 +94,9 @@ def latent_reasoning_bwd(
     n_heads: int,
     n_trajectories: int,
     noise_scale: float,
-    noise_seed: int,
+    noise_seed: Tensor,
     dropout_threshold: int,
-    dropout_seed: int,
+    dropout_seed: Tensor,
     saved_search: Tensor,
     saved_rec: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:

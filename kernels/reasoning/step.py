@@ -42,7 +42,8 @@ def apply_dropout(
         if (
             dropout.threshold > 0
         ):  # always; a branch keeps the drawing out of the products before it
-            keep = dropout_keep(user_row, position, site, dropout.threshold, dropout.seed, SHAPE.D)
+            seed = tl.load(dropout.seed)
+            keep = dropout_keep(user_row, position, site, dropout.threshold, seed, SHAPE.D)
             update = tl.where(keep, update * dropout.scale, 0.0)
     return update
 
@@ -59,7 +60,8 @@ def load_initial(
     h = tl.load(x_ptr + offsets, mask=valid, other=0.0)
     if NOISE:
         trajectory_stream = 2 * (rows.sequence % n_trajectories) + stream
-        eps = normal_noise(user_row, rows.position, trajectory_stream, noise.seed, D)
+        seed = tl.load(noise.seed)
+        eps = normal_noise(user_row, rows.position, trajectory_stream, seed, D)
         h = tl.where(valid, h.to(tl.float32) + noise.scale * eps, 0.0)
     return h.to(x_ptr.dtype.element_ty)
 

@@ -19,7 +19,7 @@ from lcr_fast.kernels.scoring.config import USER_CONFIG, catalogue_config, confi
 from lcr_fast.kernels.scoring.forward import score_fwd_kernel
 from lcr_fast.kernels.scoring.tile import HeadShape, Mlp, Stream
 
-_INT64 = ("ids", "user_rows", "exclude", "ceiling", "target", "best", "ahead")
+_INT64 = ("ids", "user_rows", "seed", "exclude", "ceiling", "target", "best", "ahead")
 _FLOAT32 = ("softmax", "sums", "bonus")
 
 
@@ -33,7 +33,6 @@ def _types(dtype: torch.dtype) -> dict[str, Type]:
         **dict.fromkeys(("search", "rec", "stream"), stream),
         "mlp": Mlp(*[pointer] * len(Mlp._fields)),
         "scale": "fp32",
-        "seed": "i64",
     }
 
 

@@ -36,7 +36,7 @@ def _store(ptr, rows, columns, stride, values, inside, WIDTH: tl.constexpr):
     )
 
 
-@kernel(do_not_specialize=["first_user", "threshold", "seed"])
+@kernel(do_not_specialize=["first_user", "threshold"])
 def head_bwd_kernel(
     search,  # Stream
     rec,  # Stream
@@ -62,7 +62,7 @@ def head_bwd_kernel(
     first_user,
     threshold,
     scale,
-    seed,
+    seed_ptr,  # int64 []
     D: tl.constexpr,
     HEAD: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -115,7 +115,7 @@ def head_bwd_kernel(
     de = tl.zeros([CANDIDATES, D], tl.float32)
     if H1 > 0:
         row = tl.load(user_rows_ptr + b) if HEAD.DROPOUT else b
-        dropout = Dropout(threshold, scale, seed)
+        dropout = Dropout(threshold, scale, seed_ptr)
         _store(inputs_ptr, r, axis, 3 * D, z_r, inside, D)
         _store(inputs_ptr + D, r, axis, 3 * D, z_s, inside, D)
         _store(inputs_ptr + 2 * D, r, axis, 3 * D, e, inside, D)
@@ -393,7 +393,7 @@ def score_bwd(
     mlp_biases: list[Tensor],
     dropout_rows: Tensor,
     dropout_threshold: int,
-    dropout_seed: int,
+    dropout_seed: Tensor,
     dot: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
     """Differentiate :func:`score_fwd`, for dscores [B, N, C].

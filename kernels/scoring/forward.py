@@ -12,7 +12,7 @@ from lcr_fast.kernels.scoring.config import PROGRAMS, config, constants, mlp_of
 from lcr_fast.kernels.scoring.tile import Stream, attend, load_vectors, score_tile, target_keys
 
 
-@kernel(do_not_specialize=["n_run", "threshold", "seed"])
+@kernel(do_not_specialize=["n_run", "threshold"])
 def score_fwd_kernel(
     search,  # Stream
     rec,  # Stream
@@ -29,7 +29,7 @@ def score_fwd_kernel(
     n_run,  # trajectories of a program
     threshold,
     scale,
-    seed,
+    seed_ptr,  # int64 []
     D: tl.constexpr,
     HEAD: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -63,7 +63,7 @@ def score_fwd_kernel(
         )
         z_r, _, _ = attend(keys_r, rec.states + bn * rec.size * D, rec_length, D, EVENTS, PRECISION)
         y = score_tile(
-            z_r, z_s, e, user_ptr + b * D, mlp, Dropout(threshold, scale, seed), row, c,
+            z_r, z_s, e, user_ptr + b * D, mlp, Dropout(threshold, scale, seed_ptr), row, c,
             HEAD, H1_BLOCK, PRECISION,
         )  # fmt: skip
         tl.store(
@@ -86,7 +86,7 @@ def score_fwd(
     mlp_biases: list[Tensor],
     dropout_rows: Tensor,
     dropout_threshold: int,
-    dropout_seed: int,
+    dropout_seed: Tensor,
     dot: bool,
 ) -> Tensor:
     """Score the items ``ids`` [B, C], or [1, C] for all users: [B, N, C] in the states' dtype.

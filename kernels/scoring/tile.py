@@ -128,7 +128,7 @@ def hidden_keep(dropout, row, positions, LAYER: tl.constexpr, first, UNITS: tl.c
     octets = (first // 8 + tl.arange(0, UNITS // 8)).to(tl.uint32)[None, :]
     zero = tl.zeros([positions.shape[0], UNITS // 8], tl.uint32)
     w0, w1, w2, w3 = tl.philox(
-        dropout.seed,
+        tl.load(dropout.seed),
         octets + zero,
         positions.to(tl.uint32)[:, None] + zero,
         tl.full([positions.shape[0], UNITS // 8], DROPOUT_COUNTER + HEAD_SITES + LAYER, tl.uint32),

@@ -19,8 +19,8 @@ class NoiseCase(NamedTuple):
 class _Normal(NamedTuple):
     """The arguments of the registered op, in the order of its schema."""
 
-    rows: Tensor
-    seed: int
+    rows: Tensor  # int64 [B]
+    seed: Tensor  # int64 []
     n_trajectories: int
     stream: int
     length: int
@@ -30,8 +30,8 @@ class _Normal(NamedTuple):
 class _Masks(NamedTuple):
     """The arguments of the registered op, in the order of its schema."""
 
-    rows: Tensor
-    seed: int
+    rows: Tensor  # int64 [B]
+    seed: Tensor  # int64 []
     first_site: int
     n_sites: int
     length: int
@@ -63,9 +63,25 @@ def _check_rows(rows: Tensor) -> None:
         raise ValueError(f"rows must be int64 [B], got {rows.dtype} {list(rows.shape)}")
 
 
+def seed_tensor(seed: int | Tensor, like: Tensor) -> Tensor:
+    """Give a seed as fused ops take it, int64 [] on the device of ``like``.
+
+    A tensor, so that a captured call draws anew where its seed was overwritten. Raises ValueError
+    on another tensor.
+    """
+    if not isinstance(seed, Tensor):
+        return torch.full((), seed, dtype=torch.int64, device=like.device)
+    if seed.shape != () or seed.dtype != torch.int64 or seed.device != like.device:
+        raise ValueError(
+            f"a seed must be an int, or int64 [] on {like.device}, got {seed.dtype} "
+            f"{list(seed.shape)} on {seed.device}"
+        )
+    return seed
+
+
 def normal_noise(
     rows: Tensor,
-    seed: int,
+    seed: int | Tensor,
     n_trajectories: int,
     stream: int,
     length: int,
@@ -82,13 +98,13 @@ def normal_noise(
     chosen = NORMAL_NOISE.choose(backend, NoiseCase(rows.device.type, dtype))
     if chosen == "reference":
         return noise.normal_noise(rows, seed, n_trajectories, stream, length, dim, dtype)
-    call = _Normal(rows.contiguous(), seed, n_trajectories, stream, length, dim)
+    call = _Normal(rows.contiguous(), seed_tensor(seed, rows), n_trajectories, stream, length, dim)
     return NORMAL_NOISE(chosen, call).to(dtype)
 
 
 def dropout_masks(
     rows: Tensor,
-    seed: int,
+    seed: int | Tensor,
     first_site: int,
     n_sites: int,
     length: int,
@@ -108,7 +124,9 @@ def dropout_masks(
     chosen = DROPOUT_MASKS.choose(backend, NoiseCase(rows.device.type))
     if chosen == "reference":
         return noise.dropout_masks(rows, seed, first_site, n_sites, length, dim, rate)
-    call = _Masks(rows.contiguous(), seed, first_site, n_sites, length, dim, threshold)
+    call = _Masks(
+        rows.contiguous(), seed_tensor(seed, rows), first_site, n_sites, length, dim, threshold
+    )
     return DROPOUT_MASKS(chosen, call)
 
 
@@ -123,7 +141,7 @@ class Dropout(NamedTuple):
     """A dropout rate and the key of its masks."""
 
     rate: float
-    seed: int
+    seed: int | Tensor  # a tensor is int64 []
     rows: Tensor  # int64 [B]
 
     def check(self, states: Tensor) -> None:
@@ -133,18 +151,23 @@ class Dropout(NamedTuple):
 
     def again(self, k: int) -> "Dropout":
         """Give the k-th of other, independent keys of the same rate; 0 is this one."""
-        return self._replace(seed=(self.seed + k) % 2**63)
+        return self._replace(seed=(self.seed + k) & (2**63 - 1))
 
     def draw(self, first_site: int, n_sites: int, length: int, dim: int) -> Tensor:
         """Masks for ``n_sites`` layers on states [B, length, dim]: [n_sites, B, length, dim]."""
         return dropout_masks(self.rows, self.seed, first_site, n_sites, length, dim, self.rate)
 
 
-def dropout_key(dropout: Dropout | None, lengths: Tensor) -> tuple[Tensor, int, int]:
-    """Give what a fused op draws its masks from: rows, threshold and seed; none without dropout."""
+def dropout_key(dropout: Dropout | None, like: Tensor) -> tuple[Tensor, int, Tensor]:
+    """Give what a fused op draws its masks from: rows, threshold and seed; none without dropout.
+
+    ``like`` is an integer tensor of the call's device.
+    """
     if dropout is None:
-        return lengths.new_empty(0), 0, 0
-    return dropout.rows.contiguous(), noise.dropout_threshold(dropout.rate), dropout.seed
+        # Two tensors: torch.compile takes none twice in one call.
+        return like.new_empty(0), 0, like.new_empty(0)
+    threshold = noise.dropout_threshold(dropout.rate)
+    return dropout.rows.contiguous(), threshold, seed_tensor(dropout.seed, like)
 
 
 class Noise(NamedTuple):
@@ -152,7 +175,7 @@ class Noise(NamedTuple):
 
     n_trajectories: int
     scale: float  # gamma
-    seed: int
+    seed: int | Tensor  # a tensor is int64 []
     rows: Tensor  # int64 [B] names the users for the generator, see lcr_fast.noise
 
     def check(self, states: Tensor) -> None:

@@ -22,6 +22,7 @@ from lcr_fast.ops.noise import (
     Dropout,
     Noise,
     dropout_key,
+    seed_tensor,
 )
 from lcr_fast.reference import States, Steps, Streams
 from lcr_fast.weights import REC, SEARCH, EncoderWeights, ReasoningWeights
@@ -119,11 +120,11 @@ class _Reasoning(NamedTuple):
     weights: tuple[Tensor, ...]
     steps: int
     n_heads: int
-    n_trajectories: int = 1
-    noise_scale: float = 0.0
-    noise_seed: int = 0
-    dropout_threshold: int = 0
-    dropout_seed: int = 0
+    n_trajectories: int
+    noise_scale: float
+    noise_seed: Tensor  # int64 []
+    dropout_threshold: int
+    dropout_seed: Tensor  # int64 []
 
 
 def _fake_reasoning(call: _Reasoning, save: bool) -> tuple[Tensor, ...]:
@@ -168,8 +169,8 @@ class _Encode(NamedTuple):
     weights: tuple[Tensor, ...]
     stream: int
     n_heads: int
-    dropout_threshold: int = 0
-    dropout_seed: int = 0
+    dropout_threshold: int
+    dropout_seed: Tensor  # int64 []
 
 
 ENCODE = Op(
@@ -407,6 +408,9 @@ def latent_reasoning(
         weights=tuple(w.contiguous() for w in weights),
         steps=steps.n_steps,
         n_heads=steps.n_heads,
+        n_trajectories=1,
+        noise_scale=0.0,
+        noise_seed=seed.new_empty(0),
         dropout_threshold=threshold,
         dropout_seed=seed,
     )
@@ -416,7 +420,7 @@ def latent_reasoning(
             rows=noise.rows.contiguous(),
             n_trajectories=noise.n_trajectories,
             noise_scale=noise.scale,
-            noise_seed=noise.seed,
+            noise_seed=seed_tensor(noise.seed, search_lengths),
         )
         axes = (*leading, noise.n_trajectories)
     out_search, out_rec, pooled = LATENT_REASONING(chosen, call)

@@ -73,7 +73,7 @@ class _Score(NamedTuple):
     mlp_biases: tuple[Tensor, ...]
     dropout_rows: Tensor  # int64 [B]
     dropout_threshold: int
-    dropout_seed: int
+    dropout_seed: Tensor  # int64 []
     dot: bool
 
 
