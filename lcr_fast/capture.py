@@ -7,7 +7,7 @@ anyway: results have the bits of the model on the padded batch.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -23,8 +23,11 @@ _Result = TypeVar("_Result")
 class Graph(Protocol):
     """What captures and replays: :class:`CudaGraph`."""
 
+    def run(self, function: Callable[[], _Result]) -> _Result:
+        """Run ``function`` as it will be captured, which compiles its kernels."""
+
     def capture(self, function: Callable[[], _Result]) -> _Result:
-        """Record ``function``; return the tensors that every replay writes."""
+        """Record ``function``, which is not run; return the tensors that every replay writes."""
 
     def replay(self) -> None:
         """Do again what was recorded."""
@@ -36,19 +39,66 @@ class CudaGraph:
     def __init__(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
 
-    def capture(self, function: Callable[[], _Result]) -> _Result:
-        """Run ``function`` once, which compiles its kernels, and once more to record it."""
+    def run(self, function: Callable[[], _Result]) -> _Result:
+        """Run ``function`` on a stream of its own, as a capture has one."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            function()
+            result = function()
         torch.cuda.current_stream().wait_stream(stream)
+        return result
+
+    def capture(self, function: Callable[[], _Result]) -> _Result:
+        """Record ``function``."""
         with torch.cuda.graph(self._graph):
             return function()
 
     def replay(self) -> None:
         """Launch it on the current stream."""
         self._graph.replay()
+
+
+class Staged:
+    """Integers that a graph reads: tensors that stay where they are, filled by one copy.
+
+    ``sizes`` names them. Each begins at 16 bytes, as tensors do that have memory of their own:
+    Triton compiles other kernels for those that do not.
+    """
+
+    def __init__(self, sizes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
+        self._sizes = dict(sizes)
+        n = sum(_room(size) for size in self._sizes.values())
+        self._values = torch.zeros(n, dtype=torch.int64, device=device)
+        self._host = torch.zeros(n, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._is_read = torch.cuda.Event() if device.type == "cuda" else None
+        self._laid_out = self._views(self._host)
+        self.tensors = self._views(self._values)
+
+    def _views(self, values: Tensor) -> dict[str, Tensor]:
+        parts = values.split([_room(size) for size in self._sizes.values()])
+        named = zip(self._sizes.items(), parts, strict=True)
+        return {name: part[: _numel(size)].view(size) for (name, size), part in named}
+
+    def _lay_out(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Put values behind each other on the host, as the tensors are."""
+        if self._is_read is not None:
+            self._is_read.synchronize()  # the last ones may still be on their way to the GPU
+        for name, into in self._laid_out.items():
+            value = values[name]
+            if value.shape != into.shape:
+                into.zero_()
+            into[tuple(slice(size) for size in value.shape)] = value
+        return self._host
+
+    def padded(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what the tensors would hold, on the CPU."""
+        return self._views(self._lay_out(values).clone())
+
+    def fill(self, values: Mapping[str, Tensor]) -> None:
+        """Fill the tensors; zeros pad what is smaller."""
+        self._values.copy_(self._lay_out(values), non_blocking=True)
+        if self._is_read is not None:
+            self._is_read.record()
 
 
 class _Bucket:
@@ -61,45 +111,30 @@ class _Bucket:
         function: Callable[[Batch], Any],
         graph: Graph,
     ) -> None:
-        n = sum(map(_numel, sizes.values()))
-        self._values = torch.zeros(n, dtype=torch.int64, device=device)
-        self._staged = torch.zeros(n, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._sizes = sizes
-        self._is_read = torch.cuda.Event() if device.type == "cuda" else None
-        self.batch = Batch(**self._views(self._values))
+        self._staged = Staged(sizes, device)
+        self.batch = Batch(**self._staged.tensors)
         self._graph = graph
+        graph.run(lambda: function(self.batch))
         self._result = graph.capture(lambda: function(self.batch))
-
-    def _views(self, values: Tensor) -> dict[str, Tensor]:
-        parts = values.split([*map(_numel, self._sizes.values())])
-        named = zip(self._sizes.items(), parts, strict=True)
-        return {name: part.view(size) for (name, size), part in named}
-
-    def stage(self, batch: Batch) -> Tensor:
-        """Lay out a batch on the host: the tensors of the captured one, one behind the other."""
-        if self._is_read is not None:
-            self._is_read.synchronize()  # the last one may still be on its way to the GPU
-        self._staged.zero_()
-        for name, into in self._views(self._staged).items():
-            value = getattr(batch, name)
-            into[tuple(slice(size) for size in value.shape)] = value
-        return self._staged
 
     def padded(self, batch: Batch) -> Batch:
         """Return the batch that is computed for ``batch``."""
-        return Batch(**self._views(self.stage(batch).clone()))
+        return Batch(**self._staged.padded(vars(batch)))
 
     def replay(self, batch: Batch) -> Any:
         """Compute for ``batch``, as ``self.batch``; the result is overwritten by the next one."""
-        self._values.copy_(self.stage(batch), non_blocking=True)
-        if self._is_read is not None:
-            self._is_read.record()
+        self._staged.fill(vars(batch))
         self._graph.replay()
         return self._result
 
 
 def _numel(size: tuple[int, ...]) -> int:
     return torch.Size(size).numel()
+
+
+def _room(size: tuple[int, ...]) -> int:
+    """Give the int64 numbers that a tensor of this size takes, in whole 16 bytes."""
+    return _numel(size) + _numel(size) % 2
 
 
 class _Captured:

@@ -196,6 +196,9 @@ class TrainConfig(_JsonConfig):
     tables: Literal["dense", "rows"] = _option(
         "dense", "update every row of the tables in a step, or those alone that its batch touches"
     )
+    capture: bool = _option(
+        False, "on a GPU, replay training steps as a CUDA graph, at full history lengths"
+    )
     precision: Literal["float32", "bfloat16"] = _option(
         "float32",
         "dtype of states and item vectors; weights, optimizer and losses stay float32",

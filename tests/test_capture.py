@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from graphs import Recorded
 
 from lcr_fast.batch import Batch
 from lcr_fast.capture import capture, capture_recommender
@@ -21,26 +22,6 @@ def draw(n_users: int, n_candidates: int = 5, seed: int = 0, config: LCRConfig =
     return random_batch(config, n_users, n_candidates, generator)
 
 
-def _tensors(result) -> tuple[torch.Tensor, ...]:
-    return (result,) if isinstance(result, torch.Tensor) else tuple(result)
-
-
-class Recorded:
-    """A graph that computes again what it was made of, as a replay does."""
-
-    made: list["Recorded"]
-
-    def capture(self, function):
-        self.made.append(self)
-        self.function, self.out, self.replays = function, function(), 0
-        return self.out
-
-    def replay(self):
-        self.replays += 1
-        for out, value in zip(_tensors(self.out), _tensors(self.function()), strict=True):
-            out.copy_(value)
-
-
 @pytest.fixture
 def model() -> LCRSER:
     torch.manual_seed(0)
@@ -49,7 +30,7 @@ def model() -> LCRSER:
 
 @pytest.fixture
 def graphs(monkeypatch) -> list[Recorded]:
-    monkeypatch.setattr(Recorded, "made", [], raising=False)
+    monkeypatch.setattr(Recorded, "made", [])
     return Recorded.made
 
 
@@ -116,7 +97,7 @@ def test_what_cannot_be_captured_is_refused(model):
     with pytest.raises(ValueError, match=r"model in training .* model.eval\(\)"):
         capture(model.train(), graph=Recorded)
 
-    class Failing:
+    class Failing(Recorded):
         def capture(self, function):
             raise RuntimeError("operation not permitted\nwhen stream is capturing")
 

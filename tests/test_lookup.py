@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from graphs import Recorded
 from test_reasoning_fused import HALVES
 from torch import Tensor
 
@@ -323,14 +324,6 @@ def test_gradients_are_the_references(launched):
 
 @torch.no_grad()
 def test_a_captured_model_has_the_bits_of_the_plain_call(launched):
-    class Recorded:
-        def capture(self, function):
-            self.function, self.out = function, function()
-            return self.out
-
-        def replay(self):
-            self.out.copy_(self.function())
-
     model, batch = twins()["triton"], draw(2, 5)
     captured = capture(model, (2,), 6, 4, None if DEVICE == "cuda" else Recorded)
     scores = captured(batch.to("cpu"))

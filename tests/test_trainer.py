@@ -181,8 +181,8 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(
     n, original = N_UPDATES[objective], OBJECTIVES[objective].updates
     counter = itertools.count(1)
 
-    def poisoned(self, batch, seed):
-        for loss, logs in original(self, batch, seed):
+    def poisoned(self, batch, seed, extras):
+        for loss, logs in original(self, batch, seed, extras):
             yield (loss * float("nan") if next(counter) > n else loss), logs
 
     monkeypatch.setattr(OBJECTIVES[objective], "updates", poisoned)

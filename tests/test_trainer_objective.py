@@ -84,7 +84,7 @@ def test_grpo_starts_at_the_reference(prepared, make_model, action, kl):
         make_model, prepared, Grpo, action=action, kl=kl, rl_learning_rate=0.1
     )
     optimizer, _ = make_optimizer(objective.parameters(), 0.1, 0.0)
-    updates = objective.updates(batch, 5)
+    updates = objective.updates(batch, 5, {})
     loss, logs = next(updates)
     assert set(logs) == {
         "reward", "signal", "kl", "surrogate", "entropy", "clipped", "target_cosine", "silent_pull",
@@ -148,7 +148,7 @@ def test_a_frozen_encoder_runs_once_a_batch(prepared, make_model, monkeypatch, k
 
     monkeypatch.setattr(LCRSER, "encode", counted_encode)
     monkeypatch.setattr(LCRSER, "rollout", counted_rollout)
-    for _ in objective.updates(batch, 5):
+    for _ in objective.updates(batch, 5, {}):
         pass
     n_references = int(kind is Grpo)
     assert rolled.count(objective.reference) == n_references
@@ -164,9 +164,9 @@ def test_low_precision_is_near_float32(prepared, make_model, kind):
         changes = {"precision": precision, "rl_trainable": "all"}
         objective, batch = make_objective(make_model, prepared, kind, **changes)
         losses[precision] = []
-        for loss, logs in objective.updates(batch, 5):
+        for loss, logs in objective.updates(batch, 5, objective.extras(5)):
             assert loss.dtype == torch.float32
-            losses[precision].append(logs.get("kl", loss.item()))
+            losses[precision].append(logs.get("kl", loss).item())
         loss.backward()
         found = [p.grad for _, p in objective.parameters() if p.grad is not None]
         assert all(g.dtype == torch.float32 and torch.isfinite(g).all() for g in found)

@@ -41,10 +41,10 @@ def draws_of(monkeypatch, make_model, data, objective, out, **changes) -> list[D
     draws: list[Draw] = []
     original = OBJECTIVES[objective].updates
 
-    def spied(self, batch, seed):
+    def spied(self, batch, seed, extras):
         rows = tuple(batch.row.tolist())
         draws.append(Draw(trainer.progress.epoch, rows, batch.candidates.tolist(), seed))
-        return original(self, batch, seed)
+        return original(self, batch, seed, extras)
 
     with monkeypatch.context() as patch:
         patch.setattr(OBJECTIVES[objective], "updates", spied)
@@ -154,9 +154,9 @@ def test_the_seed_of_a_step_keys_its_noise_and_dropout(
         seen.append(("noise", seed))
         return rollout(self, h0, batch, n_trajectories, noise_scale, seed)
 
-    def spied_updates(self, batch, seed):
+    def spied_updates(self, batch, seed, extras):
         seen.append(("step", seed))
-        return updates(self, batch, seed)
+        return updates(self, batch, seed, extras)
 
     monkeypatch.setattr(LCRSER, "_dropout", spied_dropout)
     monkeypatch.setattr(LCRSER, "rollout", spied_rollout)

@@ -59,6 +59,11 @@ class Step:
         self.batch = batch.replace(target=target)
         self.generator = generator
 
+    def updates(self, batch: Batch):
+        """Yield each loss and the numbers that it logs."""
+        for loss, logs in self.objective.updates(batch, SEED, self.objective.extras(SEED)):
+            yield loss, {name: value.item() for name, value in logs.items()}
+
     def move(self, size: float) -> None:
         """Change what is trained, as an optimizer might."""
         with torch.no_grad():
@@ -155,7 +160,7 @@ def test_phase_1_aligns_both_kinds_of_pairs(prepared, make_model):
             + config.align_items * slow_alignment(firsts, nexts, items, following)
         )
 
-    for loss, logs in step.objective.updates(step.batch, SEED):
+    for loss, logs in step.updates(step.batch):
         step.check(loss, slow)
         assert {"query_alignment", "item_alignment"} <= logs.keys()
 
@@ -175,8 +180,8 @@ def test_phase_1_is_the_ranking_loss_and_tcl_under_dropout(prepared, make_model,
     step = Step(prepared, make_model, "supervised", **changes)
     start = policy_of(step.model)
     negative = start if step.config.tcl_detach_negative else None
-    (update,) = step.objective.updates(step.batch, SEED)
-    step.check(update.loss, lambda policy: slow_phase_1(policy, step.batch, step.config, negative))
+    ((loss, _),) = step.updates(step.batch)
+    step.check(loss, lambda policy: slow_phase_1(policy, step.batch, step.config, negative))
     # The oracle's dropout is not idle.
     assert slow_phase_1(start, step.batch, step.config) != pytest.approx(
         slow_phase_1(without_dropout(start), step.batch, step.config)
@@ -227,9 +232,9 @@ def slow_deep_phase_1(policy, batch, config):
 )
 def test_deep_supervision_ranks_from_every_state(prepared, make_model, changes):
     step = Step(prepared, make_model, "supervised", deep_supervision=0.6, **changes)
-    (update,) = step.objective.updates(step.batch, SEED)
-    step.check(update.loss, lambda policy: slow_deep_phase_1(policy, step.batch, step.config))
-    assert update.logs["deep_loss"] > 0
+    ((loss, logs),) = step.updates(step.batch)
+    step.check(loss, lambda policy: slow_deep_phase_1(policy, step.batch, step.config))
+    assert logs["deep_loss"] > 0
 
 
 def test_deep_supervision_needs_steps_that_stand_alone(prepared, make_model):
@@ -241,7 +246,7 @@ def test_deep_supervision_needs_steps_that_stand_alone(prepared, make_model):
 
 def test_phase_1_logs_its_two_losses(prepared, make_model):
     step = Step(prepared, make_model, "supervised")
-    ((loss, logs),) = step.objective.updates(step.batch, SEED)
+    ((loss, logs),) = step.updates(step.batch)
     assert loss.item() == pytest.approx(logs["rank_loss"] + step.config.tcl_weight * logs["tcl"])
 
 
@@ -281,7 +286,7 @@ def test_the_control_is_the_ranking_loss_on_the_same_trajectories(
     step = Step(prepared, make_model, "noisy", rl_trainable=trainable, rank_loss=rank_loss)
     step.model.train()  # must not matter
     n_updates = 0
-    for loss, logs in step.objective.updates(step.batch, SEED):
+    for loss, logs in step.updates(step.batch):
         step.check(loss, lambda policy: slow_control(policy, step.batch, step.config))
         assert logs == {"rank_loss": loss.item()}
         step.move(0.02)
@@ -376,7 +381,7 @@ def test_phase_2_is_the_clipped_surrogate_and_the_kl(prepared, make_model, monke
 
     monkeypatch.setattr(grpo, "choose_actions", spied)
     slow, n_updates, far = None, 0, 0
-    for loss, logs in step.objective.updates(step.batch, SEED):
+    for loss, logs in step.updates(step.batch):
         slow = slow or SlowGrpo(reference, first, step.batch, config, rollouts[0].actions.tolist())
         step.check(loss, slow)
         assert loss.item() == pytest.approx(config.kl_weight * logs["kl"] - logs["surrogate"])
@@ -420,7 +425,7 @@ def test_silent_users_are_exchanged_for_others_that_are_not(prepared, make_model
         return gathered[-1]
 
     monkeypatch.setattr(step.objective.batcher, "gather", watched)
-    ((_, logs),) = step.objective.updates(batch, SEED)
+    ((_, logs),) = step.updates(batch)
     draws, last = [signal for _, signal in rolled[:-1]], rolled[-1][1]
     first, final = draws[0], gathered[-1]
     assert 0 < first.float().mean() < 1
@@ -446,7 +451,7 @@ def test_a_search_for_signal_ends(prepared, make_model):
     step, batch = all_users(
         prepared, make_model, silent_groups="resample", noise_scale=0.0, inner_epochs=1
     )
-    ((loss, logs),) = step.objective.updates(batch, SEED)
+    ((loss, logs),) = step.updates(batch)
     assert loss.item() == 0
     assert logs["signal"] == 0
     assert 1 < logs["drawn"] <= 8
@@ -461,7 +466,7 @@ def test_the_pull_of_silent_users_is_that_of_their_kl(prepared, make_model):
     def gradient(**changes):
         objective = copy.copy(step.objective)
         objective.config = step.config.replace(**changes)
-        ((loss, logs),) = objective.updates(batch, SEED)
+        ((loss, logs),) = objective.updates(batch, SEED, {})
         flat = [
             torch.zeros_like(p).flatten() if g is None else g.flatten()
             for p, g in zip(
@@ -487,6 +492,7 @@ ALL, PHASE_2 = ("supervised", "noisy", "grpo"), ("noisy", "grpo")
 # What moves nothing here belongs to the trainer.
 SWITCHES = {
     "seed": (1, "", ()),
+    "capture": (True, "", ()),
     "weight_decay": (0.5, "", ()),
     "grad_clip": (0.5, "", ()),
     "patience": (9, "", ()),
@@ -546,7 +552,7 @@ def outcome(data, make_model, name: str, **changes) -> dict[str, list]:
     fixed = random_batch(model.config, 6, 6, torch.Generator().manual_seed(0))
     fixed = fixed.replace(target=fixed.target * 0)
     updates = []
-    for loss, _ in objective.updates(fixed, SEED):
+    for loss, _ in objective.updates(fixed, SEED, objective.extras(SEED)):
         named = objective.parameters()
         gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
         updates.append(loss.item())

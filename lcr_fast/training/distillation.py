@@ -8,7 +8,8 @@ Not in the paper. The student ranks as in phase 1 and is besides held to its fro
 over a sample's candidates, z_x the aggregation of what each reads at the target.
 """
 
-import numpy as np
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -73,12 +74,17 @@ class Distilled(Supervised):
         trained = ("encoder.", "reasoning.", "step_embedding", "search_position", "rec_position")
         return [(name, p) for name, p in named if name.startswith(trained)]
 
+    def capture_obstacle(self) -> str | None:
+        if self.teacher.exits is not None:
+            return "the users of the teacher leave its reasoning early"
+        return super().capture_obstacle()
+
     def _terms(
-        self, batch: Batch, streams: Streams, scores: Tensor, rng: np.random.Generator
+        self, batch: Batch, streams: Streams, scores: Tensor, extras: Mapping[str, Tensor]
     ) -> dict[str, tuple[float, Tensor]]:
         """Add what holds the student to its teacher."""
         config, teacher = self.config, self.teacher.eval()
-        terms = super()._terms(batch, streams, scores, rng)
+        terms = super()._terms(batch, streams, scores, extras)
         if not (config.distill_kl or config.distill_states):
             return terms
         with torch.no_grad():

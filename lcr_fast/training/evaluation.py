@@ -29,13 +29,17 @@ _CATALOGUE_RATE = 1_000_000
 
 
 def make_batcher(
-    data: PreparedData, split: str, model: LCRSER | None, search_of: NDArray | None = None
+    data: PreparedData,
+    split: str,
+    model: LCRSER | None,
+    search_of: NDArray | None = None,
+    trim: bool = True,
 ) -> Batcher:
     """Batch a split in a model's history lengths, or in short ones for what does not read them.
 
     Where the data goes on with ids that the model has no row for, the batches hold none of them:
     events and clicks of such items are skipped, such users, queries and terms are 0.
-    ``search_of`` as in :class:`~lcr_fast.data.batching.Batcher`.
+    ``search_of`` and ``trim`` as in :class:`~lcr_fast.data.batching.Batcher`.
     """
     if model is None:
         return Batcher(data, split, max_rec_len=1, max_search_len=1, max_clicks=1)
@@ -46,6 +50,7 @@ def make_batcher(
         max_rec_len=config.max_rec_len,
         max_search_len=config.max_search_len,
         max_clicks=config.max_clicks,
+        trim=trim,
         search_of=search_of,
         largest_ids=config.largest_ids,
     )

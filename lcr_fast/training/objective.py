@@ -7,7 +7,7 @@ that a resumed run needs no random state.
 import copy
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -34,10 +34,10 @@ _MOST_DRAWS = 8  # batches of users drawn for one whose trajectories earn differ
 
 
 class Update(NamedTuple):
-    """One loss to descend and the numbers to log with it."""
+    """One loss to descend and the numbers to log with it, scalars on the device."""
 
     loss: Tensor
-    logs: dict[str, float]
+    logs: dict[str, Tensor]
 
 
 class Schedule(NamedTuple):
@@ -63,11 +63,15 @@ def high(x: Tensor) -> Tensor:
 
 
 class Objective:
-    """What the trainer asks of an objective: parameters, batches and updates."""
+    """What the trainer asks of an objective: parameters, batches and updates.
+
+    What the host draws is drawn before the updates, which then read nothing but tensors: so they
+    can be captured in a CUDA graph, where :meth:`capture_obstacle` names nothing against it.
+    """
 
     phase: int
     reference: LCRSER | None = None  # a frozen model that belongs to the state, if any
-    n_updates = 0
+    n_updates = 0  # made so far; the trainer counts
 
     def __init__(self, model: LCRSER, batcher: Batcher, config: TrainConfig) -> None:
         self.model, self.batcher, self.config = model, batcher, config
@@ -100,9 +104,31 @@ class Objective:
         """Assemble samples with fresh negatives, target in column 0."""
         raise NotImplementedError
 
-    def updates(self, batch: Batch, seed: int) -> Iterator[Update]:
-        """Yield losses to descend, one after the other."""
+    def extras(self, seed: int) -> dict[str, Tensor]:
+        """Draw what the updates on a batch read beside it: int64 tensors on the CPU, by name."""
+        return {}
+
+    def updates(
+        self, batch: Batch, seed: int | Tensor, extras: Mapping[str, Tensor]
+    ) -> Iterator[Update]:
+        """Yield losses to descend, one after the other.
+
+        ``extras`` are those of the seed. They and a seed that is a tensor, int64 [], are on the
+        batch's device.
+        """
         raise NotImplementedError
+
+    def capture_obstacle(self) -> str | None:
+        """Say why no updates can be captured in a CUDA graph, or None."""
+        if self.share.count > 1:
+            return "several processes train, which wait for each other"
+        if self.config.tables == "rows":
+            return "with tables=rows the host reads which rows a batch touches"
+        return None
+
+    def must_look(self) -> bool:
+        """Tell whether the host reads something in the midst of the next batch's updates."""
+        return False
 
 
 class Supervised(Objective):
@@ -145,7 +171,26 @@ class Supervised(Objective):
             negatives = self.sampler.draw(rng, users, times, targets, self.config.n_negatives)
         return self.batcher.gather(rows, *with_target(targets, negatives))
 
-    def updates(self, batch: Batch, seed: int) -> Iterator[Update]:
+    def extras(self, seed: int) -> dict[str, Tensor]:
+        """Draw pairs to align, of each kind that counts and that the data has."""
+        config, pairs = self.config, self.pairs
+        rng = np.random.default_rng([seed, 1])
+
+        def draw(*sides: NDArray) -> list[NDArray]:
+            rows = rng.integers(len(sides[0]), size=config.align_pairs)
+            return [side[rows] for side in sides]
+
+        drawn = {}
+        if config.align_queries and len(pairs.queries):
+            drawn["queries"], drawn["clicked"] = draw(pairs.queries, pairs.clicked)
+            drawn["terms"] = self.batcher.terms(drawn["queries"])
+        if config.align_items and len(pairs.items):
+            drawn["items"], drawn["following"] = draw(pairs.items, pairs.following)
+        return {name: torch.from_numpy(ids.astype(np.int64)) for name, ids in drawn.items()}
+
+    def updates(
+        self, batch: Batch, seed: int | Tensor, extras: Mapping[str, Tensor]
+    ) -> Iterator[Update]:
         """One update: L = L_rank + lambda L_TCL, and the weighted losses of alignment.
 
         Deep supervision adds L_rank of the states before the last step, read by the same head.
@@ -169,15 +214,16 @@ class Supervised(Objective):
             pooled = reasoned.pooled
         scores = self._scores(reasoned.streams, batch)
         loss = rank_loss(scores, batch.target, config.rank_loss)
-        logs = {"rank_loss": loss.item()}
+        logs = {"rank_loss": loss}
         if earlier:
             shares = _step_shares(len(earlier), config.deep_weights)
-            losses = torch.stack(
-                [rank_loss(self._scores(h, batch), batch.target, config.rank_loss) for h in earlier]
-            )
-            deep = losses @ losses.new_tensor(shares)
+            losses = [
+                share * rank_loss(self._scores(h, batch), batch.target, config.rank_loss)
+                for share, h in zip(shares, earlier, strict=True)
+            ]
+            deep = torch.stack(losses).sum()
             loss = loss + config.deep_supervision * deep
-            logs["deep_loss"] = deep.item()
+            logs["deep_loss"] = deep
         if target is not None and pooled is not None:
             contrast = tcl(
                 self.share.collect(high(pooled), n),
@@ -188,11 +234,10 @@ class Supervised(Objective):
                 detach_negative=config.tcl_detach_negative,
             )
             loss = loss + config.tcl_weight * contrast
-            logs["tcl"] = contrast.item()
-        rng = np.random.default_rng([seed, 1])
-        for name, (weight, part) in self._terms(batch, reasoned.streams, scores, rng).items():
+            logs["tcl"] = contrast
+        for name, (weight, part) in self._terms(batch, reasoned.streams, scores, extras).items():
             loss = loss + weight * part
-            logs[name] = part.item()
+            logs[name] = part
         yield Update(loss, logs)
 
     def _scores(self, h: Streams, batch: Batch) -> Tensor:
@@ -206,32 +251,26 @@ class Supervised(Objective):
         return self.share.collect(scores, len(batch))
 
     def _terms(
-        self, batch: Batch, streams: Streams, scores: Tensor, rng: np.random.Generator
+        self, batch: Batch, streams: Streams, scores: Tensor, extras: Mapping[str, Tensor]
     ) -> dict[str, tuple[float, Tensor]]:
         """Give what the loss holds beside ranking and TCL: weight and loss by name.
 
-        That is the alignment of pairs, drawn of each kind that counts and that the data has.
+        That is the alignment of the pairs that were drawn.
         """
-        config, model, pairs, share = self.config, self.model, self.pairs, self.share
-        device = model.head.target_weight.device
-
-        def draw(*sides: NDArray) -> list[Tensor]:
-            rows = rng.integers(len(sides[0]), size=config.align_pairs)
-            return [torch.from_numpy(side[rows].astype(np.int64)).to(device) for side in sides]
+        config, model, share = self.config, self.model, self.share
 
         def vectors(ids: Tensor) -> Tensor:
             return share.collect(model.item_vectors(share.deal(ids)), len(ids))
 
         losses = {}
-        if config.align_queries and len(pairs.queries):
-            queries, clicked = draw(pairs.queries, pairs.clicked)
-            terms = torch.from_numpy(self.batcher.terms(queries.cpu().numpy())).to(device)
-            asked = model.query_vectors(share.deal(queries), share.deal(terms))
+        if "queries" in extras:
+            queries, clicked = extras["queries"], extras["clicked"]
+            asked = model.query_vectors(share.deal(queries), share.deal(extras["terms"]))
             asked = share.collect(asked, len(queries))
             loss = alignment(asked, vectors(clicked), queries, clicked)
             losses["query_alignment"] = (config.align_queries, loss)
-        if config.align_items and len(pairs.items):
-            items, following = draw(pairs.items, pairs.following)
+        if "items" in extras:
+            items, following = extras["items"], extras["following"]
             loss = alignment(vectors(items), vectors(following), items, following)
             losses["item_alignment"] = (config.align_items, loss)
         return losses
@@ -293,7 +332,7 @@ class _Trajectories(Objective):
             vectors = self.low(model.item_vectors(batch.candidates))
             return Inputs(self.encode(model, batch), vectors)
 
-    def scores(self, model: LCRSER, batch: Batch, inputs: Inputs, seed: int) -> Tensor:
+    def scores(self, model: LCRSER, batch: Batch, inputs: Inputs, seed: int | Tensor) -> Tensor:
         """Score the candidates on N noisy trajectories, dropout off: float32 [B, N, C]."""
         model.eval()
         config, mine = self.config, self.share.deal(batch)
@@ -309,7 +348,9 @@ class NoisySupervised(_Trajectories):
     ``tcl_weight`` phase 1 had.
     """
 
-    def updates(self, batch: Batch, seed: int) -> Iterator[Update]:
+    def updates(
+        self, batch: Batch, seed: int | Tensor, extras: Mapping[str, Tensor]
+    ) -> Iterator[Update]:
         inputs = None
         for _ in range(self.config.inner_epochs):
             if inputs is None or not self.frozen_encoder:
@@ -317,7 +358,7 @@ class NoisySupervised(_Trajectories):
             scores = self.scores(self.model, batch, inputs, seed).flatten(0, 1)  # [B * N, C]
             target = batch.target.repeat_interleave(self.config.n_trajectories)
             loss = rank_loss(scores, target, self.config.rank_loss)
-            yield Update(loss, {"rank_loss": loss.item()})
+            yield Update(loss, {"rank_loss": loss})
 
 
 class Grpo(_Trajectories):
@@ -339,17 +380,36 @@ class Grpo(_Trajectories):
     def reference_state(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self._own(self.reference)}
 
-    def updates(self, batch: Batch, seed: int) -> Iterator[Update]:
+    def capture_obstacle(self) -> str | None:
+        if (obstacle := super().capture_obstacle()) is not None:
+            return obstacle
+        if self.config.silent_groups == "resample":
+            return "with silent_groups=resample the host reads who is to be drawn anew"
+        if self.config.action == "sampled":
+            return "action=sampled draws lists by a generator that the host seeds"
+        return None
+
+    def _alarms(self) -> list[bool]:
+        """Tell in which of the next batch's updates gradients are compared."""
+        first = self.n_updates
+        return [(first + i) % _ALARM_EVERY == 0 for i in range(self.config.inner_epochs)]
+
+    def must_look(self) -> bool:
+        return any(self._alarms())
+
+    def updates(
+        self, batch: Batch, seed: int | Tensor, extras: Mapping[str, Tensor]
+    ) -> Iterator[Update]:
         """Roll out once, then update ``inner_epochs`` times on it."""
         config = self.config
         if config.silent_groups == "resample":
-            batch, n_drawn = self._with_signal(batch, seed)
+            batch, n_drawn = self._with_signal(batch, int(seed))
         with torch.no_grad():
             inputs = self.inputs(self.reference, batch)
             reference_scores = self.scores(self.reference, batch, inputs, seed) / config.temperature
-        generator = torch.Generator(batch.device).manual_seed(seed)
+        generator = self._generator(seed, batch.device)
         rollout, old = None, None
-        for _ in range(config.inner_epochs):
+        for is_compared in self._alarms():
             if not self.frozen_encoder:
                 inputs = self.inputs(self.model, batch)
             scores = self.scores(self.model, batch, inputs, seed) / config.temperature  # [B, N, C]
@@ -364,7 +424,7 @@ class Grpo(_Trajectories):
             if config.silent_groups != "keep":
                 kls = kls.masked_fill(silent, 0.0)
             kl = kls.mean()
-            measured = {
+            measured: dict[str, Tensor] = {
                 "reward": rollout.rewards.mean(),
                 "signal": 1 - silent.float().mean(),
                 "kl": kl,
@@ -372,21 +432,23 @@ class Grpo(_Trajectories):
                 "entropy": grpo.entropy(scores.detach()).mean(),
                 "clipped": grpo.clip_fraction(log_prob.detach(), old, config.clip),
             }
-            # One wait for the device, not six.
-            values = torch.stack([v.detach().float() for v in measured.values()]).tolist()
-            logs = dict(zip(measured, values, strict=True))
             if config.silent_groups == "resample":
-                logs["drawn"] = n_drawn / len(batch)
-            if self.n_updates % _ALARM_EVERY == 0:
+                measured["drawn"] = kl.new_tensor(n_drawn / len(batch))
+            if is_compared:
                 places = batch.target[:, None, None].expand(*scores.shape[:2], 1)
                 log_target = grpo.list_log_probability(scores, places).mean()
                 silent_kl = config.kl_weight * (kls * silent).mean()
-                logs |= self._compare(surrogate, log_target, silent_kl)
-            self.n_updates += 1
-            yield Update(config.kl_weight * kl - surrogate, logs)
+                measured |= self._compare(surrogate, log_target, silent_kl)
+            yield Update(config.kl_weight * kl - surrogate, measured)
+
+    def _generator(self, seed: int | Tensor, device: torch.device) -> torch.Generator | None:
+        """Make what lists are drawn by, if they are."""
+        if self.config.action != "sampled":
+            return None
+        return torch.Generator(device).manual_seed(int(seed))
 
     def _act(
-        self, scores: Tensor, batch: Batch, generator: torch.Generator
+        self, scores: Tensor, batch: Batch, generator: torch.Generator | None
     ) -> tuple[grpo.Rollout, Tensor]:
         """Act on scores [B, N, C] over the temperature: actions and rewards, advantages [B, N]."""
         config = self.config
@@ -401,7 +463,7 @@ class Grpo(_Trajectories):
         silent ones that are left stay. Returns the number drawn too, those given included.
         """
         rng = np.random.default_rng([seed, 2])
-        generator = torch.Generator(batch.device).manual_seed(seed)
+        generator = self._generator(seed, batch.device)
 
         def silent(users: Batch) -> NDArray[np.bool_]:
             scores = self.scores(self.model, users, self.inputs(self.model, users), seed)
@@ -427,7 +489,9 @@ class Grpo(_Trajectories):
             return batch, n_drawn
         return self.batcher.gather(*chosen).to(batch.device), n_drawn
 
-    def _compare(self, surrogate: Tensor, log_target: Tensor, silent_kl: Tensor) -> dict:
+    def _compare(
+        self, surrogate: Tensor, log_target: Tensor, silent_kl: Tensor
+    ) -> dict[str, Tensor]:
         """Compare the policy's gradient with others.
 
         ``target_cosine``: its cosine with that of mean log p(target). ``silent_pull``: the norm of
@@ -447,9 +511,9 @@ class Grpo(_Trajectories):
         norm = policy.norm()
         if not norm > 0:
             return {}
-        logs = {"silent_pull": (silent.norm() / norm).item()}
+        logs = {"silent_pull": silent.norm() / norm}
         if target.norm() > 0:
-            logs["target_cosine"] = (policy @ target / (norm * target.norm())).item()
+            logs["target_cosine"] = policy @ target / (norm * target.norm())
         return logs
 
 

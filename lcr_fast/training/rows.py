@@ -79,6 +79,9 @@ class RowAdamW(torch.optim.AdamW):
     table has weight decay, which would need every row.
     """
 
+    #: Read by torch's fused step, which leaves everything as it is where this is 1.
+    found_inf: Tensor
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Update what has a gradient; a sparse one is used up."""

@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from lcr_fast.capture import CudaGraph, Graph
 from lcr_fast.config import TrainConfig
 from lcr_fast.data.prepared import PreparedData
 from lcr_fast.model import LCRSER
 from lcr_fast.profiling import range_
 from lcr_fast.storage import load_tensors, replacing, save_tensors
+from lcr_fast.training.captured import CapturedStep, Logged, StepInputs
 from lcr_fast.training.distillation import Distilled
 from lcr_fast.training.evaluation import chance_level, make_batcher, validation_score
 from lcr_fast.training.identity import assign, count_unknown
@@ -43,6 +45,8 @@ PHASE_2 = (
     "temperature", "n_trajectories", "noise_scale", "inner_epochs", "rl_epochs", "rl_epoch_size",
     "rl_batch_size", "rl_learning_rate", "rl_negatives", "rl_trainable",
 )  # fmt: skip
+# Fields that say how to compute, not what.
+_HOW = ("capture",)
 # Fields that say nothing but when to stop, by phase.
 _LIMITS = {1: ("epochs", "min_updates", "patience"), 2: ("rl_epochs", "patience")}
 
@@ -105,7 +109,8 @@ def resume_conflicts(info: dict[str, Any], train: dict[str, Any]) -> list[str]:
     saved, progress = info["train"], Progress(**info["progress"])
     if phase == 1:
         saved, train = phase_1_fields(saved), phase_1_fields(train)
-    changed = [f for f in sorted(saved.keys() | train.keys()) if saved.get(f) != train.get(f)]
+    fields = sorted((saved.keys() | train.keys()) - set(_HOW))
+    changed = [f for f in fields if saved.get(f) != train.get(f)]
     falling = phase == 1 and saved["schedule"] != "constant" and (progress.epoch or progress.step)
     limits = ("patience",) if falling else _LIMITS[phase]
     conflicts = [name for name in changed if name not in limits]
@@ -143,6 +148,9 @@ class Trainer:
     on CPU with the same number of threads (on which sums of torch's own ops may depend). It may go
     on for longer than it was to: what the config says of when to stop may change.
 
+    With the config's ``capture`` a step on a GPU is replayed as a CUDA graph, which ``graph`` makes
+    (:mod:`lcr_fast.training.captured`), by torch's fused AdamW.
+
     Raises ValueError where the data cannot be trained on, and on a checkpoint of another run or,
     without ``any_data``, of other data.
     """
@@ -159,6 +167,7 @@ class Trainer:
         any_data: bool = False,
         teacher: LCRSER | None = None,
         report: Callable[[str], None] = lambda line: None,
+        graph: Callable[[], Graph] | None = None,
     ) -> None:
         self.model, self.config, self.out, self.report = model, config, Path(out), report
         self._given = model.config  # the readout may change
@@ -170,7 +179,8 @@ class Trainer:
             raise ValueError(f"the model has no row for {counts} of the data: extend it first")
         assign(model, data)
         model.exits = None  # they were chosen for the weights that now change
-        self.batcher = make_batcher(data, "train", model)
+        # A graph has one shape: that of the longest histories.
+        self.batcher = make_batcher(data, "train", model, trim=not config.capture)
         self.validation = make_batcher(data, "valid", model)
         self.chance = chance_level(self.validation, config.valid_metric)
         use_rows(model, config.tables == "rows")
@@ -180,9 +190,12 @@ class Trainer:
         else:
             self.objective = Distilled(model, self.batcher, config, teacher)
         self.schedule = self.objective.schedule
+        self._device = model.head.target_weight.device
+        self._graph = self._chosen_graph(graph)
+        self._captured: CapturedStep | None = None
         trained = self.objective.parameters()
         self.optimizer, self._names = make_optimizer(
-            trained, self.schedule.learning_rate, config.weight_decay
+            trained, self.schedule.learning_rate, config.weight_decay, self._graph is not None
         )
         self._trained = {name for name, _ in trained}
         self.progress = Progress()
@@ -190,6 +203,16 @@ class Trainer:
         self.out.mkdir(parents=True, exist_ok=True)
         if resume and (self.out / CHECKPOINT).is_file():
             self._load(any_data)
+
+    def _chosen_graph(self, graph: Callable[[], Graph] | None) -> Callable[[], Graph] | None:
+        """Give what makes a graph, where steps are to be captured."""
+        if not self.config.capture:
+            return None
+        if graph is None and self._device.type != "cuda":
+            raise ValueError(f"capture=True needs a model on a GPU, this one is on {self._device}")
+        if (obstacle := self.objective.capture_obstacle()) is not None:
+            raise ValueError(f"capture=True cannot serve this training: {obstacle}")
+        return graph or CudaGraph
 
     def run(self) -> LCRSER:
         """Train to the end, restore the best weights into the model and return it."""
@@ -307,26 +330,58 @@ class Trainer:
 
     def _decay(self, done: float) -> None:
         """Lower the learning rate in proportion to the part of the run that is done."""
+        rate = self.schedule.learning_rate * (1 - done)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.learning_rate * (1 - done)
+            if self._graph is None:
+                group["lr"] = rate
+            else:
+                group["lr"].fill_(rate)
 
     def step(self, rows: NDArray, rng: np.random.Generator) -> float:
         """Make the updates of one mini-batch of samples; return the last loss."""
         with range_("batch"):
-            batch = self.objective.batch(rows, rng).to(self.model.head.target_weight.device)
-        value = float("nan")
-        for loss, logs in self.objective.updates(batch, _seed(rng)):
-            self._update(loss)
-            value = loss.item()
-            self._add({"loss": value, **logs})
-        return value
+            batch, seed = self.objective.batch(rows, rng), _seed(rng)
+            inputs = StepInputs(batch, seed, self.objective.extras(seed))
+        logs = {}
+        for logged in self._run(inputs):
+            logs = dict(zip(logged.names, logged.values.tolist(), strict=True))
+            self._require_finite(logs["loss"])
+            self._add(logs)
+            self.objective.n_updates += 1
+        return logs["loss"]
 
-    def _update(self, loss: Tensor) -> None:
-        if not torch.isfinite(loss):
+    def _run(self, inputs: StepInputs) -> list[Logged]:
+        """Make the updates of a batch, by replaying them where that was asked for.
+
+        The last batch of an epoch may be smaller; it is launched, as all are whose updates the
+        host looks into.
+        """
+        if self._graph is None:
+            return self._updates(inputs.to(self._device))
+        if self._captured is None and len(inputs.batch) == self.schedule.batch_size:
+            self._captured = CapturedStep(self._updates, inputs, self._device, self._graph())
+        if self._captured is None or self.objective.must_look() or not self._captured.fits(inputs):
+            return self._updates(inputs.to(self._device))
+        return self._captured(inputs)
+
+    def _updates(self, inputs: StepInputs) -> list[Logged]:
+        """Make the updates of a batch that is on the device."""
+        made = []
+        for loss, logs in self.objective.updates(*inputs):
+            self._update(loss)
+            values = [value.detach().double() for value in (loss, *logs.values())]
+            made.append(Logged(("loss", *logs), torch.stack(values)))
+        return made
+
+    def _require_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
             raise FloatingPointError(
-                f"the loss is {loss.item()} in epoch {self.progress.epoch + 1}, step "
+                f"the loss is {loss} in epoch {self.progress.epoch + 1}, step "
                 f"{self.progress.step + 1}; the last checkpoint is kept"
             )
+
+    def _update(self, loss: Tensor) -> None:
+        """Descend a loss; where it is not finite, weights stay as they are."""
         self.optimizer.zero_grad(set_to_none=True)
         with range_("backward"):
             loss.backward()
@@ -336,6 +391,11 @@ class Trainer:
             merge_gradients(parameters)
             if self.config.grad_clip:
                 clip_gradients(parameters, self.config.grad_clip)
+            if self._graph is None:
+                # Waits for the device, and so stands behind all that can be launched before.
+                self._require_finite(loss.item())
+            else:
+                self.optimizer.found_inf = (~loss.isfinite()).float()
             self.optimizer.step()
 
     def _add(self, logs: dict[str, float]) -> None:
@@ -458,9 +518,14 @@ def _seed(rng: np.random.Generator) -> int:
 
 
 def make_optimizer(
-    parameters: list[tuple[str, torch.nn.Parameter]], learning_rate: float, weight_decay: float
+    parameters: list[tuple[str, torch.nn.Parameter]],
+    learning_rate: float,
+    weight_decay: float,
+    captured: bool = False,
 ) -> tuple[RowAdamW, list[str]]:
     """AdamW with decay on dense weights only, and the parameters' names in its numbering.
+
+    ``captured``: its steps can be, so that what changes from one to the next is in tensors.
 
     Embedding rows that no batch touches would shrink towards each other until their scores tie;
     positions, norms, biases and bonuses have nothing to gain from decay.
@@ -472,5 +537,9 @@ def make_optimizer(
         {"params": [p for _, p in dense], "weight_decay": weight_decay},
         {"params": [p for _, p in rest], "weight_decay": 0.0},
     ]
-    optimizer = RowAdamW(groups, lr=learning_rate)
+    options: dict[str, Any] = {"lr": learning_rate}
+    if captured:
+        rate = torch.tensor(learning_rate, device=parameters[0][1].device)
+        options = {"lr": rate, "fused": True, "capturable": True}
+    optimizer = RowAdamW(groups, **options)
     return optimizer, [name for name, _ in dense + rest]

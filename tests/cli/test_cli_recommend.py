@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import polars as pl
 import pytest
 import torch
+from graphs import Recorded
 
 from command_line import WORLD, fails, run
 from lcr_fast import cli
@@ -64,22 +65,10 @@ def test_a_locale_does_not_change_what_is_written(job, monkeypatch):
     assert "ä".encode() in stream.buffer.getvalue()
 
 
-class Again:
-    """A graph that computes again what it was made of, as a replay does."""
-
-    def capture(self, function):
-        self.function, self.out = function, function()
-        return self.out
-
-    def replay(self):
-        for out, value in zip(self.out, self.function(), strict=True):
-            out.copy_(value)
-
-
 def test_captured_recommendations_are_those_of_plain_calls(job, monkeypatch):
     def replaying(arguments, model, largest):
         assert arguments.capture
-        return capture_recommender(model, (3, 9), graph=Again)
+        return capture_recommender(model, (3, 9), graph=Recorded)
 
     arguments = ("recommend", job / "run" / "lcr" / "model.safetensors", "--data", job / "data")
     plain = list(csv.reader(run(*arguments).splitlines()))
