@@ -196,6 +196,7 @@ class TrainConfig(_JsonConfig):
     tables: Literal["dense", "rows"] = _option(
         "dense", "update every row of the tables in a step, or those alone that its batch touches"
     )
+    workers: int = _option(0, "processes that assemble batches ahead; 0: the trainer, in turn")
     capture: bool = _option(
         False, "on a GPU, replay training steps as a CUDA graph, at full history lengths"
     )
@@ -280,8 +281,8 @@ class TrainConfig(_JsonConfig):
         minimum |= dict.fromkeys(
             (
                 "seed", "epochs", "learning_rate", "weight_decay", "grad_clip", "patience",
-                "min_updates", "align_queries", "align_items", "tcl_weight", "tcl_margin",
-                "deep_supervision", "distill_kl", "distill_states",
+                "min_updates", "workers", "align_queries", "align_items", "tcl_weight",
+                "tcl_margin", "deep_supervision", "distill_kl", "distill_states",
                 "rl_epochs", "rl_epoch_size", "rl_learning_rate", "noise_scale", "clip",
                 "kl_weight",
             ),

@@ -51,6 +51,26 @@ def test_a_killed_run_resumes_bit_for_bit(
     assert_same_run(tmp_path, whole / objective)
 
 
+@pytest.mark.parametrize("objective", ["supervised", "grpo"])
+def test_workers_assemble_the_same_batches(
+    prepared, make_model, whole, tmp_path, monkeypatch, objective
+):
+    """A run may begin without and go on with some."""
+    monkeypatch.setattr(module, "_CHECKPOINT_SECONDS", -1.0)
+    with monkeypatch.context() as patch:
+        die_at(patch, 2)
+        with pytest.raises(KilledError):
+            run(make_model, prepared, objective, tmp_path)
+    with monkeypatch.context() as patch:
+        die_at(patch, N_UPDATES[objective])
+        with pytest.raises(KilledError):
+            config = CONFIG.replace(workers=2)
+            run(make_model, prepared, objective, tmp_path, resume=True, config=config)
+    config = CONFIG.replace(workers=1)
+    run(make_model, prepared, objective, tmp_path, resume=True, config=config)
+    assert_same_run(tmp_path, whole / objective)
+
+
 @pytest.mark.parametrize("name", [CHECKPOINT, MODEL, METRICS])
 @pytest.mark.parametrize("validation", [1, 3])
 def test_a_run_killed_between_two_files_resumes(

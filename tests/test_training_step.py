@@ -493,6 +493,7 @@ ALL, PHASE_2 = ("supervised", "noisy", "grpo"), ("noisy", "grpo")
 SWITCHES = {
     "seed": (1, "", ()),
     "capture": (True, "", ()),
+    "workers": (2, "", ()),
     "weight_decay": (0.5, "", ()),
     "grad_clip": (0.5, "", ()),
     "patience": (9, "", ()),

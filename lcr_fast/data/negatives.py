@@ -47,12 +47,16 @@ class NegativeSampler:
         bad = np.ones_like(out, dtype=bool)
         rows = np.arange(len(users))
         for _ in range(_ROUNDS if self.cumulative[-1] else 0):
-            out[rows] = np.where(bad, self._propose(rng, bad.shape), out[rows])
-            block = out[rows]
-            bad = self.seen.has(users[rows, None], block, times[rows, None])
-            bad |= block == targets[rows, None]
+            # Numbers are drawn for the places that stand too, but only new items are looked up.
+            drawn = rng.integers(self.cumulative[-1], size=bad.shape)[bad]
+            items = np.searchsorted(self.cumulative, drawn, side="right")
+            of_row, column = np.nonzero(bad)
+            row = rows[of_row]
+            out[row, column] = items
+            taken = self.seen.has(users[row], items, times[row]) | (items == targets[row])
+            bad[of_row, column] = taken
             if distinct:
-                bad |= _repeated(block)
+                bad |= _repeated(out[rows])
             kept = bad.any(1)
             rows, bad = rows[kept], bad[kept]
             if not len(rows):
@@ -62,10 +66,6 @@ class NegativeSampler:
             allowed = self._allowed(users[row], times[row], targets[row], fixed)
             out[row, wrong] = self._exactly(rng, allowed, wrong.sum(), distinct, users[row], n)
         return out
-
-    def _propose(self, rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.int64]:
-        drawn = rng.integers(self.cumulative[-1], size=shape)
-        return np.searchsorted(self.cumulative, drawn, side="right")
 
     def _allowed(self, user: int, time: int, target: int, fixed: NDArray) -> NDArray:
         free = self.weights > 0
@@ -97,10 +97,10 @@ class NegativeSampler:
 
 def _repeated(block: NDArray) -> NDArray[np.bool_]:
     """Mark what already stands further left in its row: [B, n]."""
-    order = np.argsort(block, axis=1, kind="stable")
-    ordered = np.take_along_axis(block, order, axis=1)
-    again = np.zeros(block.shape, dtype=bool)
-    again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
-    marks = np.empty_like(again)
-    np.put_along_axis(marks, order, again, axis=1)
+    # Sorting numbers that name their places is several times as fast as an argsort.
+    n = max(block.shape[1], 1)
+    ordered, order = np.divmod(np.sort(block * n + np.arange(block.shape[1]), axis=1), n)
+    marks = np.zeros(block.shape, dtype=bool)
+    again = ordered[:, 1:] == ordered[:, :-1]
+    np.put_along_axis(marks, order[:, 1:], again, axis=1)
     return marks

@@ -28,12 +28,11 @@ def padded(values: Array, start: Array, length: Array, width: int) -> tuple[Arra
     ``start`` and ``length`` have any shape [...]; at most ``width`` values of a row are taken.
     Returns the int64 values [..., width], 0 behind the length, and the mask of real values.
     """
-    place = np.arange(width)
-    mask = place < length[..., None]
-    if not mask.any():
-        return np.zeros(mask.shape, np.int64), mask
-    index = np.where(mask, start[..., None] + place, 0)
-    return np.where(mask, values[index], 0).astype(np.int64, copy=False), mask
+    mask = np.arange(width) < length[..., None]
+    taken = np.zeros(mask.shape, np.int64)
+    index = ranges(start.ravel(), np.clip(length, 0, width).ravel())
+    taken[mask] = values[index]
+    return taken, mask
 
 
 def lower_bound(values: Array, start: Array, end: Array, wanted: Array) -> Array:

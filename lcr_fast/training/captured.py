@@ -9,24 +9,7 @@ from torch import Tensor
 
 from lcr_fast.batch import Batch
 from lcr_fast.capture import Graph, Staged
-
-
-class StepInputs(NamedTuple):
-    """All that a training step reads: a batch and what :class:`Objective` draws beside it."""
-
-    batch: Batch
-    seed: int | Tensor
-    extras: dict[str, Tensor]
-
-    def to(self, device: torch.device) -> "StepInputs":
-        """Move all tensors to a device."""
-        extras = {name: t.to(device) for name, t in self.extras.items()}
-        return StepInputs(self.batch.to(device), self.seed, extras)
-
-    def named(self) -> dict[str, Tensor]:
-        """Name all that is read; the seed too is a tensor, int64 []."""
-        of_batch = {f.name: getattr(self.batch, f.name) for f in fields(Batch)}
-        return {**of_batch, **self.extras, "seed": torch.as_tensor(self.seed)}
+from lcr_fast.training.inputs import StepInputs
 
 
 class Logged(NamedTuple):

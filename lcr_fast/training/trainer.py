@@ -23,10 +23,11 @@ from lcr_fast.data.prepared import PreparedData
 from lcr_fast.model import LCRSER
 from lcr_fast.profiling import range_
 from lcr_fast.storage import load_tensors, replacing, save_tensors
-from lcr_fast.training.captured import CapturedStep, Logged, StepInputs
+from lcr_fast.training.captured import CapturedStep, Logged
 from lcr_fast.training.distillation import Distilled
 from lcr_fast.training.evaluation import chance_level, make_batcher, validation_score
 from lcr_fast.training.identity import assign, count_unknown
+from lcr_fast.training.inputs import Epoch, StepInputs, assemble
 from lcr_fast.training.models import OTHER_DATA
 from lcr_fast.training.objective import OBJECTIVES, Objective, warn_if_sinking
 from lcr_fast.training.rows import RowAdamW, clip_gradients, merge_gradients, use_rows
@@ -46,7 +47,7 @@ PHASE_2 = (
     "rl_batch_size", "rl_learning_rate", "rl_negatives", "rl_trainable",
 )  # fmt: skip
 # Fields that say how to compute, not what.
-_HOW = ("capture",)
+_HOW = ("capture", "workers")
 # Fields that say nothing but when to stop, by phase.
 _LIMITS = {1: ("epochs", "min_updates", "patience"), 2: ("rl_epochs", "patience")}
 
@@ -296,9 +297,9 @@ class Trainer:
 
     def _epoch(self) -> None:
         progress = self.progress
-        size = self.schedule.batch_size
-        order = self._rng(0).permutation(len(self.batcher))[: self.schedule.epoch_size or None]
-        n_steps = math.ceil(len(order) / size)
+        key = (self.config.seed, self.objective.phase, progress.epoch)
+        epoch = Epoch(self.objective, key)
+        n_steps = len(epoch)
         last_save = clock = time.monotonic()
         bar = tqdm(
             total=n_steps,
@@ -308,11 +309,10 @@ class Trainer:
             disable=not sys.stderr.isatty(),
         )
         with bar:
-            while progress.step < n_steps:
+            for inputs in epoch.steps(progress.step, self.config.workers):
                 if self.schedule.decay:
                     self._decay((progress.epoch + progress.step / n_steps) / self.schedule.epochs)
-                start = progress.step * size
-                self.step(order[start : start + size], self._rng(1 + progress.step))
+                self._take(inputs)
                 progress.step += 1
                 bar.update()
                 now = time.monotonic()
@@ -339,9 +339,10 @@ class Trainer:
 
     def step(self, rows: NDArray, rng: np.random.Generator) -> float:
         """Make the updates of one mini-batch of samples; return the last loss."""
-        with range_("batch"):
-            batch, seed = self.objective.batch(rows, rng), _seed(rng)
-            inputs = StepInputs(batch, seed, self.objective.extras(seed))
+        return self._take(assemble(self.objective, rows, rng))
+
+    def _take(self, inputs: StepInputs) -> float:
+        """Make the updates of a mini-batch and log them; return the last loss."""
         logs = {}
         for logged in self._run(inputs):
             logs = dict(zip(logged.names, logged.values.tolist(), strict=True))
@@ -428,12 +429,6 @@ class Trainer:
         self._log()
         self._save()
 
-    def _rng(self, step: int) -> np.random.Generator:
-        """Make the generator of one step of the current epoch; 0 is the epoch's order."""
-        return np.random.default_rng(
-            [self.config.seed, self.objective.phase, self.progress.epoch, step]
-        )
-
     def _log(self) -> None:
         """Rewrite the metrics log, so that it agrees with the checkpoint that follows."""
         with replacing(self.out / METRICS) as path:
@@ -511,10 +506,6 @@ def validation_scores(result: Mapping[str, Any]) -> list[float]:
         next(value for name, value in record.items() if name.startswith(VALIDATION))
         for record in result["history"]
     ]
-
-
-def _seed(rng: np.random.Generator) -> int:
-    return int(rng.integers(2**63))
 
 
 def make_optimizer(
