@@ -63,8 +63,8 @@ def test_workers_assemble_the_same_batches(
             run(make_model, prepared, objective, tmp_path)
     with monkeypatch.context() as patch:
         die_at(patch, N_UPDATES[objective])
+        config = CONFIG.replace(workers=2)
         with pytest.raises(KilledError):
-            config = CONFIG.replace(workers=2)
             run(make_model, prepared, objective, tmp_path, resume=True, config=config)
     config = CONFIG.replace(workers=1)
     run(make_model, prepared, objective, tmp_path, resume=True, config=config)

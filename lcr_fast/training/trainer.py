@@ -312,7 +312,7 @@ class Trainer:
             for inputs in epoch.steps(progress.step, self.config.workers):
                 if self.schedule.decay:
                     self._decay((progress.epoch + progress.step / n_steps) / self.schedule.epochs)
-                self._take(inputs)
+                self.take(inputs)
                 progress.step += 1
                 bar.update()
                 now = time.monotonic()
@@ -339,10 +339,13 @@ class Trainer:
 
     def step(self, rows: NDArray, rng: np.random.Generator) -> float:
         """Make the updates of one mini-batch of samples; return the last loss."""
-        return self._take(assemble(self.objective, rows, rng))
+        return self.take(assemble(self.objective, rows, rng))
 
-    def _take(self, inputs: StepInputs) -> float:
-        """Make the updates of a mini-batch and log them; return the last loss."""
+    def take(self, inputs: StepInputs) -> float:
+        """Make the updates of a mini-batch and log them; return the last loss.
+
+        The tensors of ``inputs`` are on the CPU.
+        """
         logs = {}
         for logged in self._run(inputs):
             logs = dict(zip(logged.names, logged.values.tolist(), strict=True))
