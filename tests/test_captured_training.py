@@ -188,7 +188,7 @@ def test_a_captured_run_is_resumed_to_the_bit(train, tmp_path):
     ],
 )
 def test_what_cannot_be_captured_is_refused(train, name, changes, reason):
-    with pytest.raises(ValueError, match=f"capture=True cannot serve this training: {reason}"):
+    with pytest.raises(ValueError, match=f"capture=True cannot serve {name}: {reason}"):
         train(name, CAPTURED.replace(**changes))
 
 

@@ -133,6 +133,8 @@ class Job:
             raise ValueError("the data has no test samples")
         evaluation.catalogue_rows(self.data, "test", self.catalogue_users)
         check_trainable(self.data, self.train, objectives)
+        if self.train.capture and torch.device(self.device).type != "cuda":
+            raise ValueError(f"capture=True needs a GPU, the device is {self.device}")
 
     def open(self) -> None:
         """Note down data and configs, or raise ValueError where a job with others is resumed."""

@@ -61,6 +61,8 @@ class Distilled(Supervised):
         super().__init__(model, batcher, config)
         if self.share.count > 1:
             raise ValueError("distillation runs in one process, not under torchrun")
+        if config.capture and teacher.exits is not None:
+            raise ValueError("capture=True needs a teacher whose users all take all steps")
         self.teacher = teacher.requires_grad_(False)
 
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
@@ -73,11 +75,6 @@ class Distilled(Supervised):
             return named
         trained = ("encoder.", "reasoning.", "step_embedding", "search_position", "rec_position")
         return [(name, p) for name, p in named if name.startswith(trained)]
-
-    def capture_obstacle(self) -> str | None:
-        if self.teacher.exits is not None:
-            return "the users of the teacher leave its reasoning early"
-        return super().capture_obstacle()
 
     def _terms(
         self, batch: Batch, streams: Streams, scores: Tensor, extras: Mapping[str, Tensor]

@@ -118,11 +118,12 @@ class Objective:
         """
         raise NotImplementedError
 
-    def capture_obstacle(self) -> str | None:
-        """Say why no updates can be captured in a CUDA graph, or None."""
-        if self.share.count > 1:
+    @classmethod
+    def capture_obstacle(cls, config: TrainConfig) -> str | None:
+        """Say why updates by a config cannot be captured in a CUDA graph, or None."""
+        if distributed.current().count > 1:
             return "several processes train, which wait for each other"
-        if self.config.tables == "rows":
+        if config.tables == "rows":
             return "with tables=rows the host reads which rows a batch touches"
         return None
 
@@ -380,12 +381,13 @@ class Grpo(_Trajectories):
     def reference_state(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self._own(self.reference)}
 
-    def capture_obstacle(self) -> str | None:
-        if (obstacle := super().capture_obstacle()) is not None:
+    @classmethod
+    def capture_obstacle(cls, config: TrainConfig) -> str | None:
+        if (obstacle := super().capture_obstacle(config)) is not None:
             return obstacle
-        if self.config.silent_groups == "resample":
+        if config.silent_groups == "resample":
             return "with silent_groups=resample the host reads who is to be drawn anew"
-        if self.config.action == "sampled":
+        if config.action == "sampled":
             return "action=sampled draws lists by a generator that the host seeds"
         return None
 

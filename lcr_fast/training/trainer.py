@@ -52,14 +52,18 @@ _HOW = ("capture", "workers")
 _LIMITS = {1: ("epochs", "min_updates", "patience"), 2: ("rl_epochs", "patience")}
 
 
+def _class_of(objective: str) -> type[Objective]:
+    return Distilled if objective == DISTILL else OBJECTIVES[objective]
+
+
 def phase_of(objective: str) -> int:
     """Tell the phase of an objective by its name; distillation counts as phase 1."""
-    return 1 if objective == DISTILL else OBJECTIVES[objective].phase
+    return _class_of(objective).phase
 
 
 def check_trainable(data: PreparedData, config: TrainConfig, objectives: Iterable[str]) -> None:
     """Raise ValueError where training would fail, or choose its model blindly, later on."""
-    samples = data.split("train")
+    objectives, samples = list(objectives), data.split("train")
     if not len(samples):
         raise ValueError("the data has no training samples")
     chance_level(make_batcher(data, "valid", None), config.valid_metric)
@@ -78,6 +82,9 @@ def check_trainable(data: PreparedData, config: TrainConfig, objectives: Iterabl
             f"rl_negatives must be at most {left} for this data, whose user {user!r} has no more "
             f"unseen items before a target, got {config.rl_negatives}"
         )
+    for name in objectives if config.capture else ():
+        if (obstacle := _class_of(name).capture_obstacle(config)) is not None:
+            raise ValueError(f"capture=True cannot serve {name}: {obstacle}")
 
 
 @functools.lru_cache(maxsize=1)  # one model after the other is trained on the same data
@@ -211,8 +218,6 @@ class Trainer:
             return None
         if graph is None and self._device.type != "cuda":
             raise ValueError(f"capture=True needs a model on a GPU, this one is on {self._device}")
-        if (obstacle := self.objective.capture_obstacle()) is not None:
-            raise ValueError(f"capture=True cannot serve this training: {obstacle}")
         return graph or CudaGraph
 
     def run(self) -> LCRSER:
