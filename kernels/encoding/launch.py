@@ -133,5 +133,6 @@ def encode_bwd(
         add_up(sums, "matrices", products(scratch, scratch_layout, shared=False))
     (dnorms,) = sums["norms"]
     gradients.norm_weight[:, stream], gradients.norm_bias[:, stream] = dnorms.unbind(2)
-    write_gradients(gradients, stream, 0, sums["matrices"], scratch_layout)
+    made = [of_stream.unsqueeze(0) for of_stream in sums["matrices"]]
+    write_gradients(gradients, slice(stream, stream + 1), 0, made, scratch_layout)
     return dx, list(gradients)

@@ -163,7 +163,7 @@ def latent_reasoning_bwd(
     )
     float32: dict[str, Any] = {"dtype": torch.float32, "device": search.device}
     dkeys = torch.empty((B, N, K, 2, 2, D) if has_pool else (0,), **float32)
-    sums: dict[Any, list[Tensor]] = {}  # norms, and matrices by stream and first set of weights
+    sums: dict[Any, list[Tensor]] = {}  # norms, and both streams' matrices by first set of weights
     for start in range(0, B, at_once.users):
         users = slice(start, min(start + at_once.users, B))
         n = (users.stop - users.start) * N
@@ -217,9 +217,8 @@ def latent_reasoning_bwd(
                         self_bwd_kernel, (programs, 1), slot, of_step, *of_users, self_attention,
                         norms, dnorm, *numbers, k, K, *dropout, **switches, **differentiate,
                     )  # fmt: skip
-            for x, of_stream in enumerate(scratch):
-                made = products(of_stream, scratch_layout, shared)
-                add_up(sums, (x, 0 if shared else first), made)
+            made = [products(of_stream, scratch_layout, shared) for of_stream in scratch]
+            add_up(sums, 0 if shared else first, [*made[0], *made[1]])
         for dx, stream in zip((dsearch, drec), streams, strict=True):
             dx[users] = stream.dh.sum(1)
         add_up(sums, "norms", [dnorm.sum((0, 1) if shared else 0).view(-1, 2, 3, 2, D)])
@@ -228,6 +227,8 @@ def latent_reasoning_bwd(
     (dnorms,), n_norms = sums.pop("norms"), 3 if F else 2
     for of_norms, part in ((gradients.norm_weight, 0), (gradients.norm_bias, 1)):
         of_norms[: len(dnorms), :, :n_norms] = dnorms[:, :, :n_norms, part]
-    for (x, first), made in sums.items():
-        write_gradients(gradients, x, first, made, scratch_layout)
+    for first, summed in sums.items():
+        half = len(summed) // 2
+        both = [torch.stack(pair) for pair in zip(summed[:half], summed[half:], strict=True)]
+        write_gradients(gradients, slice(2), first, both, scratch_layout)
     return dsearch, drec, dtarget_keys, list(gradients)
