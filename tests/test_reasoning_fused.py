@@ -200,6 +200,26 @@ def test_pieces_of_a_batch_add_up(monkeypatch, at_once, share_steps):
     assert asked == [(5, 3)]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rec_len", "expected"), [(16, [2] * 8), (17, [1] * 16)])
+def test_streams_share_their_launches_where_their_slots_agree(monkeypatch, rec_len, expected):
+    case = ReasoningCase(n_users=3, search_len=5, rec_len=rec_len, steps=2)
+    require("triton", case)
+    from lcr_fast.kernels.reasoning import launch as kernels
+
+    def launch(kernel, grid, *arguments, **compiled):
+        if len(grid) == 3:  # [programs, streams, steps], of backward
+            launched.append(grid[1])
+        launch_kernel(kernel, grid, *arguments, **compiled)
+
+    launched: list[int] = []
+    launch_kernel = kernels.launch
+    monkeypatch.setattr(kernels, "launch", launch)
+    call = draw("triton", case)
+    assert_reasoning_parity(run_reasoning(call, "triton"), reasoning_baseline(call))
+    assert launched == expected
+
+
 @pytest.mark.parametrize(
     ("n_users", "n_steps", "expected"),
     [(1, 5, (1, 5)), (25, 5, (25, 3)), (100, 5, (100, 1)), (101, 5, (51, 1)), (260, 5, (87, 1))],

@@ -13,6 +13,7 @@ from lcr_fast.kernels.encoding.forward import encode_fwd_kernel
 from lcr_fast.kernels.gpu import dot_precision, gpu_of, on_device
 from lcr_fast.kernels.launch import launch
 from lcr_fast.kernels.reasoning.backward import (
+    BackwardStream,
     ffn_bwd_kernel,
     recompute_self_kernel,
     self_bwd_kernel,
@@ -100,6 +101,8 @@ def encode_bwd(
         scratch = scratch_rows[: n_layers * n * size].view(n_layers, n * size, width)
         dh, da = (torch.empty(n, size, D, **float32) for _ in range(2))
         dnorm = torch.empty(n_programs, n_layers, 2, SUBLAYERS, 2, D, **float32)
+        alone = BackwardStream(x[users], of_users[0], saved, scratch, dout[users], dh, da, absent)
+        numbers = (n, 1, size, size, 1)
         with on_device(x):
             if n_layers > 1:
                 launch(
@@ -108,27 +111,28 @@ def encode_bwd(
                     **of_training, **recompute,
                 )  # fmt: skip
             launch(
-                recompute_self_kernel, (n_recompute, n_layers),
-                x[users], *of_users, cast.attention, cast.norms, saved, scratch,
-                n, 1, size, 0, 1, stream, n, 0.0, absent, *dropout, **of_training, **recompute,
+                recompute_self_kernel, (n_recompute, 1, n_layers),
+                alone, alone, stream, of_users[1], cast.attention, cast.norms, *numbers, 0, n,
+                0.0, absent, *dropout, **of_training, **recompute,
             )  # fmt: skip
             for i in reversed(range(n_layers)):
+                of_layer = alone._replace(scratch=scratch[i])
+                arguments = (of_layer, of_layer, stream, of_users[1], absent, absent, absent)
                 launch(
-                    ffn_bwd_kernel, (n_programs,),
-                    dout[users], absent, dh, da, of_users[0], of_users[0], of_users[1], absent,
-                    cast.ffn, cast.norms, scratch[i], absent, dnorm,
-                    n, 1, size, i, n_layers, 1, stream, *dropout, **of_training, **differentiate,
+                    ffn_bwd_kernel, (n_programs, 1),
+                    *arguments, cast.ffn, cast.norms, dnorm, *numbers, i, n_layers, *dropout,
+                    **of_training, **differentiate,
                 )  # fmt: skip
                 launch(
-                    self_bwd_kernel, (n_programs,),
-                    da, absent, absent, dh, *of_users, absent, cast.attention, cast.norms,
-                    scratch[i], absent, dnorm,
-                    n, 1, size, i, n_layers, 1, stream, *dropout, **of_training, **differentiate,
+                    self_bwd_kernel, (n_programs, 1),
+                    *arguments, cast.attention, cast.norms, dnorm, *numbers, i, n_layers, *dropout,
+                    **of_training, **differentiate,
                 )  # fmt: skip
         dx[users] = dh
         add_up(sums, "norms", [dnorm[:, :, stream].sum(0)])
         add_up(sums, "matrices", products(scratch, scratch_layout, shared=False))
     (dnorms,) = sums["norms"]
     gradients.norm_weight[:, stream], gradients.norm_bias[:, stream] = dnorms.unbind(2)
-    write_gradients(gradients, stream, 0, sums["matrices"], scratch_layout)
+    made = [of_stream.unsqueeze(0) for of_stream in sums["matrices"]]
+    write_gradients(gradients, slice(stream, stream + 1), 0, made, scratch_layout)
     return dx, list(gradients)

@@ -8,6 +8,7 @@ import torch
 from lcr_fast.kernels.gpu import GPUS
 from lcr_fast.kernels.launch import TYPES, Type, Variant, describe
 from lcr_fast.kernels.reasoning.backward import (
+    BackwardStream,
     cross_bwd_kernel,
     ffn_bwd_kernel,
     recompute_cross_kernel,
@@ -23,8 +24,7 @@ from lcr_fast.kernels.reasoning.weights import (
     StepWeights,
 )
 
-_INT64 = ("lengths", "memory_lengths", "user_rows", "noise_seed", "dropout_seed")
-_FLOAT32 = ("dh", "da", "dx2", "dmemory", "dkeys", "dnorm")
+_INT64 = ("lengths", "user_rows", "noise_seed", "dropout_seed")
 
 
 def weight_types(dtype: torch.dtype, weights: torch.dtype) -> StepWeights:
@@ -35,14 +35,19 @@ def weight_types(dtype: torch.dtype, weights: torch.dtype) -> StepWeights:
     return StepWeights(attention, attention, ffn, norms)
 
 
-def argument_types(dtype: torch.dtype, weights: torch.dtype) -> dict[str, Type]:
+def argument_types(
+    dtype: torch.dtype,
+    weights: torch.dtype,
+    stream: type[ForwardStream | BackwardStream] = BackwardStream,
+) -> dict[str, Type]:
     """Types of arguments that are not numbers of the states' dtype, nor int32."""
     state, of_step = f"*{TYPES[dtype]}", weight_types(dtype, weights)
-    stream = ForwardStream(state, "*i64", state, state)
+    of_stream = {"lengths": "*i64", **dict.fromkeys(("dh", "da", "dmemory"), "*fp32")}
+    both = stream(*(of_stream.get(field, state) for field in stream._fields))
     return {
         **{f"{name}_ptr": "*i64" for name in _INT64},
-        **{f"{name}_ptr": "*fp32" for name in _FLOAT32},
-        **dict.fromkeys(("search", "rec"), stream),
+        **dict.fromkeys(("dkeys_ptr", "dnorm_ptr"), "*fp32"),
+        **dict.fromkeys(("search", "rec"), both),
         "weights": of_step,
         "attention": of_step.self_attention,
         "ffn": of_step.ffn,
@@ -123,5 +128,6 @@ def variants(arch: str) -> Iterator[Variant]:
         for which, name, kernel, switches in launched:
             compiled = constants(which, dim, dim, 2, sizes, dtype, call.precision, GPUS[arch])
             compiled |= rows | switches
-            types = argument_types(dtype, call.weights)
+            stream = ForwardStream if kernel is latent_reasoning_fwd_kernel else BackwardStream
+            types = argument_types(dtype, call.weights, stream)
             yield describe(f"{name}-{suffix}", kernel, dtype, types, compiled)

@@ -1,10 +1,15 @@
-"""Latent cross reasoning, backward: a kernel a sublayer and stream (docs/fused-kernel.md).
+"""Latent cross reasoning, backward: a kernel a sublayer (docs/fused-kernel.md).
 
 Each step is computed again from its input and then differentiated. No atomics: a program owns what
 it writes. Sublayers meet in float32 gradients and in scratch, where each step leaves a row for
 every row of its states (scratch.py). The kernels of self-attention and FFN serve an encoder's
 layers too, where SHAPE.SUBLAYERS is 2.
+
+A program has a tile of one stream: ``first_stream`` plus its place on the second axis of the grid.
+Streams whose slots differ, and an encoder's, are launched one by one.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -14,6 +19,7 @@ from lcr_fast.kernels.ptxas import kernel
 from lcr_fast.kernels.reasoning.pooling import pool_bwd
 from lcr_fast.kernels.reasoning.scratch import scratch_columns
 from lcr_fast.kernels.reasoning.step import (
+    SEARCH,
     apply_dropout,
     before_last_norm,
     before_norm1,
@@ -35,42 +41,63 @@ from lcr_fast.kernels.reasoning.tile import (
 )
 from lcr_fast.kernels.reasoning.weights import attention_at, ffn_at, norm_at
 
+_RUNTIME_NUMBERS = [
+    "first_stream", "n_sequences", "n_trajectories", "search_size", "rec_size", "set_stride",
+    "first_step", "k", "steps", "saved_sequences", "dropout_threshold",
+]  # fmt: skip
+
+
+class BackwardStream(NamedTuple):
+    """One stream's tensors, of which no kernel takes all."""
+
+    states: Any  # [B, L, D] h^(0)
+    lengths: Any  # int64 [B]
+    saved: Any  # [K-1, saved_sequences, L, D], at the first sequence of this launch
+    scratch: Any  # [steps of this launch, sequences, L, columns]
+    dout: Any  # [B, N, L, D] upstream gradient of h^(K)
+    dh: Any  # float32 [B, N, L, D] gradient of h^(k+1), if that is not h^(K), then of h^(k)
+    da: Any  # float32 [B, N, L, D] gradient of x2, then of a as its own cross-attention has it
+    dmemory: Any  # float32 [B, N, L, D] gradient of a as the other stream's has it
+
+
+@triton.jit
+def _choose(stream, search, rec, search_size, rec_size):
+    """Take the stream of that number and its size; with both swapped, the other stream."""
+    if stream == SEARCH:
+        chosen, size = search, search_size
+    else:
+        chosen, size = rec, rec_size
+    return chosen, size
+
 
 @triton.jit
 def _load_step_input(
-    x_ptr, saved_ptr, rows, size, saved_sequences, n_trajectories, user_row, k,
-    stream: tl.constexpr, noise, D: tl.constexpr, NOISE: tl.constexpr,
+    x, rows, size, saved_sequences, n_trajectories, user_row, k, stream, noise,
+    D: tl.constexpr, NOISE: tl.constexpr,
 ):  # fmt: skip
     """h^(k): the saved one, or for k = 0 the noisy input as the forward pass read it."""
     if k == 0:
-        h = load_initial(x_ptr, rows, size, n_trajectories, user_row, stream, noise, D, NOISE)
+        h = load_initial(x.states, rows, size, n_trajectories, user_row, stream, noise, D, NOISE)
     else:
         step = saved_sequences.to(tl.int64) * size * D * (k - 1)
-        h = load_tile(tile_at(saved_ptr + step, rows, size, D), D)
+        h = load_tile(tile_at(x.saved + step, rows, size, D), D)
     return h
-
-
-_RUNTIME_NUMBERS = [
-    "n_sequences", "n_trajectories", "size", "memory_size", "first_step", "k", "steps",
-    "set_stride", "stream", "saved_sequences", "dropout_threshold",
-]  # fmt: skip
 
 
 @kernel(do_not_specialize=_RUNTIME_NUMBERS)
 def recompute_self_kernel(
-    x_ptr,  # [B, L, D]
-    lengths_ptr,  # [B]
+    search,  # BackwardStream
+    rec,  # BackwardStream
+    first_stream,
     user_rows_ptr,  # [B]
     attention,  # AttentionWeights of the self-attention
     norms,  # NormWeights
-    saved_ptr,  # [K-1, saved_sequences, L, D], at the first sequence of this launch
-    scratch_ptr,  # [steps of this launch, sequences, L, columns]
     n_sequences,
     n_trajectories,
-    size,
-    first_step,
+    search_size,
+    rec_size,
     set_stride,
-    stream,
+    first_step,
     saved_sequences,
     noise_scale,
     noise_seed_ptr,  # int64 []
@@ -83,29 +110,30 @@ def recompute_self_kernel(
     NOISE: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """Leave h, x1, a and ones of one stream in scratch; one program a tile and step."""
+    """Leave h, x1, a and ones in scratch; one program a tile, stream and step."""
     D: tl.constexpr = SHAPE.D
     C: tl.constexpr = scratch_columns(D, SHAPE.F, SHAPE.SUBLAYERS)
     M: tl.constexpr = SEQUENCES * SLOT
     noise = Noise(noise_scale, noise_seed_ptr)
     dropout = Dropout(dropout_threshold, dropout_scale, dropout_seed_ptr)
     first = tl.program_id(0).to(tl.int64) * SEQUENCES
-    k = first_step + tl.program_id(1)
+    stream = first_stream + tl.program_id(1)
+    x, size = _choose(stream, search, rec, search_size, rec_size)
+    k = first_step + tl.program_id(2)
     index = 2 * k * set_stride + stream
-    rows = locate_rows(first, n_sequences, lengths_ptr, n_trajectories, size, M, SLOT)
-    scratch_ptr += tl.program_id(1).to(tl.int64) * n_sequences * size * C.width
+    rows = locate_rows(first, n_sequences, x.lengths, n_trajectories, size, M, SLOT)
+    scratch_ptr = x.scratch + tl.program_id(2).to(tl.int64) * n_sequences * size * C.width
     at = tile_at(scratch_ptr, rows, size, C.width)
     user_row = rows.sequence
     if NOISE or DROPOUT:
         user_row = load_of_user(user_rows_ptr, first, n_sequences, n_trajectories, M, SLOT)
     h = _load_step_input(
-        x_ptr, saved_ptr, rows, size, saved_sequences, n_trajectories, user_row, k, stream,
-        noise, D, NOISE,
-    )  # fmt: skip
+        x, rows, size, saved_sequences, n_trajectories, user_row, k, stream, noise, D, NOISE
+    )
     store_tile(at, tl.full([M, C.h - C.ones], 1.0, tl.float32), C.h - C.ones)
     store_tile(columns(at, C.h), h, D)
     lengths = memory_lengths(
-        lengths_ptr, first, n_sequences, n_trajectories, size, M, SLOT, SEQUENCES
+        x.lengths, first, n_sequences, n_trajectories, size, M, SLOT, SEQUENCES
     )
     x1 = before_norm1(
         h, lengths, user_row, rows.position, k, index, stream, attention, dropout,
@@ -118,19 +146,17 @@ def recompute_self_kernel(
 
 @kernel(do_not_specialize=_RUNTIME_NUMBERS)
 def recompute_cross_kernel(
-    lengths_ptr,  # [B]
-    memory_lengths_ptr,  # [B]
+    search,  # BackwardStream
+    rec,  # BackwardStream
+    first_stream,
     user_rows_ptr,  # [B]
     attention,  # AttentionWeights of the cross-attention
-    scratch_ptr,  # [steps of this launch, sequences, L, columns]
-    memory_scratch_ptr,  # [steps of this launch, sequences, L', columns]
     n_sequences,
     n_trajectories,
-    size,
-    memory_size,
-    first_step,
+    search_size,
+    rec_size,
     set_stride,
-    stream,
+    first_step,
     dropout_threshold,
     dropout_scale,
     dropout_seed_ptr,  # int64 []
@@ -140,31 +166,32 @@ def recompute_cross_kernel(
     SEQUENCES: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """Leave x2 of one stream in scratch, where a is; one program a tile and step."""
+    """Leave x2 in scratch, where a is; one program a tile, stream and step."""
     D: tl.constexpr = SHAPE.D
     C: tl.constexpr = scratch_columns(D, SHAPE.F, SHAPE.SUBLAYERS)
     M: tl.constexpr = SEQUENCES * SLOT
     dropout = Dropout(dropout_threshold, dropout_scale, dropout_seed_ptr)
     first = tl.program_id(0).to(tl.int64) * SEQUENCES
-    k = first_step + tl.program_id(1)
+    stream = first_stream + tl.program_id(1)
+    x, size = _choose(stream, search, rec, search_size, rec_size)
+    memory, memory_size = _choose(stream, rec, search, rec_size, search_size)
+    k = first_step + tl.program_id(2)
     index = 2 * k * set_stride + stream
-    rows = locate_rows(first, n_sequences, lengths_ptr, n_trajectories, size, M, SLOT)
+    rows = locate_rows(first, n_sequences, x.lengths, n_trajectories, size, M, SLOT)
     memory_rows = locate_rows(
-        first, n_sequences, memory_lengths_ptr, n_trajectories, memory_size,
+        first, n_sequences, memory.lengths, n_trajectories, memory_size,
         SEQUENCES * MEMORY_SLOT, MEMORY_SLOT,
     )  # fmt: skip
-    step = tl.program_id(1).to(tl.int64) * n_sequences * C.width
-    scratch_ptr += step * size
-    memory_scratch_ptr += step * memory_size
-    gate = load_of_user(memory_lengths_ptr, first, n_sequences, n_trajectories, M, SLOT) > 0
+    gate = load_of_user(memory.lengths, first, n_sequences, n_trajectories, M, SLOT) > 0
     user_row = rows.sequence
     if DROPOUT:
         user_row = load_of_user(user_rows_ptr, first, n_sequences, n_trajectories, M, SLOT)
     lengths = memory_lengths(
-        memory_lengths_ptr, first, n_sequences, n_trajectories, memory_size, M, SLOT, SEQUENCES
+        memory.lengths, first, n_sequences, n_trajectories, memory_size, M, SLOT, SEQUENCES
     )
-    at = tile_at(scratch_ptr, rows, size, C.width)
-    memory_at = tile_at(memory_scratch_ptr, memory_rows, memory_size, C.width)
+    step = tl.program_id(2).to(tl.int64) * n_sequences * C.width
+    at = tile_at(x.scratch + step * size, rows, size, C.width)
+    memory_at = tile_at(memory.scratch + step * memory_size, memory_rows, memory_size, C.width)
     x2 = before_norm2(
         load_tile(columns(at, C.a), D), load_tile(columns(memory_at, C.a), D), lengths,
         gate.to(tl.float32), user_row, rows.position, k, index, stream, attention, dropout,
@@ -175,26 +202,23 @@ def recompute_cross_kernel(
 
 @kernel(do_not_specialize=_RUNTIME_NUMBERS)
 def ffn_bwd_kernel(
-    dout_ptr,  # [B, N, L, D] upstream gradient of h^(K)
-    dpooled_ptr,  # [B, N, K, 2, 2, D]
-    dh_ptr,  # float32 [B, N, L, D] gradient of h^(k+1), if that is not h^(K)
-    dx2_ptr,  # float32 [B, N, L, D]; an encoder's da
-    lengths_ptr,  # [B]
-    memory_lengths_ptr,  # [B]
+    search,  # BackwardStream
+    rec,  # BackwardStream
+    first_stream,
     user_rows_ptr,  # [B]
     keys_ptr,  # [B, 2, D]
+    dpooled_ptr,  # [B, N, K, 2, 2, D]
+    dkeys_ptr,  # float32 [B, N, K, 2, 2, D]
     ffn,  # FfnWeights
     norms,  # NormWeights
-    scratch_ptr,  # [sequences, L, columns] of this step
-    dkeys_ptr,  # float32 [B, N, K, 2, 2, D]
     dnorm_ptr,  # float32 [programs, K, 2, SUBLAYERS, 2, D] weight and bias of each norm
     n_sequences,
     n_trajectories,
-    size,
+    search_size,
+    rec_size,
+    set_stride,
     k,
     steps,
-    set_stride,
-    stream,
     dropout_threshold,
     dropout_scale,
     dropout_seed_ptr,  # int64 []
@@ -205,23 +229,25 @@ def ffn_bwd_kernel(
     POOL: tl.constexpr,
     PARKED: tl.constexpr,
 ):
-    """Of one stream and step, backward of h = LN3(c + m3 FFN(c)), c = LN2(x2), pooling included.
+    """Of one step, backward of h = LN3(c + m3 FFN(c)), c = LN2(x2), pooling included.
 
-    Leaves dx2, and in scratch the gradient of the cross-attention's output; of an encoder's layer
-    da, as c is a.
+    Leaves dx2 in da, and in scratch the gradient of the cross-attention's output. In an encoder's
+    layer, where c is a, what it leaves in da is just that.
     """
     D: tl.constexpr = SHAPE.D
     C: tl.constexpr = scratch_columns(D, SHAPE.F, SHAPE.SUBLAYERS)
     M: tl.constexpr = SEQUENCES * SLOT
     HAS_CROSS: tl.constexpr = SHAPE.SUBLAYERS == 3
     LAST: tl.constexpr = SHAPE.SUBLAYERS - 1
-    dtype: tl.constexpr = scratch_ptr.dtype.element_ty
+    dtype: tl.constexpr = search.scratch.dtype.element_ty
     dropout = Dropout(dropout_threshold, dropout_scale, dropout_seed_ptr)
     program = tl.program_id(0).to(tl.int64)
     first = program * SEQUENCES
+    stream = first_stream + tl.program_id(1)
+    x, size = _choose(stream, search, rec, search_size, rec_size)
     index = 2 * k * set_stride + stream
-    rows = locate_rows(first, n_sequences, lengths_ptr, n_trajectories, size, M, SLOT)
-    at = tile_at(scratch_ptr, rows, size, C.width)
+    rows = locate_rows(first, n_sequences, x.lengths, n_trajectories, size, M, SLOT)
+    at = tile_at(x.scratch, rows, size, C.width)
     user_row = rows.sequence
     if DROPOUT:
         user_row = load_of_user(user_rows_ptr, first, n_sequences, n_trajectories, M, SLOT)
@@ -243,17 +269,17 @@ def ffn_bwd_kernel(
         )
     if k == steps - 1:  # padding carries no gradient, whatever the upstream tensor holds there
         valid = (rows.position < rows.length)[:, None]
-        dh = load_tile(tile_at(dout_ptr, rows, size, D), D)
+        dh = load_tile(tile_at(x.dout, rows, size, D), D)
         dh = tl.where(valid, dh.to(tl.float32), 0.0)
     else:
-        dh = load_tile(tile_at(dh_ptr, rows, size, D), D)
+        dh = load_tile(tile_at(x.dh, rows, size, D), D)
     if POOL:
         h = c
         if SHAPE.F > 0:
             h = norm(x3, norms, index, LAST, dtype, SHAPE)
         dh = pool_bwd(
             dh, h, sequence_lengths(
-                lengths_ptr, first, n_sequences, n_trajectories, size, SEQUENCES
+                x.lengths, first, n_sequences, n_trajectories, size, SEQUENCES
             ),
             keys_ptr + stream * D, dpooled_ptr + at_h, dkeys_ptr + at_h, pooled_stride,
             first, n_sequences, n_trajectories, SEQUENCES,
@@ -273,85 +299,82 @@ def ffn_bwd_kernel(
     if HAS_CROSS:
         x2 = load_tile(columns(at, C.x2), D).to(tl.float32)
         dh = layer_norm_bwd(dh, x2, norm_at(norms, index, 1, SHAPE), dnorm + 2 * D, D)
-    store_tile(tile_at(dx2_ptr, rows, size, D), dh, D)
+    store_tile(tile_at(x.da, rows, size, D), dh, D)
     if HAS_CROSS:
         dy = apply_dropout(dh, user_row, rows.position, k, stream, 1, dropout, SHAPE, DROPOUT)
-        gate = load_of_user(memory_lengths_ptr, first, n_sequences, n_trajectories, M, SLOT) > 0
+        memory, _ = _choose(stream, rec, search, rec_size, search_size)
+        gate = load_of_user(memory.lengths, first, n_sequences, n_trajectories, M, SLOT) > 0
         store_tile(columns(at, C.cross_dy), tl.where(gate[:, None], dy, 0.0), D)
 
 
 @kernel(do_not_specialize=_RUNTIME_NUMBERS)
 def cross_bwd_kernel(
-    dx2_ptr,  # float32 [B, N, L, D]
-    da_ptr,  # float32 [B, N, L, D]
-    dmemory_ptr,  # float32 [B, N, L', D]
-    lengths_ptr,  # [B]
-    memory_lengths_ptr,  # [B]
+    search,  # BackwardStream
+    rec,  # BackwardStream
+    first_stream,
     attention,  # AttentionWeights of the cross-attention
-    scratch_ptr,  # [sequences, L, columns] of this step
-    memory_scratch_ptr,  # [sequences, L', columns]
     n_sequences,
     n_trajectories,
-    size,
-    memory_size,
-    k,
+    search_size,
+    rec_size,
     set_stride,
-    stream,
+    k,
     SHAPE: tl.constexpr,
     SLOT: tl.constexpr,
     MEMORY_SLOT: tl.constexpr,
     SEQUENCES: tl.constexpr,
     PARKED: tl.constexpr,
 ):
-    """Of one stream and step, backward of x2 = a + g m2 MCA(a, memory): da and dmemory."""
+    """Of one step, backward of x2 = a + g m2 MCA(a, memory): da, and dmemory of the memory."""
     D: tl.constexpr = SHAPE.D
     C: tl.constexpr = scratch_columns(D, SHAPE.F, SHAPE.SUBLAYERS)
     M: tl.constexpr = SEQUENCES * SLOT
     first = tl.program_id(0).to(tl.int64) * SEQUENCES
-    rows = locate_rows(first, n_sequences, lengths_ptr, n_trajectories, size, M, SLOT)
+    stream = first_stream + tl.program_id(1)
+    x, size = _choose(stream, search, rec, search_size, rec_size)
+    memory, memory_size = _choose(stream, rec, search, rec_size, search_size)
+    rows = locate_rows(first, n_sequences, x.lengths, n_trajectories, size, M, SLOT)
     memory_rows = locate_rows(
-        first, n_sequences, memory_lengths_ptr, n_trajectories, memory_size,
+        first, n_sequences, memory.lengths, n_trajectories, memory_size,
         SEQUENCES * MEMORY_SLOT, MEMORY_SLOT,
     )  # fmt: skip
-    at = tile_at(scratch_ptr, rows, size, C.width)
-    memory_at = tile_at(memory_scratch_ptr, memory_rows, memory_size, C.width)
+    at = tile_at(x.scratch, rows, size, C.width)
+    memory_at = tile_at(memory.scratch, memory_rows, memory_size, C.width)
     dy_at, a_at = columns(at, C.cross_dy), columns(at, C.a)
     a_memory_at = columns(memory_at, C.a)
     da, dmemory = attention_bwd(
         load_tile(dy_at, D), dy_at, load_tile(a_at, D), a_at,
         load_tile(a_memory_at, D), a_memory_at, memory_rows.length,
-        load_tile(tile_at(dx2_ptr, rows, size, D), D),
+        load_tile(tile_at(x.da, rows, size, D), D),
         tl.zeros([SEQUENCES * MEMORY_SLOT, D], tl.float32),
         columns(at, C.cross_heads), columns(at, C.cross_dq),
         columns(memory_at, C.cross_dk), columns(memory_at, C.cross_dv),
         attention_at(attention, 2 * k * set_stride + stream, D),
         SHAPE, SLOT, MEMORY_SLOT, False, PARKED,
     )  # fmt: skip
-    store_tile(tile_at(da_ptr, rows, size, D), da, D)
-    store_tile(tile_at(dmemory_ptr, memory_rows, memory_size, D), dmemory, D)
+    store_tile(tile_at(x.da, rows, size, D), da, D)
+    store_tile(tile_at(memory.dmemory, memory_rows, memory_size, D), dmemory, D)
 
 
 @kernel(do_not_specialize=_RUNTIME_NUMBERS)
 def self_bwd_kernel(
-    da_ptr,  # float32 [B, N, L, D], of the stream's own cross-attention, or of an encoder's FFN
-    dmemory_ptr,  # float32 [B, N, L, D], of the other's
-    dpooled_ptr,  # [B, N, K, 2, 2, D]
-    dh_ptr,  # float32 [B, N, L, D] gradient of h^(k)
-    lengths_ptr,  # [B]
+    search,  # BackwardStream
+    rec,  # BackwardStream
+    first_stream,
     user_rows_ptr,  # [B]
     keys_ptr,  # [B, 2, D]
+    dpooled_ptr,  # [B, N, K, 2, 2, D]
+    dkeys_ptr,  # float32 [B, N, K, 2, 2, D]
     attention,  # AttentionWeights of the self-attention
     norms,  # NormWeights
-    scratch_ptr,  # [sequences, L, columns] of this step
-    dkeys_ptr,  # float32 [B, N, K, 2, 2, D]
     dnorm_ptr,  # float32 [programs, K, 2, SUBLAYERS, 2, D]
     n_sequences,
     n_trajectories,
-    size,
+    search_size,
+    rec_size,
+    set_stride,
     k,
     steps,
-    set_stride,
-    stream,
     dropout_threshold,
     dropout_scale,
     dropout_seed_ptr,  # int64 []
@@ -362,17 +385,19 @@ def self_bwd_kernel(
     POOL: tl.constexpr,
     PARKED: tl.constexpr,
 ):
-    """Of one stream and step, backward of a = LN1(x1), x1 = h + m1 MSA(h), pooling included."""
+    """Of one step, backward of a = LN1(x1), x1 = h + m1 MSA(h), pooling included."""
     D: tl.constexpr = SHAPE.D
     C: tl.constexpr = scratch_columns(D, SHAPE.F, SHAPE.SUBLAYERS)
     M: tl.constexpr = SEQUENCES * SLOT
-    dtype: tl.constexpr = scratch_ptr.dtype.element_ty
+    dtype: tl.constexpr = search.scratch.dtype.element_ty
     dropout = Dropout(dropout_threshold, dropout_scale, dropout_seed_ptr)
     program = tl.program_id(0).to(tl.int64)
     first = program * SEQUENCES
+    stream = first_stream + tl.program_id(1)
+    x, size = _choose(stream, search, rec, search_size, rec_size)
     index = 2 * k * set_stride + stream
-    rows = locate_rows(first, n_sequences, lengths_ptr, n_trajectories, size, M, SLOT)
-    at = tile_at(scratch_ptr, rows, size, C.width)
+    rows = locate_rows(first, n_sequences, x.lengths, n_trajectories, size, M, SLOT)
+    at = tile_at(x.scratch, rows, size, C.width)
     user_row = rows.sequence
     if DROPOUT:
         user_row = load_of_user(user_rows_ptr, first, n_sequences, n_trajectories, M, SLOT)
@@ -380,13 +405,13 @@ def self_bwd_kernel(
     pooled_stride = steps.to(tl.int64) * (4 * D)
     at_a = (4 * k + stream) * D  # in [K, 2, 2, D]
 
-    da = load_tile(tile_at(da_ptr, rows, size, D), D)
+    da = load_tile(tile_at(x.da, rows, size, D), D)
     if SHAPE.SUBLAYERS == 3:
-        da += load_tile(tile_at(dmemory_ptr, rows, size, D), D)
+        da += load_tile(tile_at(x.dmemory, rows, size, D), D)
     if POOL:
         da = pool_bwd(
             da, load_tile(columns(at, C.a), D), sequence_lengths(
-                lengths_ptr, first, n_sequences, n_trajectories, size, SEQUENCES
+                x.lengths, first, n_sequences, n_trajectories, size, SEQUENCES
             ),
             keys_ptr + stream * D, dpooled_ptr + at_a, dkeys_ptr + at_a, pooled_stride,
             first, n_sequences, n_trajectories, SEQUENCES,
@@ -405,4 +430,4 @@ def self_bwd_kernel(
         columns(at, C.self_dv),
         attention_at(attention, index, D), SHAPE, SLOT, SLOT, True, PARKED,
     )  # fmt: skip
-    store_tile(tile_at(dh_ptr, rows, size, D), dh, D)
+    store_tile(tile_at(x.dh, rows, size, D), dh, D)

@@ -11,6 +11,7 @@ from lcr_fast.kernels.core.noise import dropout_arguments
 from lcr_fast.kernels.gpu import dot_precision, gpu_of, on_device
 from lcr_fast.kernels.launch import launch
 from lcr_fast.kernels.reasoning.backward import (
+    BackwardStream,
     cross_bwd_kernel,
     ffn_bwd_kernel,
     recompute_cross_kernel,
@@ -79,6 +80,26 @@ def latent_reasoning_fwd(
     return search_out, rec_out, pooled, saved_search, saved_rec
 
 
+def _launch(
+    kernel: Any,
+    grid: tuple[int, int],
+    slot: tuple[int, int],
+    streams: tuple[BackwardStream, ...],
+    *arguments: Any,
+    **compiled: Any,
+) -> None:
+    """Launch on both streams, one after the other only if their slots differ.
+
+    ``grid`` is of one stream, [programs, steps].
+    """
+    alike = slot[0] == slot[1]
+    for first in (0,) if alike else (0, 1):
+        launch(
+            kernel, (grid[0], 2 if alike else 1, grid[1]), *streams, first, *arguments,
+            SLOT=slot[first], MEMORY_SLOT=slot[1 - first], **compiled,
+        )  # fmt: skip
+
+
 def latent_reasoning_bwd(
     dsearch_out: Tensor,
     drec_out: Tensor,
@@ -110,6 +131,7 @@ def latent_reasoning_bwd(
     rec_size, N, F, K = rec.shape[1], n_trajectories, named.ffn_in_weight.shape[-2], steps
     has_pool = target_keys.ndim == 3
     shared = named.norm_weight.shape[0] == 1
+    set_stride = int(not shared)
     dsearch, drec = torch.empty_like(search), torch.empty_like(rec)
     dtarget_keys = torch.zeros_like(target_keys)
     gradients = ReasoningWeights(*map(torch.empty_like, weights))
@@ -127,7 +149,7 @@ def latent_reasoning_bwd(
         )
         for which in ("fwd", "bwd")
     )  # fmt: skip
-    is_dropping = dropout_threshold > 0
+    switches = {"NOISE": noise_scale != 0.0, "DROPOUT": dropout_threshold > 0, "POOL": has_pool}
     dropout = dropout_arguments(dropout_threshold, dropout_seed)
     scratch_layout = layout(D, F)
     width = scratch_layout.columns.width
@@ -135,85 +157,78 @@ def latent_reasoning_bwd(
     scratch_rows = tuple(  # of all pieces, one after another
         search.new_empty(at_once.steps * at_once.users * N * size, width) for size in sizes
     )
+    inputs = (
+        (search, search_lengths, saved_search, scratch_rows[0], dsearch_out),
+        (rec, rec_lengths, saved_rec, scratch_rows[1], drec_out),
+    )
     float32: dict[str, Any] = {"dtype": torch.float32, "device": search.device}
     dkeys = torch.empty((B, N, K, 2, 2, D) if has_pool else (0,), **float32)
-    sums: dict[Any, list[Tensor]] = {}  # norms, and matrices by stream and first set of weights
+    sums: dict[Any, list[Tensor]] = {}  # norms, and both streams' matrices by first set of weights
     for start in range(0, B, at_once.users):
         users = slice(start, min(start + at_once.users, B))
-        lengths = (search_lengths[users], rec_lengths[users])
-        n = len(lengths[0]) * N
+        n = (users.stop - users.start) * N
+        streams = tuple(
+            BackwardStream(
+                states[users], lengths[users], saved[:, users], scratch, dout[users],
+                *(torch.empty(n // N, N, states.shape[1], D, **float32) for _ in range(3)),
+            )
+            for states, lengths, saved, scratch, dout in inputs
+        )  # fmt: skip
         n_recompute = triton.cdiv(n, recompute["SEQUENCES"])
         programs = triton.cdiv(n, differentiate["SEQUENCES"])
-        dh, da, dmemory = (
-            tuple(torch.empty(n // N, N, size, D, **float32) for size in sizes) for _ in range(3)
-        )
         dnorm = torch.empty(programs, K, 2, 3, 2, D, **float32)
+        of_users = (rows[users], target_keys[users], dpooled[users], dkeys[users])
+        numbers = (n, N, *sizes, set_stride)
         for last in range(K, 0, -at_once.steps):
             first = max(0, last - at_once.steps)
             scratch = tuple(
-                rows_of[: (last - first) * n * size].view(last - first, n * size, width)
-                for rows_of, size in zip(scratch_rows, sizes, strict=True)
+                stream.scratch[: (last - first) * n * size].view(last - first, n * size, width)
+                for stream, size in zip(streams, sizes, strict=True)
             )
+            # Programs of the two streams do not meet within a launch. Each writes rows of its own
+            # stream, but for cross_bwd's dmemory and columns cross_dk and cross_dv, which stand in
+            # the other's and which nothing else of that launch touches. What is read of the other
+            # stream (a in cross-attention, dmemory in self_bwd) an earlier launch wrote.
             with on_device(search):
-                for x, (state, saved) in enumerate(((search, saved_search), (rec, saved_rec))):
-                    launch(
-                        recompute_self_kernel, (n_recompute, last - first),
-                        state[users], lengths[x], rows[users], self_attention, norms,
-                        saved[:, users], scratch[x],
-                        n, N, sizes[x], first, int(not shared), x, B * N, noise_scale, noise_seed,
-                        *dropout,
-                        SLOT=slot[x], NOISE=noise_scale != 0.0,
-                        DROPOUT=is_dropping, **recompute,
-                    )  # fmt: skip
-                for x in (0, 1):
-                    launch(
-                        recompute_cross_kernel, (n_recompute, last - first),
-                        lengths[x], lengths[1 - x], rows[users], cross_attention, scratch[x],
-                        scratch[1 - x],
-                        n, N, sizes[x], sizes[1 - x], first, int(not shared), x, *dropout,
-                        SLOT=slot[x], MEMORY_SLOT=slot[1 - x],
-                        DROPOUT=is_dropping, **recompute,
-                    )  # fmt: skip
+                _launch(
+                    recompute_self_kernel, (n_recompute, last - first), slot, streams,
+                    rows[users], self_attention, norms, *numbers, first, B * N,
+                    noise_scale, noise_seed, *dropout, **switches, **recompute,
+                )  # fmt: skip
+                _launch(
+                    recompute_cross_kernel, (n_recompute, last - first), slot, streams,
+                    rows[users], cross_attention, *numbers, first, *dropout,
+                    **switches, **recompute,
+                )  # fmt: skip
                 for k in reversed(range(first, last)):
-                    of_step = [of_stream[k - first] for of_stream in scratch]
-                    for x, dout in enumerate((dsearch_out, drec_out)):
-                        launch(
-                            ffn_bwd_kernel, (programs,),
-                            dout[users], dpooled[users], dh[x], da[x], lengths[x], lengths[1 - x],
-                            rows[users], target_keys[users], ffn, norms, of_step[x], dkeys[users],
-                            dnorm, n, N, sizes[x], k, K, int(not shared), x, *dropout,
-                            SLOT=slot[x], DROPOUT=is_dropping,
-                            POOL=has_pool, **differentiate,
-                        )  # fmt: skip
-                    for x in (0, 1):
-                        launch(
-                            cross_bwd_kernel, (programs,),
-                            da[x], da[x], dmemory[1 - x], lengths[x], lengths[1 - x],
-                            cross_attention, of_step[x], of_step[1 - x],
-                            n, N, sizes[x], sizes[1 - x], k, int(not shared), x,
-                            SLOT=slot[x], MEMORY_SLOT=slot[1 - x], **differentiate,
-                        )  # fmt: skip
-                    for x in (0, 1):
-                        launch(
-                            self_bwd_kernel, (programs,),
-                            da[x], dmemory[x], dpooled[users], dh[x], lengths[x], rows[users],
-                            target_keys[users], self_attention, norms, of_step[x],
-                            dkeys[users], dnorm,
-                            n, N, sizes[x], k, K, int(not shared), x, *dropout,
-                            SLOT=slot[x], DROPOUT=is_dropping, POOL=has_pool,
-                            **differentiate,
-                        )  # fmt: skip
-            for x in (0, 1):
-                made = products(scratch[x], scratch_layout, shared)
-                add_up(sums, (x, 0 if shared else first), made)
-        dsearch[users] = dh[0].sum(1)
-        drec[users] = dh[1].sum(1)
+                    of_step = tuple(
+                        stream._replace(scratch=of_stream[k - first])
+                        for stream, of_stream in zip(streams, scratch, strict=True)
+                    )
+                    _launch(
+                        ffn_bwd_kernel, (programs, 1), slot, of_step, *of_users, ffn, norms, dnorm,
+                        *numbers, k, K, *dropout, **switches, **differentiate,
+                    )  # fmt: skip
+                    _launch(
+                        cross_bwd_kernel, (programs, 1), slot, of_step, cross_attention,
+                        *numbers, k, **differentiate,
+                    )  # fmt: skip
+                    _launch(
+                        self_bwd_kernel, (programs, 1), slot, of_step, *of_users, self_attention,
+                        norms, dnorm, *numbers, k, K, *dropout, **switches, **differentiate,
+                    )  # fmt: skip
+            made = [products(of_stream, scratch_layout, shared) for of_stream in scratch]
+            add_up(sums, 0 if shared else first, [*made[0], *made[1]])
+        for dx, stream in zip((dsearch, drec), streams, strict=True):
+            dx[users] = stream.dh.sum(1)
         add_up(sums, "norms", [dnorm.sum((0, 1) if shared else 0).view(-1, 2, 3, 2, D)])
     if has_pool:
         dtarget_keys.copy_(dkeys.sum((1, 2, 3)))
     (dnorms,), n_norms = sums.pop("norms"), 3 if F else 2
     for of_norms, part in ((gradients.norm_weight, 0), (gradients.norm_bias, 1)):
         of_norms[: len(dnorms), :, :n_norms] = dnorms[:, :, :n_norms, part]
-    for (x, first), made in sums.items():
-        write_gradients(gradients, x, first, made, scratch_layout)
+    for first, summed in sums.items():
+        half = len(summed) // 2
+        both = [torch.stack(pair) for pair in zip(summed[:half], summed[half:], strict=True)]
+        write_gradients(gradients, slice(2), first, both, scratch_layout)
     return dsearch, drec, dtarget_keys, list(gradients)

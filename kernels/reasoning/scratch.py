@@ -179,24 +179,25 @@ def add_up(sums: dict[Any, list[Tensor]], key: Any, made: list[Tensor]) -> None:
 
 def write_gradients(
     gradients: ReasoningWeights | EncoderWeights,
-    stream: int,
+    streams: slice,
     first: int,
     made: Sequence[Tensor],
     of: Layout,
 ) -> None:
-    """Write what :func:`products` made of one stream into the gradients of the weights.
+    """Write what :func:`products` made of the streams into the gradients of the weights.
 
-    ``first`` is the first set of weights that it is of.
+    ``made`` [streams, P, out, in] is of both streams or of an encoder's, ``first`` the first set of
+    weights that it is of.
     """
-    sets = slice(first, first + len(made[0]))
+    sets = slice(first, first + made[0].shape[1])
     for i, (weight, bias, dy, x) in enumerate(of.matrices):
         out = slice(dy.start - of.gradients.start, dy.stop - of.gradients.start)
-        values = made[0][:, out, x] if len(made) == 1 else made[1 + i]
-        for name, value in ((weight, values), (bias, made[0][:, out, 0])):
-            into = getattr(gradients, name)
+        values = made[0][:, :, out, x] if len(made) == 1 else made[1 + i]
+        for name, value in ((weight, values), (bias, made[0][:, :, out, 0])):
+            into, value = getattr(gradients, name)[sets, streams], value.transpose(0, 1)
             if weight == "cross_qkv_weight":  # keys and values are those of the other's queries
                 D = x.stop - x.start
-                into[sets, stream, :D] = value[:, :D]
-                into[sets, 1 - stream, D:] = value[:, D:]
+                into[:, :, :D] = value[:, :, :D]
+                into[:, :, D:] = value[:, :, D:].flip(1)
             else:
-                into[sets, stream] = value
+                into.copy_(value)
