@@ -215,21 +215,12 @@ class LCRSER(nn.Module):
         options: dict[str, Any] = {
             "n_heads": self.config.n_heads,
             "dropout": self._dropout(batch),
-            "backend": self._backend_of(reasoning.ENCODE),
+            "backend": reasoning.ENCODE.of_model(self.config.backend),
         }
         return (
             reasoning.encode(search, batch.search_lengths, weights, SEARCH, **options),
             reasoning.encode(rec, batch.rec_lengths, weights, REC, **options),
         )
-
-    def _backend_of(self, op: Op, case: Case | None = None) -> str:
-        """Give the config's backend to an op that knows it, ``auto`` to one that has no such.
-
-        A lookup with gradients or text vectors is such: no backend has it, training needs it.
-        """
-        backend = self.config.backend
-        beyond = isinstance(case, lookup.LookupCase) and case.beyond is not None
-        return backend if backend in op.implementations and not beyond else "auto"
 
     @property
     def _has_text(self) -> bool:
@@ -240,7 +231,7 @@ class LCRSER(nn.Module):
         gradients = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         first = tensors[0]
         case = lookup.LookupCase(first.device.type, first.dtype, gradients, text)
-        return op.choose(self._backend_of(op, case), case)
+        return op.choose(op.of_model(self.config.backend, case), case)
 
     def _steps(self) -> Steps:
         config = self.config
@@ -549,7 +540,7 @@ class LCRSER(nn.Module):
         if self.head.seen_bonus is not None:
             cases[lookup.SEEN_BONUS] = lookup.LookupCase(device, dtype, training)
         return {
-            op.name: (op.choose(self._backend_of(op, case), case), op.obstacles(case))
+            op.name: (op.choose(op.of_model(config.backend, case), case), op.obstacles(case))
             for op, case in cases.items()
         }
 

@@ -72,7 +72,8 @@ class Op:
     gradients are empty ones.
 
     ``fake`` gives the results for a call (and the bool), right in shape and dtype, without a number
-    in them. A gradient has its field's shape, or what ``fake_gradients`` gives for it.
+    in them. A gradient has its field's shape, or what ``fake_gradients`` gives for it. ``beyond``
+    says why no backend will serve a case, which is the reference's alone.
     """
 
     def __init__(
@@ -86,10 +87,12 @@ class Op:
         gradients: tuple[str, ...] = (),
         saved: tuple[str, ...] = (),
         fake_gradients: Mapping[str, Callable[[Any], Tensor]] | None = None,
+        beyond: Callable[[Any], str | None] = lambda case: None,
     ) -> None:
         self.name, self.call, self.results, self.backends = name, call, results, tuple(backends)
         self.gradients, self.saved = gradients, saved
         self._fake_results, self._fake_gradients = fake, fake_gradients or {}
+        self._beyond = beyond
         kinds = {field: _TYPES[kind] for field, kind in call.__annotations__.items()}
         arguments = [f"{kind} {field}" for field, kind in kinds.items()]
         forward = _schema(
@@ -168,7 +171,7 @@ class Op:
                 return "the C++ extension was built from other sources: build it again"
             if not self._built[backend.name, case.device]:
                 return f"the C++ extension was built without it for {case.device.upper()} tensors"
-        return backend.obstacle(case)
+        return backend.obstacle(case) or self._beyond(case)
 
     def obstacles(self, case: Case) -> dict[str, str | None]:
         """List the implementations, the preferred first, each with None or what prevents it.
@@ -182,6 +185,14 @@ class Op:
             "reference": None,
             **{b.name: self._obstacle(b, case) for b in behind},
         }
+
+    def of_model(self, backend: str, case: Case | None = None) -> str:
+        """Give what to ask of this op where a model asks all of its ops for ``backend``.
+
+        That is ``auto`` where the op has no such backend, and in a case of the reference's alone.
+        """
+        beyond = case is not None and self._beyond(case) is not None
+        return backend if backend in self.implementations and not beyond else "auto"
 
     def choose(self, backend: str, case: Case, *, notice: bool = False) -> str:
         """Choose what serves a call: see :func:`lcr_fast.ops.choose_backend`.

@@ -23,20 +23,19 @@ class LookupCase(NamedTuple):
     gradients: bool  # wanted
     text: bool = False  # items or queries have text vectors
 
-    @property
-    def beyond(self) -> str | None:
-        """Why the reference alone serves this, whatever the backend that was asked for."""
-        if self.gradients:
-            return "it computes no gradients"
-        return "it has no text vectors" if self.text else None
-
 
 def _obstacle(case: LookupCase) -> str | None:
     if (reason := triton_obstacle(case.device)) is not None:
         return reason
     if case.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it serves float32 and halves, not {case.dtype}"
-    return case.beyond
+    return None
+
+
+def _beyond(case: LookupCase) -> str | None:
+    if case.gradients:
+        return "it computes no gradients"
+    return "it has no text vectors" if case.text else None
 
 
 class Embed(NamedTuple):
@@ -78,13 +77,14 @@ def _backends(launcher: str) -> list[Backend]:
     return [Backend("triton", "triton_", ("cuda",), _obstacle, [kernel("lookup", launcher)])]
 
 
-EMBED = Op("embed", Embed, ("search", "rec"), _fake_embed, _backends("embed"))
+EMBED = Op("embed", Embed, ("search", "rec"), _fake_embed, _backends("embed"), beyond=_beyond)
 SEEN_BONUS = Op(
     "seen_bonus",
     SeenBonus,
     ("out",),
     lambda call: call.scores.new_empty(call.scores.shape),
     _backends("seen_bonus"),
+    beyond=_beyond,
 )
 
 
