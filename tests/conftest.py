@@ -19,6 +19,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import fused_reasoning
 from fork_server import RunCode, serving
 from lcr_fast.config import LCRConfig
 from lcr_fast.data import synthetic
@@ -129,3 +130,15 @@ def make_model():
         return attach_text(LCRSER(config), data)
 
     return make
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(b, marks=[pytest.mark.gpu] if b == "triton" else [])
+        for b in fused_reasoning.DEVICES
+    ]
+)
+def backend(request) -> str:
+    """Name a fused backend that serves the reasoning here."""
+    fused_reasoning.require(request.param, fused_reasoning.DEFAULT)
+    return request.param

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from graphs import Recorded
 
+from graphs import Recorded
 from lcr_fast.batch import Batch
 from lcr_fast.capture import capture, capture_recommender
 from lcr_fast.config import LCRConfig

@@ -9,9 +9,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from graphs import Recorded
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from graphs import Recorded
 from lcr_fast.model import LCRSER
 from lcr_fast.storage import load_tensors
 from lcr_fast.training.objective import OBJECTIVES

@@ -10,10 +10,10 @@ import math
 
 import pytest
 import torch
-from test_reasoning_fused import CONFIGS, DEVICES, GPU, HALVES, assert_same_bits, leave_out
 from torch import Tensor
 
 import tensor_core
+from fused_reasoning import CONFIGS, DEVICES, GPU, HALVES, assert_same_bits, leave_out
 from lcr_fast.ops import reasoning as op_layer
 from lcr_fast.reference import length_mask
 from lcr_fast.testing import (

@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
-from graphs import Recorded
-from test_reasoning_fused import HALVES
 from torch import Tensor
 
+from fused_reasoning import HALVES
+from graphs import Recorded
 from lcr_fast.batch import Batch
 from lcr_fast.capture import capture
 from lcr_fast.config import LCRConfig

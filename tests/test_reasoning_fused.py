@@ -1,76 +1,34 @@
-"""The fused backends of reasoning against the reference, through the public ops.
+"""The fused backends of reasoning against the reference, through the public ops."""
 
-``cpp`` runs on the CPU. ``triton`` runs on a GPU where there is one, else in Triton's interpreter
-(tests/conftest.py asks for it), where a program is slow: shapes are small there, and larger on a
-GPU. The interpreter truncates float32 to bfloat16, so bfloat16 is tested on a GPU only.
-
-Inputs carry NaN behind every length, upstream gradients random numbers: neither must matter. The
-first users of a call are the corners, among them each empty stream.
-"""
-
-import functools
 import math
-from collections.abc import Collection, Iterable
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 
 import tensor_core
-from lcr_fast import noise, ops
-from lcr_fast.ops import _dispatch
-from lcr_fast.ops import reasoning as op_layer
-from lcr_fast.ops.noise import Dropout, Noise
-from lcr_fast.reference import Steps, length_mask
+from fused_reasoning import (
+    BIT_CASES,
+    CONFIGS,
+    DEFAULT,
+    GPU,
+    HALVES,
+    assert_same_bits,
+    draw,
+    forward,
+    leave_out,
+    require,
+)
+from lcr_fast import ops
+from lcr_fast.reference import Steps
 from lcr_fast.testing import (
     Reasoning,
     ReasoningCase,
     assert_reasoning_parity,
-    random_reasoning,
     reasoning_baseline,
     run_reasoning,
 )
 from lcr_fast.weights import REC, SEARCH, ReasoningWeights
-
-GPU = torch.cuda.is_available()
-DEVICES = {"triton": "cuda" if GPU else "cpu", "cpp": "cpu"}
-DEFAULT = ReasoningCase()
-HALVES = [torch.float16, torch.bfloat16] if GPU else [torch.float16]
-
-
-@pytest.fixture(
-    params=[pytest.param(b, marks=[pytest.mark.gpu] if b == "triton" else []) for b in DEVICES]
-)
-def backend(request) -> str:
-    require(request.param, DEFAULT)
-    return request.param
-
-
-def obstacle(backend: str, case: ReasoningCase, dtype: torch.dtype) -> str | None:
-    asked = op_layer.ReasoningCase(
-        DEVICES[backend], dtype, case.dim, case.n_heads, case.ffn_dim, case.search_len, case.rec_len
-    )
-    return op_layer.LATENT_REASONING.obstacles(asked)[backend]
-
-
-def require(backend: str, case: ReasoningCase, dtype: torch.dtype = torch.float32) -> None:
-    """Skip what the backend says it does not serve."""
-    if reason := obstacle(backend, case, dtype):
-        pytest.skip(f"{backend}: {reason}")
-
-
-def draw(
-    backend: str, case: ReasoningCase = DEFAULT, seed: int = 0, dtype=torch.float32, **to
-) -> Reasoning:
-    return random_reasoning(case, seed).to(dtype, device=DEVICES[backend], **to)
-
-
-def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    assert first.keys() == second.keys()
-    for name, t in first.items():
-        assert torch.equal(t, second[name]), name
-
 
 # -- parity ---------------------------------------------------------------------------------------
 
@@ -147,12 +105,6 @@ ON_A_GPU = {
         dim=64, ffn_dim=64, search_len=30, rec_len=30, steps=3, n_users=257, dropout=0.1
     ),
 }
-
-
-def leave_out(cases: Iterable, redundant: Collection) -> list:
-    """Parametrise with ``cases``, on Triton without the redundant ones unless all tests run."""
-    full = pytest.mark.full("triton")
-    return [pytest.param(case, marks=[full] if case in redundant else []) for case in cases]
 
 
 @pytest.mark.parametrize("case", leave_out(CASES, REDUNDANT))
@@ -274,17 +226,6 @@ def test_parity_with_the_rounding_of_tensor_cores(monkeypatch, case):
 
 
 # Configurations of the Triton kernels, and a case.
-CONFIGS = {
-    "one sequence a tile": ({"num_warps": 4, "rows": 16}, "dropout"),
-    "one head at a time": ({"num_warps": 4, "block_heads": 16}, "dropout"),
-    "every operand is parked": ({"num_warps": 4, "parked": True, "rows": 32}, "dropout"),
-    "products in pieces": (
-        {"num_warps": 8, "parked": True, "block_f": 16, "cut": True},
-        "D=128 H=2, wide FFN",
-    ),
-}
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.full)], ids=str
@@ -352,137 +293,6 @@ def test_only_some_inputs_need_gradients(backend, inputs):
     complete = run_reasoning(call, backend)
     for name, gradient in zip(inputs, gradients, strict=True):
         assert torch.equal(gradient, complete[f"d{name}"]), name
-
-
-# -- bits -----------------------------------------------------------------------------------------
-
-
-def forward(call: Reasoning, backend: str, **switches) -> op_layer.Reasoned:
-    """Run a call of latent_reasoning as it stands."""
-    weights = ReasoningWeights(*(call.inputs[name] for name in ReasoningWeights._fields))
-    return ops.latent_reasoning(
-        call.inputs["search"],
-        call.inputs["rec"],
-        *call.lengths,
-        weights,
-        Steps(call.case.steps, call.case.n_heads, **switches),
-        backend=backend,
-        target_keys=call.inputs.get("target_keys"),
-    )
-
-
-def take(call: Reasoning, users: slice) -> Reasoning:
-    """Keep some users of a call."""
-    of_users = {"search", "rec", "target_keys"}
-    return call._replace(
-        inputs={name: t[users] if name in of_users else t for name, t in call.inputs.items()},
-        lengths=tuple(n[users] for n in call.lengths),
-        rows=call.rows[users],
-        upstream={name: t[users] for name, t in call.upstream.items()},
-    )
-
-
-BIT_CASES = {
-    "dropout": ReasoningCase(dropout=0.2, n_users=6 if GPU else 4),
-    "trajectories": ReasoningCase(n_trajectories=2, n_users=4 if GPU else 3),
-}
-
-
-@pytest.fixture(params=BIT_CASES)
-def bit_call(request, backend, dots_in_order) -> Reasoning:
-    return draw(backend, BIT_CASES[request.param])
-
-
-@functools.cache
-def _results(backend: str, name: str) -> dict[str, Tensor]:
-    return run_reasoning(draw(backend, BIT_CASES[name]), backend)
-
-
-def results_of(backend: str, call: Reasoning) -> dict[str, Tensor]:
-    """Results of an unchanged ``bit_call``, computed once."""
-    return _results(backend, next(name for name, case in BIT_CASES.items() if case == call.case))
-
-
-@pytest.mark.full("triton")
-def test_two_runs_give_the_same_bits(backend, bit_call):
-    assert_same_bits(results_of(backend, bit_call), run_reasoning(bit_call, backend))
-
-
-def test_a_user_alone_and_any_split_of_a_batch_give_the_same_bits(backend, bit_call):
-    whole = results_of(backend, bit_call)
-    n = bit_call.case.n_users
-    for users in (slice(0, 1), slice(1, n)):
-        part = run_reasoning(take(bit_call, users), backend)
-        for name in ("search", "rec", "pooled", "dsearch", "drec", "dtarget_keys"):
-            if name in whole:
-                assert torch.equal(part[name], whole[name][users]), name
-
-
-def test_padding_and_its_upstream_gradient_change_no_bit(backend, bit_call):
-    def fill(tensors: dict[str, Tensor], value: float) -> dict[str, Tensor]:
-        filled = dict(tensors)
-        for name, lengths in zip(("search", "rec"), bit_call.lengths, strict=True):
-            t = tensors[name]
-            valid = length_mask(lengths, t.shape[-2])  # [B, L]
-            valid = valid.view(len(t), *[1] * (t.ndim - 3), -1, 1)
-            filled[name] = t.masked_fill(~valid, value)
-        return filled
-
-    other = bit_call._replace(
-        inputs=fill(bit_call.inputs, 3.0), upstream=fill(bit_call.upstream, math.nan)
-    )
-    assert_same_bits(results_of(backend, bit_call), run_reasoning(other, backend))
-
-
-def test_strided_inputs_give_the_bits_of_contiguous_ones(backend, bit_call):
-    def spread(t: Tensor) -> Tensor:
-        wide = torch.full((*t.shape, 2), math.nan, dtype=t.dtype, device=t.device)
-        wide[..., 0] = t
-        return wide[..., 0]
-
-    strided = bit_call._replace(
-        inputs={name: spread(t) for name, t in bit_call.inputs.items()},
-        upstream={name: spread(t.mT).mT for name, t in bit_call.upstream.items()},
-        lengths=tuple(n.repeat_interleave(2)[::2] for n in bit_call.lengths),
-        rows=bit_call.rows.repeat_interleave(2)[::2],
-    )
-    assert not any(t.is_contiguous() for t in strided.inputs.values())
-    assert_same_bits(results_of(backend, bit_call), run_reasoning(strided, backend))
-
-
-@pytest.mark.full("triton")
-def test_lengths_may_be_int32(backend, bit_call):
-    narrow = bit_call._replace(lengths=tuple(n.int() for n in bit_call.lengths))
-    assert_same_bits(results_of(backend, bit_call), run_reasoning(narrow, backend))
-
-
-def test_every_element_is_written(backend, bit_call):
-    """Memory that torch.empty hands out holds NaN here."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(3).isnan().all()
-        poisoned = run_reasoning(bit_call, backend)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert_same_bits(results_of(backend, bit_call), poisoned)
-
-
-def test_results_without_gradients_have_the_same_bits(backend):
-    call = draw(backend)
-    results = run_reasoning(call, backend)
-    with torch.no_grad():
-        assert_same_bits(forward(call, backend)._asdict(), {k: results[k] for k in call.upstream})
-
-
-def test_the_number_of_threads_changes_no_bit():
-    require("cpp", DEFAULT)
-    call = draw("cpp", ReasoningCase(n_users=40, search_len=20, rec_len=11))
-    alone = run_reasoning(call, "cpp")
-    torch.set_num_threads(3)
-    try:
-        assert_same_bits(alone, run_reasoning(call, "cpp"))
-    finally:
-        torch.set_num_threads(1)
 
 
 # -- facts of the method --------------------------------------------------------------------------
@@ -651,181 +461,3 @@ def test_gradients_are_finite_differences_of_the_results(backend, group):
     results = run_reasoning(call, backend)
     analytic = sum((results[f"d{name}"] * v).sum() for name, v in direction.items()).item()
     assert numeric == pytest.approx(analytic, rel=5e-3)
-
-
-# -- torch ----------------------------------------------------------------------------------------
-
-
-def op_arguments(call: Reasoning) -> tuple[list, list]:
-    """Split a call into what the registered ops take before ``steps``, and the rest."""
-    inputs = call.inputs
-    weights = [inputs[name] for name in ReasoningWeights._fields]
-    keys = inputs.get("target_keys", inputs["search"].new_empty(0))
-    n = max(call.case.n_trajectories, 1)
-    scale = call.case.noise_scale if call.case.n_trajectories else 0.0
-    threshold = noise.dropout_threshold(call.case.dropout)
-    tensors = [inputs["search"], inputs["rec"], *call.lengths, call.rows, keys, weights]
-    noise_seed, dropout_seed = (torch.tensor(s, device=call.rows.device) for s in (5, 6))
-    numbers = [call.case.steps, call.case.n_heads, n, scale, noise_seed, threshold, dropout_seed]
-    return tensors, numbers
-
-
-@pytest.mark.parametrize("case", leave_out(["dropout", "trajectories"], {"trajectories"}))
-def test_opcheck(backend, case):
-    name = {"triton": "triton", "cpp": "cpu"}[backend]
-    forward_op = getattr(torch.ops.lcr_fast, f"{name}_latent_reasoning_fwd").default
-    backward_op = getattr(torch.ops.lcr_fast, f"{name}_latent_reasoning_bwd").default
-    small = {"n_users": 2, "search_len": 2, "rec_len": 3, "steps": 1}
-    case = BIT_CASES[case]._replace(**small, padding=0.0)
-    tensors, scalars = op_arguments(draw(backend, case))
-    torch.library.opcheck(forward_op, (*tensors, *scalars, True))
-    # Compiled it is as with them.
-    quick = ("test_schema", "test_faketensor")
-    torch.library.opcheck(forward_op, (*tensors, *scalars, False), test_utils=quick)
-    *results, saved_search, saved_rec = forward_op(*tensors, *scalars, True)
-    upstream = [torch.randn_like(t) for t in results]
-    torch.library.opcheck(backward_op, (*upstream, *tensors, *scalars, saved_search, saved_rec))
-
-
-@pytest.mark.parametrize("rollout", leave_out([False, True], {True}))
-def test_compiles_without_graph_breaks(backend, rollout):
-    case = ReasoningCase(n_users=3, search_len=2, rec_len=3, n_trajectories=2 * rollout)
-    call = draw(backend, case)
-    names = list(call.inputs)
-
-    def run(*inputs):
-        given = dict(zip(names, inputs, strict=True))
-        weights = ReasoningWeights(*(given[name] for name in ReasoningWeights._fields))
-        streams = (given["search"], given["rec"], *call.lengths)
-        if rollout:
-            options = {"noise": Noise(2, 0.5, 3, call.rows)}
-        else:
-            options = {"target_keys": given["target_keys"], "dropout": Dropout(0.1, 7, call.rows)}
-        reasoned = ops.latent_reasoning(
-            *streams, weights, Steps(case.steps, case.n_heads), backend=backend, **options
-        )
-        return [t for t in reasoned if t is not None]
-
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    found = []
-    for function in (run, compiled):
-        leaves = [t.detach().clone().requires_grad_() for t in call.inputs.values()]
-        results = function(*leaves)
-        upstream = list(call.upstream.values())
-        gradients = torch.autograd.grad(results, leaves, upstream, allow_unused=True)
-        found.append([*results, *(g for g in gradients if g is not None)])
-    for eager, traced in zip(*found, strict=True):
-        assert torch.equal(eager, traced)
-
-
-def saved_bytes(call: Reasoning, backend: str) -> int:
-    """Count the storages that a forward keeps for its backward, the weights' left out."""
-    weights = [call.inputs[name] for name in ReasoningWeights._fields]
-    known = {t.untyped_storage()._cdata for t in weights}
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage._cdata not in known:
-            kept[storage._cdata] = storage.nbytes()
-            alive.append(t)  # else its address could be used again
-        return t
-
-    alive: list[Tensor] = []
-    for t in call.inputs.values():
-        t.requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        forward(call, backend)
-    return sum(kept.values())
-
-
-@pytest.mark.parametrize("n_trajectories", [0, 8])
-def test_a_fifteenth_of_the_bytes_is_saved_for_backward(backend, n_trajectories):
-    """Weights apart, on fake tensors: nothing is computed, so the call can be a real one.
-
-    K=5 steps of D=64 on 50 + 50 events. Kept are the inputs of the steps; of a rollout h^(0) once
-    a user, and neither its copies nor the noise.
-    """
-    case = ReasoningCase(
-        dim=64, ffn_dim=64, search_len=50, rec_len=50, steps=5, n_users=64, pooled=False,
-        n_trajectories=n_trajectories,
-    )  # fmt: skip
-    require(backend, case)
-    call = draw(backend, case)
-    with FakeTensorMode() as mode:
-        fake = call._replace(
-            inputs={name: mode.from_tensor(t) for name, t in call.inputs.items()},
-            lengths=tuple(mode.from_tensor(n) for n in call.lengths),
-            rows=mode.from_tensor(call.rows),
-        )
-        fused, eager = saved_bytes(fake, backend), saved_bytes(fake, "reference")
-    of_a_step = 64 * 2 * 50 * 64 * 4  # float32
-    assert fused < 1.01 * of_a_step * (1 + 4 * max(1, n_trajectories))
-    assert eager >= 15 * fused
-
-
-# -- dispatch -------------------------------------------------------------------------------------
-
-OUTSIDE = {
-    "double": ({}, torch.float64, {}),
-    "step embedding": ({}, torch.float32, {"embedding": torch.zeros(2, 2, 32)}),
-    "update": ({}, torch.float32, {"update": "rec_first"}),
-    "memory": ({}, torch.float32, {"cross_memory": "initial"}),
-}
-REASONS = {
-    "double": "float64",
-    "step embedding": "step embedding",
-    "update": "update='rec_first'",
-    "memory": "cross_memory='initial'",
-}
-
-
-@pytest.mark.parametrize("what", OUTSIDE)
-def test_outside_the_envelope_a_backend_says_why(backend, what):
-    changes, dtype, options = OUTSIDE[what]
-    call = draw(backend, ReasoningCase(**changes), dtype=dtype)
-    options = {
-        k: v.to(DEVICES[backend]) if isinstance(v, Tensor) else v for k, v in options.items()
-    }
-    with pytest.raises(ValueError, match=f"'{backend}' cannot serve .*{REASONS[what]}.*reference"):
-        forward(call, backend, **options)
-
-
-def test_auto_says_once_that_the_reference_serves(backend, caplog):
-    _dispatch.say_once.cache_clear()
-    call = draw(backend)
-    for _ in range(2):
-        reasoned = forward(call, "auto", update="rec_first")
-    expected = forward(call, "reference", update="rec_first")
-    assert torch.equal(reasoned.rec, expected.rec)
-    (record,) = caplog.records
-    fused = "triton" if DEVICES[backend] == "cuda" else "cpp"
-    assert record.levelname == "WARNING"
-    assert f"runs on the reference backend, not {fused}" in record.message
-    assert "rec_first" in record.message
-
-
-def test_auto_takes_the_fused_backend_of_the_device(backend, caplog):
-    _dispatch.say_once.cache_clear()
-    fused = "triton" if DEVICES[backend] == "cuda" else "cpp"
-    require(fused, DEFAULT)
-    call = draw(backend)
-    assert_same_bits(forward(call, "auto")._asdict(), forward(call, fused)._asdict())
-    assert not caplog.records
-
-
-def test_trajectories_may_be_given_as_states(backend, dots_in_order):
-    """[B, N, L, D] states with lengths [B, 1] are B N users."""
-    call = draw(backend, ReasoningCase(pooled=False))
-    given = {
-        name: torch.stack((call.inputs[name], 2 * call.inputs[name]), 1)
-        for name in ("search", "rec")
-    }
-    both = call._replace(
-        inputs=call.inputs | given, lengths=tuple(n.unsqueeze(1) for n in call.lengths)
-    )
-    reasoned = forward(both, backend)
-    assert torch.equal(reasoned.rec[:, 0], forward(call, backend).rec)
-    doubled = {name: 2 * call.inputs[name] for name in given}
-    again = forward(call._replace(inputs=call.inputs | doubled), backend)
-    assert torch.equal(reasoned.search[:, 1], again.search)

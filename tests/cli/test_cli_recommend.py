@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import polars as pl
 import pytest
 import torch
-from graphs import Recorded
 
 from command_line import WORLD, fails, run
+from graphs import Recorded
 from lcr_fast import cli
 from lcr_fast.capture import capture_recommender
 from lcr_fast.cli.arguments import captured
