@@ -46,9 +46,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> None:
     gradients = [p.grad for p in parameters if p.grad is not None]
     values = [g.values() if g.is_sparse else g for g in gradients]
     norm = torch.nn.utils.get_total_norm(values)
-    scale = (largest / (norm + 1e-6)).clamp(max=1.0)
-    for value in values:
-        value.mul_(scale)
+    torch._foreach_mul_(values, (largest / (norm + 1e-6)).clamp(max=1.0))
 
 
 def flat(gradients: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
