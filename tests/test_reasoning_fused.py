@@ -153,10 +153,14 @@ def test_pieces_of_a_batch_add_up(monkeypatch, at_once, share_steps):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("rec_len", "expected"), [(16, [2] * 8), (17, [1] * 16)])
-def test_streams_share_their_launches_where_their_slots_agree(monkeypatch, rec_len, expected):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("rec_len", "expected"), [(5, [2] * 8), (9, [2] * 8), (17, [1] * 16)])
+def test_streams_share_their_launches_where_their_slots_agree(
+    monkeypatch, rec_len, expected, dtype
+):
+    """Those of one size also share the products that make their weights' gradients."""
     case = ReasoningCase(n_users=3, search_len=5, rec_len=rec_len, steps=2)
-    require("triton", case)
+    require("triton", case, dtype)
     from lcr_fast.kernels.reasoning import launch as kernels
 
     def launch(kernel, grid, *arguments, **compiled):
@@ -167,7 +171,7 @@ def test_streams_share_their_launches_where_their_slots_agree(monkeypatch, rec_l
     launched: list[int] = []
     launch_kernel = kernels.launch
     monkeypatch.setattr(kernels, "launch", launch)
-    call = draw("triton", case)
+    call = draw("triton", case, dtype=dtype)
     assert_reasoning_parity(run_reasoning(call, "triton"), reasoning_baseline(call))
     assert launched == expected
 
@@ -198,7 +202,7 @@ def test_gradients_of_biases_are_summed_in_a_tree():
     of = layout(32, 32)
     device = "cuda" if GPU else "cpu"
     scratch = torch.rand(2, 4500, of.columns.width, device=device)
-    of_biases = products(scratch, of, shared=True)[0][0, :, 0].double()
+    of_biases = products(scratch.unsqueeze(0), of, shared=True)[0][0, 0, :, 0].double()
     exact = scratch.double().sum((0, 1))[of.gradients]
     assert ((of_biases / exact - 1).abs() < 2**-21).all()
 

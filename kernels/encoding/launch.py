@@ -130,9 +130,9 @@ def encode_bwd(
                 )  # fmt: skip
         dx[users] = dh
         add_up(sums, "norms", [dnorm[:, :, stream].sum(0)])
-        add_up(sums, "matrices", products(scratch, scratch_layout, shared=False))
+        add_up(sums, "matrices", products(scratch.unsqueeze(0), scratch_layout, shared=False))
     (dnorms,) = sums["norms"]
     gradients.norm_weight[:, stream], gradients.norm_bias[:, stream] = dnorms.unbind(2)
-    made = [of_stream.unsqueeze(0) for of_stream in sums["matrices"]]
-    write_gradients(gradients, slice(stream, stream + 1), 0, made, scratch_layout)
+    of_stream = slice(stream, stream + 1)
+    write_gradients(gradients, of_stream, 0, sums["matrices"], scratch_layout)
     return dx, list(gradients)

@@ -84,14 +84,16 @@ def _launch(
     kernel: Any,
     grid: tuple[int, int],
     slot: tuple[int, int],
-    streams: tuple[BackwardStream, ...],
+    streams: Sequence[BackwardStream],
+    scratch: Sequence[Tensor],
     *arguments: Any,
     **compiled: Any,
 ) -> None:
     """Launch on both streams, one after the other only if their slots differ.
 
-    ``grid`` is of one stream, [programs, steps].
+    ``grid`` is of one stream, [programs, steps], and ``scratch`` of these steps.
     """
+    streams = [s._replace(scratch=rows) for s, rows in zip(streams, scratch, strict=True)]
     alike = slot[0] == slot[1]
     for first in (0,) if alike else (0, 1):
         launch(
@@ -141,7 +143,7 @@ def latent_reasoning_bwd(
 
     self_attention, cross_attention, ffn, norms = step_weights(named, search.dtype)
     sizes = (search_size, rec_size)
-    slot = slots(*sizes)
+    slot, of_one_size = slots(*sizes), search_size == rec_size
     recompute, differentiate = (
         constants(
             which, D, F, n_heads, sizes, search.dtype, dot_precision(search.dtype),
@@ -154,12 +156,12 @@ def latent_reasoning_bwd(
     scratch_layout = layout(D, F)
     width = scratch_layout.columns.width
     at_once = pieces(B, K, N * sum(sizes) * width, search.dtype, search.device)
-    scratch_rows = tuple(  # of all pieces, one after another
-        search.new_empty(at_once.steps * at_once.users * N * size, width) for size in sizes
+    scratch_rows = search.new_empty(  # of all pieces, one after another
+        at_once.steps * at_once.users * N * sum(sizes), width
     )
     inputs = (
-        (search, search_lengths, saved_search, scratch_rows[0], dsearch_out),
-        (rec, rec_lengths, saved_rec, scratch_rows[1], drec_out),
+        (search, search_lengths, saved_search, dsearch_out),
+        (rec, rec_lengths, saved_rec, drec_out),
     )
     float32: dict[str, Any] = {"dtype": torch.float32, "device": search.device}
     dkeys = torch.empty((B, N, K, 2, 2, D) if has_pool else (0,), **float32)
@@ -167,13 +169,13 @@ def latent_reasoning_bwd(
     for start in range(0, B, at_once.users):
         users = slice(start, min(start + at_once.users, B))
         n = (users.stop - users.start) * N
-        streams = tuple(
+        streams = [
             BackwardStream(
-                states[users], lengths[users], saved[:, users], scratch, dout[users],
+                states[users], lengths[users], saved[:, users], scratch_rows, dout[users],
                 *(torch.empty(n // N, N, states.shape[1], D, **float32) for _ in range(3)),
             )
-            for states, lengths, saved, scratch, dout in inputs
-        )  # fmt: skip
+            for states, lengths, saved, dout in inputs
+        ]  # fmt: skip
         n_recompute = triton.cdiv(n, recompute["SEQUENCES"])
         programs = triton.cdiv(n, differentiate["SEQUENCES"])
         dnorm = torch.empty(programs, K, 2, 3, 2, D, **float32)
@@ -181,44 +183,45 @@ def latent_reasoning_bwd(
         numbers = (n, N, *sizes, set_stride)
         for last in range(K, 0, -at_once.steps):
             first = max(0, last - at_once.steps)
-            scratch = tuple(
-                stream.scratch[: (last - first) * n * size].view(last - first, n * size, width)
-                for stream, size in zip(streams, sizes, strict=True)
-            )
+            n_rows = [(last - first) * n * size for size in sizes]
+            of_both = scratch_rows[: sum(n_rows)]
+            scratch = [part.view(last - first, -1, width) for part in of_both.split(n_rows)]
             # Programs of the two streams do not meet within a launch. Each writes rows of its own
             # stream, but for cross_bwd's dmemory and columns cross_dk and cross_dv, which stand in
             # the other's and which nothing else of that launch touches. What is read of the other
             # stream (a in cross-attention, dmemory in self_bwd) an earlier launch wrote.
             with on_device(search):
                 _launch(
-                    recompute_self_kernel, (n_recompute, last - first), slot, streams,
+                    recompute_self_kernel, (n_recompute, last - first), slot, streams, scratch,
                     rows[users], self_attention, norms, *numbers, first, B * N,
                     noise_scale, noise_seed, *dropout, **switches, **recompute,
                 )  # fmt: skip
                 _launch(
-                    recompute_cross_kernel, (n_recompute, last - first), slot, streams,
+                    recompute_cross_kernel, (n_recompute, last - first), slot, streams, scratch,
                     rows[users], cross_attention, *numbers, first, *dropout,
                     **switches, **recompute,
                 )  # fmt: skip
                 for k in reversed(range(first, last)):
-                    of_step = tuple(
-                        stream._replace(scratch=of_stream[k - first])
-                        for stream, of_stream in zip(streams, scratch, strict=True)
-                    )
+                    of_step = [part[k - first] for part in scratch]
                     _launch(
-                        ffn_bwd_kernel, (programs, 1), slot, of_step, *of_users, ffn, norms, dnorm,
+                        ffn_bwd_kernel, (programs, 1), slot, streams, of_step,
+                        *of_users, ffn, norms, dnorm,
                         *numbers, k, K, *dropout, **switches, **differentiate,
                     )  # fmt: skip
                     _launch(
-                        cross_bwd_kernel, (programs, 1), slot, of_step, cross_attention,
-                        *numbers, k, **differentiate,
+                        cross_bwd_kernel, (programs, 1), slot, streams, of_step,
+                        cross_attention, *numbers, k, **differentiate,
                     )  # fmt: skip
                     _launch(
-                        self_bwd_kernel, (programs, 1), slot, of_step, *of_users, self_attention,
-                        norms, dnorm, *numbers, k, K, *dropout, **switches, **differentiate,
+                        self_bwd_kernel, (programs, 1), slot, streams, of_step,
+                        *of_users, self_attention, norms, dnorm,
+                        *numbers, k, K, *dropout, **switches, **differentiate,
                     )  # fmt: skip
-            made = [products(of_stream, scratch_layout, shared) for of_stream in scratch]
-            add_up(sums, 0 if shared else first, [*made[0], *made[1]])
+            factors = [part.unsqueeze(0) for part in scratch]
+            if of_one_size:  # one batch of products
+                factors = [of_both.view(2, last - first, -1, width)]
+            made = [m for factor in factors for m in products(factor, scratch_layout, shared)]
+            add_up(sums, 0 if shared else first, made)
         for dx, stream in zip((dsearch, drec), streams, strict=True):
             dx[users] = stream.dh.sum(1)
         add_up(sums, "norms", [dnorm.sum((0, 1) if shared else 0).view(-1, 2, 3, 2, D)])
@@ -228,7 +231,8 @@ def latent_reasoning_bwd(
     for of_norms, part in ((gradients.norm_weight, 0), (gradients.norm_bias, 1)):
         of_norms[: len(dnorms), :, :n_norms] = dnorms[:, :, :n_norms, part]
     for first, summed in sums.items():
-        half = len(summed) // 2
-        both = [torch.stack(pair) for pair in zip(summed[:half], summed[half:], strict=True)]
-        write_gradients(gradients, slice(2), first, both, scratch_layout)
+        if not of_one_size:
+            half = len(summed) // 2
+            summed = [torch.cat(pair) for pair in zip(summed[:half], summed[half:], strict=True)]
+        write_gradients(gradients, slice(2), first, summed, scratch_layout)
     return dsearch, drec, dtarget_keys, list(gradients)

@@ -144,24 +144,26 @@ def layout(D: int, F: int, sublayers: int = 3) -> Layout:
 
 
 def products(scratch: Tensor, of: Layout, shared: bool) -> list[Tensor]:
-    """Multiply a stream's gradients with their operands, summed over rows: float32.
+    """Multiply gradients with their operands, summed over rows: float32.
 
-    ``scratch`` is [steps, rows, columns], a product [P, out, in], where P is 1 if the steps share
-    their weights, else the number of steps. Halves multiply all columns of dY
-    with all of X at once: a sixth of that is read, but it fills a GPU, which narrow sums over
-    100,000 rows do not, and the ones in X make the biases' gradients in passing. float32, which
-    takes no tensor cores here, has the biases' sums, then a product for each matrix. (A product
-    with ones adds row to row, a sum in a tree: over 9,000 rows with a tenth of the error.)
+    ``scratch`` is [streams, steps, rows, columns], a product [streams, P, out, in], where P is 1 if
+    the steps share their weights, else the number of steps. Halves multiply all columns of dY with
+    all of X at once: a sixth of that is read, but it fills a GPU, which narrow sums over 100,000
+    rows do not, and the ones in X make the biases' gradients in passing. float32, which takes no
+    tensor cores here, has the biases' sums, then a product for each matrix. (A product with ones
+    adds row to row, a sum in a tree: over 9,000 rows with a tenth of the error.)
     """
+    streams, steps, rows, width = scratch.shape
     if scratch.dtype != torch.float32:
         if shared:  # several sums fill more of a GPU than one
-            rows = len(scratch) * scratch.shape[1]
-            parts = next(n for n in (8, 5, 4, 3, 2, 1) if rows % n == 0)
-            scratch = scratch.view(parts, -1, of.columns.width)
-        product = columns_product(scratch[..., of.gradients], scratch[..., of.operands])
-        return [product.sum(0, keepdim=True) if shared else product]
+            parts = next(n for n in (8, 5, 4, 3, 2, 1) if steps * rows % n == 0)
+            scratch = scratch.view(streams, parts, -1, width)
+        batch = scratch.flatten(0, 1)
+        product = columns_product(batch[..., of.gradients], batch[..., of.operands])
+        product = product.unflatten(0, (streams, -1))
+        return [product.sum(1, keepdim=True) if shared else product]
     if shared:
-        scratch = scratch.view(1, -1, of.columns.width)
+        scratch = scratch.view(streams, 1, -1, width)
     of_biases = scratch[..., of.gradients].sum(-2).unsqueeze(-1)
     return [
         of_biases,
