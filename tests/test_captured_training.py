@@ -213,20 +213,16 @@ def test_a_step_that_cannot_be_captured_says_why(train):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_graph_replays_what_is_launched(prepared, make_model, tmp_path, name, precision):
-    config = CAPTURED.replace(precision=precision)
     losses = {}
-    for capture in (True, False):
-        models = [
-            make_model(prepared, dropout=0.2, dim=32, n_heads=2, seed=s).cuda() for s in (0, 3)
-        ]
+    for is_captured in (True, False):
+        shape = {"dropout": 0.2, "dim": 32, "n_heads": 2}
+        models = [make_model(prepared, seed=seed, **shape).cuda() for seed in (0, 3)]
         options = {"teacher": models[1]} if name == DISTILL else {}
-        trainer = Trainer(
-            models[0], prepared, config.replace(capture=capture), name,
-            tmp_path / str(capture), **options,
-        )  # fmt: skip
-        trainer.batcher.trim = False
-        losses[capture] = take_steps(trainer, 6)
-    # The two optimizers round apart, and so does what follows.
-    assert losses[True] == pytest.approx(
-        losses[False], rel=1e-3 if precision == "float32" else 0.05
-    )
+        out, config = tmp_path / str(is_captured), CAPTURED.replace(precision=precision)
+        trainer = Trainer(models[0], prepared, config, name, out, **options)
+        if not is_captured:
+            trainer.schedule = trainer.schedule._replace(batch_size=17)  # which no batch has
+        losses[is_captured] = take_steps(trainer, 6)
+        assert len(set(losses[is_captured])) == 6
+    # A library may multiply in another order while it is captured.
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3, abs=1e-4)
