@@ -73,11 +73,12 @@ Tensor request_items(const Tensor& items, const Tensor& weight, bool pairs) {
 
 Tensor request(Tensor user, Tensor rec_items, Tensor rec_lengths, Tensor search_queries,
                Tensor search_terms, Tensor search_clicks, Tensor search_lengths, Tensor candidates,
-               const Tensor& items, const Tensor& item_layer, const Tensor& queries, const Tensor& users,
-               const Tensor& search_position, const Tensor& rec_position, const Tensor& seen_bonus,
-               const Tensor& weights, std::vector<int64_t> widths, int64_t n_layers, int64_t ffn,
-               int64_t n_sets, int64_t step_ffn, int64_t steps, int64_t n_heads, int64_t max_clicks,
-               double readout, bool terms, bool dot, bool pairs, int64_t n_threads) {
+               const Tensor& items, const Tensor& item_layer, const Tensor& queries,
+               const Tensor& users, const Tensor& search_position, const Tensor& rec_position,
+               const Tensor& seen_bonus, const Tensor& weights, std::vector<int64_t> widths,
+               int64_t n_layers, int64_t ffn, int64_t n_sets, int64_t step_ffn, int64_t steps,
+               int64_t n_heads, int64_t max_clicks, double readout, bool terms, bool dot,
+               bool pairs, int64_t n_threads) {
   // Here, because a compiled program passes on what strides its caller's tensors have.
   for (Tensor* ids : {&user, &rec_items, &rec_lengths, &search_queries, &search_terms,
                       &search_clicks, &search_lengths, &candidates})
@@ -157,8 +158,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lcr_fast, m) {
       "cpu_request(Tensor user, Tensor rec_items, Tensor rec_lengths, Tensor search_queries,"
       " Tensor search_terms, Tensor search_clicks, Tensor search_lengths, Tensor candidates,"
       " Tensor items, Tensor item_layer, Tensor queries, Tensor users, Tensor search_position,"
-      " Tensor rec_position, Tensor seen_bonus, Tensor weights, int[] widths, int n_layers, int ffn,"
-      " int n_sets, int step_ffn, int steps, int n_heads, int max_clicks, float readout, bool terms,"
+      " Tensor rec_position, Tensor seen_bonus, Tensor weights, int[] widths, int n_layers, int "
+      "ffn,"
+      " int n_sets, int step_ffn, int steps, int n_heads, int max_clicks, float readout, bool "
+      "terms,"
       " bool dot, bool pairs, int n_threads) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(lcr_fast, CPU, m) {

@@ -118,10 +118,10 @@ LCR_TARGET MatrixB row_operand(int64_t k, int64_t n, const float* x, int64_t x_r
     for (int64_t j = 0; j < whole; j += kLanes)
       store(out + j, lane_words(load(even + j), both ? load(odd + j) : Vec{}));
     if (rest > 0)
-      store_first(out + whole,
-                  lane_words(load_first(even + whole, rest),
-                             both ? load_first(odd + whole, rest) : Vec{}),
-                  rest);
+      store_first(
+          out + whole,
+          lane_words(load_first(even + whole, rest), both ? load_first(odd + whole, rest) : Vec{}),
+          rest);
   }
   return row_major(scratch, row);
 }

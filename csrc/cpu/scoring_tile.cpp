@@ -171,7 +171,8 @@ void ScoringNet::fold(int64_t b, int64_t n, float* folded) const {
 void ScoringNet::user_bias(int64_t b, float* out) const {
   std::copy_n(a.biases[0], hidden, out);
   if (a.user == nullptr) return;
-  const MatrixA user = k.left(1, dim, a.user + b * dim, dim, pairs ? thread_scratch(width_) : nullptr);
+  const MatrixA user =
+      k.left(1, dim, a.user + b * dim, dim, pairs ? thread_scratch(width_) : nullptr);
   k.gemm(1, hidden, dim, user, first_rows(3 * dim), hidden, out, hidden, kAdd);
 }
 
@@ -207,8 +208,7 @@ ColumnCut::ColumnCut(int64_t n_users, int64_t n_candidates) {
 }
 
 void prepare_items(const ScoringNet& net, const float* const* rows, int64_t n, int64_t ld,
-                   float* et, float* const keys[2], float* first,
-                   const float* const* first_rows) {
+                   float* et, float* const keys[2], float* first, const float* const* first_rows) {
   net.k.right_of_rows(rows, n, net.dim, et, ld);
   if (!net.fold_keys)
     for (int x : {kSearch, kRec})

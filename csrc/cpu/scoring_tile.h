@@ -40,8 +40,8 @@ struct ScoringNet {
     return first_transposed + place / dim * inner_ * hidden;
   }
 
-  // Left factors: H_x [size, dim], P_x [size, dim] and G_x^T [hidden, size] of a folded history, and
-  // the part W1_e [hidden, dim] of the first layer that meets the item.
+  // Left factors: H_x [size, dim], P_x [size, dim] and G_x^T [hidden, size] of a folded history,
+  // and the part W1_e [hidden, dim] of the first layer that meets the item.
   MatrixA history(int x, int64_t b, int64_t n, const float* folded) const;
   MatrixA keys(const float* folded, int x) const { return {folded + keys_[x], width_}; }
   MatrixA layer(const float* folded, int x) const { return {folded + layer_[x], 1, hidden}; }

@@ -99,13 +99,12 @@ class Scorer(nn.Module):
             "n_threads": n_threads,
         }
         self._rest = tuple(rest[name] for name in Request._fields[len(_IDS) :])
-        self._kept_bytes = kept.numel() * kept.element_size()
+        self.kept_bytes = kept.numel() * kept.element_size()
 
     def forward(self, batch: Batch) -> Tensor:
         """Score the batch's candidates: [B, C], -inf where a candidate is 0."""
         ids = (getattr(batch, name) for name in _IDS)
         return REQUEST("cpp", Request(*ids, *self._rest))
-
 
     def describe(self) -> str:
         """Say in a line what products are computed in, by which instructions, and what is kept."""
@@ -113,12 +112,17 @@ class Scorer(nn.Module):
         how = f"products in {str(self.dtype).removeprefix('torch.')}, instructions {level}"
         if self.dtype == torch.bfloat16 and level != "avx512bf16":
             how += ", which have none for bfloat16: slower than float32"
-        return f"{how}; {self._kept_bytes / 2**20:.1f} MiB kept of the items' first layer"
+        return f"{how}; {self.kept_bytes / 2**20:.1f} MiB kept of the items' first layer"
 
 
-def fastest(model: LCRSER) -> nn.Module:
-    """Take a Scorer where one can serve the model, else the model itself."""
-    return Scorer(model) if obstacle(model) is None else model
+def fastest(model: LCRSER, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Take a Scorer where one can serve the model, else the model itself.
+
+    Only a Scorer computes in another ``dtype`` than the model: ValueError where it cannot.
+    """
+    if dtype == torch.float32 and obstacle(model) is not None:
+        return model
+    return Scorer(model, dtype=dtype)
 
 
 def obstacle(model: LCRSER) -> str | None:
