@@ -2,6 +2,7 @@
 #include "../request.h"
 
 #include <algorithm>
+#include <bitset>
 #include <cmath>
 #include <limits>
 #include <type_traits>
@@ -112,24 +113,36 @@ void read_states(const float* h0, float share, int64_t n, float* h) {
   for (int64_t i = 0; i < n; ++i) h[i] = std::fma(weight, h[i] - h0[i], near ? h0[i] : h[i]);
 }
 
+// Items that a user has met. Most candidates are none of them, and few of those need a search.
+class SeenItems {
+ public:
+  void add(const int64_t* ids, int64_t n) {
+    ids_.insert(ids_.end(), ids, ids + n);
+    for (int64_t i = 0; i < n; ++i) marks_.set(ids[i] % kMarks);
+  }
+  bool contains(int64_t id) const {
+    return marks_.test(id % kMarks) && std::find(ids_.begin(), ids_.end(), id) != ids_.end();
+  }
+
+ private:
+  static constexpr int64_t kMarks = 1 << 14;  // of ids modulo that
+
+  std::vector<int64_t> ids_;
+  std::bitset<kMarks> marks_;
+};
+
 // The bonus of candidates that stand among a user's clicks and events; -inf for padding.
 void finish_scores(const RequestArgs& a, int64_t b, float* scores) {
   const int64_t* candidates = a.candidates + b * a.n_candidates;
   if (a.seen_bonus != nullptr) {
-    std::vector<int64_t> seen[2];
-    const int64_t n_searches = a.lengths[kSearch][b], n_events = a.lengths[kRec][b];
-    for (int64_t l = 0; l < n_searches; ++l) {
-      const int64_t* clicks = a.clicks + (b * a.length[kSearch] + l) * a.n_clicks;
-      seen[kSearch].insert(seen[kSearch].end(), clicks, clicks + a.n_read_clicks);
-    }
-    const int64_t* events = a.rec_items + b * a.length[kRec];
-    seen[kRec].assign(events, events + n_events);
-    for (auto& ids : seen) std::sort(ids.begin(), ids.end());
+    SeenItems seen[2];
+    for (int64_t l = 0; l < a.lengths[kSearch][b]; ++l)
+      seen[kSearch].add(a.clicks + (b * a.length[kSearch] + l) * a.n_clicks, a.n_read_clicks);
+    seen[kRec].add(a.rec_items + b * a.length[kRec], a.lengths[kRec][b]);
     for (int64_t c = 0; c < a.n_candidates; ++c) {
       float bonus = 0.0f;
       for (int x : {kSearch, kRec})
-        if (std::binary_search(seen[x].begin(), seen[x].end(), candidates[c]))
-          bonus += a.seen_bonus[x];
+        if (seen[x].contains(candidates[c])) bonus += a.seen_bonus[x];
       scores[c] += bonus;
     }
   }
