@@ -1,8 +1,9 @@
-"""One request, and a batch, beside other engines with the same weights and inputs; CPU, float32.
+"""One request, and a batch, beside other engines with the same weights and inputs, on a CPU.
 
 Ours is the Scorer, one call from ids to scores; "op by op" is the model's own forward. ONNX Runtime
-and OpenVINO run what ``lcr_fast.export`` writes. Each on one thread and on two. The busy neighbours
-are as many processes that compute without end as there are cores.
+and OpenVINO run what ``lcr_fast.export`` writes. Each in float32, and in bfloat16 where it has that
+for this model and this CPU; each on one thread and on two. The busy neighbours are as many
+processes that compute without end as there are cores.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ D, L, C = 64, 30, 100
 SIZES = {"n_items": 20_000, "n_users": 1000, "n_terms": 5000}
 INPUT_SETS = 4
 BUSY_SECONDS = 120  # at most
+BFLOAT16 = " in bfloat16"  # behind an engine's name
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +68,10 @@ def batches(model, n_users):
 
 
 def engines(path, n_threads):
-    """Load the ONNX file in what is installed: functions of a Batch."""
+    """Load the ONNX file in what is installed: functions of a Batch.
+
+    ONNX Runtime multiplies no bfloat16 on such CPUs.
+    """
     found = {}
     if path and importlib.util.find_spec("onnxruntime"):
         import onnxruntime
@@ -84,25 +89,28 @@ def engines(path, n_threads):
     if path and importlib.util.find_spec("openvino"):
         import openvino
 
-        compiled = openvino.Core().compile_model(
-            path,
-            "CPU",
-            {
-                "INFERENCE_NUM_THREADS": n_threads,
-                "INFERENCE_PRECISION_HINT": "f32",
-                "PERFORMANCE_HINT": "LATENCY",
-            },
-        )
-        asked = compiled.create_infer_request()
-        inputs = [value.get_any_name() for value in compiled.inputs]
-
-        def openvino_scores(batch):
-            return torch.from_numpy(
-                asked.infer({name: getattr(batch, name).numpy() for name in inputs})[0].copy()
-            )
-
-        found["OpenVINO"] = openvino_scores
+        core = openvino.Core()
+        found["OpenVINO"] = openvino_scores(core, path, n_threads, "f32")
+        if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            found["OpenVINO" + BFLOAT16] = openvino_scores(core, path, n_threads, "bf16")
     return found
+
+
+def openvino_scores(core, path, n_threads, precision):
+    settings = {
+        "INFERENCE_NUM_THREADS": n_threads,
+        "INFERENCE_PRECISION_HINT": precision,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    compiled = core.compile_model(path, "CPU", settings)
+    asked = compiled.create_infer_request()
+    inputs = [value.get_any_name() for value in compiled.inputs]
+
+    def scores(batch):
+        answer = asked.infer({name: getattr(batch, name).numpy() for name in inputs})
+        return torch.from_numpy(answer[0].copy())
+
+    return scores
 
 
 @pytest.mark.parametrize("n_threads", [1, 2])
@@ -112,13 +120,17 @@ def engines(path, n_threads):
 def test_request_beside_other_engines(benchmark, race, small, model, onnx_file, n_users, n_threads):
     n_users = min(n_users, 2) if small else n_users
     with threads(n_threads):
-        functions = {"": Scorer(model, n_threads), "op by op": model}
+        functions = {
+            "": Scorer(model, n_threads),
+            "ours" + BFLOAT16: Scorer(model, n_threads, dtype=torch.bfloat16),
+            "op by op": model,
+        }
         functions |= engines(onnx_file, n_threads)
         inputs = batches(model, n_users)
         expected = model(inputs[0])
         for name, function in functions.items():
-            found = function(inputs[0])
-            harness.assert_close(name, found, expected, harness.rounding_bound("fp32"))
+            bound = harness.rounding_bound("bf16" if name.endswith(BFLOAT16) else "fp32")
+            harness.assert_close(name, function(inputs[0]), expected, bound)
         sets = [(batch,) for batch in inputs]
         turns = {name: harness.rotate(f, sets) for name, f in functions.items()}
         K = model.config.steps

@@ -2,7 +2,8 @@
 //
 // The definitions are in lcr_fast/reference. Only the valid rows of a user are read or computed;
 // results behind them are 0. Arithmetic is float32, whatever the states are stored in, but for the
-// products of a forward pass on bfloat16 states, which may round their factors to bfloat16.
+// products of a forward pass. These multiply pairs of bfloat16 where `pairs` asks for it, on every
+// CPU, and on bfloat16 states where the CPU has an instruction for that.
 #pragma once
 #include <cstdint>
 
@@ -41,6 +42,7 @@ struct ReasoningArgs {
   float noise_scale;          // 0: no noise
   uint64_t noise_seed;
   DropoutKey dropout;
+  bool pairs;
 };
 
 struct ReasoningResults {
@@ -54,10 +56,10 @@ void reasoning_forward(const ReasoningArgs& args, const WeightArg* weights,
                        const Parallel& parallel);
 
 // The same on float32 states and weights that were packed before, which spares each call that work:
-// pack_reasoning() writes reasoning_floats() of them.
+// pack_reasoning() writes reasoning_floats() of them, for products of pairs or of floats.
 int64_t reasoning_floats(const TransformerShape& shape);
-void pack_reasoning(const TransformerShape& shape, const WeightArg* weights, float* packed,
-                    const Parallel& parallel);
+void pack_reasoning(const TransformerShape& shape, bool pairs, const WeightArg* weights,
+                    float* packed, const Parallel& parallel);
 void reasoning_forward(const ReasoningArgs& args, const float* packed,
                        const ReasoningResults& results, int64_t n_threads,
                        const Parallel& parallel);
@@ -103,6 +105,7 @@ struct EncoderArgs {
   const int64_t* lengths;  // [B] in 0..L
   const int64_t* rows;     // [B], read for dropout only
   DropoutKey dropout;
+  bool pairs;
 };
 
 void encoder_forward(const EncoderArgs& args, const WeightArg* weights, void* out,
@@ -110,8 +113,8 @@ void encoder_forward(const EncoderArgs& args, const WeightArg* weights, void* ou
 
 // The same on weights of this stream that were packed before; see reasoning_floats().
 int64_t encoder_floats(const TransformerShape& shape);
-void pack_encoder(const TransformerShape& shape, int64_t stream, const WeightArg* weights,
-                  float* packed, const Parallel& parallel);
+void pack_encoder(const TransformerShape& shape, int64_t stream, bool pairs,
+                  const WeightArg* weights, float* packed, const Parallel& parallel);
 void encoder_forward(const EncoderArgs& args, const float* packed, void* out,
                      const Parallel& parallel);
 

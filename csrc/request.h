@@ -1,8 +1,11 @@
-// From ids to scores in one call, float32; torch-free.
+// From ids to scores in one call; torch-free.
 //
 // What LCRSER.forward does op by op: embed, encode, reason, score, add the bonus of seen items. The
 // same bits, but for one thing: in widths that are no multiple of 64, torch adds the vectors of
 // four or more terms or clicks in another order. Of a history only the valid events are read.
+//
+// Vectors and what lies between products are float32. The products are of float32 or, where `pairs`
+// asks for it, of pairs of bfloat16 that are added in float32.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -18,6 +21,7 @@ struct RequestLayers {
   TransformerShape reasoning;   // n_sets 0: none
   bool reads_users;             // the head's MLP
   std::vector<int64_t> widths;  // of the MLP's layers; the last is 1
+  bool pairs;
 };
 
 // Where the weights of those layers stand, packed once for many requests; offsets in floats.
@@ -26,9 +30,7 @@ struct RequestLayout {
 
   int64_t encoder[2];
   int64_t reasoning;
-  int64_t target_weight;
-  int64_t first_transposed;  // see ScoringArgs
-  std::vector<int64_t> weights, biases;
+  int64_t head;  // see HeadLayout
   int64_t size;
 };
 
@@ -54,6 +56,7 @@ struct RequestArgs {
 
   const float* items;  // rows of vectors, row 0 zero
   const float* query_table;
+  const float* item_layer;   // rows by first_layer_of_items(), or null
   const float* users;        // where the head reads them
   const float* position[2];  // [length[x], dim] at least
   const float* seen_bonus;   // [2], or null

@@ -32,7 +32,7 @@ bool reads_users(const Tensors& mlp_weights, int64_t dim) {
 }
 
 Tensor request_weights(Tensors encoder, Tensors reasoning, const Tensor& target_weight,
-                       Tensors mlp_weights, Tensors mlp_biases, int64_t n_heads) {
+                       Tensors mlp_weights, Tensors mlp_biases, int64_t n_heads, bool pairs) {
   check(target_weight.dim() == 3, "target_weight must be [2, D, D]");
   RequestLayers layers{};
   std::vector<WeightArg> encoder_args, reasoning_args;
@@ -49,19 +49,36 @@ Tensor request_weights(Tensors encoder, Tensors reasoning, const Tensor& target_
   if (layers.reads_users) head.user = &kNobody;  // for the width alone
   set_head(head, target_weight, mlp_weights, mlp_biases, true);
   layers.widths = head.widths;
+  layers.pairs = pairs;
   Tensor packed = torch::stable::new_empty(target_weight, {RequestLayout(layers).size});
   pack_request(layers, encoder_args.data(), reasoning_args.data(), head,
                packed.mutable_data_ptr<float>());
   return packed;
 }
 
+Tensor request_items(const Tensor& items, const Tensor& weight, bool pairs) {
+  check(items.dim() == 2 && weight.dim() == 2, "items must be [rows, dim] and weight [out, in]");
+  ScoringArgs head{};
+  const int64_t n = items.size(0), H = weight.size(0);
+  head.dim = items.size(1);
+  head.widths = {H};
+  static const float kNobody = 0;
+  if (weight.size(1) == 4 * head.dim) head.user = &kNobody;  // for the width alone
+  head.weights = {floats(weight, "weight", {H, head.inputs()})};
+  Tensor out = torch::stable::new_empty(items, {n, H});
+  first_layer_of_items(head, pairs, floats(items, "items", {n, head.dim}), n,
+                       out.mutable_data_ptr<float>(), parallel);
+  return out;
+}
+
 Tensor request(Tensor user, Tensor rec_items, Tensor rec_lengths, Tensor search_queries,
                Tensor search_terms, Tensor search_clicks, Tensor search_lengths, Tensor candidates,
-               const Tensor& items, const Tensor& queries, const Tensor& users,
-               const Tensor& search_position, const Tensor& rec_position, const Tensor& seen_bonus,
-               const Tensor& weights, std::vector<int64_t> widths, int64_t n_layers, int64_t ffn,
-               int64_t n_sets, int64_t step_ffn, int64_t steps, int64_t n_heads, int64_t max_clicks,
-               double readout, bool terms, bool dot, int64_t n_threads) {
+               const Tensor& items, const Tensor& item_layer, const Tensor& queries,
+               const Tensor& users, const Tensor& search_position, const Tensor& rec_position,
+               const Tensor& seen_bonus, const Tensor& weights, std::vector<int64_t> widths,
+               int64_t n_layers, int64_t ffn, int64_t n_sets, int64_t step_ffn, int64_t steps,
+               int64_t n_heads, int64_t max_clicks, double readout, bool terms, bool dot,
+               bool pairs, int64_t n_threads) {
   // Here, because a compiled program passes on what strides its caller's tensors have.
   for (Tensor* ids : {&user, &rec_items, &rec_lengths, &search_queries, &search_terms,
                       &search_clicks, &search_lengths, &candidates})
@@ -108,6 +125,11 @@ Tensor request(Tensor user, Tensor rec_items, Tensor rec_lengths, Tensor search_
   a.layers.encoder = {D, n_heads, ffn, n_layers};
   a.layers.reasoning = {D, n_heads, step_ffn, n_sets};
   a.layers.widths = std::move(widths);
+  a.layers.pairs = pairs;
+  if (item_layer.numel() > 0) {
+    check(!a.layers.widths.empty(), "without an MLP there is no item_layer");
+    a.item_layer = floats(item_layer, "item_layer", {items.size(0), a.layers.widths[0]});
+  }
   a.layers.reads_users = users.dim() == 2;
   if (a.layers.reads_users) {
     a.users = table(users, "users", D);
@@ -130,17 +152,21 @@ Tensor request(Tensor user, Tensor rec_items, Tensor rec_lengths, Tensor search_
 STABLE_TORCH_LIBRARY_FRAGMENT(lcr_fast, m) {
   m.def(
       "cpu_request_weights(Tensor[] encoder, Tensor[] reasoning, Tensor target_weight,"
-      " Tensor[] mlp_weights, Tensor[] mlp_biases, int n_heads) -> Tensor");
+      " Tensor[] mlp_weights, Tensor[] mlp_biases, int n_heads, bool pairs) -> Tensor");
+  m.def("cpu_request_items(Tensor items, Tensor weight, bool pairs) -> Tensor");
   m.def(
       "cpu_request(Tensor user, Tensor rec_items, Tensor rec_lengths, Tensor search_queries,"
       " Tensor search_terms, Tensor search_clicks, Tensor search_lengths, Tensor candidates,"
-      " Tensor items, Tensor queries, Tensor users, Tensor search_position, Tensor rec_position,"
-      " Tensor seen_bonus, Tensor weights, int[] widths, int n_layers, int ffn, int n_sets,"
-      " int step_ffn, int steps, int n_heads, int max_clicks, float readout, bool terms, bool dot,"
-      " int n_threads) -> Tensor");
+      " Tensor items, Tensor item_layer, Tensor queries, Tensor users, Tensor search_position,"
+      " Tensor rec_position, Tensor seen_bonus, Tensor weights, int[] widths, int n_layers, int "
+      "ffn,"
+      " int n_sets, int step_ffn, int steps, int n_heads, int max_clicks, float readout, bool "
+      "terms,"
+      " bool dot, bool pairs, int n_threads) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(lcr_fast, CPU, m) {
   m.impl("cpu_request_weights", TORCH_BOX(&request_weights));
+  m.impl("cpu_request_items", TORCH_BOX(&request_items));
   m.impl("cpu_request", TORCH_BOX(&request));
 }
 

@@ -2,6 +2,7 @@
 //
 // The contract is in lcr_fast/ops/scoring.py, the oracle in lcr_fast/reference. Columns
 // (candidates) are the lanes everywhere: a history's part is a product with a few dozen columns.
+// The products of score_cpu() may be of pairs of bfloat16, on weights that were packed for them.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -26,12 +27,31 @@ struct ScoringArgs {
   std::vector<int64_t> widths;    // the last is 1
   bool dot;                       // add (z_r + z_s)^T e to the MLP; without an MLP it is the score
   const float* first_transposed;  // [inputs, widths[0]], or null: each call makes it
+  bool pairs;                     // weights, not biases, are what pack_head() wrote for pairs
 
   int64_t inputs() const { return dim * (user == nullptr ? 3 : 4); }  // of the first layer
 };
 
-// Write what args.first_transposed holds.
-void transpose_first(const ScoringArgs& args, float* out);
+// Where the head's weights stand in a copy for many calls; offsets in floats.
+struct HeadLayout {
+  HeadLayout(int64_t dim, bool reads_users, const std::vector<int64_t>& widths, bool pairs);
+
+  int64_t target_weight;
+  int64_t first_transposed;
+  std::vector<int64_t> weights, biases;
+  int64_t size;
+};
+
+// Write the weights of `args`, which are floats, as HeadLayout says. Of pairs, the first layer's
+// `weights` are those that meet the item alone.
+void pack_head(const ScoringArgs& args, bool pairs, float* packed);
+// Point the weights of `args`, whose other fields are set, to that copy.
+void use_packed_head(ScoringArgs& args, const float* packed);
+
+// What the first layer makes of items [n, dim], as score_cpu() does: out [n, widths[0]]. Of `args`
+// the width, the users and the first weight are read, which is of floats.
+void first_layer_of_items(const ScoringArgs& args, bool pairs, const float* items, int64_t n,
+                          float* out, const Parallel& parallel);
 
 // Candidates of each user: rows of an item table.
 struct CandidateArgs {
@@ -41,6 +61,7 @@ struct CandidateArgs {
   int64_t n_candidates;
   DropoutKey dropout;           // of the head
   const int64_t* dropout_rows;  // [n_users]; read where there is dropout
+  const float* first;           // [n, widths[0]] by first_layer_of_items(), or null
 };
 
 // scores [n_users, n_trajectories, n_candidates]

@@ -165,13 +165,21 @@ def _dynamic(config: LCRConfig) -> dict[str, Any]:
     return {**unlimited, **limited}
 
 
-def save(model: LCRSER, path: str | Path, format: Format = "pt2", *, k: int | None = None) -> None:
+def save(
+    model: LCRSER,
+    path: str | Path,
+    format: Format = "pt2",
+    *,
+    k: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Write a model as a program, replacing ``path`` atomically; ``k`` as for :func:`program`.
 
     - ``pt2``: what ``torch.export`` makes of it.
     - ``aoti``: compiled by AOTInductor, which takes a C++ compiler and its time; where a Scorer can
-      serve the model, that is what is compiled, a single operator. Also for processes without
-      Python, which pass the tensors of a Batch in the order of its fields (``examples/score.cpp``).
+      serve the model, that is what is compiled, a single operator, with products in ``dtype``;
+      nothing is kept of the items, which would be in the file. Also for processes without Python,
+      which pass the tensors of a Batch in the order of its fields (``examples/score.cpp``).
     - ``onnx``: operator set ``OPSET``, on the reference whatever the model's backend, scores of
       candidates alone. Inputs are named as the fields of a Batch, the output ``scores``. Any axis
       may be empty.
@@ -182,6 +190,8 @@ def save(model: LCRSER, path: str | Path, format: Format = "pt2", *, k: int | No
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     _refuse_exits(model)
+    if dtype != torch.float32 and (format != "aoti" or k is not None):
+        raise ValueError(f"products in {dtype} are for scores in the format aoti")
     if format == "onnx":
         _check_onnx(model, k)
         made = _onnx_program(program(_on_reference(model)), model.config)
@@ -189,8 +199,9 @@ def save(model: LCRSER, path: str | Path, format: Format = "pt2", *, k: int | No
             made.save(temporary, external_data=False)
         return
     write = {"pt2": _write_pt2, "aoti": _compile}[format]
-    if format == "aoti" and k is None and obstacle(model) is None:
-        exported = _trace(model, _Traced(Scorer(model)))  # one operator, and nothing to compile
+    if format == "aoti" and k is None and (dtype != torch.float32 or obstacle(model) is None):
+        scorer = Scorer(model, dtype=dtype, keep_items=False)
+        exported = _trace(model, _Traced(scorer))  # one operator, and nothing to compile
     else:
         exported = program(model, k=k)
     with replacing(path) as temporary:

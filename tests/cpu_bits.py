@@ -18,6 +18,7 @@ import test_cpu_reasoning
 import test_request
 from lcr_fast import ops
 from lcr_fast.ops import ranking
+from lcr_fast.serving.scorer import DTYPES as REQUEST_DTYPES
 from lcr_fast.serving.scorer import Scorer
 from lcr_fast.testing import random_encoder, random_reasoning, run_encoder, run_reasoning
 
@@ -44,7 +45,9 @@ def results() -> Iterator[tuple[str, Iterable[Tensor]]]:
         yield f"catalogue, {head}", case.catalogue(ops.score_topk, 300)
     for changes in test_request.CONFIGS:
         model = test_request.make(**changes)
-        yield f"request {changes}", map(Scorer(model), test_request.batches(model.config))
+        for dtype in REQUEST_DTYPES:
+            scorer = Scorer(model, dtype=dtype)
+            yield f"request {dtype} {changes}", map(scorer, test_request.batches(model.config))
     g = torch.Generator().manual_seed(0)
     for dtype in (*DTYPES, torch.float64):
         users, items = (torch.randn(n, 33, generator=g).to(dtype) for n in (6, 3000))

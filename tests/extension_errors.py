@@ -121,8 +121,13 @@ def rank(**changes: object) -> None:
 
 def request_weights(**changes: object) -> Tensor:
     arguments = {"encoder": block(1), "reasoning": block(2), "target_weight": zeros(2, D, D)}
-    arguments |= {"mlp_weights": [], "mlp_biases": [], "n_heads": 2}
+    arguments |= {"mlp_weights": [], "mlp_biases": [], "n_heads": 2, "pairs": False}
     return call("cpu_request_weights", arguments, changes)
+
+
+def request_items(**changes: object) -> Tensor:
+    arguments = {"items": zeros(N_ITEMS + 1, D), "weight": zeros(5, 3 * D), "pairs": True}
+    return call("cpu_request_items", arguments, changes)
 
 
 def request(**changes: object) -> None:
@@ -130,12 +135,14 @@ def request(**changes: object) -> None:
     ids |= {"rec_lengths": IDS, "search_queries": zeros(B, L, dtype=I64)}
     ids |= {f"search_{name}": zeros(B, L, 2, dtype=I64) for name in ("terms", "clicks")}
     ids |= {"search_lengths": IDS, "candidates": zeros(B, 4, dtype=I64)}
-    weights = {"items": zeros(N_ITEMS + 1, D), "queries": zeros(4, D), "users": zeros(0)}
+    weights = {"items": zeros(N_ITEMS + 1, D), "item_layer": zeros(0)}
+    weights |= {"queries": zeros(4, D), "users": zeros(0)}
     weights |= {"search_position": zeros(L, D), "rec_position": zeros(L, D)}
     weights |= {"seen_bonus": zeros(2), "weights": request_weights(), "widths": []}
     weights |= {"n_layers": 1, "ffn": F, "n_sets": 1, "step_ffn": F}
     more = {"steps": 1, "n_heads": 2, "max_clicks": 2, "readout": 1.0, "terms": True, "dot": True}
-    call("cpu_request", {**ids, **weights, **more, "n_threads": 1}, changes)
+    more |= {"pairs": False, "n_threads": 1}
+    call("cpu_request", {**ids, **weights, **more}, changes)
 
 
 def at(place: int | tuple[int, ...], value: float, like: Tensor) -> Tensor:
@@ -257,6 +264,10 @@ ERRORS: dict[str, Callable[[], None]] = {
     "weights must be contiguous float32 of a fitting shape": lambda: request(ffn=F + 1),
     "no layers for 3 steps: n_layers 1, ffn 12, n_sets 2, step_ffn 12":
         lambda: request(steps=3, n_sets=2),
+    "without an MLP there is no item_layer": lambda: request(item_layer=zeros(N_ITEMS + 1, 5)),
+    "items must be [rows, dim] and weight [out, in]": lambda: request_items(items=zeros(4)),
+    "weight must be contiguous float32 of a fitting shape":
+        lambda: request_items(weight=zeros(5, 2 * D)),
     "target_weight must be [2, D, D]": lambda: request_weights(target_weight=zeros(D)),
     "the encoder must have an FFN": lambda: request_weights(encoder=block(1, ffn_dim=0)),
     "the reasoning must be of width 8":

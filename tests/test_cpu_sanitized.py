@@ -25,6 +25,7 @@ def driver(tmp_path_factory) -> Path:
     sources = [
         ROOT / "tests" / "reasoning_sanitized.cpp",
         *sorted(kernels.glob("reasoning*.cpp")),
+        *sorted(kernels.glob("pairs*.cpp")),
         kernels / "noise.cpp",
         kernels / "level.cpp",
     ]

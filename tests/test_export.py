@@ -12,6 +12,7 @@ from torch.utils.cpp_extension import get_cxx_compiler, include_paths, library_p
 
 from lcr_fast import cli, export
 from lcr_fast.config import LCRConfig
+from lcr_fast.serving.scorer import Scorer
 from lcr_fast.testing import random_batch, random_model
 
 SIZES = {"n_items": 60, "n_users": 9, "n_terms": 20, "n_queries": 11}
@@ -125,6 +126,8 @@ def test_what_cannot_be_exported(tmp_path):
         export.save(model, tmp_path / "program", "tf")
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):
         export.save(model, tmp_path / "program", k=0)
+    with pytest.raises(ValueError, match="bfloat16 are for scores in the format aoti"):
+        export.save(model, tmp_path / "program", dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="an ONNX program scores candidates"):
         export.save(model, tmp_path / "program", "onnx", k=5)
     with pytest.raises(ValueError, match="onnx is not for PyTorch"):
@@ -181,6 +184,19 @@ def package(tmp_path_factory):
 def test_a_compiled_program_gives_the_models_bits_for_every_size(package):
     model, path = package
     assert_same_scores(model, export.load(path, "aoti"))
+
+
+@pytest.mark.full
+def test_a_compiled_program_in_bfloat16(package, tmp_path):
+    model, _ = package
+    file, out = tmp_path / "model.safetensors", tmp_path / "scorer.pt2"
+    model.save(file)
+    options = ["--format", "aoti", "--dtype", "bfloat16", "--backend", "cpp"]
+    cli.main(["export", str(file), *options, "-o", str(out)])
+    scorer, program = Scorer(model, dtype=torch.bfloat16), export.load(out, "aoti")
+    with torch.no_grad():
+        for batch in batches(model.config):
+            assert torch.equal(program(batch), scorer(batch))
 
 
 @pytest.mark.full

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from lcr_fast.config import LCRConfig
+from lcr_fast.ops import ranking
 from lcr_fast.ops._extension import extension_error
-from lcr_fast.serving.scorer import Scorer, obstacle
+from lcr_fast.serving.scorer import DTYPES, Scorer, fastest, obstacle
 from lcr_fast.testing import assert_parity, random_batch, random_model
 
 pytestmark = pytest.mark.skipif(
@@ -58,6 +59,102 @@ def test_the_bits_of_the_models_forward(changes):
             scorer = Scorer(model, n_threads)
             for batch in batches(model.config):
                 assert torch.equal(scorer(batch), model(batch))
+
+
+@pytest.mark.parametrize(
+    "changes", [*CONFIGS, {"dim": 18, "n_heads": 3, "mlp_hidden": (7,)}], ids=str
+)
+def test_bfloat16_is_as_accurate_as_the_reference_in_bfloat16(changes):
+    """Products round their factors, and nothing else: the reference rounds every result."""
+    model = make(**changes)
+    eager = make(**changes, backend="reference").bfloat16()
+    exact = make(**changes, backend="reference").double()
+    scorer = Scorer(model, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for batch in batches(model.config):
+            batch = batch.replace(candidates=batch.candidates.clamp(min=1))
+            found = scorer(batch)
+            assert_parity("scores", found, eager(batch).float(), exact(batch), factor=3.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"dim": 19, "n_heads": 1, "user_embedding": True}], ids=str
+)
+def test_same_bits_alone_on_two_threads_and_with_kept_items(changes, dtype):
+    model = make(**changes)
+    scorer = Scorer(model, dtype=dtype, keep_items=True)
+    others = (Scorer(model, 2, dtype=dtype), Scorer(model, dtype=dtype, keep_items=False))
+    for batch in batches(model.config):
+        expected = scorer(batch)
+        for other in others:
+            assert torch.equal(other(batch), expected)
+        for b in range(0, len(batch), 7):
+            alone = batch.replace(
+                **{
+                    field.name: getattr(batch, field.name)[b : b + 1]
+                    for field in dataclasses.fields(batch)
+                }
+            )
+            assert torch.equal(scorer(alone)[0], expected[b])
+
+
+BFLOAT16 = """
+import hashlib
+import torch
+import test_request as t
+from lcr_fast.ops.request import Request
+model = t.make(dim=33, n_heads=1)
+scorer = t.Scorer(model, dtype=torch.bfloat16)
+packed = dict(zip(Request._fields[8:], scorer._rest))["weights"]
+print(hashlib.sha256(packed.numpy()).hexdigest())
+for batch in t.batches(model.config):
+    print(hashlib.sha256(scorer(batch).numpy()).hexdigest())
+t.test_bfloat16_is_as_accurate_as_the_reference_in_bfloat16({"dim": 33, "n_heads": 1})
+print(scorer.describe())
+"""
+
+
+def test_bfloat16_on_every_instruction_set(run_code):
+    """Packed weights are the same on all; vectors of the same width give the instruction's bits."""
+    found = {}
+    for level in ranking.CPU_LEVELS[: ranking.CPU_LEVELS.index(ranking.cpu_level()) + 1]:
+        done = run_code(BFLOAT16, LCR_FAST_CPU=level)
+        assert done.returncode == 0, done.stderr
+        packed, *scores, described = done.stdout.splitlines()
+        found[level] = scores
+        assert packed == found.setdefault("packed", packed)
+        assert f"instructions {level}" in described
+        assert ("slower than float32" in described) == (level != "avx512bf16")
+    if "avx512bf16" in found:
+        assert found["avx512"] == found["avx512bf16"] != found["baseline"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_weights_give_nan(dtype):
+    model = make()
+    with torch.no_grad():
+        model.head.weights().mlp_weights[0].fill_(torch.nan)
+    batch = next(batches(model.config))
+    assert Scorer(model, dtype=dtype)(batch)[batch.candidates > 0].isnan().all()
+
+
+def test_what_a_scorer_says_of_itself():
+    model = make(n_items=2000, mlp_hidden=(128,))
+    assert Scorer(model).describe() == (
+        f"products in float32, instructions {ranking.cpu_level()}; "
+        "1.0 MiB kept of the items' first layer"
+    )
+    assert "products in bfloat16" in Scorer(model, dtype=torch.bfloat16).describe()
+    assert Scorer(model, keep_items=False).kept_bytes == 0
+    assert Scorer(make(score="dot"), keep_items=True).kept_bytes == 0
+
+
+def test_much_is_not_kept_unasked(monkeypatch):
+    monkeypatch.setattr("lcr_fast.serving.scorer._SMALL", 201 * 8 * 4 - 1)
+    assert Scorer(make()).kept_bytes == 0
+    monkeypatch.setattr("lcr_fast.serving.scorer._SMALL", 201 * 8 * 4)
+    assert Scorer(make()).kept_bytes == 201 * 8 * 4
 
 
 def test_other_widths():
@@ -132,6 +229,15 @@ def test_it_computes_float32_on_any_thread_but_none():
     assert obstacle(make().bfloat16()) == "it computes float32, not torch.bfloat16"
     with pytest.raises(ValueError, match="n_threads must be at least 1, got 0"):
         Scorer(make(), 0)
+    with pytest.raises(ValueError, match=r"float32 or bfloat16, not torch\.float16"):
+        Scorer(make(), dtype=torch.float16)
+
+
+def test_bfloat16_is_never_replaced_by_something_else():
+    model = make(update="rec_first", backend="auto")
+    assert fastest(model) is model
+    with pytest.raises(ValueError, match="one call cannot serve this model: it has no update"):
+        fastest(model, torch.bfloat16)
 
 
 @pytest.mark.parametrize(

@@ -258,6 +258,24 @@ def test_a_full_queue_says_so(engine):
     }
 
 
+def test_scores_in_bfloat16(prepared, make_model):
+    model = make_model(prepared, item_text_dim=0, query_text_dim=0).eval()
+    whole, half = (Engine(model, prepared, dtype=d) for d in (torch.float32, torch.bfloat16))
+    request = ScoreRequest(1, tuple(range(1, prepared.n_items + 1)))
+    exact, rounded = (torch.tensor(e.score([request])[0]) for e in (whole, half))
+    assert "products in float32" in whole.describe_scores()
+    assert "products in bfloat16" in half.describe_scores()
+    assert not torch.equal(exact, rounded)
+    torch.testing.assert_close(exact, rounded, rtol=0.02, atol=0.02 * exact.abs().max().item())
+
+
+def test_what_serves_no_bfloat16_is_refused(prepared, make_model):
+    model = make_model(prepared, backend="reference").eval()
+    assert Engine(model, prepared).describe_scores() == "op by op in float32"
+    with pytest.raises(ValueError, match="one call cannot serve this model: its backend is ref"):
+        Engine(model, prepared, dtype=torch.bfloat16).describe_scores()
+
+
 def test_what_cannot_be_computed_is_an_error_and_not_the_end(prepared, make_model, caplog):
     model = make_model(prepared).eval()
     with torch.no_grad():

@@ -13,7 +13,9 @@
 // its company.
 //
 // Where LCR_PAIRS is defined, gemm<true> takes words for floats: K counts pairs of bfloat16, two
-// numbers of a row of A and of a column of B, whose products are added in float32.
+// numbers of a row of A and of a column of B, whose products are added in float32. The instruction
+// for that is used where LCR_PAIRS is 2; elsewhere two fused operations on the numbers, turned into
+// floats, give the bits that it gives for numbers which are not subnormal.
 #pragma once
 #include "matrix.h"
 #include "simd.h"
@@ -64,8 +66,15 @@ constexpr int64_t kTileVecs = 2;
 template <bool kPairs>
 LCR_INLINE Vec multiply_add(float x, Vec row, Vec sum) {
 #ifdef LCR_PAIRS
-  if constexpr (kPairs)
+  if constexpr (kPairs) {
+#if LCR_PAIRS == 2
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(x), (__m512bh)row);
+#else
+    const WordVec left = (WordVec)splat(x), right = (WordVec)row;
+    sum = fma((Vec)(left & 0xffff0000u), (Vec)(right & 0xffff0000u), sum);
+    return fma((Vec)(left << 16), (Vec)(right << 16), sum);
+#endif
+  }
 #endif
   return fma(splat(x), row, sum);
 }

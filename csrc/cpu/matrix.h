@@ -19,4 +19,8 @@ struct Epilogue {
   bool relu = false;
 };
 
+// Words of two bfloat16 (operands.h) that hold k numbers, and floats between rows of them.
+constexpr int64_t pair_count(int64_t k) { return (k + 1) / 2; }
+constexpr int64_t pair_row(int64_t k) { return (pair_count(k) + 15) / 16 * 16; }
+
 }  // namespace lcr_fast

@@ -13,14 +13,15 @@ namespace lcr_fast {
 namespace {
 
 // The kernels of a call whose states have this type.
-const ReasoningKernels& kernels_of(FloatType type) {
+const ReasoningKernels& kernels_of(FloatType type, bool pairs) {
 #if defined(__x86_64__)
   const CpuLevel level = cpu_level();
-  if (level >= CpuLevel::kAvx512Bf16 && type == FloatType::kBFloat16) return kReasoningAvx512Bf16;
-  if (level >= CpuLevel::kAvx512) return kReasoningAvx512;
-  if (level >= CpuLevel::kAvx2) return kReasoningAvx2;
+  if (level >= CpuLevel::kAvx512Bf16 && (pairs || type == FloatType::kBFloat16))
+    return kReasoningPairsAvx512Bf16;
+  if (level >= CpuLevel::kAvx512) return pairs ? kReasoningPairsAvx512 : kReasoningAvx512;
+  if (level >= CpuLevel::kAvx2) return pairs ? kReasoningPairsAvx2 : kReasoningAvx2;
 #endif
-  return kReasoningBaseline;
+  return pairs ? kReasoningPairsBaseline : kReasoningBaseline;
 }
 
 static_assert(kReasoningWeights <= kMaxWeights && kEncoderWeights <= kMaxWeights);
@@ -87,11 +88,11 @@ void pack_blocks(const BlockSpec& spec, const BlockRange& range, int64_t n_sets,
 }
 
 Floats packed_blocks(const TransformerShape& shape, int n_attentions, const BlockRange& range,
-                     FloatType type, const WeightArg* weights, const Parallel& parallel) {
+                     const WeightArg* weights, const ReasoningKernels& kernels,
+                     const Parallel& parallel) {
   const BlockSpec spec = spec_of(shape, n_attentions);
   Floats packed = new_floats(range.n_blocks * forward_layout(spec).size);
-  pack_blocks(spec, range, shape.n_sets, weights, kernels_of(type), packed.get(), nullptr,
-              parallel);
+  pack_blocks(spec, range, shape.n_sets, weights, kernels, packed.get(), nullptr, parallel);
   return packed;
 }
 
@@ -182,24 +183,24 @@ int64_t reasoning_floats(const TransformerShape& shape) {
   return reasoning_blocks(shape).n_blocks * forward_layout(spec_of(shape, 2)).size;
 }
 
-void pack_reasoning(const TransformerShape& shape, const WeightArg* weights, float* packed,
-                    const Parallel& parallel) {
+void pack_reasoning(const TransformerShape& shape, bool pairs, const WeightArg* weights,
+                    float* packed, const Parallel& parallel) {
   pack_blocks(spec_of(shape, 2), reasoning_blocks(shape), shape.n_sets, weights,
-              kernels_of(FloatType::kFloat32), packed, nullptr, parallel);
+              kernels_of(FloatType::kFloat32, pairs), packed, nullptr, parallel);
 }
 
 void reasoning_forward(const ReasoningArgs& args, const WeightArg* weights,
                        const ReasoningResults& results, int64_t n_threads,
                        const Parallel& parallel) {
-  const Floats packed =
-      packed_blocks(args.shape, 2, reasoning_blocks(args.shape), args.type, weights, parallel);
+  const Floats packed = packed_blocks(args.shape, 2, reasoning_blocks(args.shape), weights,
+                                      kernels_of(args.type, args.pairs), parallel);
   reasoning_forward(args, packed.get(), results, n_threads, parallel);
 }
 
 void reasoning_forward(const ReasoningArgs& args, const float* packed,
                        const ReasoningResults& results, int64_t n_threads,
                        const Parallel& parallel) {
-  const ReasoningKernels& kernels = kernels_of(args.type);
+  const ReasoningKernels& kernels = kernels_of(args.type, args.pairs);
   const int64_t n_items = args.n_users * args.n_trajectories, n_parts = 2 * args.n_steps;
   const int64_t size = kernels.forward_scratch(args);
   if (n_items > 1 || n_threads == 1) {
@@ -224,9 +225,9 @@ void reasoning_forward(const ReasoningArgs& args, const float* packed,
 void adaptive_forward(const ReasoningArgs& args, const WeightArg* weights, const ExitArgs& exits,
                       void* const* states, int64_t* taken, int64_t n_threads,
                       const Parallel& parallel) {
-  const ReasoningKernels& kernels = kernels_of(args.type);
+  const ReasoningKernels& kernels = kernels_of(args.type, args.pairs);
   const Floats made =
-      packed_blocks(args.shape, 2, reasoning_blocks(args.shape), args.type, weights, parallel);
+      packed_blocks(args.shape, 2, reasoning_blocks(args.shape), weights, kernels, parallel);
   const float* packed = made.get();
   const ReasoningResults results{{states[0], states[1]}, nullptr, {nullptr, nullptr}};
   const int64_t size = kernels.exit_scratch(args);
@@ -256,7 +257,7 @@ void adaptive_forward(const ReasoningArgs& args, const WeightArg* weights, const
 void reasoning_backward(const ReasoningArgs& args, const WeightArg* weights,
                         const ReasoningGradients& gradients, const Parallel& parallel) {
   const TransformerShape& shape = args.shape;
-  const ReasoningKernels& kernels = kernels_of(args.type);
+  const ReasoningKernels& kernels = kernels_of(args.type, args.pairs);
   GradientSums sums(spec_of(shape, 2), reasoning_blocks(shape), shape.n_sets, weights, args.n_users,
                     kernels, parallel);
   const int64_t size = kernels.backward_scratch(args);
@@ -272,22 +273,22 @@ int64_t encoder_floats(const TransformerShape& shape) {
   return shape.n_sets * forward_layout(spec_of(shape, 1)).size;
 }
 
-void pack_encoder(const TransformerShape& shape, int64_t stream, const WeightArg* weights,
-                  float* packed, const Parallel& parallel) {
+void pack_encoder(const TransformerShape& shape, int64_t stream, bool pairs,
+                  const WeightArg* weights, float* packed, const Parallel& parallel) {
   pack_blocks(spec_of(shape, 1), encoder_blocks(shape, stream), shape.n_sets, weights,
-              kernels_of(FloatType::kFloat32), packed, nullptr, parallel);
+              kernels_of(FloatType::kFloat32, pairs), packed, nullptr, parallel);
 }
 
 void encoder_forward(const EncoderArgs& args, const WeightArg* weights, void* out,
                      const Parallel& parallel) {
   const Floats packed = packed_blocks(args.shape, 1, encoder_blocks(args.shape, args.stream),
-                                      args.type, weights, parallel);
+                                      weights, kernels_of(args.type, args.pairs), parallel);
   encoder_forward(args, packed.get(), out, parallel);
 }
 
 void encoder_forward(const EncoderArgs& args, const float* packed, void* out,
                      const Parallel& parallel) {
-  const ReasoningKernels& kernels = kernels_of(args.type);
+  const ReasoningKernels& kernels = kernels_of(args.type, args.pairs);
   const int64_t size = kernels.encoder_scratch(args);
   parallel(args.n_users, [&](int64_t begin, int64_t end) {
     for (int64_t user = begin; user < end; ++user)
@@ -298,7 +299,7 @@ void encoder_forward(const EncoderArgs& args, const float* packed, void* out,
 void encoder_backward(const EncoderArgs& args, const WeightArg* weights, const void* dout, void* dx,
                       void* const* dweights, const Parallel& parallel) {
   const TransformerShape& shape = args.shape;
-  const ReasoningKernels& kernels = kernels_of(args.type);
+  const ReasoningKernels& kernels = kernels_of(args.type, args.pairs);
   GradientSums sums(spec_of(shape, 1), encoder_blocks(shape, args.stream), shape.n_sets, weights,
                     args.n_users, kernels, parallel);
   const int64_t size = kernels.encoder_backward_scratch(args);

@@ -1,7 +1,7 @@
 // Encoders and latent cross reasoning of one user, forward and backward, once per instruction set.
 //
 // Each reasoning_<level>.cpp defines LCR_TARGET and LCR_BYTES (see simd.h), includes this file and
-// exports one table of functions.
+// exports one table of functions; each pairs_<level>.cpp defines LCR_PAIRS too (see operands.h).
 #pragma once
 #include "../noise.h"
 #include "../reasoning.h"
@@ -49,7 +49,10 @@ struct ReasoningKernels {
 extern const ReasoningKernels kReasoningBaseline;
 extern const ReasoningKernels kReasoningAvx2;
 extern const ReasoningKernels kReasoningAvx512;
-extern const ReasoningKernels kReasoningAvx512Bf16;
+extern const ReasoningKernels kReasoningPairsBaseline;
+extern const ReasoningKernels kReasoningPairsAvx2;
+extern const ReasoningKernels kReasoningPairsAvx512;
+extern const ReasoningKernels kReasoningPairsAvx512Bf16;
 
 inline BlockSpec spec_of(const TransformerShape& shape, int n_attentions) {
   return block_spec(shape.dim, shape.ffn_dim, n_attentions);

@@ -2,6 +2,7 @@
 #include "../request.h"
 
 #include <algorithm>
+#include <bitset>
 #include <cmath>
 #include <limits>
 #include <type_traits>
@@ -20,21 +21,6 @@ constexpr int64_t kAhead = 4;     // events whose vectors are on their way
 constexpr int64_t kCandidates = 128;  // likewise, of a user
 
 void alone(int64_t n_tasks, const Task& task) { task(0, n_tasks); }
-
-// The head's weights where `packed` has them.
-ScoringArgs packed_head(const RequestLayers& layers, const float* packed) {
-  const RequestLayout at(layers);
-  ScoringArgs head{};
-  head.dim = layers.encoder.dim;
-  head.target_weight = packed + at.target_weight;
-  head.widths = layers.widths;
-  for (size_t l = 0; l < layers.widths.size(); ++l) {
-    head.weights.push_back(packed + at.weights[l]);
-    head.biases.push_back(packed + at.biases[l]);
-  }
-  head.first_transposed = packed + at.first_transposed;
-  return head;
-}
 
 // `width` columns of mean_of(); a constant width stays in registers.
 template <class Width>
@@ -114,7 +100,10 @@ void embed(const RequestArgs& a, int64_t b, float* search, float* rec) {
     if (l < length[kRec]) embed_item(a, b, l, rec + l * dim);
   }
   // The head will read them, after the encoders.
-  prefetch(a.items, a.candidates + b * a.n_candidates, std::min(a.n_candidates, kCandidates), dim);
+  const int64_t* candidates = a.candidates + b * a.n_candidates;
+  const int64_t n = std::min(a.n_candidates, kCandidates);
+  prefetch(a.items, candidates, n, dim);
+  if (a.item_layer != nullptr) prefetch(a.item_layer, candidates, n, a.layers.widths[0]);
 }
 
 // What the head reads: torch.lerp(h0, h, share), into h.
@@ -124,24 +113,36 @@ void read_states(const float* h0, float share, int64_t n, float* h) {
   for (int64_t i = 0; i < n; ++i) h[i] = std::fma(weight, h[i] - h0[i], near ? h0[i] : h[i]);
 }
 
+// Items that a user has met. Most candidates are none of them, and few of those need a search.
+class SeenItems {
+ public:
+  void add(const int64_t* ids, int64_t n) {
+    ids_.insert(ids_.end(), ids, ids + n);
+    for (int64_t i = 0; i < n; ++i) marks_.set(ids[i] % kMarks);
+  }
+  bool contains(int64_t id) const {
+    return marks_.test(id % kMarks) && std::find(ids_.begin(), ids_.end(), id) != ids_.end();
+  }
+
+ private:
+  static constexpr int64_t kMarks = 1 << 14;  // of ids modulo that
+
+  std::vector<int64_t> ids_;
+  std::bitset<kMarks> marks_;
+};
+
 // The bonus of candidates that stand among a user's clicks and events; -inf for padding.
 void finish_scores(const RequestArgs& a, int64_t b, float* scores) {
   const int64_t* candidates = a.candidates + b * a.n_candidates;
   if (a.seen_bonus != nullptr) {
-    std::vector<int64_t> seen[2];
-    const int64_t n_searches = a.lengths[kSearch][b], n_events = a.lengths[kRec][b];
-    for (int64_t l = 0; l < n_searches; ++l) {
-      const int64_t* clicks = a.clicks + (b * a.length[kSearch] + l) * a.n_clicks;
-      seen[kSearch].insert(seen[kSearch].end(), clicks, clicks + a.n_read_clicks);
-    }
-    const int64_t* events = a.rec_items + b * a.length[kRec];
-    seen[kRec].assign(events, events + n_events);
-    for (auto& ids : seen) std::sort(ids.begin(), ids.end());
+    SeenItems seen[2];
+    for (int64_t l = 0; l < a.lengths[kSearch][b]; ++l)
+      seen[kSearch].add(a.clicks + (b * a.length[kSearch] + l) * a.n_clicks, a.n_read_clicks);
+    seen[kRec].add(a.rec_items + b * a.length[kRec], a.lengths[kRec][b]);
     for (int64_t c = 0; c < a.n_candidates; ++c) {
       float bonus = 0.0f;
       for (int x : {kSearch, kRec})
-        if (std::binary_search(seen[x].begin(), seen[x].end(), candidates[c]))
-          bonus += a.seen_bonus[x];
+        if (seen[x].contains(candidates[c])) bonus += a.seen_bonus[x];
       scores[c] += bonus;
     }
   }
@@ -152,41 +153,23 @@ void finish_scores(const RequestArgs& a, int64_t b, float* scores) {
 }  // namespace
 
 RequestLayout::RequestLayout(const RequestLayers& layers) {
-  size = 0;
-  const auto take = [this](int64_t n) {
-    constexpr int64_t kLine = 16;
-    return std::exchange(size, size + (n + kLine - 1) / kLine * kLine);
-  };
+  encoder[kSearch] = 0;
+  encoder[kRec] = encoder_floats(layers.encoder);
+  reasoning = 2 * encoder[kRec];
+  head = reasoning + (layers.reasoning.n_sets > 0 ? reasoning_floats(layers.reasoning) : 0);
   const int64_t dim = layers.encoder.dim;
-  for (int x : {kSearch, kRec}) encoder[x] = take(encoder_floats(layers.encoder));
-  reasoning = take(layers.reasoning.n_sets > 0 ? reasoning_floats(layers.reasoning) : 0);
-  target_weight = take(2 * dim * dim);
-  int64_t in = dim * (layers.reads_users ? 4 : 3);
-  first_transposed = take(layers.widths.empty() ? 0 : in * layers.widths[0]);
-  for (int64_t width : layers.widths) {
-    weights.push_back(take(width * in));
-    biases.push_back(take(width));
-    in = width;
-  }
+  size = head + HeadLayout(dim, layers.reads_users, layers.widths, layers.pairs).size;
 }
 
 void pack_request(const RequestLayers& layers, const WeightArg* encoder, const WeightArg* reasoning,
                   const ScoringArgs& head, float* packed) {
   const RequestLayout at(layers);
-  const int64_t dim = layers.encoder.dim;
   std::fill_n(packed, at.size, 0.0f);
   for (int x : {kSearch, kRec})
-    pack_encoder(layers.encoder, x, encoder, packed + at.encoder[x], alone);
+    pack_encoder(layers.encoder, x, layers.pairs, encoder, packed + at.encoder[x], alone);
   if (layers.reasoning.n_sets > 0)
-    pack_reasoning(layers.reasoning, reasoning, packed + at.reasoning, alone);
-  std::copy_n(head.target_weight, 2 * dim * dim, packed + at.target_weight);
-  if (!head.widths.empty()) transpose_first(head, packed + at.first_transposed);
-  int64_t in = head.inputs();
-  for (size_t l = 0; l < head.widths.size(); ++l) {
-    std::copy_n(head.weights[l], head.widths[l] * in, packed + at.weights[l]);
-    std::copy_n(head.biases[l], head.widths[l], packed + at.biases[l]);
-    in = head.widths[l];
-  }
+    pack_reasoning(layers.reasoning, layers.pairs, reasoning, packed + at.reasoning, alone);
+  pack_head(head, layers.pairs, packed + at.head);
 }
 
 void score_request(const RequestArgs& a, float* scores, int64_t n_threads,
@@ -205,14 +188,17 @@ void score_request(const RequestArgs& a, float* scores, int64_t n_threads,
             embedded[kRec].get() + b * a.length[kRec] * dim);
   });
   for (int x : {kSearch, kRec}) {
-    const EncoderArgs args{a.layers.encoder,  FloatType::kFloat32, x,       B, a.length[x],
-                           embedded[x].get(), a.lengths[x],        nullptr, {}};
+    const EncoderArgs args{a.layers.encoder,  FloatType::kFloat32, x,       B,  a.length[x],
+                           embedded[x].get(), a.lengths[x],        nullptr, {}, a.layers.pairs};
     encoder_forward(args, a.packed + at.encoder[x], encoded[x].get(), parallel);
   }
-  ScoringArgs head = packed_head(a.layers, a.packed);
+  ScoringArgs head{};
   head.n_users = B;
   head.n_trajectories = 1;
+  head.dim = dim;
+  head.widths = a.layers.widths;
   head.dot = a.dot;
+  head.pairs = a.layers.pairs;
   for (int x : {kSearch, kRec}) {
     head.states[x] = encoded[x].get();
     head.lengths[x] = a.lengths[x];
@@ -224,6 +210,7 @@ void score_request(const RequestArgs& a, float* scores, int64_t n_threads,
     args.n_users = B;
     args.n_trajectories = 1;
     args.n_steps = a.n_steps;
+    args.pairs = a.layers.pairs;
     ReasoningResults results{};
     for (int x : {kSearch, kRec}) {
       reasoned[x] = new_floats(size[x]);
@@ -245,8 +232,9 @@ void score_request(const RequestArgs& a, float* scores, int64_t n_threads,
       std::copy_n(a.users + a.user[b] * dim, dim, users.get() + b * dim);
     head.user = users.get();
   }
-  const CandidateArgs candidates{a.items,        a.candidates, a.n_candidates,
-                                 a.n_candidates, {},           nullptr};
+  use_packed_head(head, a.packed + at.head);
+  const CandidateArgs candidates{a.items, a.candidates, a.n_candidates, a.n_candidates,
+                                 {},      nullptr,      a.item_layer};
   score_cpu(head, candidates, scores, parallel);
   parallel(B, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) finish_scores(a, b, scores + b * a.n_candidates);

@@ -9,29 +9,51 @@ namespace {
 
 constexpr float kNormEps = 1e-5f;
 
+// Rows that are worked on side by side: each waits for sums over its lanes, and one row's wait is
+// another's work. A row's bits do not depend on it.
+constexpr int kRowGroup = 4;
+
+template <int kRows>
+LCR_TARGET void softmax_group(float* x, int64_t row, int64_t n, float scale) {
+  const int64_t tail = (n - 1) / kLanes * kLanes;  // where the last vector starts
+  const IntVec live = first_lanes(n - tail);
+  const Vec lowest = splat(-3.402823466e38f);
+  float peak[kRows];
+  Vec sum[kRows], last[kRows];
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) {
+    Vec top = lowest;
+    for (int64_t j = 0; j < tail; j += kLanes) top = maximum(top, load(x + i * row + j));
+    top = maximum(top, select(live, load(x + i * row + tail), lowest));
+    peak[i] = max_lanes(top);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) {
+    float* out = x + i * row;
+    sum[i] = Vec{};
+    for (int64_t j = 0; j < tail; j += kLanes) {
+      const Vec e = exp((load(out + j) - peak[i]) * scale);
+      sum[i] += e;
+      store(out + j, e);
+    }
+    last[i] = select(live, exp((load(out + tail) - peak[i]) * scale), Vec{});
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) {
+    float* out = x + i * row;
+    const Vec share = splat(1.0f / sum_lanes(sum[i] + last[i]));
+    for (int64_t j = 0; j < tail; j += kLanes) store(out + j, load(out + j) * share);
+    store(out + tail, last[i] * share);
+  }
+}
+
 // Softmax of scale * x over each row of x [m, n], in place; columns up to the next multiple of
 // kLanes become 0.
 [[maybe_unused]] LCR_TARGET void softmax_rows(float* x, int64_t row, int64_t m, int64_t n,
                                               float scale) {
-  const int64_t tail = (n - 1) / kLanes * kLanes;  // where the last vector starts
-  const IntVec live = first_lanes(n - tail);
-  for (int64_t i = 0; i < m; ++i, x += row) {
-    const Vec lowest = splat(-3.402823466e38f);
-    Vec top = lowest;
-    for (int64_t j = 0; j < tail; j += kLanes) top = maximum(top, load(x + j));
-    top = maximum(top, select(live, load(x + tail), lowest));
-    const float peak = max_lanes(top);
-    Vec sum = {};
-    for (int64_t j = 0; j < tail; j += kLanes) {
-      const Vec e = exp((load(x + j) - peak) * scale);
-      sum += e;
-      store(x + j, e);
-    }
-    const Vec e = select(live, exp((load(x + tail) - peak) * scale), Vec{});
-    const Vec share = splat(1.0f / sum_lanes(sum + e));
-    for (int64_t j = 0; j < tail; j += kLanes) store(x + j, load(x + j) * share);
-    store(x + tail, e * share);
-  }
+  int64_t i = 0;
+  for (; i + kRowGroup <= m; i += kRowGroup) softmax_group<kRowGroup>(x + i * row, row, n, scale);
+  for (; i < m; ++i) softmax_group<1>(x + i * row, row, n, scale);
 }
 
 // Backward of softmax_rows: turn dp = d loss / d p into d loss / d x, in place. Columns behind n
@@ -64,40 +86,62 @@ struct NormRows {
   int64_t row = 0;                // of all matrices
 };
 
-// Columns behind n are not used, and are 0 in out.
-[[maybe_unused]] LCR_TARGET void add_norm_rows(const NormRows& args, int64_t m, int64_t n) {
-  const int64_t tail = (n - 1) / kLanes * kLanes;
+// Rows `first` .. first + kRows - 1 of add_norm_rows().
+template <int kRows>
+LCR_TARGET void add_norm_group(const NormRows& args, int64_t first, int64_t n) {
+  const int64_t tail = (n - 1) / kLanes * kLanes, row = args.row, at = first * row;
   const IntVec live = first_lanes(n - tail);
-  for (int64_t i = 0; i < m; ++i) {
-    const int64_t at = i * args.row;
-    float* out = args.out + at;
-    Vec sum = {};
+  const auto width = static_cast<float>(n);
+  float mean[kRows], scale[kRows];
+  Vec sum[kRows], squares[kRows];
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) {
+    const int64_t from = at + i * row;
+    sum[i] = Vec{};
     for (int64_t j = 0; j < n; j += kLanes) {
-      Vec v = load(args.x + at + j);
+      Vec v = load(args.x + from + j);
       if (args.update != nullptr) {
-        const Vec update = load(args.update + at + j);
-        v = args.mask != nullptr ? fma(update, load(args.mask + at + j), v) : v + update;
+        const Vec update = load(args.update + from + j);
+        v = args.mask != nullptr ? fma(update, load(args.mask + from + j), v) : v + update;
       }
       if (j == tail) v = select(live, v, Vec{});
-      sum += v;
-      store(out + j, v);
-    }
-    const float mean = sum_lanes(sum) / static_cast<float>(n);
-    Vec squares = {};
-    for (int64_t j = 0; j < tail; j += kLanes) {
-      const Vec v = load(out + j) - mean;
-      squares = fma(v, v, squares);
-    }
-    const Vec v = select(live, load(out + tail) - mean, Vec{});
-    const float variance = sum_lanes(fma(v, v, squares)) / static_cast<float>(n);
-    const float scale = 1.0f / __builtin_sqrtf(variance + kNormEps);
-    if (args.scale != nullptr) args.scale[i] = scale;
-    for (int64_t j = 0; j < n; j += kLanes) {
-      const Vec normal = (load(out + j) - mean) * scale;
-      if (args.normal != nullptr) store(args.normal + at + j, normal);
-      store(out + j, fma(normal, load(args.weight + j), load(args.bias + j)));
+      sum[i] += v;
+      store(args.out + from + j, v);
     }
   }
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) mean[i] = sum_lanes(sum[i]) / width;
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) {
+    const float* out = args.out + at + i * row;
+    squares[i] = Vec{};
+    for (int64_t j = 0; j < tail; j += kLanes) {
+      const Vec v = load(out + j) - mean[i];
+      squares[i] = fma(v, v, squares[i]);
+    }
+    const Vec v = select(live, load(out + tail) - mean[i], Vec{});
+    squares[i] = fma(v, v, squares[i]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i)
+    scale[i] = 1.0f / __builtin_sqrtf(sum_lanes(squares[i]) / width + kNormEps);
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) {
+    const int64_t to = at + i * row;
+    if (args.scale != nullptr) args.scale[first + i] = scale[i];
+    for (int64_t j = 0; j < n; j += kLanes) {
+      const Vec normal = (load(args.out + to + j) - mean[i]) * scale[i];
+      if (args.normal != nullptr) store(args.normal + to + j, normal);
+      store(args.out + to + j, fma(normal, load(args.weight + j), load(args.bias + j)));
+    }
+  }
+}
+
+// Columns behind n are not used, and are 0 in out.
+[[maybe_unused]] LCR_TARGET void add_norm_rows(const NormRows& args, int64_t m, int64_t n) {
+  int64_t i = 0;
+  for (; i + kRowGroup <= m; i += kRowGroup) add_norm_group<kRowGroup>(args, i, n);
+  for (; i < m; ++i) add_norm_group<1>(args, i, n);
 }
 
 // Backward of the normalisation: from dy [m, n] the gradient of the sum x + update * mask, into

@@ -43,16 +43,19 @@ void score_cpu(const ScoringArgs& args, const CandidateArgs& candidates, float* 
       float* const first = et.get() + (D + 2 * key_rows) * cut.ld;
       const TileItems items{et.get(), {keys[0], keys[1]}, first};
       const Floats bias = new_floats(cut.users * net.hidden);
-      std::vector<const float*> rows;
+      std::vector<const float*> rows, first_rows;
       std::vector<Segment> segments;
       for (int64_t task = begin; task < end; ++task) {
         const int64_t b0 = (g0 + task / cut.n_tiles) * cut.users;
         const int64_t b1 = std::min(args.n_users, b0 + cut.users);
         const int64_t c0 = task % cut.n_tiles * cut.columns;
         const int64_t c1 = std::min(C, c0 + cut.columns);
-        item_rows(candidates, D, b0, b1, c0, c1, rows);
+        item_rows(candidates, candidates.items, D, b0, b1, c0, c1, rows);
+        if (candidates.first != nullptr)
+          item_rows(candidates, candidates.first, H, b0, b1, c0, c1, first_rows);
         const auto n = static_cast<int64_t>(rows.size());
-        prepare_items(net, rows.data(), n, cut.ld, et.get(), keys, first);
+        prepare_items(net, rows.data(), n, cut.ld, et.get(), keys, first,
+                      candidates.first == nullptr ? nullptr : first_rows.data());
         segments.clear();
         for (int64_t b = b0; b < b1; ++b) {
           float* own = bias.get() + (b - b0) * net.hidden;

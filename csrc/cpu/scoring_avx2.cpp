@@ -5,7 +5,7 @@
 
 namespace lcr_fast {
 
-constexpr ScoringKernels kScoringAvx2 = kThisLevel;
+constexpr ScoringKernels kScoringAvx2 = kScoringTable;
 
 }  // namespace lcr_fast
 #endif

@@ -5,7 +5,7 @@
 
 namespace lcr_fast {
 
-constexpr ScoringKernels kScoringAvx512 = kThisLevel;
+constexpr ScoringKernels kScoringAvx512 = kScoringTable;
 
 }  // namespace lcr_fast
 #endif

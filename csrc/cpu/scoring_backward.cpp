@@ -185,7 +185,7 @@ void score_bwd_cpu(const ScoringArgs& args, const CandidateArgs& candidates, con
         }
         for (int64_t tile = 0; tile < cut.n_tiles; ++tile) {
           const int64_t c0 = tile * cut.columns, c1 = std::min(C, c0 + cut.columns);
-          item_rows(candidates, D, b0, b1, c0, c1, rows);
+          item_rows(candidates, candidates.items, D, b0, b1, c0, c1, rows);
           const auto n = static_cast<int64_t>(rows.size());
           prepare_items(net, rows.data(), n, ld, w.et.data(), key_data, w.first.data());
           for (int64_t c = 0; c < n; ++c) std::copy_n(rows[c], D, w.items.data() + c * D);

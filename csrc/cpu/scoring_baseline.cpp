@@ -4,6 +4,6 @@
 
 namespace lcr_fast {
 
-constexpr ScoringKernels kScoringBaseline = kThisLevel;
+constexpr ScoringKernels kScoringBaseline = kScoringTable;
 
 }  // namespace lcr_fast

@@ -2,8 +2,9 @@
 //
 // Each scoring_<level>.cpp defines LCR_TARGET (the function attribute that enables its
 // instructions) and LCR_BYTES (its vector width), includes this file, and exports one table of
-// functions. All code here is in an unnamed namespace and calls nothing from the standard library,
-// so no instruction of one level can reach a function that another level shares.
+// functions; each pairs_<level>.cpp defines LCR_PAIRS too (see operands.h). All code here is in an
+// unnamed namespace and calls nothing from the standard library, so no instruction of one level can
+// reach a function that another level shares.
 //
 // A lane is a column (a candidate), and sums run over rows in order. So a candidate's score is the
 // same number wherever its column stands.
@@ -16,9 +17,16 @@
 namespace lcr_fast {
 
 struct ScoringKernels {
-  // C [m, n] = A [m, k] B [k, n]. A sum over k is one of partial sums, of even lengths.
+  // C [m, n] = A [m, k] B [k, n] for factors that the functions below made. A sum over k is one of
+  // partial sums, of even lengths; of pairs, it is in order.
   void (*gemm)(int64_t m, int64_t n, int64_t k, const MatrixA& a, const float* b, int64_t ldb,
                float* c, int64_t ldc, const Epilogue& epilogue);
+  // A = x [m, k]: x itself or, of pairs, words in `words` [m, pair_row(k)].
+  MatrixA (*left)(int64_t m, int64_t k, const float* x, int64_t ld, float* words);
+  // B = x [k, n]: x itself or, of pairs, words in `words` [pair_count(k), ld].
+  const float* (*right)(int64_t k, int64_t n, const float* x, int64_t ld, float* words);
+  // B = x^T for n rows of x, which stand anywhere: `out` [k, ld] or, of pairs, [pair_count(k), ld].
+  void (*right_of_rows)(const float* const* rows, int64_t n, int64_t k, float* out, int64_t ld);
   // Softmax of every column of s [rows, n], in place.
   void (*softmax)(float* s, int64_t ld, int64_t rows, int64_t n);
   // dS = alpha * (dalpha - sum over rows of alpha * dalpha), in place of dalpha.
@@ -47,23 +55,34 @@ struct ScoringKernels {
 extern const ScoringKernels kScoringBaseline;
 extern const ScoringKernels kScoringAvx2;
 extern const ScoringKernels kScoringAvx512;
+extern const ScoringKernels kScoringPairsBaseline;
+extern const ScoringKernels kScoringPairsAvx2;
+extern const ScoringKernels kScoringPairsAvx512;
+extern const ScoringKernels kScoringPairsAvx512Bf16;
 
 }  // namespace lcr_fast
 
 #ifdef LCR_TARGET
 
 #include "../philox.h"
-#include "gemm.h"
+#include "operands.h"
 
 namespace lcr_fast {
 namespace {
 
+#ifdef LCR_PAIRS
+constexpr bool kOfPairs = true;
+constexpr int64_t kChain = INT64_MAX;  // the factors' rounding is more than that of any sum
+#else
+constexpr bool kOfPairs = false;
 // Products summed in one chain; chains are added up, which halves the rounding of long sums.
 // Shorter without fused multiply-add, where every product rounds too.
 constexpr int64_t kChain = LCR_BYTES == 16 ? 16 : 32;
+#endif
 
 LCR_TARGET void chained_gemm(int64_t m, int64_t n, int64_t k, const MatrixA& a, const float* b,
                              int64_t ldb, float* c, int64_t ldc, const Epilogue& epilogue) {
+  k = inner_size(k);
   const int64_t chains = k > kChain ? (k + kChain - 1) / kChain : 1;
   // Columns outside, so that a tile of B stays in the first cache while A passes by.
   for (int64_t column = 0; column < n; column += kTileColumns) {
@@ -74,9 +93,9 @@ LCR_TARGET void chained_gemm(int64_t m, int64_t n, int64_t k, const MatrixA& a, 
       p.k = (left + chain - 1) / chain;
       p.epilogue.relu = epilogue.relu && chain == 1;
       if (width % kLanes == 0)
-        gemm_columns<false, false>(p, m, column, width);
+        gemm_columns<kOfPairs, false>(p, m, column, width);
       else
-        gemm_columns<false, true>(p, m, column, width);
+        gemm_columns<kOfPairs, true>(p, m, column, width);
       p.a.data += p.k * a.col;
       p.b.data += p.k * ldb;
       p.epilogue.row_bias = nullptr;
@@ -84,6 +103,19 @@ LCR_TARGET void chained_gemm(int64_t m, int64_t n, int64_t k, const MatrixA& a, 
       left -= p.k;
     }
   }
+}
+
+LCR_TARGET const float* right(int64_t k, int64_t n, const float* x, int64_t ld, float* words) {
+  return row_operand(k, n, x, ld, words, ld).data;
+}
+
+LCR_TARGET void right_of_rows(const float* const* rows, int64_t n, int64_t k, float* out,
+                              int64_t ld) {
+#ifdef LCR_PAIRS
+  transpose_pairs<true>(rows, n, k, out, ld);
+#else
+  transpose_rows<true>(rows, n, k, out, ld);
+#endif
 }
 
 // e^x for x <= 0 or NaN, within 2 ulp: the polynomial of Cephes' expf. 0 below the normal numbers.
@@ -227,8 +259,11 @@ LCR_TARGET void dropout(const DropoutKey& key, int64_t row, int64_t site, int64_
   }
 }
 
-constexpr ScoringKernels kThisLevel = {
+constexpr ScoringKernels kScoringTable = {
     chained_gemm,
+    operand,
+    right,
+    right_of_rows,
     softmax,
     softmax_bwd,
     column_dots,

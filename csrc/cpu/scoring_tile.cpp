@@ -9,12 +9,14 @@
 namespace lcr_fast {
 namespace {
 
-const ScoringKernels& scoring_kernels() {
+const ScoringKernels& scoring_kernels(bool pairs) {
 #if defined(__x86_64__)
-  if (cpu_level() >= CpuLevel::kAvx512) return kScoringAvx512;
-  if (cpu_level() >= CpuLevel::kAvx2) return kScoringAvx2;
+  const CpuLevel level = cpu_level();
+  if (level >= CpuLevel::kAvx512Bf16 && pairs) return kScoringPairsAvx512Bf16;
+  if (level >= CpuLevel::kAvx512) return pairs ? kScoringPairsAvx512 : kScoringAvx512;
+  if (level >= CpuLevel::kAvx2) return pairs ? kScoringPairsAvx2 : kScoringAvx2;
 #endif
-  return kScoringBaseline;
+  return pairs ? kScoringPairsBaseline : kScoringBaseline;
 }
 
 int64_t leading_dimension(int64_t n) {
@@ -22,48 +24,156 @@ int64_t leading_dimension(int64_t n) {
   return 16 * (lines + (lines + 1) % 2);
 }
 
-}  // namespace
-
 void transpose_first(const ScoringArgs& args, float* out) {
   const int64_t inputs = args.inputs(), hidden = args.widths[0];
-  scoring_kernels().transpose(args.weights[0], inputs, hidden, inputs, out, hidden);
+  scoring_kernels(false).transpose(args.weights[0], inputs, hidden, inputs, out, hidden);
+}
+
+}  // namespace
+
+HeadLayout::HeadLayout(int64_t dim, bool reads_users, const std::vector<int64_t>& widths,
+                       bool pairs) {
+  size = 0;
+  const auto take = [this](int64_t n) {
+    constexpr int64_t kLine = 16;
+    return std::exchange(size, size + (n + kLine - 1) / kLine * kLine);
+  };
+  const int64_t inner = pairs ? pair_count(dim) : dim, parts = reads_users ? 4 : 3;
+  target_weight = take(2 * inner * dim);
+  first_transposed = take(widths.empty() ? 0 : parts * inner * widths[0]);
+  int64_t in = pairs ? dim : parts * dim;
+  for (int64_t width : widths) {
+    weights.push_back(take(width * (pairs ? pair_row(in) : in)));
+    biases.push_back(take(width));
+    in = width;
+  }
+}
+
+void pack_head(const ScoringArgs& args, bool pairs, float* packed) {
+  const HeadLayout at(args.dim, args.user != nullptr, args.widths, pairs);
+  const ScoringKernels& k = scoring_kernels(pairs);
+  const int64_t D = args.dim, inputs = args.inputs(), n_layers = args.widths.size();
+  // The right factors [D, width] one below the other, from `parts` of them.
+  const auto pack_right = [&](int64_t parts, int64_t width, const float* from, float* to) {
+    const int64_t inner = pairs ? pair_count(D) : D;
+    for (int64_t part = 0; part < parts; ++part) {
+      float* out = to + part * inner * width;
+      const float* packed = k.right(D, width, from + part * D * width, width, out);
+      if (packed != out) std::copy_n(packed, D * width, out);
+    }
+  };
+  pack_right(2, D, args.target_weight, packed + at.target_weight);
+  if (n_layers == 0) return;
+  const Floats transposed = new_floats(inputs * args.widths[0]);
+  transpose_first(args, transposed.get());
+  pack_right(inputs / D, args.widths[0], transposed.get(), packed + at.first_transposed);
+  for (int64_t l = 0; l < n_layers; ++l) {
+    const int64_t in = l == 0 ? inputs : args.widths[l - 1], width = args.widths[l];
+    float* out = packed + at.weights[l];
+    if (!pairs)
+      std::copy_n(args.weights[l], width * in, out);
+    else if (l == 0)
+      k.left(width, D, args.weights[l] + 2 * D, in, out);
+    else
+      k.left(width, in, args.weights[l], in, out);
+    std::copy_n(args.biases[l], width, packed + at.biases[l]);
+  }
+}
+
+void use_packed_head(ScoringArgs& args, const float* packed) {
+  const HeadLayout at(args.dim, args.user != nullptr, args.widths, args.pairs);
+  args.target_weight = packed + at.target_weight;
+  args.first_transposed = packed + at.first_transposed;
+  for (size_t l = 0; l < args.widths.size(); ++l) {
+    args.weights.push_back(packed + at.weights[l]);
+    args.biases.push_back(packed + at.biases[l]);
+  }
+}
+
+void first_layer_of_items(const ScoringArgs& args, bool pairs, const float* items, int64_t n,
+                          float* out, const Parallel& parallel) {
+  const ScoringKernels& k = scoring_kernels(pairs);
+  const int64_t D = args.dim, H = args.widths[0];
+  const Floats words = new_floats(pairs ? H * pair_row(D) : 0);
+  const MatrixA weight = k.left(H, D, args.weights[0] + 2 * D, args.inputs(), words.get());
+  parallel((n + kColumns - 1) / kColumns, [&](int64_t begin, int64_t end) {
+    const Floats et = new_floats(D * kColumns), first = new_floats(H * kColumns);
+    const float* rows[kColumns];
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t from = tile * kColumns, width = std::min(kColumns, n - from);
+      for (int64_t c = 0; c < width; ++c) rows[c] = items + (from + c) * D;
+      k.right_of_rows(rows, width, D, et.get(), kColumns);
+      k.gemm(H, width, D, weight, et.get(), kColumns, first.get(), kColumns, {});
+      k.transpose(first.get(), kColumns, H, width, out + from * H, H);
+    }
+  });
 }
 
 ScoringNet::ScoringNet(const ScoringArgs& args, bool fold_keys, bool fold_layer)
     : a(args),
-      k(scoring_kernels()),
+      k(scoring_kernels(args.pairs)),
+      pairs(args.pairs),
       dim(args.dim),
       mlp(!args.widths.empty()),
       dot(!mlp || args.dot),
       hidden(mlp ? args.widths[0] : 0),
       inputs(args.inputs()),
-      fold_keys(fold_keys),
-      fold_layer(fold_layer && mlp),
-      first_transposed(args.first_transposed) {
+      fold_keys(fold_keys || pairs),
+      fold_layer((fold_layer || pairs) && mlp),
+      first_transposed(args.first_transposed),
+      inner_(pairs ? pair_count(dim) : dim),
+      width_(pairs ? pair_row(dim) : dim) {
+  const auto take = [this](bool wanted, int64_t n) {
+    return std::exchange(fold_floats_, fold_floats_ + (wanted ? n : 0));
+  };
+  for (int x : {kSearch, kRec}) states_[x] = take(pairs && dot, a.size[x] * width_);
+  for (int x : {kSearch, kRec}) keys_[x] = take(this->fold_keys, a.size[x] * width_);
+  for (int x : {kSearch, kRec})
+    layer_[x] = take(this->fold_layer, (pairs ? pair_count(a.size[x]) : a.size[x]) * hidden);
   if (!mlp || first_transposed != nullptr) return;
   made_ = new_floats(inputs * hidden);
   transpose_first(args, made_.get());
   first_transposed = made_.get();
 }
 
+MatrixA ScoringNet::history(int x, int64_t b, int64_t n, const float* folded) const {
+  return {pairs ? folded + states_[x] : states(x, b, n), width_};
+}
+
 void ScoringNet::fold(int64_t b, int64_t n, float* folded) const {
+  // Of pairs, what a product makes is then made words.
+  float* floats = nullptr;
+  Floats words;
+  if (pairs) {
+    const int64_t most = std::max(a.size[0], a.size[1]);
+    floats = thread_scratch(most * std::max(dim, hidden));
+    if (!dot) words = new_floats(most * width_);
+  }
   for (int x : {kSearch, kRec}) {
-    const MatrixA h{states(x, b, n), dim};
     const int64_t rows = length(x, b);
-    if (fold_keys)
-      k.gemm(rows, dim, dim, h, a.target_weight + x * dim * dim, dim,
-             const_cast<float*>(keys(folded, x)), dim, {});
-    if (fold_layer)
-      k.gemm(rows, hidden, dim, h, first_transposed + place(x) * hidden, hidden,
-             const_cast<float*>(layer(folded, x)), hidden, {});
+    const MatrixA h =
+        k.left(rows, dim, states(x, b, n), dim, dot ? folded + states_[x] : words.get());
+    if (fold_keys) {
+      float* out = folded + keys_[x];
+      float* made = pairs ? floats : out;
+      k.gemm(rows, dim, dim, h, target_weight(x), dim, made, dim, {});
+      k.left(rows, dim, made, dim, out);
+    }
+    if (fold_layer) {
+      float* out = folded + layer_[x];
+      float* made = pairs ? floats : out;
+      k.gemm(rows, hidden, dim, h, first_rows(place(x)), hidden, made, hidden, {});
+      k.right(rows, hidden, made, hidden, out);
+    }
   }
 }
 
 void ScoringNet::user_bias(int64_t b, float* out) const {
   std::copy_n(a.biases[0], hidden, out);
-  if (a.user != nullptr)
-    k.gemm(1, hidden, dim, {a.user + b * dim, 0, 1}, first_transposed + 3 * dim * hidden, hidden,
-           out, hidden, kAdd);
+  if (a.user == nullptr) return;
+  const MatrixA user =
+      k.left(1, dim, a.user + b * dim, dim, pairs ? thread_scratch(width_) : nullptr);
+  k.gemm(1, hidden, dim, user, first_rows(3 * dim), hidden, out, hidden, kAdd);
 }
 
 TileWork::TileWork(const ScoringNet& net, int64_t ld) : ld(ld) {
@@ -73,12 +183,17 @@ TileWork::TileWork(const ScoringNet& net, int64_t ld) : ld(ld) {
   std::vector<int64_t> widths = a.widths;
   if (!net.mlp) widths.push_back(1);
   const int64_t layer_rows = std::accumulate(widths.begin(), widths.end(), int64_t{0});
-  memory_ = new_floats((a.size[0] + a.size[1] + pooled_rows + product_rows + layer_rows) * ld);
+  const int64_t longest =
+      std::max({a.size[0], a.size[1], *std::max_element(widths.begin(), widths.end())});
+  const int64_t word_rows = net.pairs ? pair_count(longest) : 0;
+  memory_ = new_floats(
+      (a.size[0] + a.size[1] + pooled_rows + product_rows + word_rows + layer_rows) * ld);
   float* at = memory_.get();
   const auto take = [&at, ld](int64_t rows) { return std::exchange(at, at + rows * ld); };
   for (int x : {kSearch, kRec}) alpha[x] = take(a.size[x]);
   pooled = take(pooled_rows);
   products = take(product_rows);
+  words = take(word_rows);
   for (int64_t width : widths) layers.push_back(take(width));
 }
 
@@ -93,15 +208,16 @@ ColumnCut::ColumnCut(int64_t n_users, int64_t n_candidates) {
 }
 
 void prepare_items(const ScoringNet& net, const float* const* rows, int64_t n, int64_t ld,
-                   float* et, float* const keys[2], float* first) {
-  net.k.transpose_rows(rows, n, net.dim, et, ld);
+                   float* et, float* const keys[2], float* first, const float* const* first_rows) {
+  net.k.right_of_rows(rows, n, net.dim, et, ld);
   if (!net.fold_keys)
     for (int x : {kSearch, kRec})
       net.k.gemm(net.dim, n, net.dim, {net.a.target_weight + x * net.dim * net.dim, net.dim, 1}, et,
                  ld, keys[x], ld, {});
-  if (net.mlp)
-    net.k.gemm(net.hidden, n, net.dim, {net.a.weights[0] + 2 * net.dim, net.inputs, 1}, et, ld,
-               first, ld, {});
+  if (net.mlp && first_rows != nullptr)
+    net.k.transpose_rows(first_rows, n, net.hidden, first, ld);
+  else if (net.mlp)
+    net.k.gemm(net.hidden, n, net.dim, net.item_weight(), et, ld, first, ld, {});
 }
 
 void score_tile(const ScoringNet& net, const Segment* segments, int64_t n_segments, int64_t n,
@@ -121,23 +237,24 @@ void score_tile(const ScoringNet& net, const Segment* segments, int64_t n_segmen
     if (net.mlp) k.add_bias(items.first + at, segment.bias, ld, net.hidden, size, top + at);
     for (int x : {kSearch, kRec}) {
       const int64_t rows = net.length(x, segment.user);
-      const float* h = net.states(x, segment.user, trajectory);
       float* alpha = work.alpha[x] + at;
-      const float* left = net.fold_keys ? net.keys(segment.folded, x) : h;
+      const MatrixA history = net.history(x, segment.user, trajectory, segment.folded);
+      const MatrixA left = net.fold_keys ? net.keys(segment.folded, x) : history;
       const float* right = net.fold_keys ? items.transposed : items.keys[x];
-      k.gemm(rows, size, dim, {left, dim, 1}, right + at, ld, alpha, ld, {});
+      k.gemm(rows, size, dim, left, right + at, ld, alpha, ld, {});
       k.softmax(alpha, ld, rows, size);
       if (net.dot) {
         float* products = work.products + at;
-        k.gemm(rows, size, dim, {h, dim, 1}, items.transposed + at, ld, products, ld, {});
+        k.gemm(rows, size, dim, history, items.transposed + at, ld, products, ld, {});
         k.column_dots(alpha, products, ld, rows, size, dots + at, true);
       }
       if (net.fold_layer)
-        k.gemm(net.hidden, size, rows, {net.layer(segment.folded, x), 1, net.hidden}, alpha, ld,
-               top + at, ld, {.add = true, .relu = deep && x == kRec});
+        k.gemm(net.hidden, size, rows, net.layer(segment.folded, x),
+               k.right(rows, size, alpha, ld, work.words), ld, top + at, ld,
+               {.add = true, .relu = deep && x == kRec});
       else
-        k.gemm(dim, size, rows, {h, 1, dim}, alpha, ld, work.pooled + net.place(x) * ld + at, ld,
-               {});
+        k.gemm(dim, size, rows, {history.data, 1, dim}, alpha, ld,
+               work.pooled + net.place(x) * ld + at, ld, {});
     }
   }
   if (!net.mlp) return;
@@ -152,18 +269,18 @@ void score_tile(const ScoringNet& net, const Segment* segments, int64_t n_segmen
         k.dropout(candidates->dropout, candidates->dropout_rows[segments[s].user],
                   kHeadSites + static_cast<int64_t>(l), first_column, x + segments[s].begin, ld,
                   a.widths[l], segments[s].size);
-    k.gemm(a.widths[l + 1], n, a.widths[l], {a.weights[l + 1], a.widths[l], 1}, x, ld,
-           work.layers[l + 1], ld,
+    k.gemm(a.widths[l + 1], n, a.widths[l], net.weight(l + 1),
+           k.right(a.widths[l], n, x, ld, work.words), ld, work.layers[l + 1], ld,
            {.row_bias = a.biases[l + 1], .add = net.dot && l + 1 == last, .relu = l + 1 < last});
   }
 }
 
-void item_rows(const CandidateArgs& candidates, int64_t dim, int64_t b0, int64_t b1, int64_t c0,
-               int64_t c1, std::vector<const float*>& rows) {
+void item_rows(const CandidateArgs& candidates, const float* table, int64_t width, int64_t b0,
+               int64_t b1, int64_t c0, int64_t c1, std::vector<const float*>& rows) {
   rows.clear();
   for (int64_t b = b0; b < b1; ++b)
     for (int64_t c = c0; c < c1; ++c)
-      rows.push_back(candidates.items + candidates.ids[b * candidates.step + c] * dim);
+      rows.push_back(table + candidates.ids[b * candidates.step + c] * width);
 }
 
 }  // namespace lcr_fast

@@ -4,7 +4,7 @@
 // With G_x = H_x W1_x^T the first layer of the head is sum_x alpha_x G_x + (item and user part), so
 // that a long list of candidates never meets the wide input of the MLP; likewise P_x = H_x W_x
 // gives the attention's logits from the bare item vectors. Both are made once a user where that
-// costs less.
+// costs less; always where products are of pairs, whose factors are then made words once a user.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -34,19 +34,26 @@ struct ScoringNet {
   int64_t length(int x, int64_t b) const { return a.lengths[x][b]; }
   // Rows of W1^T that meet z_x: the recommendation stream comes first.
   int64_t place(int x) const { return x == kRec ? 0 : dim; }
-
-  // Folded histories, per user and trajectory: P_s, P_r, then G_s, G_r.
-  int64_t key_floats() const { return fold_keys ? (a.size[0] + a.size[1]) * dim : 0; }
-  int64_t fold_floats() const {
-    return key_floats() + (fold_layer ? (a.size[0] + a.size[1]) * hidden : 0);
-  }
-  const float* keys(const float* folded, int x) const {
-    return folded + (x == kRec ? a.size[0] * dim : 0);
-  }
-  const float* layer(const float* folded, int x) const {
-    return folded + key_floats() + (x == kRec ? a.size[0] * hidden : 0);
+  // The right factors W_x [dim, dim] and, of rows place .. place + dim of W1^T, [dim, hidden].
+  const float* target_weight(int x) const { return a.target_weight + x * inner_ * dim; }
+  const float* first_rows(int64_t place) const {
+    return first_transposed + place / dim * inner_ * hidden;
   }
 
+  // Left factors: H_x [size, dim], P_x [size, dim] and G_x^T [hidden, size] of a folded history,
+  // and the part W1_e [hidden, dim] of the first layer that meets the item.
+  MatrixA history(int x, int64_t b, int64_t n, const float* folded) const;
+  MatrixA keys(const float* folded, int x) const { return {folded + keys_[x], width_}; }
+  MatrixA layer(const float* folded, int x) const { return {folded + layer_[x], 1, hidden}; }
+  MatrixA item_weight() const {
+    return pairs ? MatrixA{a.weights[0], width_} : MatrixA{a.weights[0] + 2 * dim, inputs};
+  }
+  // Layer l > 0.
+  MatrixA weight(size_t l) const {
+    return {a.weights[l], pairs ? pair_row(a.widths[l - 1]) : a.widths[l - 1]};
+  }
+
+  int64_t fold_floats() const { return fold_floats_; }
   // The folded history of one user and trajectory.
   void fold(int64_t b, int64_t n, float* folded) const;
   // What every candidate of a user gets in the first layer: b1 + W1_u e_u.
@@ -54,6 +61,7 @@ struct ScoringNet {
 
   const ScoringArgs& a;
   const ScoringKernels& k;
+  const bool pairs;
   const int64_t dim;
   const bool mlp;
   const bool dot;
@@ -63,7 +71,10 @@ struct ScoringNet {
   const float* first_transposed;  // [inputs, hidden]
 
  private:
-  Floats made_;  // where the call did not bring it
+  const int64_t inner_, width_;  // rows of a right factor [dim, ..], floats in a row of a left one
+  int64_t states_[2], keys_[2], layer_[2];  // in a folded history
+  int64_t fold_floats_ = 0;
+  Floats made_;  // first_transposed where the call did not bring it
 };
 
 // The columns of a tile that belong to one user.
@@ -84,6 +95,7 @@ struct TileWork {
   float* alpha[2];             // [size, ld]
   float* pooled;               // [2 dim, ld] z_r, z_s; unless the layer is folded
   float* products;             // [size, ld] H_x e, of the dot product
+  float* words;                // of a right factor of pairs
   std::vector<float*> layers;  // [width, ld] after ReLU and dropout
 
  private:
@@ -92,14 +104,16 @@ struct TileWork {
 
 // What the items of a tile contribute, whoever the user is.
 struct TileItems {
-  const float* transposed;  // [dim, ld]
+  const float* transposed;  // [dim, ld], a right factor
   const float* keys[2];     // [dim, ld] W_x e; unless keys are folded
   const float* first;       // [hidden, ld] W1_e e
 };
 
-// Fill `et` [dim, ld], `keys` [dim, ld] unless they are folded, and `first` [hidden, ld].
+// Fill `et` [dim, ld], `keys` [dim, ld] unless they are folded, and `first` [hidden, ld], which
+// `first_rows` are the columns of, unless it is null.
 void prepare_items(const ScoringNet& net, const float* const* rows, int64_t n, int64_t ld,
-                   float* et, float* const keys[2], float* first);
+                   float* et, float* const keys[2], float* first,
+                   const float* const* first_rows = nullptr);
 
 // Scores of one trajectory for a tile of columns. All intermediates stay in `work`.
 void score_tile(const ScoringNet& net, const Segment* segments, int64_t n_segments, int64_t n,
@@ -117,8 +131,9 @@ struct ColumnCut {
   int64_t ld;
 };
 
-// Row pointers of the items in columns [c0, c1) of users [b0, b1).
-void item_rows(const CandidateArgs& candidates, int64_t dim, int64_t b0, int64_t b1, int64_t c0,
-               int64_t c1, std::vector<const float*>& rows);
+// Pointers to the rows, in a table of `width` columns, of the items in columns [c0, c1) of users
+// [b0, b1).
+void item_rows(const CandidateArgs& candidates, const float* table, int64_t width, int64_t b0,
+               int64_t b1, int64_t c0, int64_t c1, std::vector<const float*>& rows);
 
 }  // namespace lcr_fast

@@ -15,6 +15,7 @@ namespace lcr_fast {
 namespace {
 
 typedef int32_t IntVec __attribute__((vector_size(LCR_BYTES)));
+typedef uint32_t WordVec __attribute__((vector_size(LCR_BYTES)));
 
 constexpr int64_t kLanes = LCR_BYTES / sizeof(float);
 

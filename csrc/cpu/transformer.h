@@ -139,7 +139,8 @@ LCR_TARGET void attend(const Dims& dims, int64_t n_queries, int64_t n_keys, cons
   for (int64_t head = 0; head < dims.n_heads; ++head) {
     const int64_t column = head * width;
     const MatrixB keys = turned_operand(n_keys, width, a.k + column, stride, a.turned, row);
-    const MatrixB values = row_operand(n_keys, width, a.v + column, stride, a.values);
+    const MatrixB values =
+        row_operand(n_keys, width, a.v + column, stride, a.values, round_up(width, kAlign));
     for (int64_t first = 0; first < n_queries; first += kQueryBlock) {
       const int64_t rows = n_queries - first < kQueryBlock ? n_queries - first : kQueryBlock;
       float* prob = a.prob + head * a.prob_head + (a.prob_head > 0 ? first * row : 0);

@@ -93,6 +93,17 @@ def add_capture(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """Add what the products of scores are computed in: the name of a torch.dtype."""
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the products that scores are made of, on a CPU; bfloat16 is faster where the CPU "
+        "has AVX512-BF16 (docs/serving.md says what it does to rankings)",
+    )
+
+
 def add_protocols(parser: argparse.ArgumentParser) -> None:
     """Add the choice of what targets are ranked among."""
     from lcr_fast.training.evaluation import PROTOCOLS

@@ -4,7 +4,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lcr_fast.cli.arguments import Commands, add_any_data, add_command, add_run_options, set_threads
+from lcr_fast.cli.arguments import (
+    Commands,
+    add_any_data,
+    add_command,
+    add_dtype,
+    add_run_options,
+    set_threads,
+)
 
 
 def add(commands: Commands) -> None:
@@ -21,12 +28,15 @@ def add(commands: Commands) -> None:
     parser.add_argument("--format", choices=("pt2", "aoti", "onnx"), default="pt2")
     parser.add_argument("-o", "--out", type=Path, required=True, help="file to write")
     parser.add_argument("-k", type=int, help="find K items a user; default: score candidates")
+    add_dtype(parser)
     parser.add_argument("--data", type=Path, help="prepared data, of a model with text vectors")
     add_any_data(parser, "use the model although it was trained on other data")
     add_run_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
+    import torch
+
     from lcr_fast import export
     from lcr_fast.data.prepared import PreparedData
     from lcr_fast.model import LCRSER
@@ -39,5 +49,6 @@ def run(arguments: argparse.Namespace) -> None:
         model = load_model(arguments.model, data, any_data=arguments.any_data, **options)
     else:
         model = LCRSER.load(arguments.model, **options)
-    export.save(model, arguments.out, arguments.format, k=arguments.k)
+    dtype = getattr(torch, arguments.dtype)
+    export.save(model, arguments.out, arguments.format, k=arguments.k, dtype=dtype)
     print(f"{arguments.format}: {arguments.out}")

@@ -7,6 +7,7 @@ from lcr_fast.cli.arguments import (
     Commands,
     add_capture,
     add_command,
+    add_dtype,
     add_model_arguments,
     captured,
     open_model,
@@ -33,10 +34,13 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--wait-ms", type=float, default=0.0, help="time that a first request waits for others"
     )
+    add_dtype(parser)
     add_capture(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
+    import torch
+
     from lcr_fast.serving.app import create_app, make_server
     from lcr_fast.serving.engine import Engine
     from lcr_fast.training.identity import describe_unknown
@@ -45,6 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
     model, data = open_model(arguments, arguments.model)
     if unknown := describe_unknown(model.config, data):
         print(unknown, file=sys.stderr)
-    engine = Engine(model, data, captured(arguments, model, arguments.max_batch))
+    recommender = captured(arguments, model, arguments.max_batch)
+    engine = Engine(model, data, recommender, getattr(torch, arguments.dtype))
+    print(f"scores: {engine.describe_scores()}", file=sys.stderr)
     app = create_app(engine, max_batch=arguments.max_batch, max_wait=arguments.wait_ms / 1e3)
     make_server(app, host=arguments.host, port=arguments.port, say=say).run()

@@ -37,6 +37,7 @@ class Request(NamedTuple):
     search_lengths: Tensor
     candidates: Tensor
     items: Tensor  # [I + 1, D]
+    item_layer: Tensor  # [I + 1, H1]: item_layer()
     queries: Tensor  # [rows, D], of terms or of queries
     users: Tensor  # [U + 1, D]
     search_position: Tensor  # [L_s or more, D]
@@ -54,6 +55,7 @@ class Request(NamedTuple):
     readout: float
     terms: bool  # a query is the mean of its terms' vectors
     dot: bool
+    pairs: bool  # products multiply pairs of bfloat16, as the weights were packed
     n_threads: int
 
 
@@ -64,14 +66,24 @@ def pack_weights(
     mlp_weights: tuple[Tensor, ...],
     mlp_biases: tuple[Tensor, ...],
     n_heads: int,
+    pairs: bool,
 ) -> Tensor:
-    """Copy the weights of all layers as requests read them: float32, the same on every CPU.
+    """Copy the weights of all layers as requests read them, the same bits on every CPU.
 
-    ``reasoning`` is empty where no request takes a step. RuntimeError on sizes that do not fit.
+    They are float32, or pairs of bfloat16 in the place of a float. ``reasoning`` is empty where no
+    request takes a step. RuntimeError on sizes that do not fit.
     """
     return torch.ops.lcr_fast.cpu_request_weights(
-        encoder, reasoning, target_weight, mlp_weights, mlp_biases, n_heads
+        encoder, reasoning, target_weight, mlp_weights, mlp_biases, n_heads, pairs
     )
+
+
+def item_layer(items: Tensor, weight: Tensor, pairs: bool) -> Tensor:
+    """Multiply every item with its part of the MLP's first weight [H1, in]: float32 [I + 1, H1].
+
+    A request that is given them multiplies no candidate, and has the same bits.
+    """
+    return torch.ops.lcr_fast.cpu_request_items(items, weight, pairs)
 
 
 def _obstacle(case: RequestCase) -> str | None:

@@ -98,7 +98,7 @@ def measure(calls: dict[int, Callable[[], object]]) -> dict[int, float]:
 
 def _call(model: LCRSER, n_users: int, n_candidates: int, k: int | None) -> Callable[[], object]:
     batch = full_batch(model.config, n_users, n_candidates).to(model.head.target_weight.device)
-    scorer = fastest(model)
+    scorer = fastest(model) if k is None else model
 
     @torch.inference_mode()
     def call() -> object:

@@ -1,5 +1,6 @@
 """Engine: scores and recommendations for users of prepared data, in the data's own ids."""
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,11 +8,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from lcr_fast.capture import CapturedRecommender
 from lcr_fast.data.prepared import IdTable, PreparedData
 from lcr_fast.model import LCRSER
-from lcr_fast.serving.scorer import fastest
+from lcr_fast.serving.scorer import Scorer, fastest
 from lcr_fast.training.evaluation import make_batcher, padded_seen
 
 _END_OF_TIME = np.iinfo(np.int64).max
@@ -39,12 +41,17 @@ class Engine:
     """A model beside the histories of its users, all that is known of them.
 
     The model is in evaluation. Answers depend on what else is in their batch by rounding alone.
-    ``recommender`` is the model captured, where recommendations shall come from graphs. Raises
-    ValueError where the model knows more items than the data.
+    ``recommender`` is the model captured, where recommendations shall come from graphs. Scores are
+    computed in ``dtype``, see :func:`~lcr_fast.serving.scorer.fastest`, recommendations in the
+    model's own. Raises ValueError where the model knows more items than the data.
     """
 
     def __init__(
-        self, model: LCRSER, data: PreparedData, recommender: CapturedRecommender | None = None
+        self,
+        model: LCRSER,
+        data: PreparedData,
+        recommender: CapturedRecommender | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         if model.config.n_items > data.n_items:
             raise ValueError(
@@ -53,12 +60,23 @@ class Engine:
             )
         self.model = model
         self.data = data
-        self._scorer = fastest(model)
+        self._dtype = dtype
         self._batcher = make_batcher(data, "test", model)
         self._device = model.head.target_weight.device
         self._recommend = model.recommend if recommender is None else recommender.recommend
         # A captured model lays a batch out on the host.
         self._read_on = self._device if recommender is None else torch.device("cpu")
+
+    @functools.cached_property
+    def scorer(self) -> nn.Module:
+        """What scores candidates, made when it is first wanted: recommendations need none."""
+        return fastest(self.model, self._dtype)
+
+    def describe_scores(self) -> str:
+        """Say in a line what computes scores."""
+        if isinstance(self.scorer, Scorer):
+            return self.scorer.describe()
+        return f"op by op in {str(self._dtype).removeprefix('torch.')}"
 
     def user(self, text: str) -> int:
         """Look up a user; raises UnknownIdError."""
@@ -80,7 +98,7 @@ class Engine:
             row[: len(request.items)] = request.items
         users = np.array([request.user for request in requests])
         batch = self._batcher.at(users, _ends(users), candidates).to(self._device)
-        scores = self._scorer(batch)
+        scores = self.scorer(batch)
         if scores.isnan().any():
             raise ValueError("the model's scores hold NaN")
         rows = zip(requests, scores.tolist(), strict=True)

@@ -2,33 +2,56 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lcr_fast.batch import Batch
 from lcr_fast.model import LCRSER
-from lcr_fast.ops.request import REQUEST, Request, RequestCase, pack_weights
+from lcr_fast.ops import ranking
+from lcr_fast.ops.request import REQUEST, Request, RequestCase, item_layer, pack_weights
 
+#: What the products of a request can be computed in.
+DTYPES = (torch.float32, torch.bfloat16)
 _IDS = Request._fields[:8]  # of a Batch
+_SMALL = 64 << 20  # bytes that are kept of the items unasked
 
 
 class Scorer(nn.Module):
     """Scores a batch's candidates as ``model(batch)`` does in evaluation on ``cpp``.
 
-    To the bit where the width is a multiple of 64; in others torch adds the vectors of a query's
-    terms in another order. On one thread, unless ``n_threads`` says otherwise: where others want
-    the cores too, waiting for a second one costs more than it brings. The weights of the layers
-    are packed here, once; vectors of items, terms and users are the model's own tensors, which must
-    not move. Trained on, the model needs a new Scorer. No gradients. Raises ValueError where one
+    In float32 to the bit where the width is a multiple of 64; in others torch adds the vectors of a
+    query's terms in another order. With ``dtype`` bfloat16 every product rounds its factors, which
+    are weights and activations, to bfloat16 and adds in float32, and all else stays float32: twice
+    the rate where the CPU has AVX512-BF16, slower than float32 elsewhere; :meth:`describe` says
+    which. What that does to rankings is in docs/serving.md.
+
+    On one thread, unless ``n_threads`` says otherwise: where others want the cores too, waiting for
+    a second one costs more than it brings. The weights of the layers are packed here, once; vectors
+    of items, terms and users are the model's own tensors, which must not move. What the MLP's first
+    layer makes of each item alone is computed here too with ``keep_items``, by default where that
+    takes at most 64 MiB: 4 bytes for each of ``mlp_hidden[0]`` and each item. The scores are the
+    same bits. Trained on, the model needs a new Scorer. No gradients. Raises ValueError where one
     call cannot serve the model, and RuntimeError on ids or lengths out of range.
     """
 
-    def __init__(self, model: LCRSER, n_threads: int = 1) -> None:
+    def __init__(
+        self,
+        model: LCRSER,
+        n_threads: int = 1,
+        *,
+        dtype: torch.dtype = torch.float32,
+        keep_items: bool | None = None,
+    ) -> None:
         super().__init__()
         if n_threads < 1:
             raise ValueError(f"n_threads must be at least 1, got {n_threads}")
+        if dtype not in DTYPES:
+            raise ValueError(f"a Scorer computes in float32 or bfloat16, not {dtype}")
         if (why := obstacle(model)) is not None:
             raise ValueError(f"one call cannot serve this model: {why}")
         config, head = model.config, model.head.weights()
+        self.dtype, pairs = dtype, dtype == torch.bfloat16
+        items = model.item_embedding.weight.detach()
         empty = model.search_position.detach().new_empty(0)
         users = model.user_embedding
         bonus = model.head.seen_bonus
@@ -37,8 +60,16 @@ class Scorer(nn.Module):
         def ready(tensors) -> tuple[Tensor, ...]:
             return tuple(t.detach().contiguous() for t in tensors)
 
+        kept = empty
+        if head.mlp_weights:
+            first = head.mlp_weights[0].detach()
+            if keep_items is None:
+                keep_items = len(items) * len(first) * first.element_size() <= _SMALL
+            if keep_items:
+                kept = item_layer(items, first.contiguous(), pairs)
         rest: dict[str, Any] = {
-            "items": model.item_embedding.weight.detach(),
+            "items": items,
+            "item_layer": kept,
             "queries": model.query_embedding.weight.detach(),
             "users": empty if users is None else users.weight.detach(),
             "search_position": model.search_position.detach(),
@@ -51,6 +82,7 @@ class Scorer(nn.Module):
                 ready(head.mlp_weights),
                 ready(head.mlp_biases),
                 config.n_heads,
+                pairs,
             ),
             "widths": [bias.numel() for bias in head.mlp_biases],
             "n_layers": config.n_layers,
@@ -63,19 +95,34 @@ class Scorer(nn.Module):
             "readout": config.readout,
             "terms": config.query_encoder == "terms",
             "dot": head.dot,
+            "pairs": pairs,
             "n_threads": n_threads,
         }
         self._rest = tuple(rest[name] for name in Request._fields[len(_IDS) :])
+        self.kept_bytes = kept.numel() * kept.element_size()
 
     def forward(self, batch: Batch) -> Tensor:
         """Score the batch's candidates: [B, C], -inf where a candidate is 0."""
         ids = (getattr(batch, name) for name in _IDS)
         return REQUEST("cpp", Request(*ids, *self._rest))
 
+    def describe(self) -> str:
+        """Say in a line what products are computed in, by which instructions, and what is kept."""
+        level = ranking.cpu_level()
+        how = f"products in {str(self.dtype).removeprefix('torch.')}, instructions {level}"
+        if self.dtype == torch.bfloat16 and level != "avx512bf16":
+            how += ", which have none for bfloat16: slower than float32"
+        return f"{how}; {self.kept_bytes / 2**20:.1f} MiB kept of the items' first layer"
 
-def fastest(model: LCRSER) -> nn.Module:
-    """Take a Scorer where one can serve the model, else the model itself."""
-    return Scorer(model) if obstacle(model) is None else model
+
+def fastest(model: LCRSER, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Take a Scorer where one can serve the model, else the model itself.
+
+    Only a Scorer computes in another ``dtype`` than the model: ValueError where it cannot.
+    """
+    if dtype == torch.float32 and obstacle(model) is not None:
+        return model
+    return Scorer(model, dtype=dtype)
 
 
 def obstacle(model: LCRSER) -> str | None:

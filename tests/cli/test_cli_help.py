@@ -43,8 +43,11 @@ def test_help_lists_the_commands_by_the_names_of_their_modules(capsys):
         ("compare", "than metric any-data csv"),
         ("recommend", "data any-data users budget-ms no-capture device backend threads"),
         ("extend", "data out"),
-        ("export", "format out data any-data device backend threads"),
-        ("serve", "data any-data device backend threads host port max-batch wait-ms no-capture"),
+        ("export", "format out dtype data any-data device backend threads"),
+        (
+            "serve",
+            "data any-data device backend threads host port max-batch wait-ms dtype no-capture",
+        ),
         ("study rl", "data out resume seeds quick config device backend threads rewards axes"),
         ("study paper", "data out resume seeds quick config device backend threads all-steps"),
     ],
