@@ -352,14 +352,14 @@ class Trainer:
         The tensors of ``inputs`` are on the CPU.
         """
         logs = {}
-        for logged in self._run(inputs):
+        for logged in self._launch_or_replay(inputs):
             logs = dict(zip(logged.names, logged.values.tolist(), strict=True))
             self._require_finite(logs["loss"])
             self._add(logs)
             self.objective.n_updates += 1
         return logs["loss"]
 
-    def _run(self, inputs: StepInputs) -> list[Logged]:
+    def _launch_or_replay(self, inputs: StepInputs) -> list[Logged]:
         """Make the updates of a batch, by replaying them where that was asked for.
 
         The last batch of an epoch may be smaller; it is launched, as all are whose updates the
