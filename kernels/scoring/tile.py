@@ -125,19 +125,22 @@ def hidden_keep(dropout, row, positions, LAYER: tl.constexpr, first, UNITS: tl.c
     Philox call serves eight units, so ``first`` and UNITS are multiples of 8. The numbers are those
     of :func:`dropout_keep`.
     """
-    octets = (first // 8 + tl.arange(0, UNITS // 8)).to(tl.uint32)[None, :]
-    zero = tl.zeros([positions.shape[0], UNITS // 8], tl.uint32)
-    w0, w1, w2, w3 = tl.philox(
-        tl.load(dropout.seed),
-        octets + zero,
-        positions.to(tl.uint32)[:, None] + zero,
-        tl.full([positions.shape[0], UNITS // 8], DROPOUT_COUNTER + HEAD_SITES + LAYER, tl.uint32),
-        row.to(tl.uint32) + zero,
-    )
-    # A join adds the fastest axis; in order: octet, high bit of the word, low bit, half.
-    low = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
-    high = tl.join(tl.join(w0 >> 16, w2 >> 16), tl.join(w1 >> 16, w3 >> 16))
-    halves = tl.reshape(tl.join(low, high), [positions.shape[0], UNITS]).to(tl.int32)
+    P: tl.constexpr = positions.shape[0]
+    halves = tl.zeros([P, UNITS], tl.int32)
+    if dropout.threshold > 0:  # always; a branch keeps the drawing out of the products before it
+        octets = (first // 8 + tl.arange(0, UNITS // 8)).to(tl.uint32)[None, :]
+        zero = tl.zeros([P, UNITS // 8], tl.uint32)
+        w0, w1, w2, w3 = tl.philox(
+            tl.load(dropout.seed),
+            octets + zero,
+            positions.to(tl.uint32)[:, None] + zero,
+            tl.full([P, UNITS // 8], DROPOUT_COUNTER + HEAD_SITES + LAYER, tl.uint32),
+            row.to(tl.uint32) + zero,
+        )
+        # A join adds the fastest axis; in order: octet, high bit of the word, low bit, half.
+        low = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
+        high = tl.join(tl.join(w0 >> 16, w2 >> 16), tl.join(w1 >> 16, w3 >> 16))
+        halves = tl.reshape(tl.join(low, high), [P, UNITS]).to(tl.int32)
     return halves >= dropout.threshold
 
 
