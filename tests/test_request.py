@@ -155,6 +155,7 @@ def test_much_is_not_kept_unasked(monkeypatch):
     assert Scorer(make()).kept_bytes == 0
     monkeypatch.setattr("lcr_fast.serving.scorer._SMALL", 201 * 8 * 4)
     assert Scorer(make()).kept_bytes == 201 * 8 * 4
+    assert Scorer(make(), dtype=torch.bfloat16).kept_bytes == 0
 
 
 def test_other_widths():
