@@ -5,7 +5,7 @@ import torch
 
 from graphs import Recorded
 from lcr_fast.batch import Batch
-from lcr_fast.capture import capture, capture_recommender
+from lcr_fast.capture import Staged, capture, capture_recommender
 from lcr_fast.config import LCRConfig
 from lcr_fast.model import LCRSER
 from lcr_fast.testing import random_batch
@@ -20,6 +20,21 @@ SIZES = {"batch_sizes": (4, 1), "n_candidates": 6, "max_terms": 3}
 def draw(n_users: int, n_candidates: int = 5, seed: int = 0, config: LCRConfig = CONFIG) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     return random_batch(config, n_users, n_candidates, generator)
+
+
+def test_staged_tensors_are_aligned_and_padded():
+    staged = Staged({"a": (3,), "none": (0, 2), "b": (), "c": (2, 3)}, torch.device("cpu"))
+    assert all(t.data_ptr() % 16 == 0 for t in staged.tensors.values())
+    none = torch.zeros(0, 2, dtype=torch.int64)
+    for size in (3, 2):
+        given = {"a": torch.arange(size), "none": none, "b": torch.tensor(7)}
+        given["c"] = torch.ones(2, size, dtype=torch.int64)
+        staged.fill(given)
+        for name, tensor in staged.padded(given).items():
+            assert torch.equal(tensor, staged.tensors[name])
+        assert staged.tensors["a"].tolist() == [0, 1, 2][:size] + [0] * (3 - size)
+        assert staged.tensors["c"].sum(1).tolist() == [size, size]
+        assert staged.tensors["b"].item() == 7
 
 
 @pytest.fixture
