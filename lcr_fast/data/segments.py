@@ -30,7 +30,7 @@ def padded(values: Array, start: Array, length: Array, width: int) -> tuple[Arra
     """
     mask = np.arange(width) < length[..., None]
     taken = np.zeros(mask.shape, np.int64)
-    index = ranges(start.ravel(), np.clip(length, 0, width).ravel())
+    index = ranges(start.ravel(), np.minimum(length, width).ravel())
     taken[mask] = values[index]
     return taken, mask
 
