@@ -100,8 +100,8 @@ LCR_TARGET void transpose_pairs(const Rows x, int64_t n_rows, int64_t n_cols, fl
 }
 
 // B = x^T for x [n, k]; `scratch` [k, row].
-LCR_TARGET MatrixB turned_operand(int64_t n, int64_t k, const float* x, int64_t x_row,
-                                  float* scratch, int64_t row) {
+[[maybe_unused]] LCR_TARGET MatrixB turned_operand(int64_t n, int64_t k, const float* x,
+                                                   int64_t x_row, float* scratch, int64_t row) {
   transpose_pairs<false>(EvenRows{x, x_row}, n, k, scratch, row);
   return row_major(scratch, row);
 }
@@ -135,8 +135,9 @@ LCR_TARGET MatrixB row_operand(int64_t k, int64_t n, const float* x, int64_t x_r
   }
 }
 
-LCR_TARGET void product(int64_t m, int64_t n, int64_t k, const MatrixA& a, const MatrixB& b,
-                        float* c, int64_t c_row, const Epilogue& epilogue = {}) {
+[[maybe_unused]] LCR_TARGET void product(int64_t m, int64_t n, int64_t k, const MatrixA& a,
+                                         const MatrixB& b, float* c, int64_t c_row,
+                                         const Epilogue& epilogue = {}) {
   gemm<true>(m, n, inner_size(k), a, b, c, c_row, epilogue);
 }
 
@@ -149,8 +150,8 @@ LCR_TARGET MatrixA operand(int64_t, int64_t, const float* x, int64_t x_row, floa
   return {x, x_row};
 }
 
-LCR_TARGET MatrixB turned_operand(int64_t n, int64_t k, const float* x, int64_t x_row,
-                                  float* scratch, int64_t row) {
+[[maybe_unused]] LCR_TARGET MatrixB turned_operand(int64_t n, int64_t k, const float* x,
+                                                   int64_t x_row, float* scratch, int64_t row) {
   transpose(x, x_row, n, k, scratch, row);
   return row_major(scratch, row);
 }
@@ -163,8 +164,9 @@ LCR_TARGET MatrixB row_operand(int64_t, int64_t, const float* x, int64_t x_row, 
   pack(w, 1, k, k, n, out);
 }
 
-LCR_TARGET void product(int64_t m, int64_t n, int64_t k, const MatrixA& a, const MatrixB& b,
-                        float* c, int64_t c_row, const Epilogue& epilogue = {}) {
+[[maybe_unused]] LCR_TARGET void product(int64_t m, int64_t n, int64_t k, const MatrixA& a,
+                                         const MatrixB& b, float* c, int64_t c_row,
+                                         const Epilogue& epilogue = {}) {
   gemm(m, n, k, a, b, c, c_row, epilogue);
 }
 
