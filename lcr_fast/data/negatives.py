@@ -50,11 +50,11 @@ class NegativeSampler:
             # Numbers are drawn for the places that stand too, but only new items are looked up.
             drawn = rng.integers(self.cumulative[-1], size=bad.shape)[bad]
             items = np.searchsorted(self.cumulative, drawn, side="right")
-            of_row, column = np.nonzero(bad)
-            row = rows[of_row]
-            out[row, column] = items
-            taken = self.seen.has(users[row], items, times[row]) | (items == targets[row])
-            bad[of_row, column] = taken
+            places = np.nonzero(bad)
+            of_items = rows[places[0]]
+            out[of_items, places[1]] = items
+            taken = self.seen.has(users[of_items], items, times[of_items])
+            bad[places] = taken | (items == targets[of_items])
             if distinct:
                 bad |= _repeated(out[rows])
             kept = bad.any(1)

@@ -74,5 +74,5 @@ class Epoch(Dataset):
         return iter(DataLoader(self, batch_size=None, sampler=steps, collate_fn=_as_is, **options))
 
 
-def _as_is(inputs: StepInputs) -> StepInputs:
+def _as_is(inputs: Any) -> Any:
     return inputs
