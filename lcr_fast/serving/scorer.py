@@ -114,7 +114,8 @@ class Scorer(nn.Module):
         how = f"products in {str(self.dtype).removeprefix('torch.')}, instructions {level}"
         if self.dtype == torch.bfloat16 and level != "avx512bf16":
             how += ", which have none for bfloat16: slower than float32"
-        return f"{how}; {self.kept_bytes / 2**20:.1f} MiB kept of the items' first layer"
+        kept = f"{self.kept_bytes / 2**20:.1f} MiB" if self.kept_bytes else "nothing"
+        return f"{how}; {kept} kept of the items' first layer"
 
 
 def fastest(model: LCRSER, dtype: torch.dtype = torch.float32) -> nn.Module:
