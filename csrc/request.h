@@ -49,13 +49,14 @@ struct RequestArgs {
   bool by_terms;              // a query is the mean of its terms
   const int64_t* user;        // [B], read where the head reads users
   const int64_t* rec_items;   // [B, L_r]
-  const int64_t* queries;     // [B, L_s], rows of the table unless by_terms
+  const int64_t* queries;     // [B, L_s], rows of query_table unless by_terms, and of query_text
   const int64_t* terms;       // [B, L_s, T], rows of the table if by_terms
   const int64_t* clicks;      // [B, L_s, M]
   const int64_t* candidates;  // [B, C]
 
   const float* items;  // rows of vectors, row 0 zero
   const float* query_table;
+  const float* query_text;   // what a query's own text adds to the mean of its terms, or null
   const float* item_layer;   // rows by first_layer_of_items(), or null
   const float* users;        // where the head reads them
   const float* position[2];  // [length[x], dim] at least

@@ -74,11 +74,11 @@ Tensor request_items(const Tensor& items, const Tensor& weight, bool pairs) {
 Tensor request(Tensor user, Tensor rec_items, Tensor rec_lengths, Tensor search_queries,
                Tensor search_terms, Tensor search_clicks, Tensor search_lengths, Tensor candidates,
                const Tensor& items, const Tensor& item_layer, const Tensor& queries,
-               const Tensor& users, const Tensor& search_position, const Tensor& rec_position,
-               const Tensor& seen_bonus, const Tensor& weights, std::vector<int64_t> widths,
-               int64_t n_layers, int64_t ffn, int64_t n_sets, int64_t step_ffn, int64_t steps,
-               int64_t n_heads, int64_t max_clicks, double readout, bool terms, bool dot,
-               bool pairs, int64_t n_threads) {
+               const Tensor& query_text, const Tensor& users, const Tensor& search_position,
+               const Tensor& rec_position, const Tensor& seen_bonus, const Tensor& weights,
+               std::vector<int64_t> widths, int64_t n_layers, int64_t ffn, int64_t n_sets,
+               int64_t step_ffn, int64_t steps, int64_t n_heads, int64_t max_clicks, double readout,
+               bool terms, bool dot, bool pairs, int64_t n_threads) {
   // Here, because a compiled program passes on what strides its caller's tensors have.
   for (Tensor* ids : {&user, &rec_items, &rec_lengths, &search_queries, &search_terms,
                       &search_clicks, &search_lengths, &candidates})
@@ -111,8 +111,13 @@ Tensor request(Tensor user, Tensor rec_items, Tensor rec_lengths, Tensor search_
   a.by_terms = terms;
   if (terms)
     a.terms = ids_below(search_terms, "search_terms", {B, n_search, a.n_terms}, queries.size(0));
-  else
-    a.queries = ids_below(search_queries, "search_queries", {B, n_search}, queries.size(0));
+  const bool has_text = query_text.dim() == 2;
+  if (has_text) a.query_text = table(query_text, "query_text", D);
+  if (!terms || has_text) {
+    check(!has_text || terms, "query_text is added to means of terms alone");
+    const int64_t rows = has_text ? query_text.size(0) : queries.size(0);
+    a.queries = ids_below(search_queries, "search_queries", {B, n_search}, rows);
+  }
   if (seen_bonus.numel() > 0) a.seen_bonus = floats(seen_bonus, "seen_bonus", {2});
   check(D > 0 && n_heads > 0 && D % n_heads == 0, "n_heads must divide the width ", D, ", got ",
         n_heads);
@@ -157,12 +162,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lcr_fast, m) {
   m.def(
       "cpu_request(Tensor user, Tensor rec_items, Tensor rec_lengths, Tensor search_queries,"
       " Tensor search_terms, Tensor search_clicks, Tensor search_lengths, Tensor candidates,"
-      " Tensor items, Tensor item_layer, Tensor queries, Tensor users, Tensor search_position,"
-      " Tensor rec_position, Tensor seen_bonus, Tensor weights, int[] widths, int n_layers, int "
-      "ffn,"
-      " int n_sets, int step_ffn, int steps, int n_heads, int max_clicks, float readout, bool "
-      "terms,"
-      " bool dot, bool pairs, int n_threads) -> Tensor");
+      " Tensor items, Tensor item_layer, Tensor queries, Tensor query_text, Tensor users,"
+      " Tensor search_position, Tensor rec_position, Tensor seen_bonus, Tensor weights,"
+      " int[] widths, int n_layers, int ffn, int n_sets, int step_ffn, int steps, int n_heads,"
+      " int max_clicks, float readout, bool terms, bool dot, bool pairs, int n_threads) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(lcr_fast, CPU, m) {
   m.impl("cpu_request_weights", TORCH_BOX(&request_weights));

@@ -415,6 +415,18 @@ class LCRSER(nn.Module):
             return self.item_embedding.weight
         return torch.cat([self.item_vectors(ids) for ids in self._item_ids().split(_TABLE_BLOCK)])
 
+    def query_table(self) -> Tensor:
+        """Give what the ids of queries stand for, [Q + 1, D]; row 0 is padding.
+
+        Those are the vectors of queries, or where terms make them, what their texts add.
+        """
+        vectors = self.query_embedding.weight
+        if self.query_text_projection is None:
+            return vectors
+        ids = torch.arange(self.config.n_queries + 1, device=vectors.device)
+        texts = torch.cat([self._text("query", some) for some in ids.split(_TABLE_BLOCK)])
+        return vectors + texts if self.config.query_encoder == "id" else texts
+
     def _item_ids(self) -> Tensor:
         return torch.arange(self.config.n_items + 1, device=self.head.target_weight.device)
 

@@ -136,7 +136,7 @@ def request(**changes: object) -> None:
     ids |= {f"search_{name}": zeros(B, L, 2, dtype=I64) for name in ("terms", "clicks")}
     ids |= {"search_lengths": IDS, "candidates": zeros(B, 4, dtype=I64)}
     weights = {"items": zeros(N_ITEMS + 1, D), "item_layer": zeros(0)}
-    weights |= {"queries": zeros(4, D), "users": zeros(0)}
+    weights |= {"queries": zeros(4, D), "query_text": zeros(0), "users": zeros(0)}
     weights |= {"search_position": zeros(L, D), "rec_position": zeros(L, D)}
     weights |= {"seen_bonus": zeros(2), "weights": request_weights(), "widths": []}
     weights |= {"n_layers": 1, "ffn": F, "n_sets": 1, "step_ffn": F}
@@ -264,6 +264,10 @@ ERRORS: dict[str, Callable[[], None]] = {
     "weights must be contiguous float32 of a fitting shape": lambda: request(ffn=F + 1),
     "no layers for 3 steps: n_layers 1, ffn 12, n_sets 2, step_ffn 12":
         lambda: request(steps=3, n_sets=2),
+    "query_text is added to means of terms alone":
+        lambda: request(terms=False, query_text=zeros(4, D)),
+    "search_queries must be in 0..1, got 2":
+        lambda: request(query_text=zeros(2, D), search_queries=ROW_IDS + 2),
     "without an MLP there is no item_layer": lambda: request(item_layer=zeros(N_ITEMS + 1, 5)),
     "items must be [rows, dim] and weight [out, in]": lambda: request_items(items=zeros(4)),
     "weight must be contiguous float32 of a fitting shape":

@@ -36,8 +36,23 @@ CONFIGS = [
 SHAPES = [(6, 9, 3), (1, 100, 17), (40, 130, 40), (5, 5, 0), (0, 3, 3), (3, 0, 3)]
 
 
+TEXTS = [
+    {"item_text_dim": 6, "query_text_dim": 5},
+    {"query_text_dim": 5, "score": "dot"},
+    {"item_text_dim": 6, "query_text_dim": 5, "query_encoder": "id", "steps": 0},
+]
+
+
 def make(**changes):
-    return random_model(CONFIG.replace(**changes), torch.Generator().manual_seed(0), torch.float32)
+    """Make a model, with its text vectors if it reads any."""
+    generator = torch.Generator().manual_seed(0)
+    model = random_model(CONFIG.replace(**changes), generator, torch.float32)
+    config = model.config
+    rows = {"item": config.n_items + 1, "query": config.n_queries + 1}
+    for kind, n in rows.items():
+        if width := getattr(config, f"{kind}_text_dim"):
+            model.set_text(**{f"{kind}_text": torch.randn(n, width, generator=generator)})
+    return model
 
 
 def batches(config):
@@ -61,8 +76,32 @@ def test_the_bits_of_the_models_forward(changes):
                 assert torch.equal(scorer(batch), model(batch))
 
 
+@pytest.mark.parametrize("changes", TEXTS, ids=str)
+def test_texts_are_projected_once(changes):
+    """For all ids at a time, which torch may round otherwise than for those of a batch."""
+    model = make(**changes)
+    scorer, moved = Scorer(model), make(**changes)
+    with torch.no_grad():
+        for name, projection in moved.named_parameters():
+            if "text_projection" in name:
+                projection.mul_(1.5)
+        for batch in batches(model.config):
+            expected = model(batch)
+            torch.testing.assert_close(scorer(batch), expected, rtol=1e-5, atol=1e-5)
+            if len(batch) > 5 and batch.candidates.shape[1] > 5:
+                assert not torch.allclose(moved(batch), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_texts_must_be_set():
+    model = random_model(
+        CONFIG.replace(query_text_dim=5), torch.Generator().manual_seed(0), torch.float32
+    )
+    with pytest.raises(ValueError, match="call set_text"):
+        Scorer(model)
+
+
 @pytest.mark.parametrize(
-    "changes", [*CONFIGS, {"dim": 18, "n_heads": 3, "mlp_hidden": (7,)}], ids=str
+    "changes", [*CONFIGS, TEXTS[0], {"dim": 18, "n_heads": 3, "mlp_hidden": (7,)}], ids=str
 )
 def test_bfloat16_is_as_accurate_as_the_reference_in_bfloat16(changes):
     """Products round their factors, and nothing else: the reference rounds every result."""
@@ -218,7 +257,6 @@ def test_strided_ids():
         ({"update": "rec_first", "backend": "auto"}, "it has no update='rec_first'"),
         ({"cross_memory": "initial", "backend": "auto"}, "it has no cross_memory='initial'"),
         ({"step_embedding": True, "backend": "auto"}, "it has no step embedding"),
-        ({"item_text_dim": 3}, "it has no text vectors"),
     ],
 )
 def test_what_one_call_cannot_serve(changes, why):

@@ -64,6 +64,7 @@ void prefetch_event(const RequestArgs& a, int64_t b, int64_t l) {
       prefetch(a.query_table, a.terms + event * a.n_terms, a.n_terms, dim);
     else
       prefetch(a.query_table, a.queries + event, 1, dim);
+    if (a.query_text != nullptr) prefetch(a.query_text, a.queries + event, 1, dim);
     prefetch(a.items, a.clicks + event * a.n_clicks, a.n_read_clicks, dim);
   }
   if (l < a.lengths[kRec][b]) prefetch(a.items, a.rec_items + b * a.length[kRec] + l, 1, dim);
@@ -76,6 +77,10 @@ void embed_search(const RequestArgs& a, int64_t b, int64_t l, float* clicked, fl
     mean_of(a.query_table, a.terms + event * a.n_terms, a.n_terms, dim, out);
   else
     std::copy_n(a.query_table + a.queries[event] * dim, dim, out);
+  if (a.query_text != nullptr) {
+    const float* text = a.query_text + a.queries[event] * dim;
+    for (int64_t d = 0; d < dim; ++d) out[d] += text[d];
+  }
   mean_of(a.items, a.clicks + event * a.n_clicks, a.n_read_clicks, dim, clicked);
   const float* position = a.position[kSearch] + l * dim;
   for (int64_t d = 0; d < dim; ++d) out[d] = out[d] + clicked[d] + position[d];

@@ -19,7 +19,6 @@ class RequestCase(NamedTuple):
     update: str
     cross_memory: str
     step_embedding: bool
-    text: bool  # items or queries have text vectors
 
 
 class Request(NamedTuple):
@@ -39,6 +38,7 @@ class Request(NamedTuple):
     items: Tensor  # [I + 1, D]
     item_layer: Tensor  # [I + 1, H1]: item_layer()
     queries: Tensor  # [rows, D], of terms or of queries
+    query_text: Tensor  # [Q + 1, D], added to the mean of a query's terms
     users: Tensor  # [U + 1, D]
     search_position: Tensor  # [L_s or more, D]
     rec_position: Tensor  # [L_r or more, D]
@@ -93,9 +93,7 @@ def _obstacle(case: RequestCase) -> str | None:
         return f"it has no update={case.update!r}"
     if case.cross_memory != "post_msa":
         return f"it has no cross_memory={case.cross_memory!r}"
-    if case.step_embedding:
-        return "it has no step embedding"
-    return "it has no text vectors" if case.text else None
+    return "it has no step embedding" if case.step_embedding else None
 
 
 REQUEST = Op(

@@ -19,20 +19,22 @@ _SMALL = 64 << 20  # bytes that are kept of the items unasked
 class Scorer(nn.Module):
     """Scores a batch's candidates as ``model(batch)`` does in evaluation on ``cpp``.
 
-    In float32 to the bit where the width is a multiple of 64; in others torch adds the vectors of a
-    query's terms in another order. With ``dtype`` bfloat16 every product rounds its factors, which
-    are weights and activations, to bfloat16 and adds in float32, and all else stays float32: twice
-    the rate where the CPU has AVX512-BF16, slower than float32 elsewhere; :meth:`describe` says
-    which. What that does to rankings is in docs/serving.md.
+    In float32 to the bit where the width is a multiple of 64 and nothing has text vectors. In other
+    widths torch adds the vectors of a query's terms in another order, and texts are projected here
+    for all ids at once, which rounds as torch does for so many. With ``dtype`` bfloat16 every
+    product rounds its factors, which are weights and activations, to bfloat16 and adds in float32,
+    and all else stays float32: twice the rate where the CPU has AVX512-BF16, slower than float32
+    elsewhere; :meth:`describe` says which. What that does to rankings is in docs/serving.md.
 
     On one thread, unless ``n_threads`` says otherwise: where others want the cores too, waiting for
     a second one costs more than it brings. The weights of the layers are packed here, once; vectors
-    of items, terms and users are the model's own tensors, which must not move. What the MLP's first
-    layer makes of each item alone is computed here too with ``keep_items``, by default in float32
-    where that takes at most 64 MiB: 4 bytes for each of ``mlp_hidden[0]`` and each item. The scores
-    are the same bits. In bfloat16 fetching it takes the time that the product takes. Trained on,
-    the model needs a new Scorer. No gradients. Raises ValueError where one call cannot serve the
-    model, and RuntimeError on ids or lengths out of range.
+    of items, terms and users without texts are the model's own tensors, which must not move. What
+    the MLP's first layer makes of each item alone is computed here too with ``keep_items``, by
+    default in float32 where that takes at most 64 MiB: 4 bytes for each of ``mlp_hidden[0]`` and
+    each item. The scores are the same bits. In bfloat16 fetching it takes the time that the product
+    takes. Trained on, the model needs a new Scorer. No gradients. Raises ValueError where one call
+    cannot serve the model or its text vectors are not set, and RuntimeError on ids or lengths out
+    of range.
     """
 
     def __init__(
@@ -52,8 +54,13 @@ class Scorer(nn.Module):
             raise ValueError(f"one call cannot serve this model: {why}")
         config, head = model.config, model.head.weights()
         self.dtype, pairs = dtype, dtype == torch.bfloat16
-        items = model.item_embedding.weight.detach()
         empty = model.search_position.detach().new_empty(0)
+        items, queries = model.item_table().detach(), model.query_embedding.weight.detach()
+        query_text = empty
+        if config.query_encoder == "id":
+            queries = model.query_table().detach()
+        elif config.query_text_dim:
+            query_text = model.query_table().detach()
         users = model.user_embedding
         bonus = model.head.seen_bonus
         reasoning = model.reasoning.weights() if config.steps else ()
@@ -72,7 +79,8 @@ class Scorer(nn.Module):
         rest: dict[str, Any] = {
             "items": items,
             "item_layer": kept,
-            "queries": model.query_embedding.weight.detach(),
+            "queries": queries,
+            "query_text": query_text,
             "users": empty if users is None else users.weight.detach(),
             "search_position": model.search_position.detach(),
             "rec_position": model.rec_position.detach(),
@@ -142,6 +150,5 @@ def obstacle(model: LCRSER) -> str | None:
         config.update,
         config.cross_memory,
         config.step_embedding,
-        bool(config.item_text_dim or config.query_text_dim),
     )
     return REQUEST.obstacles(case)["cpp"]
