@@ -594,6 +594,25 @@ class LCRSER(nn.Module):
         extended.exits = self.exits
         return extended.train(self.training)
 
+    @torch.no_grad()
+    def projected(self) -> "LCRSER":
+        """Copy the model for serving, with item vectors that hold what the items' texts add.
+
+        The same scores but for rounding, and a pass over the catalogue projects no text. It knows
+        the same data, and learns no projection of items any more. Without item texts it is the
+        model itself. Raises ValueError where text vectors are missing.
+        """
+        if self.item_text_projection is None:
+            return self
+        made = LCRSER(self.config.replace(item_text_dim=0))
+        state = {**self.state_dict(), "item_embedding.weight": self.item_table()}
+        kept = {name: state[name] for name in made.state_dict()}
+        weight = self.head.target_weight
+        made.to(weight.device, weight.dtype).load_state_dict(kept)
+        made.query_text, made.exits, made.on_steps = self.query_text, self.exits, self.on_steps
+        made.data_fingerprint, made.vocabulary = self.data_fingerprint, self.vocabulary
+        return made.train(self.training)
+
     @classmethod
     def load(cls, path: str | Path, *, device: str = "cpu", backend: str | None = None) -> "LCRSER":
         """Read a model that :meth:`save` wrote, in its dtype and in evaluation mode.

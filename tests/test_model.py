@@ -520,6 +520,26 @@ def test_text_vectors_may_be_memory_mapped(tmp_path, mode, layout):
     assert (tmp_path / "items.npy").read_bytes() == before
 
 
+@pytest.mark.parametrize("changes", [{}, {"query_encoder": "id"}, {"score": "dot"}], ids=str)
+def test_a_projected_model_gives_the_same_scores_without_item_texts(changes):
+    model, batch = setup(**CONFIGS["text"], **changes)
+    model.data_fingerprint, model.vocabulary = "data", "ids"
+    made = model.projected()
+    assert made.config == model.config.replace(item_text_dim=0)
+    assert made.item_text is None
+    assert (made.data_fingerprint, made.vocabulary) == ("data", "ids")
+    assert made.training == model.training
+    torch.testing.assert_close(made(batch), model(batch))
+    items, scores = model.recommend(batch, 5)
+    found = made.recommend(batch, 5)
+    assert torch.equal(found[0], items)
+    torch.testing.assert_close(found[1], scores)
+    assert made.projected() is made
+    with torch.no_grad():  # a copy
+        made.head.target_weight.zero_()
+    assert model.head.target_weight.any()
+
+
 # -- compile --------------------------------------------------------------------------------------
 
 

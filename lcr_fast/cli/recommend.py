@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     set_threads(arguments)
     model, data = open_model(arguments, arguments.model)
+    model = model.projected()
     batch_size = 256
     if arguments.budget_ms is not None:
         choice = with_budget(model, arguments.budget_ms, k=arguments.k)

@@ -49,6 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     model, data = open_model(arguments, arguments.model)
     if unknown := describe_unknown(model.config, data):
         print(unknown, file=sys.stderr)
+    model = model.projected()
     recommender = captured(arguments, model, arguments.max_batch)
     engine = Engine(model, data, recommender, getattr(torch, arguments.dtype))
     print(f"scores: {engine.describe_scores()}", file=sys.stderr)

@@ -58,7 +58,7 @@ class Engine:
                 f"the model knows more items than the data: {model.config.n_items}, not "
                 f"{data.n_items}"
             )
-        self.model = model
+        self.model = model = model.projected()
         self.data = data
         self._dtype = dtype
         self._batcher = make_batcher(data, "test", model)
