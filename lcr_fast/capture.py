@@ -317,8 +317,15 @@ def _explained(model: LCRSER, graph: Callable[[], Graph] | None) -> Iterator[Non
     device = model.head.target_weight.device
     if graph is None and device.type != "cuda":
         raise ValueError(f"only a model on a GPU can be captured, this one is on {device}")
+    with capturing("this model"):
+        yield
+
+
+@contextlib.contextmanager
+def capturing(what: str) -> Iterator[None]:
+    """Say in one sentence why ``what`` could not be captured: RuntimeError."""
     try:
         yield
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise RuntimeError(f"this model cannot be captured: {reason}") from error
+        raise RuntimeError(f"{what} cannot be captured: {reason}") from error

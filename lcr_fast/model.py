@@ -418,10 +418,15 @@ class LCRSER(nn.Module):
     def query_table(self) -> Tensor:
         """Give what the ids of queries stand for, [Q + 1, D]; row 0 is padding.
 
-        Those are the vectors of queries, or where terms make them, what their texts add.
+        Those are the vectors of queries, or where terms make them, what their texts add. Raises
+        ValueError where terms make them alone, or text vectors are missing.
         """
         vectors = self.query_embedding.weight
         if self.query_text_projection is None:
+            if self.config.query_encoder == "terms":
+                raise ValueError(
+                    "queries are means of terms and have no text: their ids say nothing"
+                )
             return vectors
         ids = torch.arange(self.config.n_queries + 1, device=vectors.device)
         texts = torch.cat([self._text("query", some) for some in ids.split(_TABLE_BLOCK)])

@@ -540,6 +540,20 @@ def test_a_projected_model_gives_the_same_scores_without_item_texts(changes):
     assert model.head.target_weight.any()
 
 
+def test_a_table_of_queries_holds_what_their_ids_stand_for():
+    ids = torch.arange(1, 5)
+    no_terms = torch.zeros(4, 0, dtype=torch.int64)
+    for changes in ({"query_encoder": "id"}, {"query_encoder": "terms"}):
+        model, _ = setup(**CONFIGS["text"], **changes)
+        torch.testing.assert_close(model.query_table()[ids], model.query_vectors(ids, no_terms))
+        assert not model.query_table()[0].any()
+    model, _ = setup(query_encoder="id", query_text_dim=0)
+    assert model.query_table() is model.query_embedding.weight
+    model, _ = setup(query_encoder="terms", query_text_dim=0)
+    with pytest.raises(ValueError, match="queries are means of terms and have no text"):
+        model.query_table()
+
+
 # -- compile --------------------------------------------------------------------------------------
 
 

@@ -40,10 +40,11 @@ class RecommendRequest(NamedTuple):
 class Engine:
     """A model beside the histories of its users, all that is known of them.
 
-    The model is in evaluation. Answers depend on what else is in their batch by rounding alone.
-    ``recommender`` is the model captured, where recommendations shall come from graphs. Scores are
-    computed in ``dtype``, see :func:`~lcr_fast.serving.scorer.fastest`, recommendations in the
-    model's own. Raises ValueError where the model knows more items than the data.
+    The model is in evaluation; its items' texts are projected once. Answers depend on what else is
+    in their batch by rounding alone. ``recommender`` is the model captured, where recommendations
+    shall come from graphs. Scores are computed in ``dtype``, see
+    :func:`~lcr_fast.serving.scorer.fastest`, recommendations in the model's own. Raises ValueError
+    where the model knows more items than the data.
     """
 
     def __init__(

@@ -1,14 +1,13 @@
 """Training steps as a CUDA graph: the host launches one thing a step and waits for no kernel."""
 
 from collections.abc import Callable
-from dataclasses import fields
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lcr_fast.batch import Batch
-from lcr_fast.capture import Graph, Staged
+from lcr_fast.capture import Graph, Staged, capturing
 from lcr_fast.training.inputs import StepInputs
 
 
@@ -35,10 +34,10 @@ class CapturedStep:
         graph: Graph,
     ) -> None:
         self._step, self._graph = step, graph
-        self._sizes = {name: tuple(t.shape) for name, t in example.named().items()}
+        self._sizes = _sizes(example)
         self._staged = Staged(self._sizes, device)
         tensors = self._staged.tensors
-        of_batch = {f.name: tensors[f.name] for f in fields(Batch)}
+        of_batch = {name: tensors[name] for name in vars(example.batch)}
         extras = {name: tensors[name] for name in example.extras}
         self._inputs = StepInputs(Batch(**of_batch), tensors["seed"], extras)
         self._has_run = False
@@ -46,7 +45,7 @@ class CapturedStep:
 
     def fits(self, inputs: StepInputs) -> bool:
         """Tell whether inputs have the one shape."""
-        return {name: tuple(t.shape) for name, t in inputs.named().items()} == self._sizes
+        return _sizes(inputs) == self._sizes
 
     def __call__(self, inputs: StepInputs) -> list[Logged]:
         """Make one step. Raises RuntimeError where its operations cannot be captured."""
@@ -55,13 +54,14 @@ class CapturedStep:
             self._has_run = True
             return self._graph.run(self._record)
         if self._logged is None:
-            try:
+            with capturing("the training step"):
                 self._logged = self._graph.capture(self._record)
-            except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                raise RuntimeError(f"the training step cannot be captured: {reason}") from error
         self._graph.replay()
         return self._logged
 
     def _record(self) -> list[Logged]:
         return self._step(self._inputs)
+
+
+def _sizes(inputs: StepInputs) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(t.shape) for name, t in inputs.named().items()}

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,8 +29,7 @@ class StepInputs(NamedTuple):
 
     def named(self) -> dict[str, Tensor]:
         """Name all tensors, and the seed as one, int64 []."""
-        of_batch = {f.name: getattr(self.batch, f.name) for f in fields(Batch)}
-        return {**of_batch, **self.extras, "seed": torch.as_tensor(self.seed)}
+        return {**vars(self.batch), **self.extras, "seed": torch.as_tensor(self.seed)}
 
 
 def assemble(objective: Objective, rows: NDArray, rng: np.random.Generator) -> StepInputs:
