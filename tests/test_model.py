@@ -7,6 +7,7 @@ import torch
 import oracle
 from lcr_fast import LCRSER, Batch, LCRConfig, reference
 from lcr_fast.batch import seen_items
+from lcr_fast.ops._extension import extension_error
 from lcr_fast.reference import length_mask
 from lcr_fast.testing import random_batch, random_model
 from lcr_fast.weights import REC, SEARCH
@@ -567,9 +568,12 @@ def test_forward_compiles_without_graph_breaks():
     assert len(graphs) == 1
 
 
-def test_a_seed_that_is_a_tensor_compiles_once_for_all_masks():
-    model, batch = setup(**CONFIGS["default"], dropout=0.3)
-    model.train()
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_a_seed_that_is_a_tensor_compiles_once_for_all_masks(backend):
+    if backend == "cpp" and extension_error() is not None:
+        pytest.skip(f"lcr_fast._C is not built: {extension_error()}")
+    model, batch = setup(**{**CONFIGS["default"], "backend": backend}, dropout=0.3)
+    model.float().train()
     graphs = []
     compiled = torch.compile(
         model, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward
