@@ -32,6 +32,10 @@ class Graph(Protocol):
     def replay(self) -> None:
         """Do again what was recorded."""
 
+    @property
+    def memory_bytes(self) -> int:
+        """What it holds of a GPU's memory, its results among it."""
+
 
 class CudaGraph:
     """A CUDA graph, and the memory of what it computes between."""
@@ -56,6 +60,13 @@ class CudaGraph:
     def replay(self) -> None:
         """Launch it on the current stream."""
         self._graph.replay()
+
+    @property
+    def memory_bytes(self) -> int:
+        """Sum up the segments of the graph's own pool."""
+        pool = tuple(self._graph.pool())
+        segments = torch.cuda.memory_snapshot()
+        return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == pool)
 
 
 class Staged:
@@ -90,6 +101,10 @@ class Staged:
             into[tuple(slice(size) for size in value.shape)] = value
         return self._host
 
+    @property
+    def memory_bytes(self) -> int:
+        return self._values.nbytes
+
     def padded(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what the tensors would hold, on the CPU."""
         return self._views(self._lay_out(values).clone())
@@ -116,6 +131,10 @@ class _Bucket:
         self._graph = graph
         graph.run(lambda: function(self.batch))
         self._result = graph.capture(lambda: function(self.batch))
+
+    @property
+    def memory_bytes(self) -> int:
+        return self._staged.memory_bytes + self._graph.memory_bytes
 
     def padded(self, batch: Batch) -> Batch:
         """Return the batch that is computed for ``batch``."""
@@ -169,13 +188,16 @@ class _Captured:
             "search_clicks": (searches, config.max_clicks), "search_lengths": (),
             "candidates": (n_candidates,), "target": (), "row": (),
         }  # fmt: skip
-        before = _reserved(device)
         with torch.no_grad():
             self._buckets = {
                 n: _Bucket({k: (n, *s) for k, s in self._sizes.items()}, device, function, graph())
                 for n in self.batch_sizes
             }
-        self.memory_bytes = _reserved(device) - before  # of the GPU, for all batch sizes
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the graphs of all batch sizes hold of the GPU's memory."""
+        return sum(bucket.memory_bytes for bucket in self._buckets.values())
 
     def _bucket(self, batch: Batch) -> _Bucket:
         return self._buckets[next(n for n in self.batch_sizes if n >= len(batch))]
@@ -202,10 +224,6 @@ class _Captured:
                 f"{len(batch)} users are more than the largest batch, {self.batch_sizes[-1]}"
             )
         return self._bucket(batch).padded(batch)
-
-
-def _reserved(device: torch.device) -> int:
-    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
 
 
 class CapturedModel(_Captured):

@@ -18,6 +18,7 @@ class Recorded:
     What a capture computes does not happen: it leaves ``state()`` as it was.
     """
 
+    memory_bytes = 1000
     made: ClassVar[list["Recorded"]] = []
 
     def __init__(self, state: Callable[[], Iterable[Tensor]] = list) -> None:

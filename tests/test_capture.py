@@ -63,6 +63,13 @@ def test_a_batch_is_scored_by_the_smallest_bucket_that_holds_it(model, graphs, n
         torch.testing.assert_close(scores, model(batch))
 
 
+def test_memory_is_that_of_the_graphs_and_their_inputs(model, graphs):
+    small, both = (capture(model, sizes, 6, 3, graph=Recorded) for sizes in ((4,), (1, 4)))
+    of_inputs = small.memory_bytes - Recorded.memory_bytes
+    assert of_inputs > 4 * 8 * 6  # of the candidates alone
+    assert small.memory_bytes < both.memory_bytes < 2 * small.memory_bytes
+
+
 def test_results_outlive_the_next_call_and_nothing_of_a_batch_stays(model, graphs):
     captured = capture(model, **SIZES, graph=Recorded)
     wide = draw(4, n_candidates=6, seed=1)

@@ -13,6 +13,7 @@ import oracle
 from lcr_fast import LCRConfig, ops, reference
 from lcr_fast.ops.noise import Dropout, Noise
 from lcr_fast.reference import Steps, length_mask
+from lcr_fast.reference.transformer import key_bias
 from lcr_fast.testing import random_streams, random_weights
 from lcr_fast.weights import REC, SEARCH
 
@@ -163,6 +164,15 @@ def test_score_matches_the_oracle(shape, head):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_the_bias_of_padding_has_room_for_logits(dtype):
+    """Of a history without events all logits are biased: none may become infinite."""
+    bias = key_bias(torch.tensor([0, 2]), 3, dtype)
+    logits = torch.linspace(-1000, 1000, 9, dtype=dtype).view(-1, 1, 1, 1)
+    assert torch.isfinite(logits + bias).all()
+    assert ((logits + bias).softmax(-1)[:, 1, 0, 2] == 0).all()
+
+
 def test_attention_probabilities_are_those_of_attention():
     (weights, _, _), (search, rec), (_, n_r) = setup(TINY)
     search, rec = search.nan_to_num(), rec.nan_to_num()

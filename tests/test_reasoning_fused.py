@@ -195,6 +195,24 @@ def test_pieces_fit_scratch_and_are_even(monkeypatch, n_users, n_steps, expected
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("n_rows", [0, 1, 63, 1021, 9000, 2 * 4099])
+@pytest.mark.parametrize("leading", [(), (2,), (2, 3)], ids=str)
+def test_products_of_columns_sum_parts_of_the_rows(leading, n_rows):
+    from lcr_fast.kernels.gpu import columns_product
+
+    generator = torch.Generator().manual_seed(n_rows)
+    rows = torch.rand(*leading, n_rows, 96, generator=generator).to("cuda" if GPU else "cpu")
+    dy, x = rows[..., 16:64], rows[..., 64:]
+    found = columns_product(dy, x)
+    exact = dy.double().transpose(-1, -2) @ x.double()
+    assert found.shape == (*leading, 48, 32)
+    # Of positive numbers every partial sum is rounded by its part of the whole. Twice a prime has
+    # no parts.
+    bound = 2**-16 if n_rows == 2 * 4099 else 2**-21
+    assert ((found - exact).abs() <= bound * exact).all()
+
+
+@pytest.mark.gpu
 def test_gradients_of_biases_are_summed_in_a_tree():
     """A product with ones would add row to row, and the error grow with the batch."""
     from lcr_fast.kernels.reasoning.scratch import layout, products

@@ -1,5 +1,6 @@
 """What the reasoning kernels serve, and how they are compiled: tiles, warps, what is parked."""
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ class Tile(NamedTuple):
     slots: tuple[int, int]
 
 
+@functools.cache  # Triton's functions cost the host as much as a launch
 def slots(search_size: int, rec_size: int) -> tuple[int, int]:
     """Rows of one sequence of so many events: a power of two, at least the 16 of a product."""
     return (

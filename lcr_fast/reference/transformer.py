@@ -24,13 +24,14 @@ def zero_padding(x: Tensor, lengths: Tensor) -> Tensor:
 
 
 def key_bias(lengths: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """Give 0 to valid keys and the lowest finite number to padding: [...] -> [..., 1, size].
+    """Give 0 to valid keys and half the lowest finite number to padding: [...] -> [..., 1, size].
 
     Not -inf: a history without events must have finite attention and gradients. Its softmax is
-    uniform over zero vectors, which aggregation turns into 0 and reasoning gates away.
+    uniform over zero vectors, which aggregation turns into 0 and reasoning gates away. Half, as
+    float16 has no room for a logit of -20 beside the lowest.
     """
     bias = torch.zeros((*lengths.shape, 1, size), dtype=dtype, device=lengths.device)
-    return bias.masked_fill(~length_mask(lengths, size).unsqueeze(-2), torch.finfo(dtype).min)
+    return bias.masked_fill(~length_mask(lengths, size).unsqueeze(-2), torch.finfo(dtype).min / 2)
 
 
 def _project_heads(
