@@ -364,7 +364,7 @@ def run(benchmark, race, small, compiles, capture, ceilings, device):
 
 def _account(benchmark, bench: Bench, ceilings: dict[str, float], backward: bool) -> None:
     """Keep the work, its rate and its share of what the machine can do."""
-    info, median = benchmark.extra_info, benchmark.stats.stats.median
+    info, median = benchmark.extra_info, harness.work_seconds(benchmark)
     counts = bench.counts(backward)
     rate = counts["FLOPs"] / median / 1e9
     info |= counts | {"GFLOP/s": rate}

@@ -170,6 +170,15 @@ def captured(
     return found, failures
 
 
+def work_seconds(benchmark) -> float:
+    """Give the median that rates are of: of the replay where one was timed, else of the call.
+
+    What a call takes may be what its launches take; that is no rate of a GPU.
+    """
+    replay = benchmark.extra_info["others"].get(CAPTURED[""])
+    return replay["median"] if replay else benchmark.stats.stats.median
+
+
 def rounding_bound(precision: str, backward: bool = False) -> float:
     """Say how far results of one precision may be apart, in RMS, relative to their size."""
     if precision != "fp32":

@@ -362,9 +362,10 @@ def _draw_roofline(run: Run, entries: list[Entry], path: Path) -> None:
     points = []
     for entry in entries:
         flops, moved = entry.info["FLOPs"], entry.info["bytes"]
-        points.append((OURS, flops / moved, flops / entry.ours / 1e9))
-        if "eager" in entry.medians and "eager bytes" in entry.info:
-            rate = flops / entry.medians["eager"] / 1e9
+        medians = entry.medians
+        points.append((OURS, flops / moved, flops / medians.get("captured", entry.ours) / 1e9))
+        if "eager" in medians and "eager bytes" in entry.info:
+            rate = flops / medians.get("captured eager", medians["eager"]) / 1e9
             points.append(("eager", flops / entry.info["eager bytes"], rate))
     for name, colour in ((OURS, "#228833"), ("eager", _STYLES["eager"])):
         mine = [(x, y) for n, x, y in points if n == name]
