@@ -45,7 +45,7 @@ from parts import PASSED, Command, Part, Result, Runner
 ROOT = Path(__file__).resolve().parents[1]
 TIMED = ("benchmarks", "compiled")
 PARTS = ("package", "tests", "sanitizer", "train", "warm-up", *TIMED)
-BENCHMARKS = ("reasoning", "inference", "scoring", "ranking", "training")
+BENCHMARKS = ("reasoning", "training", "scoring", "inference", "ranking")
 COMPILED = ("reasoning", "inference", "scoring")  # have cases with torch.compile
 LIMIT = 900.0
 # What runs before the timed benchmarks gets at most this share of the time.
