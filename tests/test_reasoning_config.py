@@ -16,7 +16,7 @@ NEWER = Gpu(12, 99 << 10)
 
 
 @pytest.mark.parametrize("gpu", [SMALL, A100, H100, NEWER], ids=str)
-@pytest.mark.parametrize("which", ["fwd", "bwd"])
+@pytest.mark.parametrize("which", ["fwd", "recompute", "bwd"])
 @pytest.mark.parametrize(
     ("dtype", "precision"),
     [(torch.float32, "tf32"), (torch.float32, "tf32x3"), (torch.bfloat16, "ieee")],
@@ -62,6 +62,19 @@ def test_what_does_not_fit_shared_memory_has_fewer_rows_or_is_cut():
     assert config("bwd", 128, 1, 128, A100, torch.bfloat16, "ieee").cut
     assert config("fwd", 64, 2, 32, A100).rows == 64
     assert config("fwd", 64, 1, 32, SMALL).rows == 32  # 64 rows would not fit
+
+
+def test_recomputation_takes_all_heads_at_once_where_a_loop_over_them_keeps_too_much():
+    def config(which, D, slot, gpu, precision="tf32x3"):
+        return configs.config(which, D, 2, slot, torch.float32, precision, gpu)
+
+    for D, slot, gpu in ((128, 128, H100), (64, 128, SMALL), (64, 128, NEWER)):
+        chosen = config("recompute", D, slot, gpu)
+        assert (chosen.heads(D, 2), chosen.cut) == (D, True)
+    # What fits is forward's.
+    for D, slot, gpu in ((128, 64, H100), (64, 128, A100), (32, 128, SMALL)):
+        assert config("recompute", D, slot, gpu) == config("fwd", D, slot, gpu)
+    assert config("recompute", 128, 128, H100, "tf32") == config("fwd", 128, 128, H100, "tf32")
 
 
 def test_a_gpu_is_described(monkeypatch):

@@ -206,9 +206,9 @@ def test_products_of_columns_sum_parts_of_the_rows(leading, n_rows):
     found = columns_product(dy, x)
     exact = dy.double().transpose(-1, -2) @ x.double()
     assert found.shape == (*leading, 48, 32)
-    # Of positive numbers every partial sum is rounded by its part of the whole. Twice a prime has
-    # no parts.
-    bound = 2**-16 if n_rows == 2 * 4099 else 2**-21
+    # Of positive numbers every partial sum is rounded by its part of the whole. A prime is one
+    # part, twice a prime has none.
+    bound = {1021: 2**-19, 2 * 4099: 2**-16}.get(n_rows, 2**-21)
     assert ((found - exact).abs() <= bound * exact).all()
 
 
@@ -268,7 +268,7 @@ def test_parity_in_every_configuration(monkeypatch, name, dtype):
     monkeypatch.setattr(reasoning_config, "config", chosen)
     call = draw("triton", case, dtype=dtype)
     assert_reasoning_parity(run_reasoning(call, "triton"), reasoning_baseline(call))
-    assert set(asked) == {"fwd", "bwd"}
+    assert set(asked) == {"fwd", "recompute", "bwd"}
 
 
 @pytest.mark.gpu

@@ -77,7 +77,7 @@ _CALLS = (
     _Call(64, 50, torch.float32, precision="tf32"),
     *(
         _Call(*shape, torch.float32, precision="tf32x3")
-        for shape in ((32, 20), (64, 50), (128, 50))
+        for shape in ((32, 20), (64, 50), (64, 128), (128, 50), (128, 128))
     ),
 )
 
@@ -110,18 +110,20 @@ def variants(arch: str) -> Iterator[Variant]:
             ("fwd", "fwd-train", latent_reasoning_fwd_kernel, train),
             ("bwd", "self_bwd-train", self_bwd_kernel, train),
         ]
+        if call.size > 64 and dtype == torch.float32:
+            launched.append(("recompute", "recompute_cross-train", recompute_cross_kernel, train))
         if arch == "sm_90" and (call in _DEFAULTS or dtype != torch.float32):
             launched += [
                 ("fwd", "fwd-infer", latent_reasoning_fwd_kernel, plain),
-                ("fwd", "recompute_self-train", recompute_self_kernel, train),
-                ("fwd", "recompute_cross-train", recompute_cross_kernel, train),
+                ("recompute", "recompute_self-train", recompute_self_kernel, train),
+                ("recompute", "recompute_cross-train", recompute_cross_kernel, train),
                 ("bwd", "ffn_bwd-train", ffn_bwd_kernel, train),
                 ("bwd", "cross_bwd", cross_bwd_kernel, {}),
             ]
         if arch == "sm_90" and call == _DEFAULTS[0]:
             launched += [
                 ("fwd", "fwd-rollout", latent_reasoning_fwd_kernel, rollout),
-                ("fwd", "recompute_self-rollout", recompute_self_kernel, rollout),
+                ("recompute", "recompute_self-rollout", recompute_self_kernel, rollout),
                 ("bwd", "ffn_bwd-rollout", ffn_bwd_kernel, rollout),
                 ("bwd", "self_bwd-rollout", self_bwd_kernel, rollout),
             ]

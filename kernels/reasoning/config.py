@@ -144,13 +144,21 @@ def _fits(which: str, width: int, rows: int, number_bytes: int, shared: int) -> 
 def config(
     which: str, D: int, H: int, slot: int, dtype: torch.dtype, precision: str, gpu: Gpu
 ) -> Config:
-    """Look up a pass: ``fwd``, which backward's recomputation is too, or ``bwd``.
+    """Look up a pass: ``fwd``, backward's ``recompute`` of reasoning steps, or ``bwd``.
 
     ``slot`` is the rows of the longer stream's slot, ``precision`` is that of float32 products,
     ``tf32x3`` or ``tf32``. Where the tile does not fit the GPU's shared memory, it has fewer
     sequences, or its products are cut, which is slow.
     """
     kind = precision if dtype == torch.float32 else "half"
+    number_bytes = dtype.itemsize * (2 if kind == "tf32x3" else 1)
+    if which == "recompute":
+        # As forward; but a loop over heads keeps both streams' states in shared memory all along.
+        chosen = config("fwd", D, H, slot, dtype, precision, gpu)
+        heads = chosen.heads(D, H)
+        kept = max(slot, chosen.rows) * (2 * D + heads) * number_bytes
+        is_loop = heads < D
+        return chosen._replace(block_heads=D, cut=True) if is_loop and kept > gpu.shared else chosen
     chosen = next(c for most, c in _DEFAULTS[which, kind].items() if slot <= most)
     for major in (None, gpu.major):
         chosen = _CONFIGS.get((which, kind, D, slot, major), chosen)
@@ -158,7 +166,6 @@ def config(
     is_long, is_wide = slot > 64, D == 128
     if gpu.major == 10 and (kind == "tf32x3" or is_long or (is_wide and which == "bwd")):
         chosen, shared = _WITHOUT_TENSOR_MEMORY, min(shared, 163 << 10)
-    number_bytes = dtype.itemsize * (2 if kind == "tf32x3" else 1)
     for rows in (max(slot, chosen.rows), max(slot, 32)):
         if _fits(which, chosen.heads(D, H), rows, number_bytes, shared):
             return chosen._replace(rows=rows)

@@ -149,7 +149,7 @@ def latent_reasoning_bwd(
             which, D, F, n_heads, sizes, search.dtype, dot_precision(search.dtype),
             gpu_of(search.device),
         )
-        for which in ("fwd", "bwd")
+        for which in ("recompute", "bwd")
     )  # fmt: skip
     switches = {"NOISE": noise_scale != 0.0, "DROPOUT": dropout_threshold > 0, "POOL": has_pool}
     dropout = dropout_arguments(dropout_threshold, dropout_seed)
