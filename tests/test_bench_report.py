@@ -133,8 +133,8 @@ def test_quantities(text, expected):
 
 def test_the_command_prints_tables_and_draws_plots(file, tmp_path, capsys):
     bench_report.main([str(file), "--plots", str(tmp_path / "plots")])
-    text = capsys.readouterr().out
-    assert report(read_run(file)) in text
+    out, text = capsys.readouterr()
+    assert out == f"## {read_run(file).name}\n\n{report(read_run(file))}\n"
     names = {path.name for path in (tmp_path / "plots").iterdir()}
     assert names == {
         "some-run-speed-up-reasoning.png",
