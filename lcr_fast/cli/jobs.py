@@ -118,6 +118,7 @@ def open_job(
             data = PreparedData.open(out / "data")
         print(data.summary())
         print(f"writing to {out}")
+        mention_capture(arguments.device, configs["train"])
         yield Job(
             data,
             fit_config(data, configs["model"]),
@@ -129,6 +130,15 @@ def open_job(
             protocols=vars(arguments).get("protocols", PROTOCOLS),
             catalogue_users=arguments.catalogue_users,
             report=say,
+        )
+
+
+def mention_capture(device: str, config: TrainConfig) -> None:
+    """Tell who trains on a GPU by launches that there is a faster way."""
+    if device.partition(":")[0] == "cuda" and not config.capture:
+        print(
+            "each operation of a step is launched; --capture replays steps as CUDA graphs, several "
+            "times faster where batches are small (docs/speed.md)"
         )
 
 

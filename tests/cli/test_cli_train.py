@@ -12,7 +12,7 @@ import torch
 
 from command_line import TINY, WORLD, fails, is_untouched, read_csv, run
 from lcr_fast import cli
-from lcr_fast.cli.jobs import merged_configs
+from lcr_fast.cli.jobs import mention_capture, merged_configs
 from lcr_fast.config import LCRConfig, TrainConfig
 from lcr_fast.data import synthetic
 from lcr_fast.data.prepared import PreparedData
@@ -85,6 +85,15 @@ def test_what_has_no_searches_neither_reads_nor_learns_them(job):
             assert ("query_alignment" in logged) == reads
         result = load_json(job / "run" / variant / "evaluation.json", "evaluation")
         assert ("searches" in result) == reads
+
+
+@pytest.mark.parametrize(
+    ("device", "capture", "n_lines"),
+    [("cpu", False, 0), ("cuda", False, 1), ("cuda:1", False, 1), ("cuda", True, 0)],
+)
+def test_who_launches_on_a_gpu_is_told_of_graphs(device, capture, n_lines, capsys):
+    mention_capture(device, TrainConfig(capture=capture))
+    assert capsys.readouterr().out.count("--capture") == n_lines
 
 
 def test_a_job_without_data_makes_its_own(tmp_path, monkeypatch):
