@@ -178,7 +178,7 @@ def test_streams_share_their_launches_where_their_slots_agree(
 
 @pytest.mark.parametrize(
     ("n_users", "n_steps", "expected"),
-    [(1, 5, (1, 5)), (25, 5, (25, 3)), (100, 5, (100, 1)), (101, 5, (51, 1)), (260, 5, (87, 1))],
+    [(1, 5, (1, 5)), (25, 5, (25, 3)), (100, 5, (100, 1)), (101, 5, (52, 1)), (260, 5, (88, 1))],
 )
 def test_pieces_fit_scratch_and_are_even(monkeypatch, n_users, n_steps, expected):
     from lcr_fast.kernels.reasoning import scratch

@@ -78,7 +78,8 @@ def pieces(
 ) -> Pieces:
     """Cut a batch whose users take ``user_numbers`` a step as little as scratch allows, evenly.
 
-    All users take as many steps as fit, or if not even one does, fewer of them take one.
+    All users take as many steps as fit, or if not even one does, fewer of them take one: an even
+    number, as Triton compiles other kernels for int64 numbers of users that do not begin at 16 bytes.
     """
     memory = _INTERPRETER_MEMORY
     if device.type == "cuda":
@@ -86,9 +87,9 @@ def pieces(
     numbers = min(_MOST_NUMBERS, int(_SCRATCH_SHARE * memory) // dtype.itemsize)
     most = max(1, numbers // max(user_numbers, 1))  # users' steps
     at_once = min(n_steps, max(1, most // n_users))
+    users = triton.cdiv(n_users, triton.cdiv(n_users, most))
     return Pieces(
-        triton.cdiv(n_users, triton.cdiv(n_users, most)),
-        triton.cdiv(n_steps, triton.cdiv(n_steps, at_once)),
+        min(n_users, users + users % 2), triton.cdiv(n_steps, triton.cdiv(n_steps, at_once))
     )
 
 
