@@ -72,8 +72,12 @@ def jobs() -> Iterator[Job]:
                             warps, rows=rows, block_heads=heads, block_f=heads, registers=registers
                         )
                         yield Job("forward", kind, dim, size, config)
-                    for parked in (False, True):
-                        yield Job("backward", kind, dim, size, Config(warps, parked, rows))
+                    # Two programs a multiprocessor wait for each other's barriers: would three or
+                    # four, which hold less?
+                    limits = (None, 168, 128) if (warps, rows) == (4, 64) else (None,)
+                    for parked, registers in itertools.product((False, True), limits):
+                        config = Config(warps, parked, rows, registers=registers)
+                        yield Job("backward", kind, dim, size, config)
                 if slot <= 64:  # one stream needs fewer registers than two
                     for registers in (None, 168, 128):
                         config = Config(4, registers=registers)

@@ -125,8 +125,9 @@ _CONFIGS: dict[tuple[str, str, int, int, int | None], Config] = {
     ("bwd", "tf32x3", 128, 32, None): Config(4, parked=True),
 }
 # On compute capability 10 float32 in two parts, long histories and wide gradients exceed tensor
-# memory; 16 warps do without, and need as much shared memory as on capability 8.
-_WITHOUT_TENSOR_MEMORY = Config(16, parked=True)
+# memory; 16 warps do without, and need as much shared memory as on capability 8. Not told that a
+# thread may have 128 registers, ptxas 13.1 gives it 32 and spills the rest.
+_WITHOUT_TENSOR_MEMORY = Config(16, parked=True, registers=128)
 # Most bytes of one tile of heads, both parts of a tf32x3 product counted, by the shared memory that
 # a program may have, for which products fit it whole.
 _LARGEST_HEADS = {
@@ -169,7 +170,7 @@ def config(
     for rows in (max(slot, chosen.rows), max(slot, 32)):
         if _fits(which, chosen.heads(D, H), rows, number_bytes, shared):
             return chosen._replace(rows=rows)
-    return chosen._replace(rows=max(slot, 32), parked=True, registers=None, cut=True)
+    return chosen._replace(rows=max(slot, 32), parked=True, cut=True)
 
 
 def constants(
