@@ -67,10 +67,12 @@ def jobs() -> Iterator[Job]:
             for size, slot in ((30, 32), (50, 64), (100, 128)):
                 tiles = itertools.product((4, 8), sorted({slot, max(64, slot), 128}))
                 for warps, rows in tiles:
-                    for heads, registers in itertools.product((32, 64), (None, 168)):
+                    columns = sorted({32, 64, max(64, dim)})
+                    for heads, registers in itertools.product(columns, (None, 168)):
                         config = Config(
-                            warps, rows=rows, block_heads=heads, block_f=heads, registers=registers
-                        )
+                            warps, rows=rows, block_heads=heads, block_f=min(heads, 64),
+                            registers=registers,
+                        )  # fmt: skip
                         yield Job("forward", kind, dim, size, config)
                     # Two programs a multiprocessor wait for each other's barriers: would three or
                     # four, which hold less?
