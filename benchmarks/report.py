@@ -436,8 +436,8 @@ def main(argv: list[str] | None = None) -> None:
         print("\n\n".join(f"## {run.name}\n\n{report(run)}" for run in runs))
         if arguments.plots:
             files = [file for run in runs for file in draw(run, arguments.plots)]
-            # Not among the tables, which belong into a page. Older files do not say along which axes
-            # their cases differ.
+            # Not among the tables, which belong into a page. Older files do not say along which
+            # axes their cases differ.
             names = "\n".join(map(str, files)) or "no plots: too few cases differ by one axis"
             print(names, file=sys.stderr)
     except OSError as error:

@@ -79,7 +79,8 @@ def pieces(
     """Cut a batch whose users take ``user_numbers`` a step as little as scratch allows, evenly.
 
     All users take as many steps as fit, or if not even one does, fewer of them take one: an even
-    number, as Triton compiles other kernels for int64 numbers of users that do not begin at 16 bytes.
+    number, as Triton compiles other kernels where the int64 numbers of users do not begin at 16
+    bytes.
     """
     memory = _INTERPRETER_MEMORY
     if device.type == "cuda":
