@@ -34,6 +34,27 @@ _MODEL = LCRConfig(
     user_embedding=True,
 )  # fmt: skip
 
+# On a GPU nearly all time is compilation: of each process' memory there, and how many are enough.
+_GPU_BYTES = 6 << 30
+_MOST_PROCESSES = 12
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
+def pytest_cmdline_main(config):
+    """Take several processes where a bare ``pytest`` runs all tests of a GPU; ``-n 0`` is one."""
+    option, of_all = config.option, pytest.Config.ArgsSource.TESTPATHS
+    asked = getattr(option, "numprocesses", 1)  # 1 without pytest-xdist
+    is_whole_run = config.args_source is of_all and not (option.collectonly or option.usepdb)
+    if torch.cuda.is_available() and asked is None and is_whole_run and not _is_worker(config):
+        n = torch.cuda.get_device_properties(0).total_memory // _GPU_BYTES
+        option.numprocesses = min(n, os.cpu_count() or 1, _MOST_PROCESSES)
+        option.dist = "worksteal"
+
+
+def _is_worker(config) -> bool:
+    return hasattr(config, "workerinput")
+
+
 _FULL = os.environ.get("FULL") == "1"
 _LEFT_OUT = pytest.StashKey[int]()
 

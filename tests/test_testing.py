@@ -1,5 +1,7 @@
 """The assertion that other tests rely on must itself reject wrong results."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -91,3 +93,42 @@ def test_random_model_has_no_trivial_weight():
         values = parameter.detach()[1:] if "embedding.weight" in name else parameter.detach()
         assert ((values != 0) & (values != 1)).all(), name
     assert not model.training
+
+
+# -- tests/conftest.py ----------------------------------------------------------------------------
+
+
+class _Properties:
+    total_memory = 24 << 30
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, 4),
+        ({"numprocesses": 0}, 0),  # asked for
+        ({"usepdb": True}, None),
+        ({"collectonly": True}, None),
+        ({"args_source": pytest.Config.ArgsSource.ARGS}, None),  # some tests
+        ({"workerinput": {}}, None),
+    ],
+    ids=str,
+)
+def test_a_whole_run_on_a_gpu_takes_several_processes(monkeypatch, pytestconfig, change, expected):
+    (conftest,) = (
+        plugin
+        for plugin in pytestconfig.pluginmanager.get_plugins()
+        if hasattr(plugin, "_MOST_PROCESSES")
+    )
+    option = SimpleNamespace(numprocesses=None, collectonly=False, usepdb=False, dist="no")
+    config = SimpleNamespace(option=option, args_source=pytest.Config.ArgsSource.TESTPATHS)
+    for name, value in change.items():
+        setattr(option if hasattr(option, name) else config, name, value)
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: _Properties)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    conftest.pytest_cmdline_main(config)
+    assert option.dist == "no"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    conftest.pytest_cmdline_main(config)
+    assert option.numprocesses == expected
