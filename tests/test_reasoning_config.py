@@ -64,13 +64,16 @@ def test_what_does_not_fit_shared_memory_has_fewer_rows_or_is_cut():
     assert config("fwd", 64, 1, 32, SMALL).rows == 32  # 64 rows would not fit
 
 
-def test_recomputation_takes_all_heads_at_once_where_a_loop_over_them_keeps_too_much():
+def test_all_heads_are_taken_at_once_where_a_loop_over_them_keeps_too_much():
     def config(which, D, slot, gpu, precision="tf32x3"):
         return configs.config(which, D, 2, slot, torch.float32, precision, gpu)
 
     for D, slot, gpu in ((128, 128, H100), (64, 128, SMALL), (64, 128, NEWER)):
         chosen = config("recompute", D, slot, gpu)
         assert (chosen.heads(D, 2), chosen.cut) == (D, True)
+    for slot in (16, 32, 64):
+        assert config("fwd", 128, slot, SMALL, "tf32").heads(128, 2) == 128
+        assert config("fwd", 128, slot, A100, "tf32").heads(128, 2) == 64
     # What fits is forward's.
     for D, slot, gpu in ((128, 64, H100), (64, 128, A100), (32, 128, SMALL)):
         assert config("recompute", D, slot, gpu) == config("fwd", D, slot, gpu)
