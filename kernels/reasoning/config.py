@@ -166,7 +166,8 @@ def config(
     shared = gpu.shared
     is_long, is_wide = slot > 64, D == 128
     if kind == "tf32" and which == "fwd" and is_wide and not is_long and shared < 163 << 10:
-        chosen = chosen._replace(block_heads=D)  # a loop over heads keeps both streams' states there
+        # A loop over heads keeps both streams' states there.
+        chosen = chosen._replace(block_heads=D)
     if gpu.major == 10 and (kind == "tf32x3" or is_long or (is_wide and which == "bwd")):
         chosen, shared = _WITHOUT_TENSOR_MEMORY, min(shared, 163 << 10)
     for rows in (max(slot, chosen.rows), max(slot, 32)):
