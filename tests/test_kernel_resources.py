@@ -59,10 +59,22 @@ def test_the_table_obeys_the_limits(arch):
             assert_fits(row)
 
 
-def run_resources(*arguments: object) -> subprocess.CompletedProcess:
+def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, ROOT / "tools" / "kernel_resources.py", *map(str, arguments)]
+    command = [sys.executable, ROOT / "tools" / f"{name}.py", *map(str, arguments)]
     return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+def run_resources(*arguments: object) -> subprocess.CompletedProcess:
+    return run_tool("kernel_resources", *arguments)
+
+
+@pytest.mark.full
+def test_recomputation_fits_the_shared_memory_where_it_takes_most():
+    case = "^recompute_cross-tf32x3-d(64-L128-H2|128-L128-H2)$"
+    done = run_tool("shared_memory", "--arch", "sm_89", "sm_90", "--only", case)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == 3  # width 128 is not served without wgmma
 
 
 @pytest.mark.full

@@ -1,0 +1,113 @@
+"""Whether every case that the reasoning kernels serve fits the shared memory of a GPU.
+
+    python tools/shared_memory.py [--arch sm_89 ...] [--only REGEX]
+
+tools/kernel_resources.py compiles what is common. Here are the corners too: all widths, slots,
+heads and precisions, on GPUs with less shared memory as well. A kernel is only lowered to LLVM, as
+the layout of shared memory is known then: seconds each, an hour or two for all on one core. Prints
+a line a kernel; exits with 1 if one asks for more than there is. Needs no GPU, and no
+``TRITON_INTERPRET``.
+"""
+
+import argparse
+import itertools
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from triton._C.libtriton import ir
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+
+from kernel_resources import ast_source
+from lcr_fast.kernels.gpu import GPUS, Gpu
+from lcr_fast.kernels.launch import Variant, describe
+from lcr_fast.kernels.reasoning import backward
+from lcr_fast.kernels.reasoning.ahead_of_time import argument_types
+from lcr_fast.kernels.reasoning.config import constants, obstacle, slots
+from lcr_fast.kernels.reasoning.forward import ForwardStream, latent_reasoning_fwd_kernel
+
+ARCHS = GPUS | {"sm_89": Gpu(8, 99 << 10), "sm_120": Gpu(12, 99 << 10)}
+PRECISIONS = {"ieee": torch.bfloat16, "tf32": torch.float32, "tf32x3": torch.float32}
+_TRAIN = {"NOISE": False, "DROPOUT": True, "POOL": True, "SAVE": True}
+_KERNELS = {
+    "fwd": ("fwd", latent_reasoning_fwd_kernel),
+    "recompute_self": ("recompute", backward.recompute_self_kernel),
+    "recompute_cross": ("recompute", backward.recompute_cross_kernel),
+    "ffn_bwd": ("bwd", backward.ffn_bwd_kernel),
+    "cross_bwd": ("bwd", backward.cross_bwd_kernel),
+    "self_bwd": ("bwd", backward.self_bwd_kernel),
+}
+
+
+def variants(arch: str) -> Iterator[Variant]:
+    """Yield each kernel in training, with FFNs four times as wide, for every case served."""
+    for precision, dim, size in itertools.product(PRECISIONS, (32, 64, 128), (16, 30, 50, 128)):
+        dtype, ffn_dim = PRECISIONS[precision], 4 * dim
+        for heads in sorted({1, 2, dim // 16}):
+            case = {"dim": dim, "n_heads": heads, "ffn_dim": ffn_dim, "dtype": dtype}
+            gpu = ARCHS[arch] if precision == "tf32x3" else None  # float32's alone depends on it
+            if obstacle(**case, search_len=size, rec_len=size, gpu=gpu):
+                continue
+            slot, _ = slots(size, size)
+            rows = dict.fromkeys(("SEARCH_SLOT", "REC_SLOT", "SLOT", "MEMORY_SLOT"), slot)
+            for name, (which, kernel) in _KERNELS.items():
+                compiled = constants(
+                    which, dim, ffn_dim, heads, (size, size), dtype, precision, ARCHS[arch]
+                )
+                stream = ForwardStream if which == "fwd" else backward.BackwardStream
+                types = argument_types(dtype, torch.float32, stream)
+                yield describe(
+                    f"{name}-{precision}-d{dim}-L{size}-H{heads}", kernel, dtype, types,
+                    compiled | rows | _TRAIN,
+                )  # fmt: skip
+
+
+def shared_bytes(variant: Variant, arch: str) -> int:
+    """Lower a kernel as ``triton.compile`` does, as far as LLVM, and return what it asks for."""
+    source = ast_source(variant)
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    backend = make_backend(target)
+    options = backend.parse_options(dict(variant.options))
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, options, source.language)
+    metadata: dict[str, Any] = {"target": target, **vars(options)}
+    module = source.make_ir(
+        target, options, backend.get_codegen_implementation(options), backend.get_module_map(),
+        context,
+    )  # fmt: skip
+    for name, lower in stages.items():
+        module = lower(module, metadata)
+        if name == "llir":
+            break
+    return metadata["shared"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Lower what is asked for; return the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arch", nargs="+", choices=ARCHS, default=list(ARCHS))
+    parser.add_argument("--only", default="", help="a regular expression that names must contain")
+    arguments = parser.parse_args(argv)
+    too_much = 0
+    for arch in arguments.arch:
+        for variant in variants(arch):
+            if re.search(arguments.only, variant.name):
+                size = shared_bytes(variant, arch)
+                exceeds = size > ARCHS[arch].shared
+                too_much += exceeds
+                end = f", more than {ARCHS[arch].shared}" if exceeds else ""
+                sys.stdout.write(f"{arch} {variant.name}: {size} bytes{end}\n")
+                sys.stdout.flush()
+    return int(too_much > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
