@@ -163,7 +163,6 @@ def test_score_matches_the_oracle(shape, head):
             assert scores[b, i].item() == pytest.approx(expected, rel=1e-10, abs=1e-10)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_the_bias_of_padding_has_room_for_logits(dtype):
     """Of a history without events all logits are biased: none may become infinite."""
@@ -173,6 +172,7 @@ def test_the_bias_of_padding_has_room_for_logits(dtype):
     assert ((logits + bias).softmax(-1)[:, 1, 0, 2] == 0).all()
 
 
+@torch.no_grad()
 def test_attention_probabilities_are_those_of_attention():
     (weights, _, _), (search, rec), (_, n_r) = setup(TINY)
     search, rec = search.nan_to_num(), rec.nan_to_num()
