@@ -135,7 +135,7 @@ def open_job(
 
 def mention_capture(device: str, config: TrainConfig) -> None:
     """Tell who trains on a GPU by launches that there is a faster way."""
-    if device.partition(":")[0] == "cuda" and not config.capture:
+    if device.startswith("cuda") and not config.capture:
         print(
             "each operation of a step is launched; --capture replays steps as CUDA graphs, several "
             "times faster where batches are small (docs/speed.md)"
