@@ -23,15 +23,14 @@ from triton.compiler.compiler import make_backend
 
 from kernel_resources import ast_source
 from lcr_fast.kernels.gpu import GPUS, Gpu
-from lcr_fast.kernels.launch import Variant, describe
+from lcr_fast.kernels.launch import Variant
 from lcr_fast.kernels.reasoning import backward
-from lcr_fast.kernels.reasoning.ahead_of_time import argument_types
-from lcr_fast.kernels.reasoning.config import constants, obstacle, slots
-from lcr_fast.kernels.reasoning.forward import ForwardStream, latent_reasoning_fwd_kernel
+from lcr_fast.kernels.reasoning.ahead_of_time import TRAIN, Call, make_variant
+from lcr_fast.kernels.reasoning.config import obstacle
+from lcr_fast.kernels.reasoning.forward import latent_reasoning_fwd_kernel
 
 ARCHS = GPUS | {"sm_89": Gpu(8, 99 << 10), "sm_120": Gpu(12, 99 << 10)}
 PRECISIONS = {"ieee": torch.bfloat16, "tf32": torch.float32, "tf32x3": torch.float32}
-_TRAIN = {"NOISE": False, "DROPOUT": True, "POOL": True, "SAVE": True}
 _KERNELS = {
     "fwd": ("fwd", latent_reasoning_fwd_kernel),
     "recompute_self": ("recompute", backward.recompute_self_kernel),
@@ -45,24 +44,17 @@ _KERNELS = {
 def variants(arch: str) -> Iterator[Variant]:
     """Yield each kernel in training, with FFNs four times as wide, for every case served."""
     for precision, dim, size in itertools.product(PRECISIONS, (32, 64, 128), (16, 30, 50, 128)):
-        dtype, ffn_dim = PRECISIONS[precision], 4 * dim
         for heads in sorted({1, 2, dim // 16}):
-            case = {"dim": dim, "n_heads": heads, "ffn_dim": ffn_dim, "dtype": dtype}
-            gpu = ARCHS[arch] if precision == "tf32x3" else None  # float32's alone depends on it
-            if obstacle(**case, search_len=size, rec_len=size, gpu=gpu):
-                continue
-            slot, _ = slots(size, size)
-            rows = dict.fromkeys(("SEARCH_SLOT", "REC_SLOT", "SLOT", "MEMORY_SLOT"), slot)
-            for name, (which, kernel) in _KERNELS.items():
-                compiled = constants(
-                    which, dim, ffn_dim, heads, (size, size), dtype, precision, ARCHS[arch]
-                )
-                stream = ForwardStream if which == "fwd" else backward.BackwardStream
-                types = argument_types(dtype, torch.float32, stream)
-                yield describe(
-                    f"{name}-{precision}-d{dim}-L{size}-H{heads}", kernel, dtype, types,
-                    compiled | rows | _TRAIN,
-                )  # fmt: skip
+            call = Call(
+                dim, size, PRECISIONS[precision], precision=precision, n_heads=heads, widening=4
+            )
+            is_served = obstacle(
+                dim=dim, n_heads=heads, ffn_dim=4 * dim, search_len=size, rec_len=size,
+                dtype=call.dtype, gpu=ARCHS[arch] if precision == "tf32x3" else None,
+            ) is None  # fmt: skip
+            for name, (which, kernel) in _KERNELS.items() if is_served else ():
+                full = f"{name}-{precision}-d{dim}-L{size}-H{heads}"
+                yield make_variant(full, which, kernel, call, TRAIN, ARCHS[arch])
 
 
 def shared_bytes(variant: Variant, arch: str) -> int:

@@ -1,11 +1,11 @@
 """What is compiled of the reasoning kernels."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from lcr_fast.kernels.gpu import GPUS
+from lcr_fast.kernels.gpu import GPUS, Gpu
 from lcr_fast.kernels.launch import TYPES, Type, Variant, describe
 from lcr_fast.kernels.reasoning.backward import (
     BackwardStream,
@@ -56,7 +56,7 @@ def argument_types(
     }
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """What decides the compile-time constants of a call."""
 
     dim: int
@@ -64,19 +64,39 @@ class _Call(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
     weights: torch.dtype = torch.float32
     precision: str = "ieee"
+    n_heads: int = 2
+    widening: int = 1  # of the FFN, over the width
+
+
+TRAIN = {"NOISE": False, "DROPOUT": True, "POOL": True, "SAVE": True}
+
+
+def make_variant(
+    name: str, which: str, kernel: Any, call: Call, switches: dict[str, bool], gpu: Gpu
+) -> Variant:
+    """Describe what a pass (see :func:`constants`) launches of a kernel for a call."""
+    sizes, ffn_dim = (call.size, call.size), call.widening * call.dim
+    slot, _ = slots(*sizes)
+    compiled = constants(
+        which, call.dim, ffn_dim, call.n_heads, sizes, call.dtype, call.precision, gpu
+    )
+    rows = dict.fromkeys(("SEARCH_SLOT", "REC_SLOT", "SLOT", "MEMORY_SLOT"), slot)
+    stream = ForwardStream if kernel is latent_reasoning_fwd_kernel else BackwardStream
+    types = argument_types(call.dtype, call.weights, stream)
+    return describe(name, kernel, call.dtype, types, compiled | rows | switches)
 
 
 _DEFAULTS = (  # width and events of the default model
-    _Call(64, 30),
-    _Call(64, 30, torch.float32, precision="tf32"),
-    _Call(64, 30, torch.float32, precision="tf32x3"),
+    Call(64, 30),
+    Call(64, 30, torch.float32, precision="tf32"),
+    Call(64, 30, torch.float32, precision="tf32x3"),
 )
 _CALLS = (
     *_DEFAULTS,
-    *(_Call(*shape) for shape in ((32, 20), (64, 50), (64, 128), (128, 50), (128, 128))),
-    _Call(64, 50, torch.float32, precision="tf32"),
+    *(Call(*shape) for shape in ((32, 20), (64, 50), (64, 128), (128, 50), (128, 128))),
+    Call(64, 50, torch.float32, precision="tf32"),
     *(
-        _Call(*shape, torch.float32, precision="tf32x3")
+        Call(*shape, torch.float32, precision="tf32x3")
         for shape in ((32, 20), (64, 50), (64, 128), (128, 50), (128, 128))
     ),
 )
@@ -91,7 +111,6 @@ def variants(arch: str) -> Iterator[Variant]:
     sm_90, whose wgmma ptxas may get wrong, in halves and in float32 of the default model.
     """
     plain = {"NOISE": False, "DROPOUT": False, "POOL": False, "SAVE": False}
-    train = {"NOISE": False, "DROPOUT": True, "POOL": True, "SAVE": True}
     rollout = {"NOISE": True, "DROPOUT": False, "POOL": False, "SAVE": True}
     for call in _CALLS:
         dim, dtype = call.dim, call.dtype
@@ -99,25 +118,22 @@ def variants(arch: str) -> Iterator[Variant]:
             continue  # it is not served
         if arch != "sm_90" and (dim == 32 or (dtype == torch.float32 and call.size < 50)):
             continue  # wider and longer ones take more
-        sizes = (call.size, call.size)
-        slot, _ = slots(*sizes)
-        rows = {"SEARCH_SLOT": slot, "REC_SLOT": slot, "SLOT": slot, "MEMORY_SLOT": slot}
         kind = TYPES[dtype]
         if dtype == torch.float32:
             kind += f"-{call.precision}"
         suffix = f"{kind}-d{dim}-L{call.size}"
         launched = [
-            ("fwd", "fwd-train", latent_reasoning_fwd_kernel, train),
-            ("bwd", "self_bwd-train", self_bwd_kernel, train),
+            ("fwd", "fwd-train", latent_reasoning_fwd_kernel, TRAIN),
+            ("bwd", "self_bwd-train", self_bwd_kernel, TRAIN),
         ]
         if call.size > 64 and dtype == torch.float32:
-            launched.append(("recompute", "recompute_cross-train", recompute_cross_kernel, train))
+            launched.append(("recompute", "recompute_cross-train", recompute_cross_kernel, TRAIN))
         if arch == "sm_90" and (call in _DEFAULTS or dtype != torch.float32):
             launched += [
                 ("fwd", "fwd-infer", latent_reasoning_fwd_kernel, plain),
-                ("recompute", "recompute_self-train", recompute_self_kernel, train),
-                ("recompute", "recompute_cross-train", recompute_cross_kernel, train),
-                ("bwd", "ffn_bwd-train", ffn_bwd_kernel, train),
+                ("recompute", "recompute_self-train", recompute_self_kernel, TRAIN),
+                ("recompute", "recompute_cross-train", recompute_cross_kernel, TRAIN),
+                ("bwd", "ffn_bwd-train", ffn_bwd_kernel, TRAIN),
                 ("bwd", "cross_bwd", cross_bwd_kernel, {}),
             ]
         if arch == "sm_90" and call == _DEFAULTS[0]:
@@ -128,8 +144,4 @@ def variants(arch: str) -> Iterator[Variant]:
                 ("bwd", "self_bwd-rollout", self_bwd_kernel, rollout),
             ]
         for which, name, kernel, switches in launched:
-            compiled = constants(which, dim, dim, 2, sizes, dtype, call.precision, GPUS[arch])
-            compiled |= rows | switches
-            stream = ForwardStream if kernel is latent_reasoning_fwd_kernel else BackwardStream
-            types = argument_types(dtype, call.weights, stream)
-            yield describe(f"{name}-{suffix}", kernel, dtype, types, compiled)
+            yield make_variant(f"{name}-{suffix}", which, kernel, call, switches, GPUS[arch])
