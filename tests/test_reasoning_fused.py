@@ -194,6 +194,16 @@ def test_pieces_fit_scratch_and_are_even(monkeypatch, n_users, n_steps, expected
     assert few.users * few.steps <= 50
 
 
+@pytest.mark.parametrize(
+    ("n_rows", "expected"),
+    [(0, 1), (63, 63), (512, 512), (1021, 1021), (9000, 500), (61_440, 512), (2 * 4099, 2 * 4099)],
+)
+def test_parts_of_a_sum_are_even_and_near_512_rows(n_rows, expected):
+    from lcr_fast.kernels.gpu import _part_rows
+
+    assert _part_rows(n_rows) == expected
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("n_rows", [0, 1, 63, 1021, 9000, 2 * 4099])
 @pytest.mark.parametrize("leading", [(), (2,), (2, 3)], ids=str)
