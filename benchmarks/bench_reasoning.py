@@ -38,7 +38,6 @@ from lcr_fast.testing import (
     run_encoder,
     run_reasoning,
 )
-from lcr_fast.weights import REC, SEARCH
 
 HEADS = 2
 NOISE_SCALE, SEED = 0.1, 7
@@ -222,11 +221,9 @@ class Bench:
 
     def encode(self, backend: str) -> Function:
         def forward(x: Inputs) -> tuple[Tensor, ...]:
-            return tuple(
-                ops.encode(h, n, self.weights, stream, n_heads=HEADS, backend=backend)
-                for stream, h, n in (
-                    (SEARCH, x.search, x.search_lengths), (REC, x.rec, x.rec_lengths),
-                )
+            return ops.encode(
+                x.search, x.rec, x.search_lengths, x.rec_lengths, self.weights, n_heads=HEADS,
+                backend=backend,
             )  # fmt: skip
 
         return forward
@@ -303,14 +300,13 @@ def assert_parity(case: Case, device: str) -> None:
     """Hold ``auto`` to the exact results and gradients on a few users of the case's shape."""
     dtype = harness.DTYPES[case.dtype]
     if not case.K:
-        for stream in (SEARCH, REC):
-            shape = EncoderCase(
-                dim=case.d, n_heads=HEADS, ffn_dim=case.d, n_layers=1, length=case.L,
-                n_users=PARITY_USERS, stream=stream, padding=0.0,
-            )  # fmt: skip
-            encoder = random_encoder(shape).to(dtype, device=device)
-            expected = reasoning_baseline(encoder, run_encoder)
-            assert_reasoning_parity(run_encoder(encoder, "auto"), expected)
+        shape = EncoderCase(
+            dim=case.d, n_heads=HEADS, ffn_dim=case.d, n_layers=1, search_len=case.L,
+            rec_len=case.L, n_users=PARITY_USERS, padding=0.0,
+        )  # fmt: skip
+        encoder = random_encoder(shape).to(dtype, device=device)
+        expected = reasoning_baseline(encoder, run_encoder)
+        assert_reasoning_parity(run_encoder(encoder, "auto"), expected)
         return
     shape = ReasoningCase(
         dim=case.d, n_heads=HEADS, search_len=case.L, rec_len=case.L, n_users=PARITY_USERS,

@@ -25,8 +25,8 @@ from lcr_fast.model import LCRSER
 from lcr_fast.ops import ranking
 from lcr_fast.reference import Steps
 from lcr_fast.testing import (
+    Call,
     EncoderCase,
-    Reasoning,
     ReasoningCase,
     assert_parity,
     assert_reasoning_parity,
@@ -41,7 +41,7 @@ from lcr_fast.testing import (
     run_encoder,
     run_reasoning,
 )
-from lcr_fast.weights import REC, SEARCH, ReasoningWeights, ScoringWeights
+from lcr_fast.weights import ReasoningWeights, ScoringWeights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 K = 5  # of the best items
@@ -115,15 +115,15 @@ def lookups(setting: Setting) -> None:
 
 def encoding(setting: Setting) -> None:
     sizes = setting.sizes
-    for stream, length, dropout in ((SEARCH, sizes.search_len, 0.0), (REC, sizes.rec_len, 0.2)):
+    for dropout in (0.0, 0.2):
         case = EncoderCase(
-            dim=sizes.dim, ffn_dim=sizes.dim, length=length, n_users=sizes.n_users, stream=stream,
-            dropout=dropout,
+            dim=sizes.dim, ffn_dim=sizes.dim, search_len=sizes.search_len, rec_len=sizes.rec_len,
+            n_users=sizes.n_users, dropout=dropout,
         )  # fmt: skip
         _check_call(setting, random_encoder(case), run_encoder)
 
 
-def _forward_alone(call: Reasoning, backend: str) -> dict[str, Tensor]:
+def _forward_alone(call: Call, backend: str) -> dict[str, Tensor]:
     """Reason as inference does, which keeps nothing for a backward."""
     inputs = call.inputs
     weights = ReasoningWeights(*(inputs[name] for name in ReasoningWeights._fields))

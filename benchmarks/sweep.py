@@ -131,14 +131,14 @@ def _reasoning(job: Job, n_users: int) -> Callable[[], Any]:
 
 
 def _encoder(job: Job, n_users: int) -> Callable[[], Any]:
-    """Encode one stream in inference, or forward and backward with dropout."""
+    """Encode both streams in inference, or forward and backward with dropout."""
     dropout = 0.1 if job.op == "encode backward" else 0.0
     case = EncoderCase(
-        dim=job.dim, ffn_dim=job.dim, n_layers=1, length=job.size, n_users=n_users, dropout=dropout,
-        padding=0.0,
+        dim=job.dim, ffn_dim=job.dim, n_layers=1, search_len=job.size, rec_len=job.size,
+        n_users=n_users, dropout=dropout, padding=0.0,
     )  # fmt: skip
     call = random_encoder(case).to(harness.DTYPES[KINDS[job.kind]], device="cuda")
-    call = call._replace(lengths=torch.full_like(call.lengths, job.size))
+    call = call._replace(lengths=tuple(torch.full_like(n, job.size) for n in call.lengths))
     return functools.partial(run_encoder if dropout else encode, call, "triton")
 
 

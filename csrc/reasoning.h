@@ -118,7 +118,7 @@ void pack_encoder(const TransformerShape& shape, int64_t stream, bool pairs,
 void encoder_forward(const EncoderArgs& args, const float* packed, void* out,
                      const Parallel& parallel);
 
-// `dweights` [n_layers, 2, ...]: those of the other stream become 0.
+// `dweights` [n_layers, 2, ...], of which the other stream's are not touched.
 void encoder_backward(const EncoderArgs& args, const WeightArg* weights, const void* dout, void* dx,
                       void* const* dweights, const Parallel& parallel);
 

@@ -225,60 +225,76 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> cpu_latent_reasoning_bwd(
 
 // -- encoder --------------------------------------------------------------------------------------
 
+// The arguments that both passes of the encoders share, checked, with what they point to.
 struct EncoderCall {
-  EncoderCall(const Tensor& x, const Tensor& x_lengths, const Tensor& rows,
-              const Tensors& weight_tensors, int64_t stream, int64_t n_heads,
-              int64_t dropout_threshold, const Tensor& dropout_seed)
-      : dtype(x.scalar_type()) {
-    args.type = float_type(x, "x");
-    args.shape = weights_shape(weight_tensors, 1, n_heads, dtype, weights);
-    check(args.shape.ffn_dim > 0, "the encoder's FFN must have a width");
-    check(stream == 0 || stream == 1, "stream must be 0 or 1, got ", stream);
-    check(x.dim() == 3, "x must be [B, L, D]");
-    args.stream = stream;
-    args.n_users = x.size(0);
-    args.length = x.size(1);
-    args.x = states_data(x, "x", dtype, {args.n_users, args.length, args.shape.dim});
-    lengths = lengths_of(x_lengths, "lengths", args.n_users, args.length);
-    args.lengths = lengths.data();
-    args.dropout = dropout_key(dropout_threshold, dropout_seed);
-    args.rows = rows_of(rows, args.n_users, dropout_threshold > 0);
+  EncoderCall(const Tensor& search, const Tensor& rec, const Tensor& search_lengths,
+              const Tensor& rec_lengths, const Tensor& rows, const Tensors& weight_tensors,
+              int64_t n_heads, int64_t dropout_threshold, const Tensor& dropout_seed)
+      : dtype(search.scalar_type()) {
+    EncoderArgs common{};
+    common.type = float_type(search, "search");
+    common.shape = weights_shape(weight_tensors, 1, n_heads, dtype, weights);
+    check(common.shape.ffn_dim > 0, "the encoder's FFN must have a width");
+    check(search.dim() == 3 && rec.dim() == 3, "search and rec must be [B, L, D]");
+    common.n_users = search.size(0);
+    common.dropout = dropout_key(dropout_threshold, dropout_seed);
+    common.rows = rows_of(rows, common.n_users, dropout_threshold > 0);
+    set(0, "search", search, "search_lengths", search_lengths, common);
+    set(1, "rec", rec, "rec_lengths", rec_lengths, common);
   }
 
   ScalarType dtype;
   std::vector<WeightArg> weights;
-  std::vector<int64_t> lengths;
-  EncoderArgs args{};
+  std::vector<int64_t> lengths[2];
+  EncoderArgs args[2];
+
+ private:
+  void set(int stream, const char* name, const Tensor& x, const char* lengths_name,
+           const Tensor& x_lengths, EncoderArgs of_stream) {
+    of_stream.stream = stream;
+    of_stream.length = x.size(1);
+    of_stream.x =
+        states_data(x, name, dtype, {of_stream.n_users, of_stream.length, of_stream.shape.dim});
+    lengths[stream] = lengths_of(x_lengths, lengths_name, of_stream.n_users, of_stream.length);
+    of_stream.lengths = lengths[stream].data();
+    args[stream] = of_stream;
+  }
 };
 
-Tensor cpu_encode_fwd(const Tensor& x, const Tensor& lengths, const Tensor& rows, Tensors weights,
-                      int64_t stream, int64_t n_heads, int64_t dropout_threshold,
-                      const Tensor& dropout_seed) {
-  const EncoderCall call(x, lengths, rows, weights, stream, n_heads, dropout_threshold,
-                         dropout_seed);
-  Tensor out = torch::stable::empty_like(x);
-  encoder_forward(call.args, call.weights.data(), out.mutable_data_ptr(), parallel);
-  return out;
+std::tuple<Tensor, Tensor> cpu_encode_fwd(const Tensor& search, const Tensor& rec,
+                                          const Tensor& search_lengths, const Tensor& rec_lengths,
+                                          const Tensor& rows, Tensors weights, int64_t n_heads,
+                                          int64_t dropout_threshold, const Tensor& dropout_seed) {
+  const EncoderCall call(search, rec, search_lengths, rec_lengths, rows, weights, n_heads,
+                         dropout_threshold, dropout_seed);
+  Tensor out_search = torch::stable::empty_like(search), out_rec = torch::stable::empty_like(rec);
+  void* const out[2] = {out_search.mutable_data_ptr(), out_rec.mutable_data_ptr()};
+  for (int x = 0; x < 2; ++x)
+    encoder_forward(call.args[x], call.weights.data(), out[x], parallel);
+  return {out_search, out_rec};
 }
 
-std::tuple<Tensor, Tensors> cpu_encode_bwd(const Tensor& dout, const Tensor& x,
-                                           const Tensor& lengths, const Tensor& rows,
-                                           Tensors weights, int64_t stream, int64_t n_heads,
-                                           int64_t dropout_threshold, const Tensor& dropout_seed) {
-  const EncoderCall call(x, lengths, rows, weights, stream, n_heads, dropout_threshold,
-                         dropout_seed);
-  const EncoderArgs& args = call.args;
-  const void* dout_data =
-      states_data(dout, "dout", call.dtype, {args.n_users, args.length, args.shape.dim});
-  Tensor dx = torch::stable::empty_like(x);
+std::tuple<Tensor, Tensor, Tensors> cpu_encode_bwd(
+    const Tensor& dsearch_out, const Tensor& drec_out, const Tensor& search, const Tensor& rec,
+    const Tensor& search_lengths, const Tensor& rec_lengths, const Tensor& rows, Tensors weights,
+    int64_t n_heads, int64_t dropout_threshold, const Tensor& dropout_seed) {
+  const EncoderCall call(search, rec, search_lengths, rec_lengths, rows, weights, n_heads,
+                         dropout_threshold, dropout_seed);
+  const int64_t B = call.args[0].n_users, D = call.args[0].shape.dim;
+  const void* const dout[2] = {
+      states_data(dsearch_out, "dsearch_out", call.dtype, {B, call.args[0].length, D}),
+      states_data(drec_out, "drec_out", call.dtype, {B, call.args[1].length, D})};
+  Tensor dsearch = torch::stable::empty_like(search), drec = torch::stable::empty_like(rec);
+  void* const dx[2] = {dsearch.mutable_data_ptr(), drec.mutable_data_ptr()};
   Tensors dweights;
   void* data[kEncoderWeights];
   for (size_t i = 0; i < weights.size(); ++i) {
-    dweights.push_back(zeros_like(weights[i]));
+    dweights.push_back(torch::stable::empty_like(weights[i]));
     data[i] = dweights[i].mutable_data_ptr();
   }
-  encoder_backward(args, call.weights.data(), dout_data, dx.mutable_data_ptr(), data, parallel);
-  return {dx, dweights};
+  for (int x = 0; x < 2; ++x)  // each writes its own half of every weight's gradient
+    encoder_backward(call.args[x], call.weights.data(), dout[x], dx[x], data, parallel);
+  return {dsearch, drec, dweights};
 }
 
 }  // namespace
@@ -301,12 +317,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lcr_fast, m) {
       " Tensor rec_lengths, Tensor[] weights, Tensor exit_weight, Tensor exit_bias, int steps,"
       " int n_heads) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "cpu_encode_fwd(Tensor x, Tensor lengths, Tensor rows, Tensor[] weights, int stream,"
-      " int n_heads, int dropout_threshold, Tensor dropout_seed) -> Tensor");
+      "cpu_encode_fwd(Tensor search, Tensor rec, Tensor search_lengths, Tensor rec_lengths,"
+      " Tensor rows, Tensor[] weights, int n_heads, int dropout_threshold, Tensor dropout_seed)"
+      " -> (Tensor, Tensor)");
   m.def(
-      "cpu_encode_bwd(Tensor dout, Tensor x, Tensor lengths, Tensor rows, Tensor[] weights,"
-      " int stream, int n_heads, int dropout_threshold, Tensor dropout_seed)"
-      " -> (Tensor, Tensor[])");
+      "cpu_encode_bwd(Tensor dsearch_out, Tensor drec_out, Tensor search, Tensor rec,"
+      " Tensor search_lengths, Tensor rec_lengths, Tensor rows, Tensor[] weights, int n_heads,"
+      " int dropout_threshold, Tensor dropout_seed) -> (Tensor, Tensor, Tensor[])");
 }
 STABLE_TORCH_LIBRARY_IMPL(lcr_fast, CPU, m) {
   m.impl("cpu_latent_reasoning_fwd", TORCH_BOX(&cpu_latent_reasoning_fwd));

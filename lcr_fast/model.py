@@ -210,16 +210,14 @@ class LCRSER(nn.Module):
         """Encode both histories: h^(0), [B, L_s, D] and [B, L_r, D]."""
         if not batch.user.is_cuda and not torch.compiler.is_compiling():
             self.check(batch)
-        search, rec = self.embed(batch)
-        weights = self.encoder.weights()
-        options: dict[str, Any] = {
-            "n_heads": self.config.n_heads,
-            "dropout": self._dropout(batch),
-            "backend": reasoning.ENCODE.of_model(self.config.backend),
-        }
-        return (
-            reasoning.encode(search, batch.search_lengths, weights, SEARCH, **options),
-            reasoning.encode(rec, batch.rec_lengths, weights, REC, **options),
+        return reasoning.encode(
+            *self.embed(batch),
+            batch.search_lengths,
+            batch.rec_lengths,
+            self.encoder.weights(),
+            n_heads=self.config.n_heads,
+            dropout=self._dropout(batch),
+            backend=reasoning.ENCODE.of_model(self.config.backend),
         )
 
     @property
@@ -543,7 +541,7 @@ class LCRSER(nn.Module):
             lookup.EMBED: lookup.LookupCase(device, dtype, training, self._has_text),
             reasoning.ENCODE: reasoning.EncodeCase(
                 device, dtype, config.dim, config.n_heads, config.ffn_width,
-                max(config.max_search_len, config.max_rec_len),
+                config.max_search_len, config.max_rec_len,
             ),
             reasoning.LATENT_REASONING: reasoning.ReasoningCase(
                 device, dtype, config.dim, config.n_heads,

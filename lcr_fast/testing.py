@@ -16,7 +16,7 @@ from lcr_fast.config import LCRConfig
 from lcr_fast.model import LCRSER
 from lcr_fast.ops.noise import Dropout, Noise
 from lcr_fast.reference import Steps, Streams, length_mask
-from lcr_fast.weights import SEARCH, EncoderWeights, ReasoningWeights, ScoringWeights
+from lcr_fast.weights import EncoderWeights, ReasoningWeights, ScoringWeights
 
 
 def _max(t: Tensor) -> float:
@@ -203,10 +203,24 @@ class ReasoningCase(NamedTuple):
     padding: float = math.nan  # of the states, beyond their lengths
 
 
-class Reasoning(NamedTuple):
-    """One call: its inputs, and the upstream gradients of its results."""
+class EncoderCase(NamedTuple):
+    """Shapes and switches of one call of :func:`lcr_fast.ops.encode`."""
 
-    case: ReasoningCase
+    dim: int = 32
+    n_heads: int = 2
+    ffn_dim: int = 48
+    n_layers: int = 2
+    search_len: int = 5
+    rec_len: int = 7
+    n_users: int = 6
+    dropout: float = 0.0
+    padding: float = math.nan  # of the states, beyond their lengths
+
+
+class Call(NamedTuple):
+    """One call of either: its inputs, and the upstream gradients of its results."""
+
+    case: Any
     inputs: dict[str, Tensor]  # what has a gradient: search, rec, target_keys, the weights
     lengths: Streams
     rows: Tensor  # int64 [B]
@@ -217,14 +231,12 @@ class Reasoning(NamedTuple):
         dtype: torch.dtype,
         weights: torch.dtype | None = None,
         device: str | torch.device | None = None,
-    ) -> "Reasoning":
+    ) -> "Call":
         """Cast all that is floating point; the weights to a dtype of their own, if given."""
 
         def cast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return {
-                name: t.to(
-                    device, weights if weights and name in ReasoningWeights._fields else dtype
-                )
+                name: t.to(device, weights if weights and name in _WEIGHTS else dtype)
                 for name, t in tensors.items()
             }
 
@@ -237,7 +249,10 @@ class Reasoning(NamedTuple):
         )
 
 
-def random_reasoning(case: ReasoningCase, seed: int = 0) -> Reasoning:
+_WEIGHTS = {*ReasoningWeights._fields, *EncoderWeights._fields}
+
+
+def random_reasoning(case: ReasoningCase, seed: int = 0) -> Call:
     """Draw a call in float64.
 
     The first users have, in this order: both histories full, no search, no recommendation event,
@@ -270,10 +285,10 @@ def random_reasoning(case: ReasoningCase, seed: int = 0) -> Reasoning:
     for name, w in weights._asdict().items():
         inputs[name] = w.detach() * (case.out_scale if "out" in name else 1.0)
     rows = torch.randint(-(2**63), 2**63 - 1, (case.n_users,), generator=generator)
-    return Reasoning(case, inputs, (lengths[0], lengths[1]), rows, upstream)
+    return Call(case, inputs, (lengths[0], lengths[1]), rows, upstream)
 
 
-def run_reasoning(call: Reasoning, backend: str) -> dict[str, Tensor]:
+def run_reasoning(call: Call, backend: str) -> dict[str, Tensor]:
     """Run forward and backward: every result by its name, every gradient as ``d<name>``."""
     case = call.case
     leaves = {name: t.detach().requires_grad_() for name, t in call.inputs.items()}
@@ -305,84 +320,51 @@ def run_reasoning(call: Reasoning, backend: str) -> dict[str, Tensor]:
 _NOISE_SEED, _DROPOUT_SEED = 0x1234567_89ABCDEF, 0x7EDCBA98_76543210
 
 
-class EncoderCase(NamedTuple):
-    """Shapes and switches of one call of :func:`lcr_fast.ops.encode`."""
-
-    dim: int = 32
-    n_heads: int = 2
-    ffn_dim: int = 48
-    n_layers: int = 2
-    length: int = 7
-    n_users: int = 6
-    stream: int = SEARCH
-    dropout: float = 0.0
-    padding: float = math.nan  # of x, beyond its lengths
-
-
-class Encoder(NamedTuple):
-    """One call: its inputs, and the upstream gradient of its result."""
-
-    case: EncoderCase
-    inputs: dict[str, Tensor]  # what has a gradient: x, the weights
-    lengths: Tensor
-    rows: Tensor  # int64 [B]
-    upstream: Tensor
-
-    def to(
-        self,
-        dtype: torch.dtype,
-        weights: torch.dtype | None = None,
-        device: str | torch.device | None = None,
-    ) -> "Encoder":
-        """Cast all that is floating point; the weights to a dtype of their own, if given."""
-        return self._replace(
-            inputs={
-                name: t.to(device, dtype if name == "x" else weights or dtype)
-                for name, t in self.inputs.items()
-            },
-            lengths=self.lengths.to(device),
-            rows=self.rows.to(device),
-            upstream=self.upstream.to(device, dtype),
-        )
-
-
-def random_encoder(case: EncoderCase, seed: int = 0) -> Encoder:
+def random_encoder(case: EncoderCase, seed: int = 0) -> Call:
     """Draw a call in float64, as :func:`random_reasoning` does."""
     generator = torch.Generator().manual_seed(seed)
     config = LCRConfig(
         dim=case.dim, n_heads=case.n_heads, ffn_dim=case.ffn_dim, n_layers=case.n_layers,
-        max_search_len=case.length, max_rec_len=case.length,
+        max_search_len=case.search_len, max_rec_len=case.rec_len,
     )  # fmt: skip
     weights, _, _ = random_weights(config, generator)
-    streams = random_streams(config, case.n_users, generator, torch.float64, case.padding)
-    x, lengths = streams[case.stream], streams[2 + case.stream]
-    upstream = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-    inputs = {"x": x} | {name: w.detach() for name, w in weights._asdict().items()}
+    search, rec, *lengths = random_streams(
+        config, case.n_users, generator, torch.float64, case.padding
+    )
+    upstream = {
+        name: torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        for name, x in (("search", search), ("rec", rec))
+    }
+    inputs = {"search": search, "rec": rec}
+    inputs |= {name: w.detach() for name, w in weights._asdict().items()}
     rows = torch.randint(-(2**63), 2**63 - 1, (case.n_users,), generator=generator)
-    return Encoder(case, inputs, lengths, rows, upstream)
+    return Call(case, inputs, (lengths[0], lengths[1]), rows, upstream)
 
 
-def encode(call: Encoder, backend: str) -> Tensor:
+def encode(call: Call, backend: str) -> Streams:
     """Run a call of :func:`lcr_fast.ops.encode` as it stands."""
     case = call.case
     return ops.encode(
-        call.inputs["x"],
-        call.lengths,
+        call.inputs["search"],
+        call.inputs["rec"],
+        *call.lengths,
         EncoderWeights(*(call.inputs[name] for name in EncoderWeights._fields)),
-        case.stream,
         n_heads=case.n_heads,
         dropout=Dropout(case.dropout, _DROPOUT_SEED, call.rows) if case.dropout else None,
         backend=backend,
     )
 
 
-def run_encoder(call: Encoder, backend: str) -> dict[str, Tensor]:
-    """Run forward and backward: ``out``, and every gradient as ``d<name>``."""
+def run_encoder(call: Call, backend: str) -> dict[str, Tensor]:
+    """Run forward and backward, as :func:`run_reasoning` does."""
     leaves = {name: t.detach().requires_grad_() for name, t in call.inputs.items()}
-    out = encode(call._replace(inputs=leaves), backend)
-    gradients = torch.autograd.grad(out, list(leaves.values()), call.upstream)
+    search, rec = encode(call._replace(inputs=leaves), backend)
+    gradients = torch.autograd.grad(
+        (search, rec), list(leaves.values()), (call.upstream["search"], call.upstream["rec"])
+    )
     names = (f"d{name}" for name in leaves)
-    return {"out": out.detach()} | dict(zip(names, gradients, strict=True))
+    results = {"search": search.detach(), "rec": rec.detach()}
+    return results | dict(zip(names, gradients, strict=True))
 
 
 def split_weights(results: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -393,7 +375,7 @@ def split_weights(results: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     parts = {}
     for name, t in results.items():
-        if name.removeprefix("d") not in (*ReasoningWeights._fields, *EncoderWeights._fields):
+        if name.removeprefix("d") not in _WEIGHTS:
             parts[name] = t
             continue
         for x, of_stream in zip(("search", "rec"), t.unbind(1), strict=True):

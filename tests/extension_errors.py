@@ -83,9 +83,9 @@ def adaptive(**changes: object) -> None:
 
 def encode(**changes: object) -> None:
     arguments = {
-        "x": zeros(B, L, D), "lengths": zeros(B, dtype=I64), "rows": zeros(B, dtype=I64),
-        "weights": block(1), "stream": 0, "n_heads": 2, "dropout_threshold": 0,
-        "dropout_seed": SEED,
+        "search": zeros(B, L, D), "rec": zeros(B, L, D), "search_lengths": zeros(B, dtype=I64),
+        "rec_lengths": zeros(B, dtype=I64), "rows": zeros(B, dtype=I64), "weights": block(1),
+        "n_heads": 2, "dropout_threshold": 0, "dropout_seed": SEED,
     }  # fmt: skip
     call("cpu_encode_fwd", arguments, changes)
 
@@ -227,8 +227,7 @@ ERRORS: dict[str, Callable[[], None]] = {
     "exit_weight must be contiguous float32 [18]": lambda: adaptive(exit_weight=zeros(18, 1)),
     "exit_bias must be contiguous float32 [1]": lambda: adaptive(exit_bias=zeros(2)),
     "the encoder's FFN must have a width": lambda: encode(weights=block(1, ffn_dim=0)),
-    "stream must be 0 or 1, got -1": lambda: encode(stream=-1),
-    "x must be [B, L, D]": lambda: encode(x=zeros(B, D)),
+    "rec_lengths[1] is 4, expected 0 to 3": lambda: encode(rec_lengths=at(1, 4, IDS)),
     # scoring_ops.cpp
     "search must be contiguous float32 of a fitting shape":
         lambda: score(search=zeros(B, 1, L, D, dtype=torch.float64)),

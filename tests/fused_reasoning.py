@@ -18,7 +18,7 @@ from lcr_fast import ops
 from lcr_fast.ops import reasoning as op_layer
 from lcr_fast.reference import Steps
 from lcr_fast.testing import (
-    Reasoning,
+    Call,
     ReasoningCase,
     random_reasoning,
 )
@@ -58,7 +58,7 @@ def require(backend: str, case: ReasoningCase, dtype: torch.dtype = torch.float3
 
 def draw(
     backend: str, case: ReasoningCase = DEFAULT, seed: int = 0, dtype=torch.float32, **to
-) -> Reasoning:
+) -> Call:
     return random_reasoning(case, seed).to(dtype, device=DEVICES[backend], **to)
 
 
@@ -74,7 +74,7 @@ def leave_out(cases: Iterable, redundant: Collection) -> list:
     return [pytest.param(case, marks=[full] if case in redundant else []) for case in cases]
 
 
-def forward(call: Reasoning, backend: str, **switches) -> op_layer.Reasoned:
+def forward(call: Call, backend: str, **switches) -> op_layer.Reasoned:
     """Run a call of latent_reasoning as it stands."""
     weights = ReasoningWeights(*(call.inputs[name] for name in ReasoningWeights._fields))
     return ops.latent_reasoning(
@@ -88,7 +88,7 @@ def forward(call: Reasoning, backend: str, **switches) -> op_layer.Reasoned:
     )
 
 
-def take(call: Reasoning, users: slice) -> Reasoning:
+def take(call: Call, users: slice) -> Call:
     """Keep some users of a call."""
     of_users = {"search", "rec", "target_keys"}
     return call._replace(

@@ -23,7 +23,6 @@ from lcr_fast.testing import (
     run_encoder,
     run_reasoning,
 )
-from lcr_fast.weights import REC
 
 pytestmark = pytest.mark.skipif(
     extension_error() is not None, reason=f"lcr_fast._C is not built: {extension_error()}"
@@ -38,11 +37,11 @@ def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> Non
 # Widths and lengths that fill no vector, one, and several.
 ENCODERS = {
     "default": EncoderCase(),
-    "recommendations, dropout": EncoderCase(stream=REC, dropout=0.2),
+    "dropout": EncoderCase(dropout=0.2),
     "three layers, dropout": EncoderCase(n_layers=3, dropout=0.1),
-    "D=20 H=5": EncoderCase(dim=20, n_heads=5, ffn_dim=9, length=18, n_layers=1),
-    "D=6 H=3": EncoderCase(dim=6, n_heads=3, ffn_dim=1, length=1),
-    "D=64, 61 events": EncoderCase(dim=64, n_heads=4, ffn_dim=64, length=61, n_users=4),
+    "D=20 H=5": EncoderCase(dim=20, n_heads=5, ffn_dim=9, search_len=18, n_layers=1),
+    "D=6 H=3": EncoderCase(dim=6, n_heads=3, ffn_dim=1, search_len=1, rec_len=1),
+    "D=64, 61 events": EncoderCase(dim=64, n_heads=4, ffn_dim=64, search_len=61, n_users=4),
 }
 REASONING = {
     "D=20 H=5": ReasoningCase(dim=20, n_heads=5, ffn_dim=9, search_len=18, n_users=7),
@@ -143,7 +142,7 @@ def test_a_user_alone_has_the_same_bits_in_bfloat16():
 
 def test_two_threads_give_the_bits_of_one():
     """Two streams of a single user, and several users."""
-    call = random_encoder(ENCODERS["recommendations, dropout"]).to(torch.float32)
+    call = random_encoder(ENCODERS["dropout"]).to(torch.float32)
     calls = [
         random_reasoning(ReasoningCase(n_users=n)).to(dtype)
         for n in (1, 9)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 import tensor_core
-from fused_reasoning import CONFIGS, DEVICES, GPU, HALVES, assert_same_bits, leave_out
+from fused_reasoning import CONFIGS, DEVICES, GPU, HALVES, assert_same_bits, leave_out, take
 from lcr_fast.ops import reasoning as op_layer
 from lcr_fast.reference import length_mask
 from lcr_fast.testing import (
-    Encoder,
+    Call,
     EncoderCase,
     assert_reasoning_parity,
     encode,
@@ -25,15 +25,19 @@ from lcr_fast.testing import (
     reasoning_baseline,
     run_encoder,
 )
-from lcr_fast.weights import REC, EncoderWeights
+from lcr_fast.weights import REC, SEARCH, EncoderWeights
 
 DEFAULT = EncoderCase()
+
+
+STREAMS = ("search", "rec")
+OF_USERS = ("search", "rec", "dsearch", "drec")
 
 
 def require(backend: str, case: EncoderCase = DEFAULT, dtype: torch.dtype = torch.float32) -> None:
     """Skip what the backend says it does not serve."""
     asked = op_layer.EncodeCase(
-        DEVICES[backend], dtype, case.dim, case.n_heads, case.ffn_dim, case.length
+        DEVICES[backend], dtype, case.dim, case.n_heads, case.ffn_dim, case.search_len, case.rec_len
     )
     if reason := op_layer.ENCODE.obstacles(asked)[backend]:
         pytest.skip(f"{backend}: {reason}")
@@ -47,12 +51,12 @@ def backend(request) -> str:
     return request.param
 
 
-def draw(backend: str, case: EncoderCase = DEFAULT, dtype=torch.float32, **to) -> Encoder:
+def draw(backend: str, case: EncoderCase = DEFAULT, dtype=torch.float32, **to) -> Call:
     require(backend, case, dtype)
     return random_encoder(case).to(dtype, device=DEVICES[backend], **to)
 
 
-def assert_parity(call: Encoder, backend: str) -> None:
+def assert_parity(call: Call, backend: str) -> None:
     assert_reasoning_parity(run_encoder(call, backend), reasoning_baseline(call, run_encoder))
 
 
@@ -62,28 +66,41 @@ def assert_parity(call: Encoder, backend: str) -> None:
 FEW = 64 if GPU else 3
 CASES = {
     "three layers, dropout": EncoderCase(n_layers=3, n_users=FEW, dropout=0.2),
-    "more users, dropout": EncoderCase(n_users=4 * FEW, stream=REC, dropout=0.2),
-    "one event": EncoderCase(length=1, n_users=FEW),
-    "one head, 17 events": EncoderCase(n_heads=1, n_layers=1, length=17, n_users=FEW),
+    "more users, dropout": EncoderCase(n_users=4 * FEW, dropout=0.2),
+    "slots that differ, dropout": EncoderCase(search_len=17, n_users=FEW, dropout=0.2),
+    "no searches": EncoderCase(search_len=0, n_users=FEW),
+    "one event": EncoderCase(search_len=1, rec_len=1, n_users=FEW),
+    "one head, 17 events": EncoderCase(
+        n_heads=1, n_layers=1, search_len=17, rec_len=17, n_users=FEW
+    ),
     "D=64, 33 events": EncoderCase(
-        dim=64, n_heads=4, ffn_dim=64, n_layers=1, length=33, n_users=FEW
+        dim=64, n_heads=4, ffn_dim=64, n_layers=1, search_len=33, n_users=FEW
     ),
     "D=64, 50 events, dropout": EncoderCase(
-        dim=64, ffn_dim=64, n_layers=1, length=50, n_users=FEW, dropout=0.1
+        dim=64, ffn_dim=64, n_layers=1, rec_len=50, n_users=FEW, dropout=0.1
     ),
-    "D=128, 128 events": EncoderCase(dim=128, ffn_dim=160, n_layers=1, length=128, n_users=FEW),
+    "D=128, 128 events": EncoderCase(dim=128, ffn_dim=160, n_layers=1, rec_len=128, n_users=FEW),
     "D=128 H=8, narrow FFN": EncoderCase(dim=128, n_heads=8, ffn_dim=16, n_layers=1, n_users=FEW),
     "infinite padding": EncoderCase(padding=math.inf, n_users=FEW),
 }
-REDUNDANT = {*CASES} - {"three layers, dropout", "D=64, 33 events", "one event"}
+REDUNDANT = {*CASES} - {
+    "three layers, dropout",
+    "slots that differ, dropout",
+    "no searches",
+    "one event",
+}
 ON_A_GPU = {
-    "D=64, 32 events": EncoderCase(dim=64, ffn_dim=64, n_layers=1, length=32, n_users=500),
-    "D=64, 50 events, dropout": EncoderCase(
-        dim=64, ffn_dim=64, length=50, n_users=257, dropout=0.1, stream=REC
+    "D=64, 32 events": EncoderCase(
+        dim=64, ffn_dim=64, n_layers=1, search_len=32, rec_len=32, n_users=500
     ),
-    "D=32, 20 events": EncoderCase(length=20, n_users=1000),
-    "D=128, 128 events": EncoderCase(dim=128, ffn_dim=128, length=128, n_users=70),
-    "one wide head, 64 events": EncoderCase(dim=64, n_heads=1, ffn_dim=64, length=64, n_users=70),
+    "D=64, 50 events, dropout": EncoderCase(
+        dim=64, ffn_dim=64, search_len=30, rec_len=50, n_users=257, dropout=0.1
+    ),
+    "D=32, 20 events": EncoderCase(search_len=20, rec_len=30, n_users=1000),
+    "D=128, 128 events": EncoderCase(dim=128, ffn_dim=128, search_len=128, rec_len=100, n_users=70),
+    "one wide head, 64 events": EncoderCase(
+        dim=64, n_heads=1, ffn_dim=64, search_len=64, rec_len=64, n_users=70
+    ),
 }
 
 
@@ -169,11 +186,11 @@ def test_pieces_of_a_batch_add_up(monkeypatch):
 # -- bits -----------------------------------------------------------------------------------------
 
 
-BIT_CASE = EncoderCase(stream=REC, dropout=0.2)
+BIT_CASE = EncoderCase(dropout=0.2)
 
 
 @pytest.fixture
-def call(backend, dots_in_order) -> Encoder:
+def call(backend, dots_in_order) -> Call:
     return draw(backend, BIT_CASE)
 
 
@@ -183,34 +200,41 @@ def results_of(backend: str) -> dict[str, Tensor]:
     return run_encoder(draw(backend, BIT_CASE), backend)
 
 
-def take(call: Encoder, users: slice) -> Encoder:
-    """Keep some users of a call."""
-    return call._replace(
-        inputs=call.inputs | {"x": call.inputs["x"][users]},
-        lengths=call.lengths[users],
-        rows=call.rows[users],
-        upstream=call.upstream[users],
-    )
-
-
 def test_padding_and_its_upstream_gradient_change_no_bit(backend, call):
-    padding = ~length_mask(call.lengths, call.case.length).unsqueeze(-1)
+    padding = {
+        name: ~length_mask(n, call.inputs[name].shape[1]).unsqueeze(-1)
+        for name, n in zip(STREAMS, call.lengths, strict=True)
+    }
     other = call._replace(
-        inputs=call.inputs | {"x": call.inputs["x"].masked_fill(padding, 3.0)},
-        upstream=call.upstream.masked_fill(padding, torch.nan),
+        inputs=call.inputs
+        | {name: call.inputs[name].masked_fill(mask, 3.0) for name, mask in padding.items()},
+        upstream={n: t.masked_fill(padding[n], torch.nan) for n, t in call.upstream.items()},
     )
     results = results_of(backend)
     assert_same_bits(results, run_encoder(other, backend))
-    assert not results["out"].masked_fill(~padding, 0.0).any()
-    assert not results["dx"].masked_fill(~padding, 0.0).any()
+    for name, mask in padding.items():
+        assert not results[name].masked_fill(~mask, 0.0).any()
+        assert not results[f"d{name}"].masked_fill(~mask, 0.0).any()
 
 
 def test_a_user_alone_and_any_split_of_a_batch_give_the_same_bits(backend, call):
     whole = results_of(backend)
     for users in (slice(0, 1), slice(1, 6)):
         results = run_encoder(take(call, users), backend)
-        for name in ("out", "dx"):
+        for name in OF_USERS:
             assert torch.equal(results[name], whole[name][users]), name
+
+
+def test_a_stream_has_the_same_bits_whatever_the_other_is_padded_to(backend, call):
+    """Their launches are one if their slots have as many rows, and two otherwise."""
+    padded = torch.nn.functional.pad(call.inputs["search"], (0, 0, 0, 20))
+    upstream = torch.nn.functional.pad(call.upstream["search"], (0, 0, 0, 20))
+    longer = call._replace(
+        inputs=call.inputs | {"search": padded}, upstream=call.upstream | {"search": upstream}
+    )
+    results, expected = run_encoder(longer, backend), results_of(backend)
+    assert torch.equal(results["rec"], expected["rec"])
+    assert torch.equal(results["drec"], expected["drec"])
 
 
 @pytest.mark.gpu
@@ -222,7 +246,7 @@ def test_no_bit_depends_on_the_slot(case, dtype):
     whole = run_encoder(call, "triton")
     for users in (slice(0, 1), slice(5, 6), slice(3, 9)):
         results = run_encoder(take(call, users), "triton")
-        for name in ("out", "dx"):
+        for name in OF_USERS:
             assert torch.equal(results[name], whole[name][users]), name
 
 
@@ -233,9 +257,9 @@ def test_strided_inputs_and_int32_lengths_give_the_same_bits(backend, call):
 
     strided = call._replace(
         inputs={name: spread(t) for name, t in call.inputs.items()},
-        lengths=call.lengths.int().repeat_interleave(2)[::2],
+        lengths=tuple(n.int().repeat_interleave(2)[::2] for n in call.lengths),
         rows=call.rows.repeat_interleave(2)[::2],
-        upstream=spread(call.upstream.mT).mT,
+        upstream={name: spread(t.mT).mT for name, t in call.upstream.items()},
     )
     assert_same_bits(results_of(backend), run_encoder(strided, backend))
 
@@ -254,28 +278,29 @@ def test_every_element_is_written_and_two_runs_give_the_same_bits(backend, call)
 
 @pytest.mark.full("triton")
 def test_only_some_inputs_need_gradients(backend, call):
-    leaves = {n: t.detach().requires_grad_(n in ("x", "qkv_bias")) for n, t in call.inputs.items()}
-    out = encode(call._replace(inputs=leaves), backend)
-    dx, dbias = torch.autograd.grad(out, [leaves["x"], leaves["qkv_bias"]], call.upstream)
+    wanted = ("rec", "qkv_bias")
+    leaves = {n: t.detach().requires_grad_(n in wanted) for n, t in call.inputs.items()}
+    rec = encode(call._replace(inputs=leaves), backend)[REC]
+    dx, dbias = torch.autograd.grad(rec, [leaves[n] for n in wanted], call.upstream["rec"])
     complete = results_of(backend)
-    assert torch.equal(dx, complete["dx"])
-    assert torch.equal(dbias, complete["dqkv_bias"])
-    assert not dbias[:, 1 - REC].any()
+    assert torch.equal(dx, complete["drec"])
+    assert torch.equal(dbias[:, REC], complete["dqkv_bias"][:, REC])
+    assert not dbias[:, SEARCH].any()
     with torch.no_grad():
-        assert torch.equal(encode(call, backend), complete["out"])
+        assert torch.equal(encode(call, backend)[SEARCH], complete["search"])
 
 
 def test_rows_name_the_dropout(backend, call):
     """Whatever their place in the batch; another row draws other masks."""
-    first = call.inputs["x"][:1].expand(3, -1, -1)
+    first = {name: call.inputs[name][:1].expand(3, -1, -1) for name in STREAMS}
     repeated = take(call, slice(0, 3))._replace(
-        inputs=call.inputs | {"x": first},
-        lengths=call.lengths[[0, 0, 0]],
+        inputs=call.inputs | first,
+        lengths=tuple(n[[0, 0, 0]] for n in call.lengths),
         rows=call.rows[[0, 1, 0]],
     )
-    out = encode(repeated, backend)
-    assert torch.equal(out[0], out[2])
-    assert not torch.equal(out[0], out[1])
+    for out in encode(repeated, backend):
+        assert torch.equal(out[0], out[2])
+        assert not torch.equal(out[0], out[1])
 
 
 # -- shapes ---------------------------------------------------------------------------------------
@@ -286,9 +311,9 @@ def test_an_empty_batch(backend, length):
     call = draw(backend)
     empty = take(call, slice(0, 0 if length else 2))
     empty = empty._replace(
-        inputs=empty.inputs | {"x": empty.inputs["x"][:, :length]},
-        lengths=empty.lengths * 0,
-        upstream=empty.upstream[:, :length],
+        inputs=empty.inputs | {name: empty.inputs[name][:, :length] for name in STREAMS},
+        lengths=tuple(n * 0 for n in empty.lengths),
+        upstream={name: t[:, :length] for name, t in empty.upstream.items()},
     )
     expected = run_encoder(empty, "reference")
     for name, t in run_encoder(empty, backend).items():
@@ -298,40 +323,44 @@ def test_an_empty_batch(backend, length):
 
 def test_states_may_have_more_axes(backend, dots_in_order):
     call = draw(backend)
-    x = call.inputs["x"]
+    twice = {name: torch.stack((x, 2 * x), 1) for name in STREAMS for x in [call.inputs[name]]}
     both = call._replace(
-        inputs=call.inputs | {"x": torch.stack((x, 2 * x), 1)}, lengths=call.lengths[:, None]
+        inputs=call.inputs | twice, lengths=tuple(n[:, None] for n in call.lengths)
     )
-    assert torch.equal(encode(both, backend)[:, 0], encode(call, backend))
+    for stacked, alone in zip(encode(both, backend), encode(call, backend), strict=True):
+        assert torch.equal(stacked[:, 0], alone)
 
 
 def test_extra_padding_changes_nothing(backend):
     call = draw(backend)
-    x = torch.nn.functional.pad(call.inputs["x"], (0, 0, 0, 13), value=math.nan)
-    longer = encode(call._replace(inputs=call.inputs | {"x": x}), backend)
+    rec = torch.nn.functional.pad(call.inputs["rec"], (0, 0, 0, 13), value=math.nan)
+    longer = encode(call._replace(inputs=call.inputs | {"rec": rec}), backend)[REC]
     assert not longer[:, 7:].any()
-    torch.testing.assert_close(longer[:, :7], encode(call, backend), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(longer[:, :7], encode(call, backend)[REC], rtol=1e-4, atol=1e-5)
 
 
 # -- torch ----------------------------------------------------------------------------------------
 
 
 def test_opcheck(backend):
-    call = draw(backend, EncoderCase(n_layers=1, length=2, n_users=2, stream=REC, padding=0.0))
+    case = EncoderCase(n_layers=1, search_len=1, rec_len=2, n_users=2, padding=0.0)
+    call = draw(backend, case)
     weights = [call.inputs[name] for name in EncoderWeights._fields]
     seed = torch.tensor(7, device=call.rows.device)
-    arguments = (call.inputs["x"], call.lengths, call.rows, weights, REC, 2, 6554, seed)
+    streams = [call.inputs[name] for name in STREAMS]
+    arguments = (*streams, *call.lengths, call.rows, weights, 2, 6554, seed)
     prefix = {"triton": "triton", "cpp": "cpu"}[backend]
     forward, backward = (
         getattr(torch.ops.lcr_fast, f"{prefix}_encode_{name}").default for name in ("fwd", "bwd")
     )
     torch.library.opcheck(forward, arguments)
-    torch.library.opcheck(backward, (call.upstream, *arguments))
+    torch.library.opcheck(backward, (*call.upstream.values(), *arguments))
 
 
 @pytest.mark.full("triton")
 def test_compiles_without_graph_breaks(backend):
-    call = draw(backend, EncoderCase(n_layers=1, n_users=3, length=3, stream=REC, dropout=0.2))
+    case = EncoderCase(n_layers=1, n_users=3, search_len=2, rec_len=3, dropout=0.2)
+    call = draw(backend, case)
 
     def run(*values):
         return encode(call._replace(inputs=dict(zip(call.inputs, values, strict=True))), backend)
@@ -340,14 +369,14 @@ def test_compiles_without_graph_breaks(backend):
     for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
         leaves = [t.detach().requires_grad_() for t in call.inputs.values()]
         out = function(*leaves)
-        found.append([out, *torch.autograd.grad(out, leaves, call.upstream)])
+        found.append([*out, *torch.autograd.grad(out, leaves, list(call.upstream.values()))])
     for eager, traced in zip(*found, strict=True):
         assert torch.equal(eager, traced)
 
 
 def test_only_the_inputs_are_saved_for_backward(backend, call):
     leaves = {name: t.detach().requires_grad_() for name, t in call.inputs.items()}
-    known = {t.untyped_storage()._cdata for t in (*leaves.values(), call.lengths, call.rows)}
+    known = {t.untyped_storage()._cdata for t in (*leaves.values(), *call.lengths, call.rows)}
 
     def pack(t: Tensor) -> Tensor:
         assert t.untyped_storage()._cdata in known or t.shape == ()  # the seed
@@ -361,7 +390,7 @@ def test_only_the_inputs_are_saved_for_backward(backend, call):
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_captured_training_step_replays_the_same_bits(dtype):
-    case = EncoderCase(dim=64, ffn_dim=64, length=30, n_users=100, dropout=0.1)
+    case = EncoderCase(dim=64, ffn_dim=64, search_len=20, rec_len=30, n_users=100, dropout=0.1)
     call = draw("triton", case, dtype)
     expected = run_encoder(call, "triton")  # which compiles
     graph = torch.cuda.CUDAGraph()
@@ -382,7 +411,7 @@ def test_a_captured_training_step_replays_the_same_bits(dtype):
         ({"dim": 48}, "it needs a width of 32, 64 or 128, got 48"),
         ({"n_heads": 4}, "it needs heads at least 16 wide, got 4 heads of width 32"),
         ({"ffn_dim": 40}, "it needs an FFN width that is a multiple of 16, got 40"),
-        ({"length": 129}, "it holds 128 events a stream, got 129"),
+        ({"rec_len": 129}, "it holds 128 events a stream, got 129"),
         ({"dtype": torch.float64}, "it computes float32, float16 and bfloat16, not torch.float64"),
     ],
     ids=str,
@@ -397,14 +426,15 @@ def test_outside_the_envelope_triton_says_why(changes, reason):
 
 def test_a_layer_without_an_ffn_is_not_served():
     require("triton")
-    asked = op_layer.EncodeCase(DEVICES["triton"], torch.float32, 32, 2, 0, 7)
+    asked = op_layer.EncodeCase(DEVICES["triton"], torch.float32, 32, 2, 0, 5, 7)
     assert op_layer.ENCODE.obstacles(asked)["triton"] == "it needs an FFN in every layer"
 
 
 def test_cpp_checks_lengths_and_dtypes():
     call = draw("cpp")
-    with pytest.raises(RuntimeError, match=r"lengths\[0\] is 8, expected 0 to 7"):
-        encode(call._replace(lengths=call.lengths + 1), "cpp")
+    longer = (call.lengths[SEARCH], call.lengths[REC] + 1)
+    with pytest.raises(RuntimeError, match=r"rec_lengths\[0\] is 8, expected 0 to 7"):
+        encode(call._replace(lengths=longer), "cpp")
     with pytest.raises(ValueError, match="cannot serve encode: it serves float32 and halves"):
         encode(call.to(torch.float64), "cpp")
 
@@ -413,6 +443,7 @@ def test_auto_takes_the_fused_backend_of_the_device(backend):
     fused = "triton" if DEVICES[backend] == "cuda" else "cpp"
     require(fused)
     call = draw(backend)
-    assert torch.equal(encode(call, "auto"), encode(call, fused))
-    on_a_gpu = op_layer.EncodeCase("cuda", torch.float32, 32, 2, 48, 7)
+    for chosen, asked in zip(encode(call, "auto"), encode(call, fused), strict=True):
+        assert torch.equal(chosen, asked)
+    on_a_gpu = op_layer.EncodeCase("cuda", torch.float32, 32, 2, 48, 5, 7)
     assert next(iter(op_layer.ENCODE.obstacles(on_a_gpu))) == "triton"

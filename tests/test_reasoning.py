@@ -464,20 +464,16 @@ def test_halves_are_computed_in_float32_and_rounded_once(dtype, case):
 
 def test_ops_refuse_what_does_not_fit(case):
     (encoder, step, head), (search, rec), (n_s, n_r), items, user = case
+    encode = functools.partial(ops.encode, weights=encoder, n_heads=3)
     reason = functools.partial(ops.latent_reasoning, weights=step, steps=Steps(2, 3))
     calls = {
-        r"x must be \[\.\.\., L, 6\]": lambda: ops.encode(
-            search[..., :4], n_s, encoder, SEARCH, n_heads=3
+        r"search must be \[\.\.\., L, 6\]": lambda: encode(search[..., :4], rec, n_s, n_r),
+        "rec must be floating point": lambda: encode(search, rec.nan_to_num().long(), n_s, n_r),
+        "search_lengths must be integers": lambda: encode(search, rec, n_s.double(), n_r),
+        "n_heads must divide the width 6, got 4": lambda: encode(
+            search, rec, n_s, n_r, n_heads=4
         ),
-        "x must be floating point": lambda: ops.encode(
-            search.nan_to_num().long(), n_s, encoder, SEARCH, n_heads=3
-        ),
-        "^lengths must be integers": lambda: ops.encode(
-            search, n_s.double(), encoder, SEARCH, n_heads=3
-        ),
-        "n_heads must divide the width 6, got 4": lambda: ops.encode(
-            search, n_s, encoder, SEARCH, n_heads=4
-        ),
+        "agree in dtype and leading axes, got": lambda: encode(search, rec[:3], n_s, n_r[:3]),
         r"rec must be \[\.\.\., L, 6\]": lambda: reason(search, rec[..., :4], n_s, n_r),
         "rec_lengths must be integers": lambda: reason(search, rec, n_s, n_r[None]),
         "agree in dtype and leading axes": lambda: reason(search, rec[:3], n_s, n_r[:3]),

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from fused_reasoning import BIT_CASES, DEFAULT, assert_same_bits, draw, forward, require, take
 from lcr_fast.reference import length_mask
-from lcr_fast.testing import Reasoning, ReasoningCase, run_reasoning
+from lcr_fast.testing import Call, ReasoningCase, run_reasoning
 
 
 @pytest.fixture(params=BIT_CASES)
-def bit_call(request, backend, dots_in_order) -> Reasoning:
+def bit_call(request, backend, dots_in_order) -> Call:
     return draw(backend, BIT_CASES[request.param])
 
 
@@ -22,7 +22,7 @@ def _results(backend: str, name: str) -> dict[str, Tensor]:
     return run_reasoning(draw(backend, BIT_CASES[name]), backend)
 
 
-def results_of(backend: str, call: Reasoning) -> dict[str, Tensor]:
+def results_of(backend: str, call: Call) -> dict[str, Tensor]:
     """Results of an unchanged ``bit_call``, computed once."""
     return _results(backend, next(name for name, case in BIT_CASES.items() if case == call.case))
 

@@ -22,7 +22,7 @@ from fused_reasoning import (
 from lcr_fast import ops
 from lcr_fast.reference import Steps
 from lcr_fast.testing import (
-    Reasoning,
+    Call,
     ReasoningCase,
     assert_reasoning_parity,
     reasoning_baseline,
@@ -230,7 +230,7 @@ def test_gradients_of_biases_are_summed_in_a_tree():
     of = layout(32, 32)
     device = "cuda" if GPU else "cpu"
     scratch = torch.rand(2, 4500, of.columns.width, device=device)
-    of_biases = products(scratch.unsqueeze(0), of, shared=True)[0][0, 0, :, 0].double()
+    of_biases = products([scratch.unsqueeze(0)], of, shared=True)[0][0, 0, :, 0].double()
     exact = scratch.double().sum((0, 1))[of.gradients]
     assert ((of_biases / exact - 1).abs() < 2**-21).all()
 
@@ -361,7 +361,7 @@ def test_k_shared_steps_are_k_calls_of_one_step(backend):
     close(reasoned.rec, at_once.rec)
 
 
-def run_by_step(call: Reasoning, backend: str) -> dict[str, Tensor]:
+def run_by_step(call: Call, backend: str) -> dict[str, Tensor]:
     """Run one step after the other, as deep supervision does: every state has its own gradient."""
     case = call.case
     leaves = {name: t.detach().requires_grad_() for name, t in call.inputs.items()}

@@ -19,13 +19,13 @@ from lcr_fast import noise, ops
 from lcr_fast.ops import _dispatch
 from lcr_fast.ops.noise import Dropout, Noise
 from lcr_fast.reference import Steps
-from lcr_fast.testing import Reasoning, ReasoningCase
+from lcr_fast.testing import Call, ReasoningCase
 from lcr_fast.weights import ReasoningWeights
 
 # -- torch ----------------------------------------------------------------------------------------
 
 
-def op_arguments(call: Reasoning) -> tuple[list, list]:
+def op_arguments(call: Call) -> tuple[list, list]:
     """Split a call into what the registered ops take before ``steps``, and the rest."""
     inputs = call.inputs
     weights = [inputs[name] for name in ReasoningWeights._fields]
@@ -87,7 +87,7 @@ def test_compiles_without_graph_breaks(backend, rollout):
         assert torch.equal(eager, traced)
 
 
-def saved_bytes(call: Reasoning, backend: str) -> int:
+def saved_bytes(call: Call, backend: str) -> int:
     """Count the storages that a forward keeps for its backward, the weights' left out."""
     weights = [call.inputs[name] for name in ReasoningWeights._fields]
     known = {t.untyped_storage()._cdata for t in weights}

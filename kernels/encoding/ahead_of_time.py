@@ -5,11 +5,12 @@ from collections.abc import Iterator
 import torch
 
 from lcr_fast.kernels.encoding.config import constants
-from lcr_fast.kernels.encoding.forward import encode_fwd_kernel
+from lcr_fast.kernels.encoding.forward import EncoderStream, encode_fwd_kernel
 from lcr_fast.kernels.gpu import GPUS
 from lcr_fast.kernels.launch import TYPES, Variant, describe
 from lcr_fast.kernels.reasoning.ahead_of_time import argument_types, weight_types
 from lcr_fast.kernels.reasoning.backward import (
+    BackwardStream,
     ffn_bwd_kernel,
     recompute_self_kernel,
     self_bwd_kernel,
@@ -36,7 +37,6 @@ def variants(arch: str) -> Iterator[Variant]:
         kind = TYPES[dtype] + (f"-{precision}" if dtype == torch.float32 else "")
         of_step = weight_types(dtype, torch.float32)
         weights = LayerWeights(of_step.self_attention, of_step.ffn, of_step.norms)
-        types = argument_types(dtype, torch.float32) | {"weights": weights}
         launched = [
             ("fwd", "fwd-train", encode_fwd_kernel, train | {"SAVE": False}),
             ("bwd", "self_bwd-train", self_bwd_kernel, train),
@@ -50,5 +50,7 @@ def variants(arch: str) -> Iterator[Variant]:
         elif size == 30:
             continue
         for which, name, kernel, switches in launched:
+            stream = EncoderStream if kernel is encode_fwd_kernel else BackwardStream
+            types = argument_types(dtype, torch.float32, stream) | {"weights": weights}
             compiled = constants(which, dim, dim, 2, size, dtype, precision, GPUS[arch]) | switches
             yield describe(f"{name}-{kind}-d{dim}-L{size}", kernel, dtype, types, compiled)

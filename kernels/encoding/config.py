@@ -1,4 +1,7 @@
-"""What the encoders' kernels serve, and how they are compiled: as reasoning is, on one stream."""
+"""What the encoders' kernels serve, and how they are compiled: as reasoning is, on one stream.
+
+A stream's tile is that of its own slot, so that its bits do not depend on the other's padding.
+"""
 
 from typing import Any
 
@@ -11,13 +14,20 @@ SUBLAYERS = 2  # of a layer: self-attention and FFN
 
 
 def obstacle(
-    *, dim: int, n_heads: int, ffn_dim: int, length: int, dtype: torch.dtype, gpu: Gpu | None = None
+    *,
+    dim: int,
+    n_heads: int,
+    ffn_dim: int,
+    search_len: int,
+    rec_len: int,
+    dtype: torch.dtype,
+    gpu: Gpu | None = None,
 ) -> str | None:
     """Say why the kernels cannot serve a case on a GPU, or in the interpreter, or None."""
     if ffn_dim == 0:
         return "it needs an FFN in every layer"
     return config.obstacle(
-        dim=dim, n_heads=n_heads, ffn_dim=ffn_dim, search_len=length, rec_len=length,
+        dim=dim, n_heads=n_heads, ffn_dim=ffn_dim, search_len=search_len, rec_len=rec_len,
         dtype=dtype, gpu=gpu,
     )  # fmt: skip
 
@@ -25,7 +35,7 @@ def obstacle(
 def constants(
     which: str, D: int, F: int, H: int, size: int, dtype: torch.dtype, precision: str, gpu: Gpu
 ) -> dict[str, Any]:
-    """Compile-time arguments and launch options of a pass: those of reasoning on one stream."""
+    """Compile-time arguments and launch options of a pass over streams padded to ``size``."""
     compiled = config.constants(which, D, F, H, (size, size), dtype, precision, gpu)
     slot, _ = config.slots(size, size)
     return compiled | {"SHAPE": compiled["SHAPE"]._replace(SUBLAYERS=SUBLAYERS), "SLOT": slot}

@@ -36,11 +36,12 @@ def weight_types(dtype: torch.dtype, weights: torch.dtype) -> StepWeights:
 
 
 def argument_types(
-    dtype: torch.dtype,
-    weights: torch.dtype,
-    stream: type[ForwardStream | BackwardStream] = BackwardStream,
+    dtype: torch.dtype, weights: torch.dtype, stream: Any = BackwardStream
 ) -> dict[str, Type]:
-    """Types of arguments that are not numbers of the states' dtype, nor int32."""
+    """Types of arguments that are not numbers of the states' dtype, nor int32.
+
+    ``stream`` is the NamedTuple that the kernel takes of either stream.
+    """
     state, of_step = f"*{TYPES[dtype]}", weight_types(dtype, weights)
     of_stream = {"lengths": "*i64", **dict.fromkeys(("dh", "da", "dmemory"), "*fp32")}
     both = stream(*(of_stream.get(field, state) for field in stream._fields))

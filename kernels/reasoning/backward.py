@@ -6,7 +6,7 @@ every row of its states (scratch.py). The kernels of self-attention and FFN serv
 layers too, where SHAPE.SUBLAYERS is 2.
 
 A program has a tile of one stream: ``first_stream`` plus its place on the second axis of the grid.
-Streams whose slots differ, and an encoder's, are launched one by one.
+Streams whose slots differ are launched one by one.
 """
 
 from typing import Any, NamedTuple
@@ -19,11 +19,11 @@ from lcr_fast.kernels.ptxas import kernel
 from lcr_fast.kernels.reasoning.pooling import pool_bwd
 from lcr_fast.kernels.reasoning.scratch import scratch_columns
 from lcr_fast.kernels.reasoning.step import (
-    SEARCH,
     apply_dropout,
     before_last_norm,
     before_norm1,
     before_norm2,
+    choose_stream,
     load_initial,
     norm,
     zero_padding,
@@ -58,16 +58,6 @@ class BackwardStream(NamedTuple):
     dh: Any  # float32 [B, N, L, D] gradient of h^(k+1), if that is not h^(K), then of h^(k)
     da: Any  # float32 [B, N, L, D] gradient of x2, then of a as its own cross-attention has it
     dmemory: Any  # float32 [B, N, L, D] gradient of a as the other stream's has it
-
-
-@triton.jit
-def _choose(stream, search, rec, search_size, rec_size):
-    """Take the stream of that number and its size; with both swapped, the other stream."""
-    if stream == SEARCH:
-        chosen, size = search, search_size
-    else:
-        chosen, size = rec, rec_size
-    return chosen, size
 
 
 @triton.jit
@@ -118,7 +108,7 @@ def recompute_self_kernel(
     dropout = Dropout(dropout_threshold, dropout_scale, dropout_seed_ptr)
     first = tl.program_id(0).to(tl.int64) * SEQUENCES
     stream = first_stream + tl.program_id(1)
-    x, size = _choose(stream, search, rec, search_size, rec_size)
+    x, size = choose_stream(stream, search, rec, search_size, rec_size)
     k = first_step + tl.program_id(2)
     index = 2 * k * set_stride + stream
     rows = locate_rows(first, n_sequences, x.lengths, n_trajectories, size, M, SLOT)
@@ -173,8 +163,8 @@ def recompute_cross_kernel(
     dropout = Dropout(dropout_threshold, dropout_scale, dropout_seed_ptr)
     first = tl.program_id(0).to(tl.int64) * SEQUENCES
     stream = first_stream + tl.program_id(1)
-    x, size = _choose(stream, search, rec, search_size, rec_size)
-    memory, memory_size = _choose(stream, rec, search, rec_size, search_size)
+    x, size = choose_stream(stream, search, rec, search_size, rec_size)
+    memory, memory_size = choose_stream(stream, rec, search, rec_size, search_size)
     k = first_step + tl.program_id(2)
     index = 2 * k * set_stride + stream
     rows = locate_rows(first, n_sequences, x.lengths, n_trajectories, size, M, SLOT)
@@ -244,7 +234,7 @@ def ffn_bwd_kernel(
     program = tl.program_id(0).to(tl.int64)
     first = program * SEQUENCES
     stream = first_stream + tl.program_id(1)
-    x, size = _choose(stream, search, rec, search_size, rec_size)
+    x, size = choose_stream(stream, search, rec, search_size, rec_size)
     index = 2 * k * set_stride + stream
     rows = locate_rows(first, n_sequences, x.lengths, n_trajectories, size, M, SLOT)
     at = tile_at(x.scratch, rows, size, C.width)
@@ -302,7 +292,7 @@ def ffn_bwd_kernel(
     store_tile(tile_at(x.da, rows, size, D), dh, D)
     if HAS_CROSS:
         dy = apply_dropout(dh, user_row, rows.position, k, stream, 1, dropout, SHAPE, DROPOUT)
-        memory, _ = _choose(stream, rec, search, rec_size, search_size)
+        memory, _ = choose_stream(stream, rec, search, rec_size, search_size)
         gate = load_of_user(memory.lengths, first, n_sequences, n_trajectories, M, SLOT) > 0
         store_tile(columns(at, C.cross_dy), tl.where(gate[:, None], dy, 0.0), D)
 
@@ -331,8 +321,8 @@ def cross_bwd_kernel(
     M: tl.constexpr = SEQUENCES * SLOT
     first = tl.program_id(0).to(tl.int64) * SEQUENCES
     stream = first_stream + tl.program_id(1)
-    x, size = _choose(stream, search, rec, search_size, rec_size)
-    memory, memory_size = _choose(stream, rec, search, rec_size, search_size)
+    x, size = choose_stream(stream, search, rec, search_size, rec_size)
+    memory, memory_size = choose_stream(stream, rec, search, rec_size, search_size)
     rows = locate_rows(first, n_sequences, x.lengths, n_trajectories, size, M, SLOT)
     memory_rows = locate_rows(
         first, n_sequences, memory.lengths, n_trajectories, memory_size,
@@ -394,7 +384,7 @@ def self_bwd_kernel(
     program = tl.program_id(0).to(tl.int64)
     first = program * SEQUENCES
     stream = first_stream + tl.program_id(1)
-    x, size = _choose(stream, search, rec, search_size, rec_size)
+    x, size = choose_stream(stream, search, rec, search_size, rec_size)
     index = 2 * k * set_stride + stream
     rows = locate_rows(first, n_sequences, x.lengths, n_trajectories, size, M, SLOT)
     at = tile_at(x.scratch, rows, size, C.width)

@@ -220,8 +220,7 @@ def latent_reasoning_bwd(
             factors = [part.unsqueeze(0) for part in scratch]
             if of_one_size:  # one batch of products
                 factors = [of_both.view(2, last - first, -1, width)]
-            made = [m for factor in factors for m in products(factor, scratch_layout, shared)]
-            add_up(sums, 0 if shared else first, made)
+            add_up(sums, 0 if shared else first, products(factors, scratch_layout, shared))
         for dx, stream in zip((dsearch, drec), streams, strict=True):
             dx[users] = stream.dh.sum(1)
         add_up(sums, "norms", [dnorm.sum((0, 1) if shared else 0).view(-1, 2, 3, 2, D)])
@@ -231,8 +230,5 @@ def latent_reasoning_bwd(
     for of_norms, part in ((gradients.norm_weight, 0), (gradients.norm_bias, 1)):
         of_norms[: len(dnorms), :, :n_norms] = dnorms[:, :, :n_norms, part]
     for first, summed in sums.items():
-        if not of_one_size:
-            half = len(summed) // 2
-            summed = [torch.cat(pair) for pair in zip(summed[:half], summed[half:], strict=True)]
-        write_gradients(gradients, slice(2), first, summed, scratch_layout)
+        write_gradients(gradients, slice(0, 2), first, summed, scratch_layout)
     return dsearch, drec, dtarget_keys, list(gradients)

@@ -145,27 +145,30 @@ def layout(D: int, F: int, sublayers: int = 3) -> Layout:
     )
 
 
-def products(scratch: Tensor, of: Layout, shared: bool) -> list[Tensor]:
+def products(factors: Sequence[Tensor], of: Layout, shared: bool) -> list[Tensor]:
     """Multiply gradients with their operands, summed over rows: float32.
 
-    ``scratch`` is [streams, steps, rows, columns], a product [streams, P, out, in], where P is 1 if
+    ``factors``, [streams, steps, rows, columns], are one of both streams or one of each, whose
+    products then stand one behind the other. A product is [streams, P, out, in], where P is 1 if
     the steps share their weights, else the number of steps. Halves multiply all columns of dY with
-    all of X at once: a sixth of that is read, but it fills a GPU, which narrow sums over 100,000
-    rows do not, and the ones in X make the biases' gradients in passing. float32, which takes no
-    tensor cores here, has the biases' sums, then a product for each matrix. (A product with ones
-    adds row to row, a sum in a tree: over 9,000 rows with a tenth of the error.)
+    all of X at once, in parts of the rows: a sixth of that is read, but it fills a GPU, which
+    narrow sums over 100,000 rows do not, and the ones in X make the biases' gradients in passing.
+    float32, which takes no tensor cores here, has the biases' sums, then a product for each matrix.
+    (A product with ones adds row to row, a sum in a tree: over 9,000 rows with a tenth of the
+    error.)
     """
-    streams, steps, rows, width = scratch.shape
+    return [made for scratch in factors for made in _products(scratch, of, shared)]
+
+
+def _products(scratch: Tensor, of: Layout, shared: bool) -> list[Tensor]:
+    if shared:  # one sum over all steps
+        scratch = scratch.view(len(scratch), 1, -1, scratch.shape[-1])
+    streams, sets, rows, width = scratch.shape
     if scratch.dtype != torch.float32:
-        if shared:  # several sums fill more of a GPU than one
-            parts = next(n for n in (8, 5, 4, 3, 2, 1) if steps * rows % n == 0)
-            scratch = scratch.view(streams, parts, -1, width)
-        batch = scratch.flatten(0, 1)
+        parts = next(n for n in (8, 5, 4, 3, 2, 1) if rows % n == 0)
+        batch = scratch.view(streams * sets * parts, -1, width)
         product = columns_product(batch[..., of.gradients], batch[..., of.operands])
-        product = product.unflatten(0, (streams, -1))
-        return [product.sum(1, keepdim=True) if shared else product]
-    if shared:
-        scratch = scratch.view(streams, 1, -1, width)
+        return [product.view(streams, sets, parts, *product.shape[1:]).sum(2)]
     of_biases = scratch[..., of.gradients].sum(-2).unsqueeze(-1)
     return [
         of_biases,
@@ -190,9 +193,11 @@ def write_gradients(
 ) -> None:
     """Write what :func:`products` made of the streams into the gradients of the weights.
 
-    ``made`` [streams, P, out, in] is of both streams or of an encoder's, ``first`` the first set of
-    weights that it is of.
+    ``first`` is the first set of weights that it is of.
     """
+    if len(made[0]) < streams.stop - streams.start:  # of one stream, then of the other
+        half = len(made) // 2
+        made = [torch.cat(pair) for pair in zip(made[:half], made[half:], strict=True)]
     sets = slice(first, first + made[0].shape[1])
     for i, (weight, bias, dy, x) in enumerate(of.matrices):
         out = slice(dy.start - of.gradients.start, dy.stop - of.gradients.start)

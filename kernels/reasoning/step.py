@@ -31,6 +31,16 @@ REC = tl.constexpr(1)
 
 
 @triton.jit
+def choose_stream(stream, search, rec, search_size, rec_size):
+    """Take the stream of that number and its size; with both swapped, the other stream."""
+    if stream == SEARCH:
+        chosen, size = search, search_size
+    else:
+        chosen, size = rec, rec_size
+    return chosen, size
+
+
+@triton.jit
 def apply_dropout(
     update, user_row, position, k, stream: tl.constexpr, place: tl.constexpr, dropout,
     SHAPE: tl.constexpr, DROPOUT: tl.constexpr,

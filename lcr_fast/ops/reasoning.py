@@ -38,7 +38,8 @@ class EncodeCase(NamedTuple):
     dim: int
     n_heads: int
     ffn_dim: int
-    length: int
+    search_len: int
+    rec_len: int
 
 
 class ReasoningCase(NamedTuple):
@@ -89,7 +90,8 @@ def _encode_triton_obstacle(case: EncodeCase) -> str | None:
         dim=case.dim,
         n_heads=case.n_heads,
         ffn_dim=case.ffn_dim,
-        length=case.length,
+        search_len=case.search_len,
+        rec_len=case.rec_len,
         dtype=case.dtype,
         gpu=current_gpu() if case.device == "cuda" else None,
     )
@@ -163,11 +165,12 @@ LATENT_REASONING = Op(
 class _Encode(NamedTuple):
     """The arguments of a registered pass, in the order of its schema; absent tensors are empty."""
 
-    x: Tensor  # [B, L, D]
-    lengths: Tensor  # [B]
+    search: Tensor  # [B, L_s, D]
+    rec: Tensor  # [B, L_r, D]
+    search_lengths: Tensor  # [B]
+    rec_lengths: Tensor  # [B]
     rows: Tensor  # int64 [B]
     weights: tuple[Tensor, ...]
-    stream: int
     n_heads: int
     dropout_threshold: int
     dropout_seed: Tensor  # int64 []
@@ -176,8 +179,8 @@ class _Encode(NamedTuple):
 ENCODE = Op(
     "encode",
     _Encode,
-    ("out",),
-    lambda call: torch.empty_like(call.x),
+    ("search_out", "rec_out"),
+    lambda call: (torch.empty_like(call.search), torch.empty_like(call.rec)),
     [
         Backend(
             "triton",
@@ -188,7 +191,7 @@ ENCODE = Op(
         ),
         Backend("cpp", "cpu_", ("cpu",), _dtype_obstacle),
     ],
-    gradients=("x", "weights"),
+    gradients=("search", "rec", "weights"),
 )
 
 
@@ -220,55 +223,90 @@ def _check_stream(names: tuple[str, str], x: Tensor, lengths: Tensor, dim: int) 
         )
 
 
+def _check_streams(
+    search: Tensor, rec: Tensor, search_lengths: Tensor, rec_lengths: Tensor, dim: int
+) -> None:
+    _check_stream(("search", "search_lengths"), search, search_lengths, dim)
+    _check_stream(("rec", "rec_lengths"), rec, rec_lengths, dim)
+    if search.dtype != rec.dtype or search.shape[:-2] != rec.shape[:-2]:
+        raise ValueError(
+            "search and rec must agree in dtype and leading axes, got "
+            f"{search.dtype} {list(search.shape)} and {rec.dtype} {list(rec.shape)}"
+        )
+
+
+def _draw_masks(
+    dropout: Dropout | None, first_site: int, n_sites: int, streams: Streams
+) -> tuple[Tensor, Tensor] | None:
+    """Draw the masks of both streams, [n_sites, B, L, D] each."""
+    if dropout is None:
+        return None
+    dropout.check(streams[SEARCH])
+    search, rec = (
+        dropout.draw(first_site + x * STREAM_SITES, n_sites, *states.shape[-2:])
+        for x, states in enumerate(streams)
+    )
+    return search, rec
+
+
 def _check_heads(dim: int, n_heads: int) -> None:
     if n_heads < 1 or dim % n_heads:
         raise ValueError(f"n_heads must divide the width {dim}, got {n_heads}")
 
 
 def encode(
-    x: Tensor,
-    lengths: Tensor,
+    search: Tensor,
+    rec: Tensor,
+    search_lengths: Tensor,
+    rec_lengths: Tensor,
     weights: EncoderWeights,
-    stream: int,
     *,
     n_heads: int,
     dropout: Dropout | None = None,
     backend: str = "auto",
-) -> Tensor:
-    """Encode one stream: see :func:`lcr_fast.reference.encode`. [..., L, D] -> [..., L, D].
+) -> Streams:
+    """Encode both streams, each by itself: see :func:`lcr_fast.reference.encode`.
 
-    ``lengths`` [...], or what broadcasts to it. ``dropout`` acts on every sublayer's output, on
-    states [B, L, D]; None means none.
+    ``search`` [..., L_s, D] and ``rec`` [..., L_r, D] of one dtype and leading axes, lengths [...]
+    or what broadcasts to it. ``dropout`` acts on every sublayer's output, on states [B, L, D]; None
+    means none. Returns h_s^(0) and h_r^(0), of the same shapes and dtype.
     Raises ValueError on other shapes or dtypes, and where ``backend`` cannot serve the call.
     """
     dim = weights.qkv_weight.shape[-1]
-    _check_stream(("x", "lengths"), x, lengths, dim)
+    _check_streams(search, rec, search_lengths, rec_lengths, dim)
     _check_heads(dim, n_heads)
     if dropout is not None:
-        dropout.check(x)
+        dropout.check(search)
     case = EncodeCase(
-        x.device.type, x.dtype, dim, n_heads, weights.ffn_in_weight.shape[-2], x.shape[-2]
-    )
-    chosen = ENCODE.choose(backend, case, notice=x.dtype != torch.float64)
+        search.device.type, search.dtype, dim, n_heads, weights.ffn_in_weight.shape[-2],
+        search.shape[-2], rec.shape[-2],
+    )  # fmt: skip
+    chosen = ENCODE.choose(backend, case, notice=search.dtype != torch.float64)
     if chosen == "reference":
-        masks = None
-        if dropout is not None:
-            n_sites = 2 * weights.qkv_weight.shape[0]
-            masks = dropout.draw(ENCODER_SITES + stream * STREAM_SITES, n_sites, *x.shape[-2:])
-        return reference.encode(x, lengths, weights, stream, n_heads=n_heads, masks=masks)
-    n_events = lengths.expand(x.shape[:-2]).flatten()
-    rows, threshold, seed = dropout_key(dropout, n_events)
+        masks = _draw_masks(dropout, ENCODER_SITES, 2 * weights.qkv_weight.shape[0], (search, rec))
+        search, rec = (
+            reference.encode(
+                x, lengths, weights, stream, n_heads=n_heads, masks=masks and masks[stream]
+            )
+            for stream, x, lengths in ((SEARCH, search, search_lengths), (REC, rec, rec_lengths))
+        )
+        return search, rec
+    leading = search.shape[:-2]
+    search_lengths = search_lengths.expand(leading).flatten().contiguous()
+    rows, threshold, seed = dropout_key(dropout, search_lengths)
     call = _Encode(
-        x=x.flatten(0, -3).contiguous(),
-        lengths=n_events.contiguous(),
+        search=search.flatten(0, -3).contiguous(),
+        rec=rec.flatten(0, -3).contiguous(),
+        search_lengths=search_lengths,
+        rec_lengths=rec_lengths.expand(leading).flatten().contiguous(),
         rows=rows,
         weights=tuple(w.contiguous() for w in weights),
-        stream=stream,
         n_heads=n_heads,
         dropout_threshold=threshold,
         dropout_seed=seed,
     )
-    return ENCODE(chosen, call).view(x.shape)
+    out_search, out_rec = ENCODE(chosen, call)
+    return out_search.view(search.shape), out_rec.view(rec.shape)
 
 
 def check_reasoning(
@@ -281,14 +319,8 @@ def check_reasoning(
 ) -> None:
     """Raise ValueError where the arguments of :func:`latent_reasoning` do not fit together."""
     dim = weights.self_qkv_weight.shape[-1]
-    _check_stream(("search", "search_lengths"), search, search_lengths, dim)
-    _check_stream(("rec", "rec_lengths"), rec, rec_lengths, dim)
+    _check_streams(search, rec, search_lengths, rec_lengths, dim)
     _check_heads(dim, steps.n_heads)
-    if search.dtype != rec.dtype or search.shape[:-2] != rec.shape[:-2]:
-        raise ValueError(
-            "search and rec must agree in dtype and leading axes, got "
-            f"{search.dtype} {list(search.shape)} and {rec.dtype} {list(rec.shape)}"
-        )
     n_sets = weights.self_qkv_weight.shape[0]
     if steps.n_steps < 0 or (n_sets != 1 and n_sets < steps.n_steps):
         raise ValueError(
@@ -320,14 +352,7 @@ def latent_states(
     Arguments as for :func:`latent_reasoning`.
     """
     check_reasoning(search, rec, search_lengths, rec_lengths, weights, steps)
-    masks = None
-    if dropout is not None:
-        dropout.check(search)
-        mask_s, mask_r = (
-            dropout.draw(REASONING_SITES + i * STREAM_SITES, 3 * steps.n_steps, *x.shape[-2:])
-            for i, x in enumerate((search, rec))
-        )
-        masks = (mask_s, mask_r)
+    masks = _draw_masks(dropout, REASONING_SITES, 3 * steps.n_steps, (search, rec))
     return reference.latent_reasoning(
         search, rec, search_lengths, rec_lengths, weights, steps, masks=masks
     )
