@@ -196,6 +196,21 @@ def test_triton_chunks_and_runs_change_no_bit(monkeypatch):
 
 
 @on_triton
+@pytest.mark.parametrize("head", ["mlp", "dot"])
+def test_triton_writes_every_element(head):
+    """Memory that torch.empty hands out holds NaN in the second run."""
+    case = kernel_case(head)
+    expected = case.run("triton")
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        for name, value in case.run("triton").items():
+            assert torch.equal(value, expected[name]), name
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@on_triton
 def test_triton_reads_no_padding_and_keeps_only_its_inputs():
     case = kernel_case()
     assert_padding_and_strides_change_no_bit(case, "triton")

@@ -422,15 +422,19 @@ def score_bwd(
     n_tiles = triton.cdiv(n_candidates, of_attention["CANDIDATES"])
     n_sums = n_trajectories * triton.cdiv(n_candidates, of_head["CANDIDATES"])  # a user
 
-    dsearch, drec = torch.zeros_like(streams[0].states), torch.zeros_like(streams[1].states)
-    ditems = items.new_zeros(n_users, n_candidates, dim)
-    duser = torch.zeros_like(user)
-    dtarget_weight = target_weight.new_zeros(2 * dim, dim, dtype=torch.float32)
-    dmlp_weights, dmlp_biases = (
-        [torch.zeros_like(t, dtype=torch.float32) for t in tensors]
-        for tensors in (mlp_weights, mlp_biases)
-    )
-    dt1_sums = user.new_zeros(n_users if head.HAS_USER else 0, h1, dtype=torch.float32)
+    dsearch, drec = torch.empty_like(streams[0].states), torch.empty_like(streams[1].states)
+    ditems = items.new_empty(n_users, n_candidates, dim)
+    duser = torch.empty_like(user) if head.HAS_USER else torch.zeros_like(user)
+    if dscores.numel() == 0:
+        for t in (dsearch, drec, ditems, duser):
+            t.zero_()
+        no_weights, no_biases = (
+            [torch.zeros_like(t) for t in tensors] for tensors in (mlp_weights, mlp_biases)
+        )
+        dtarget_weight = torch.zeros_like(target_weight)
+        return dsearch, drec, ditems, duser, dtarget_weight, no_weights, no_biases
+    dt1_sums = user.new_empty(n_users if head.HAS_USER else 0, h1, dtype=torch.float32)
+    totals: list[Tensor] = []  # gradients of the weights; see below
 
     rows_bytes = (6 * dim + 2 * h1 + h2) * search.element_size() + 6 * 4
     user_bytes = (
@@ -439,7 +443,7 @@ def score_bwd(
         + n_sums * (h1 + 2 * h2) * 4
     )
     n_chunk = max(1, SCRATCH_BYTES // max(user_bytes, 1))
-    for first in range(0, n_users if dscores.numel() else 0, n_chunk):
+    for first in range(0, n_users, n_chunk):
         users = min(n_chunk, n_users - first)
         n_rows = users * n_trajectories * n_candidates
         inputs = search.new_empty(n_rows if h1 else 0, 3 * dim)
@@ -471,26 +475,30 @@ def score_bwd(
                     stream, candidates[:, x * dim :], dinputs[:, (1 - x) * dim :], softmax[x],
                     dstates, *numbers, **of_attention,
                 )  # fmt: skip
-            dtarget_weight += columns_product(dkeys, candidates[:, 2 * dim :])
+            made = [columns_product(dkeys, candidates[:, 2 * dim :])]
             if h1:
-                dmlp_weights[0][:, : 3 * dim] += columns_product(dt1, inputs)
-                dmlp_weights[1] += columns_product(dt2, hidden)
-                for total, part in zip(
-                    (dmlp_biases[0], dmlp_biases[1], dmlp_weights[2][0]),
-                    sums.sum(0).split((h1, h2, h2)),
-                    strict=True,
-                ):
-                    total += part
+                of_rows = (part.sum(0) for part in sums.split((h1, h2, h2), 1))
+                made += [columns_product(dt1, inputs), columns_product(dt2, hidden), *of_rows]
+            if totals:
+                torch._foreach_add_(totals, made)
+            else:
+                totals = made
             if head.HAS_USER:
                 launch(
                     user_bwd_kernel, (users,),
                     mlp.w1, sums, dt1_sums, duser, n_sums, first,
                     D=dim, H1=h1, H2=h2, **USER_CONFIG,
                 )  # fmt: skip
-    if dscores.numel() and h1:
-        dmlp_biases[2] += dscores.sum(dtype=torch.float32)
+    dtarget_weight, *of_mlp = totals
+    dmlp_weights: list[Tensor] = []
+    dmlp_biases: list[Tensor] = []
+    if of_mlp:
+        dw1, dw2, db1, db2, dw3 = of_mlp
         if head.HAS_USER:
-            dmlp_weights[0][:, 3 * dim :] = columns_product(dt1_sums.to(dtype), user.to(dtype))
+            of_user = columns_product(dt1_sums.to(dtype), user.to(dtype))
+            dw1 = torch.cat((dw1, of_user), 1)
+        dmlp_weights = [dw1, dw2, dw3.unsqueeze(0)]
+        dmlp_biases = [db1, db2, dscores.sum(dtype=torch.float32).view(1)]
     return (
         dsearch,
         drec,
