@@ -3,9 +3,10 @@ r"""Where the time of phase 1, phase 2 and inference goes, by the ranges of lcr_
     python benchmarks/profile_step.py [phase1|phase2|inference]
 
 prints a table of torch.profiler: one line a range, indented under the range that contains it, with
-the time of one repeat and its share; on CUDA also the time of the kernels that it launched. The
-profiler itself costs time, most where there are many small operations: take shares from here and
-times from the benchmarks.
+the time of one repeat, its share, and how many operations of torch it is, views left out: an op of
+this package is one. On CUDA also the time of the kernels that it launched, and the kernels that
+took most. The profiler itself costs time, most where there are many small operations: take shares
+from here and times from the benchmarks.
 
 With --bare it prints nothing and leaves the profiling to others, who see the same ranges as NVTX
 and, between cudaProfilerStart and cudaProfilerStop, the repeats without what precedes them:
@@ -23,8 +24,10 @@ ncu runs every kernel many times over, so that its clock is of no use for anythi
 """
 
 import argparse
+import bisect
+import collections
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +50,17 @@ OBJECTIVES = {"phase1": "supervised", "phase2": "grpo"}
 WORKLOADS = (*OBJECTIVES, "inference")
 USERS = {"phase1": 256, "phase2": 16, "inference": 64}
 MAX_LENGTH = 30
+# Operations that compute nothing.
+VIEWS = {
+    "alias", "as_strided", "detach", "detach_", "diagonal", "empty", "empty_like", "empty_strided",
+    "expand", "lift_fresh", "new_empty", "permute", "reshape", "resize_", "resolve_conj",
+    "resolve_neg", "result_type", "select", "slice", "split", "split_with_sizes", "squeeze", "t",
+    "to", "transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as", "_reshape_alias",
+    "_unsafe_view", "is_nonzero", "item", "_local_scalar_dense", "expand_as", "flatten", "narrow",
+    "numpy_T", "promote_types", "real",
+}  # fmt: skip
+_ONE_OPERATION = ("lcr_fast::", "aten::_foreach_", "aten::_fused_")  # whatever they are made of
+N_KERNELS = 20  # of the table of kernels
 
 
 class Line(NamedTuple):
@@ -56,6 +70,14 @@ class Line(NamedTuple):
     calls: int
     seconds: float
     device_seconds: float
+    operations: int
+
+
+class Profile(NamedTuple):
+    """What a profile found, over all repeats."""
+
+    lines: list[Line]  # each range after the one that contains it
+    kernels: dict[str, float]  # seconds on the GPU by name
 
 
 def make_model(data: PreparedData, arguments: argparse.Namespace) -> LCRSER:
@@ -96,8 +118,8 @@ def repeat(name: str, workload: Callable[[], Any], n: int) -> None:
                 torch.cuda.synchronize()
 
 
-def profiled(name: str, workload: Callable[[], Any], n: int) -> list[Line]:
-    """Profile ``n`` repeats; return their ranges, each after the one that contains it."""
+def profiled(name: str, workload: Callable[[], Any], n: int) -> Profile:
+    """Profile ``n`` repeats."""
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_initialized():
         activities.append(ProfilerActivity.CUDA)
@@ -105,18 +127,52 @@ def profiled(name: str, workload: Callable[[], Any], n: int) -> list[Line]:
         workload()  # compiles, fills caches
         with profile(activities=activities) as profiler:
             repeat(name, workload, n)
+    return summarize(name, profiler.events())
+
+
+def summarize(name: str, events: Sequence[Any]) -> Profile:
+    """Sum up a profiler's events by range, and its kernels."""
     lines: dict[tuple[str, ...], Line] = {}
-    for event in profiler.events():
+    ranges = sorted((e for e in events if _is_range(e)), key=lambda e: e.time_range.start)
+    for event in ranges:
         path = _path(event)
-        if path and path[0] == name and _is_range(event):
-            line = lines.get(path, Line(path, 0, 0.0, 0.0))
-            lines[path] = Line(
-                path,
-                line.calls + 1,
-                line.seconds + event.cpu_time_total * 1e-6,
-                line.device_seconds + event.device_time_total * 1e-6,
+        if path[0] == name:
+            line = lines.get(path, Line(path, 0, 0.0, 0.0, 0))
+            lines[path] = line._replace(
+                calls=line.calls + 1,
+                seconds=line.seconds + event.cpu_time_total * 1e-6,
+                device_seconds=line.device_seconds + event.device_time_total * 1e-6,
             )
-    return _in_order(list(lines.values()))
+    kernels: dict[str, float] = collections.Counter()
+    for event in events:
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            if not event.is_user_annotation:
+                kernels[event.name] += event.device_time_total * 1e-6
+        elif not _is_range(event) and (event.cpu_parent is None or _is_range(event.cpu_parent)):
+            path = _path(_range_at(ranges, event.time_range.start))
+            for inner in range(1, len(path) + 1):
+                if path[:inner] in lines:
+                    line = lines[path[:inner]]
+                    lines[path[:inner]] = line._replace(
+                        operations=line.operations + _operations(event)
+                    )
+    return Profile(_in_order(list(lines.values())), kernels)
+
+
+def _range_at(ranges: list[Any], time: float) -> Any:
+    """Find the innermost range at a time: an operation of backward runs in a thread of its own."""
+    last = bisect.bisect_right(ranges, time, key=lambda e: e.time_range.start)
+    return next((e for e in reversed(ranges[:last]) if e.time_range.end >= time), None)
+
+
+def _operations(event: Any) -> int:
+    """Count an operation: those that it is made of, or if none is named, itself."""
+    if event.name.startswith(_ONE_OPERATION):
+        return 1
+    if parts := sum(map(_operations, event.cpu_children)):
+        return parts
+    namespace, _, operation = event.name.partition("::")
+    return int(namespace == "aten" and operation not in VIEWS)
 
 
 def _is_range(event: Any) -> bool:
@@ -142,24 +198,39 @@ def _in_order(lines: list[Line], parent: tuple[str, ...] = ()) -> list[Line]:
     return found
 
 
+def format_kernels(kernels: dict[str, float], n: int) -> str:
+    """Write the kernels that took most of ``n`` repeats as a table."""
+    whole = sum(kernels.values())
+    most = sorted(kernels.items(), key=lambda item: -item[1])[:N_KERNELS]
+    rows = [[name[:60], f"{s / n * 1e3:.3f}", f"{s / whole:.1%}"] for name, s in most]
+    return tabulate(
+        rows, ["kernel", "ms a repeat", "share"], disable_numparse=True,
+        colalign=["left", "right", "right"],
+    )  # fmt: skip
+
+
 def format_table(lines: list[Line], n: int) -> str:
     """Write the ranges of ``n`` repeats as a table, and what no inner range covers."""
     whole = lines[0].seconds
     on_device = any(line.device_seconds for line in lines)
 
-    def row(name: str, calls: int | str, seconds: float, device_seconds: float | str) -> list:
-        cells = [name, calls, f"{seconds / n * 1e3:.3f}", f"{seconds / whole:.1%}"]
-        if on_device:
-            known = isinstance(device_seconds, float)
-            cells.append(f"{device_seconds / n * 1e3:.3f}" if known else "")
-        return cells
+    def row(name: str, calls: int | str, line: Line, on_device: bool) -> list:
+        cells = [name, calls, f"{line.seconds / n * 1e3:.3f}", f"{line.seconds / whole:.1%}"]
+        cells.append(f"{line.operations / n:.0f}")
+        return cells + [f"{line.device_seconds / n * 1e3:.3f}"] * on_device
 
     rows = [
-        row(". " * (len(line.path) - 1) + line.path[-1], line.calls, *line[2:]) for line in lines
+        row(". " * (len(line.path) - 1) + line.path[-1], line.calls, line, on_device)
+        for line in lines
     ]
-    inside = sum(line.seconds for line in lines if len(line.path) == 2)
-    rows.append(row(". (no range)", "", whole - inside, ""))
-    headers = ["range", "calls", "ms a repeat", "share"] + ["ms of kernels"] * on_device
+    direct = [line for line in lines if len(line.path) == 2]
+    rest = lines[0]._replace(
+        seconds=whole - sum(line.seconds for line in direct),
+        operations=lines[0].operations - sum(line.operations for line in direct),
+    )
+    rows.append(row(". (no range)", "", rest, False))
+    headers = ["range", "calls", "ms a repeat", "share", "operations"]
+    headers += ["ms of kernels"] * on_device
     return tabulate(
         rows, headers, disable_numparse=True, colalign=["left"] + ["right"] * (len(headers) - 1)
     )
@@ -200,8 +271,10 @@ def main(argv: list[str] | None = None) -> None:
             if arguments.bare:
                 run_bare(name, workload, arguments.repeats)
             else:
-                print(format_table(profiled(name, workload, arguments.repeats), arguments.repeats))
-                print()
+                found = profiled(name, workload, arguments.repeats)
+                print(format_table(found.lines, arguments.repeats), end="\n\n")
+                if found.kernels:
+                    print(format_kernels(found.kernels, arguments.repeats), end="\n\n")
 
 
 def run_bare(name: str, workload: Callable[[], Any], n: int) -> None:
