@@ -278,7 +278,9 @@ def test_the_registered_ops():
     bonus_call = lookup.SeenBonus(
         scores, batch.candidates, batch.search_clicks, *lengths, bonus, 2.0, 2
     )
-    torch.library.opcheck(torch.ops.lcr_fast.triton_seen_bonus, tuple(bonus_call))
+    torch.library.opcheck(torch.ops.lcr_fast.triton_seen_bonus_fwd, tuple(bonus_call))
+    backward = torch.ops.lcr_fast.triton_seen_bonus_bwd
+    torch.library.opcheck(backward, (torch.ones_like(scores), *bonus_call))
 
 
 # -- who serves -----------------------------------------------------------------------------------
@@ -299,7 +301,7 @@ def launched(monkeypatch) -> list[str]:
     return names
 
 
-BOTH = ["triton embed", "triton seen_bonus"]
+BOTH = ["triton embed", "triton seen_bonus_fwd"]
 
 
 @torch.no_grad()
@@ -310,16 +312,47 @@ def test_a_forward_is_that_of_the_reference(launched):
     assert_parity("scores", fused, eager, exact, factor=4.0)
 
 
-def test_gradients_are_the_references(launched):
+BACKWARD = ["triton seen_bonus_fwd", "triton seen_bonus_bwd"]
+
+
+def test_gradients_are_those_of_the_reference(launched):
     models, batch = twins(), draw(1, 3)
     gradients = {}
     for name, model in models.items():
         model(batch).sum().backward()
         gradients[name] = model.item_embedding.weight.grad, model.head.seen_bonus.grad
-    assert not launched
+    assert launched == BACKWARD
     for parts in zip(*gradients.values(), strict=True):
         assert_parity("gradient", *parts, factor=4.0)
     assert gradients["triton"][1].abs().min() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("n_trajectories", [0, 2])
+@pytest.mark.parametrize("n_candidates", [0, 3, 70])
+def test_gradients_of_the_bonus(n_candidates, n_trajectories, dtype, launched):
+    """What comes up at padding, where the score is -inf whatever it was, goes nowhere."""
+    batch, results = draw(4, n_candidates), []
+    batch.candidates[:, 1:2] = 0
+    scores = scores_like(batch, dtype, n_trajectories)
+    upstream = scores.flip(-1).masked_fill(scores == -torch.inf, 0.0)
+    upstream[..., 1:2] = torch.nan
+    for model in twins(dtype).values():
+        precision = model.item_embedding.weight.dtype
+        leaf = scores.detach().to(precision, copy=True).requires_grad_()
+        out = model.finish(leaf, batch, batch.candidates)
+        out.backward(upstream.to(precision))
+        results.append((leaf.grad, model.head.seen_bonus.grad))
+    assert launched == BACKWARD
+    (dscores, dbonus), (eager, _), (exact, exact_bonus) = results
+    assert_parity("scores", dscores, eager, exact)
+    assert not dscores[..., 1:2].any()
+    assert n_candidates == 0 or dbonus.all()
+    assert dbonus.dtype == dtype
+    # A sum of terms that cancel, a few roundings of theirs and one of its own.
+    terms = CONFIG.dim * upstream.nan_to_num().abs().sum().double()
+    bound = 2**-22 * terms + torch.finfo(dtype).eps * exact_bonus.abs()
+    assert ((dbonus.double() - exact_bonus).abs() <= bound).all()
 
 
 @torch.no_grad()
@@ -350,17 +383,16 @@ def test_float64_is_refused_where_triton_was_asked_for():
         model.embed(batch)
 
 
-def test_training_and_text_are_the_references_whatever_was_asked_for(launched):
+def test_vectors_in_training_and_of_text_are_the_references(launched):
     model, batch = LCRSER(CONFIG).to(DEVICE), draw(2)
-    assert "embed: reference" in model.backend_report()
-    assert "it computes no gradients" in model.backend_report()
-    model(batch).sum().backward()
+    assert "embed: reference (triton: it computes no gradients)" in model.backend_report()
+    model(batch).nan_to_num(neginf=0.0).sum().backward()
+    assert launched == ["triton seen_bonus_fwd", "triton seen_bonus_bwd"]
     assert "embed: triton" in (report := model.eval().backend_report())
     assert "seen_bonus: triton" in report
     of_text = LCRSER(CONFIG.replace(item_text_dim=4)).to(DEVICE).eval()
     of_text.set_text(item_text=torch.ones(CONFIG.n_items + 1, 4))
     assert "embed: reference (triton: it has no text vectors)" in of_text.backend_report()
-    assert not launched
     with torch.inference_mode():
         of_text(batch)
-    assert launched == ["triton seen_bonus"]
+    assert launched[2:] == ["triton seen_bonus_fwd"]

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -124,6 +125,43 @@ def test_without_a_compiler_a_build_says_so_or_is_left_out(tmp_path, build, code
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not any(tmp_path.rglob("*"))
+
+
+@pytest.mark.full
+def test_an_extension_is_built_again_if_anything_has_changed(tmp_path):
+    """And not otherwise: an install compiles in a new folder each time."""
+    pytest.importorskip("setuptools")
+    csrc = tmp_path / "csrc"
+    csrc.mkdir()
+    (tmp_path / "lcr_fast").mkdir()
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    shutil.copy(ROOT / "csrc/exports.map", csrc)
+    (csrc / "one.cpp").write_text('extern "C" int PyInit__C() { return 1; }')
+    built = tmp_path / "lcr_fast/_C.abi3.so"
+
+    def is_compiled(name: str, **environment: str) -> bool:
+        subprocess.run(
+            [
+                *(sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"),
+                *("--build-temp", name),
+            ],
+            cwd=tmp_path,
+            env=os.environ | {"LCR_FAST_BUILD": "cpu", **environment},
+            capture_output=True,
+            check=True,
+        )
+        return any((tmp_path / name).rglob("*.o"))
+
+    assert is_compiled("first")
+    first = built.read_bytes()
+    assert not is_compiled("second")
+    assert built.read_bytes() == first
+    assert is_compiled("other flags", CXXFLAGS="-O1")
+    (csrc / "one.cpp").write_text('extern "C" int PyInit__C() { return 2; }')
+    assert is_compiled("another source")
+    assert built.read_bytes() != first
+    built.write_bytes(first)
+    assert is_compiled("another extension in its place")
 
 
 @pytest.mark.full

@@ -6,9 +6,12 @@ import torch
 
 from lcr_fast.kernels.launch import TYPES, Type, Variant, describe
 from lcr_fast.kernels.lookup.embed import Events, config, embed_kernel
-from lcr_fast.kernels.lookup.seen import CONFIG, seen_bonus_kernel
-
-_IDS = ("candidates", "clicks", "search_lengths", "rec_items", "rec_lengths")
+from lcr_fast.kernels.lookup.seen import (
+    CONFIG,
+    Seen,
+    seen_bonus_bwd_kernel,
+    seen_bonus_fwd_kernel,
+)
 
 
 def variants(arch: str) -> Iterator[Variant]:
@@ -21,6 +24,7 @@ def variants(arch: str) -> Iterator[Variant]:
                 f"embed-{TYPES[dtype]}-d{dim}", embed_kernel, dtype,
                 {"search": events, "rec": events}, config(dim),
             )  # fmt: skip
-        types: dict[str, Type] = {"factor": "fp32"}
-        types |= {f"{name}_ptr": "*i64" for name in _IDS}
-        yield describe(f"seen_bonus-{TYPES[dtype]}", seen_bonus_kernel, dtype, types, CONFIG)
+        seen = Seen(*["*i64"] * 5, *["i32"] * 6)
+        types: dict[str, Type] = {"factor": "fp32", "seen": seen, "dbonus_ptr": "*fp32"}
+        for name, kernel in (("fwd", seen_bonus_fwd_kernel), ("bwd", seen_bonus_bwd_kernel)):
+            yield describe(f"seen_bonus_{name}-{TYPES[dtype]}", kernel, dtype, types, CONFIG)

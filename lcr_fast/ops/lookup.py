@@ -1,8 +1,9 @@
 """What ids are looked up for, at both ends of a forward pass, as one launch each on a GPU.
 
 ``EMBED`` makes the vectors of the events, ``SEEN_BONUS`` adds what candidates gain by standing in
-the histories. Their reference is LCRSER itself, op by op, which computes gradients and projects
-text vectors too; ``triton`` spares inference its launches.
+the histories. Their reference is LCRSER itself, op by op, which alone computes gradients of
+vectors, and projects text vectors. ``triton`` spares inference its launches, and those of the bonus
+training too.
 """
 
 from typing import NamedTuple
@@ -32,7 +33,7 @@ def _obstacle(case: LookupCase) -> str | None:
     return None
 
 
-def _beyond(case: LookupCase) -> str | None:
+def _embed_beyond(case: LookupCase) -> str | None:
     if case.gradients:
         return "it computes no gradients"
     return "it has no text vectors" if case.text else None
@@ -73,18 +74,19 @@ def _fake_embed(call: Embed) -> Streams:
     )
 
 
-def _backends(launcher: str) -> list[Backend]:
-    return [Backend("triton", "triton_", ("cuda",), _obstacle, [kernel("lookup", launcher)])]
+def _backends(*launchers: str) -> list[Backend]:
+    passes = [kernel("lookup", launcher) for launcher in launchers]
+    return [Backend("triton", "triton_", ("cuda",), _obstacle, passes)]
 
 
-EMBED = Op("embed", Embed, ("search", "rec"), _fake_embed, _backends("embed"), beyond=_beyond)
+EMBED = Op("embed", Embed, ("search", "rec"), _fake_embed, _backends("embed"), beyond=_embed_beyond)
 SEEN_BONUS = Op(
     "seen_bonus",
     SeenBonus,
     ("out",),
     lambda call: call.scores.new_empty(call.scores.shape),
-    _backends("seen_bonus"),
-    beyond=_beyond,
+    _backends("seen_bonus_fwd", "seen_bonus_bwd"),
+    gradients=("scores", "bonus"),
 )
 
 
