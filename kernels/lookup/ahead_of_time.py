@@ -24,7 +24,7 @@ def variants(arch: str) -> Iterator[Variant]:
                 f"embed-{TYPES[dtype]}-d{dim}", embed_kernel, dtype,
                 {"search": events, "rec": events}, config(dim),
             )  # fmt: skip
-        seen = Seen(*["*i64"] * 5, *["i32"] * 6)
+        seen = Seen(*["*i64"] * len(Seen._fields))
         types: dict[str, Type] = {"factor": "fp32", "seen": seen, "dbonus_ptr": "*fp32"}
         for name, kernel in (("fwd", seen_bonus_fwd_kernel), ("bwd", seen_bonus_bwd_kernel)):
             yield describe(f"seen_bonus_{name}-{TYPES[dtype]}", kernel, dtype, types, CONFIG)

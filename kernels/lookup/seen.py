@@ -22,12 +22,12 @@ class Seen(NamedTuple):
     search_lengths: Any  # [B]
     rec_items: Any  # [B, L_r]
     rec_lengths: Any  # [B]
-    candidates_stride: Any  # C, or 0 where all users share them
-    n_candidates: Any  # C
-    n_searches: Any  # L_s
-    n_clicks: Any  # M
-    n_events: Any  # L_r
-    max_clicks: Any  # of the M, read
+
+
+# Sizes change from batch to batch: a kernel that was compiled for some would be compiled again.
+_SIZES = [
+    "candidates_stride", "n_candidates", "n_searches", "n_clicks", "n_events", "max_clicks",
+]  # fmt: skip
 
 
 @triton.jit
@@ -43,66 +43,87 @@ def _is_among(ids, items_ptr, n_items, n_columns, n_read, ITEMS: tl.constexpr):
 
 
 @triton.jit
-def _look_up(seen, CANDIDATES: tl.constexpr, ITEMS: tl.constexpr):
+def _look_up(
+    seen, candidates_stride, n_candidates, n_searches, n_clicks, n_events, max_clicks,
+    CANDIDATES: tl.constexpr, ITEMS: tl.constexpr,
+):  # fmt: skip
     """Read this program's tile of a user's candidates, and where they stand in the histories.
 
     Returns the user, and of each candidate [P] its column, its id, whether it was clicked, and
     whether it is an event.
     """
-    n_tiles = tl.cdiv(seen.n_candidates, CANDIDATES)
+    n_tiles = tl.cdiv(n_candidates, CANDIDATES)
     pid = tl.program_id(0).to(tl.int64)
     tile, b = pid % n_tiles, pid // n_tiles
     c = tile * CANDIDATES + tl.arange(0, CANDIDATES)
-    ids_ptr = seen.candidates + b * seen.candidates_stride
-    ids = tl.load(ids_ptr + c, mask=c < seen.n_candidates, other=0)
-    searches = tl.minimum(tl.load(seen.search_lengths + b), seen.n_searches).to(tl.int32)
+    ids_ptr = seen.candidates + b * candidates_stride
+    ids = tl.load(ids_ptr + c, mask=c < n_candidates, other=0)
+    searches = tl.minimum(tl.load(seen.search_lengths + b), n_searches).to(tl.int32)
     clicked = _is_among(
-        ids, seen.clicks + b * seen.n_searches * seen.n_clicks, searches * seen.n_clicks,
-        seen.n_clicks, seen.max_clicks, ITEMS,
+        ids, seen.clicks + b * n_searches * n_clicks, searches * n_clicks,
+        n_clicks, max_clicks, ITEMS,
     )  # fmt: skip
-    events = tl.minimum(tl.load(seen.rec_lengths + b), seen.n_events).to(tl.int32)
-    happened = _is_among(ids, seen.rec_items + b * seen.n_events, events, 1, 1, ITEMS)
+    events = tl.minimum(tl.load(seen.rec_lengths + b), n_events).to(tl.int32)
+    happened = _is_among(ids, seen.rec_items + b * n_events, events, 1, 1, ITEMS)
     return b, c, ids, clicked, happened
 
 
-@kernel()
+@kernel(do_not_specialize=_SIZES)
 def seen_bonus_fwd_kernel(
     scores_ptr,  # [B, N, C]
     seen,  # Seen
     bonus_ptr,  # [2]
     out_ptr,  # [B, N, C]
+    candidates_stride,  # C, or 0 where all users share them
+    n_candidates,  # C
+    n_searches,  # L_s
+    n_clicks,  # M
+    n_events,  # L_r
+    max_clicks,  # of the M, read
     n_trajectories,
     factor,
     CANDIDATES: tl.constexpr,
     ITEMS: tl.constexpr,
 ):
-    b, c, ids, clicked, happened = _look_up(seen, CANDIDATES, ITEMS)
-    inside = c < seen.n_candidates
+    b, c, ids, clicked, happened = _look_up(
+        seen, candidates_stride, n_candidates, n_searches, n_clicks, n_events, max_clicks,
+        CANDIDATES, ITEMS,
+    )  # fmt: skip
+    inside = c < n_candidates
     gain = tl.where(clicked, tl.load(bonus_ptr).to(tl.float32) * factor, 0.0)
     gain += tl.where(happened, tl.load(bonus_ptr + 1).to(tl.float32) * factor, 0.0)
     for n in range(n_trajectories):
-        row = (b * n_trajectories + n) * seen.n_candidates
+        row = (b * n_trajectories + n) * n_candidates
         scores = tl.load(scores_ptr + row + c, mask=inside, other=0.0).to(tl.float32) + gain
         scores = tl.where(ids == 0, float("-inf"), scores)
         tl.store(out_ptr + row + c, scores.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@kernel()
+@kernel(do_not_specialize=_SIZES)
 def seen_bonus_bwd_kernel(
     dout_ptr,  # [B, N, C]
     seen,  # Seen
     dscores_ptr,  # [B, N, C]
     dbonus_ptr,  # float32 [programs, 2]
+    candidates_stride,  # C, or 0 where all users share them
+    n_candidates,  # C
+    n_searches,  # L_s
+    n_clicks,  # M
+    n_events,  # L_r
+    max_clicks,  # of the M, read
     n_trajectories,
     factor,
     CANDIDATES: tl.constexpr,
     ITEMS: tl.constexpr,
 ):
-    b, c, ids, clicked, happened = _look_up(seen, CANDIDATES, ITEMS)
-    inside = c < seen.n_candidates
+    b, c, ids, clicked, happened = _look_up(
+        seen, candidates_stride, n_candidates, n_searches, n_clicks, n_events, max_clicks,
+        CANDIDATES, ITEMS,
+    )  # fmt: skip
+    inside = c < n_candidates
     total = tl.zeros([CANDIDATES], tl.float32)
     for n in range(n_trajectories):
-        row = (b * n_trajectories + n) * seen.n_candidates
+        row = (b * n_trajectories + n) * n_candidates
         dscores = tl.load(dout_ptr + row + c, mask=inside, other=0.0)
         dscores = tl.where(ids == 0, 0.0, dscores)
         tl.store(dscores_ptr + row + c, dscores, mask=inside)
@@ -113,22 +134,21 @@ def seen_bonus_bwd_kernel(
     tl.store(dbonus_ptr + 1, tl.sum(tl.where(happened, total, 0.0), 0))
 
 
-def _seen(
+def _arguments(
     candidates: Tensor,
     clicks: Tensor,
     search_lengths: Tensor,
     rec_items: Tensor,
     rec_lengths: Tensor,
     max_clicks: int,
-) -> Seen:
+) -> tuple[Seen, list[int]]:
+    """Give what both kernels take of the histories: tensors and _SIZES."""
+    seen = Seen(
+        *(t.contiguous() for t in (candidates, clicks, search_lengths, rec_items, rec_lengths))
+    )
     n_candidates = candidates.shape[1]
-    _, n_searches, n_clicks = clicks.shape
-    return Seen(
-        candidates.contiguous(), clicks.contiguous(), search_lengths.contiguous(),
-        rec_items.contiguous(), rec_lengths.contiguous(),
-        n_candidates if candidates.shape[0] > 1 else 0, n_candidates, n_searches, n_clicks,
-        rec_items.shape[1], max_clicks,
-    )  # fmt: skip
+    stride = n_candidates if candidates.shape[0] > 1 else 0
+    return seen, [stride, n_candidates, *clicks.shape[1:], rec_items.shape[1], max_clicks]
 
 
 def seen_bonus_fwd(
@@ -144,14 +164,14 @@ def seen_bonus_fwd(
 ) -> Tensor:
     """Launch one program a tile of a user's candidates, for all trajectories: [B, N, C]."""
     out = scores.new_empty(scores.shape)
+    seen, sizes = _arguments(candidates, clicks, search_lengths, rec_items, rec_lengths, max_clicks)
     n_users, n_trajectories, n_candidates = scores.shape
     if out.numel():
         with on_device(scores):
             launch(
                 seen_bonus_fwd_kernel, (n_users * triton.cdiv(n_candidates, CONFIG["CANDIDATES"]),),
-                scores.contiguous(),
-                _seen(candidates, clicks, search_lengths, rec_items, rec_lengths, max_clicks),
-                bonus.contiguous(), out, n_trajectories, factor, **CONFIG,
+                scores.contiguous(), seen, bonus.contiguous(), out, *sizes, n_trajectories, factor,
+                **CONFIG,
             )  # fmt: skip
     return out
 
@@ -176,13 +196,12 @@ def seen_bonus_bwd(
     n_users, n_trajectories, n_candidates = scores.shape
     if dscores.numel() == 0:
         return dscores, torch.zeros_like(bonus)
+    seen, sizes = _arguments(candidates, clicks, search_lengths, rec_items, rec_lengths, max_clicks)
     programs = n_users * triton.cdiv(n_candidates, CONFIG["CANDIDATES"])
     dbonus = scores.new_empty(programs, 2, dtype=torch.float32)
     with on_device(scores):
         launch(
             seen_bonus_bwd_kernel, (programs,),
-            dout.contiguous(),
-            _seen(candidates, clicks, search_lengths, rec_items, rec_lengths, max_clicks),
-            dscores, dbonus, n_trajectories, factor, **CONFIG,
+            dout.contiguous(), seen, dscores, dbonus, *sizes, n_trajectories, factor, **CONFIG,
         )  # fmt: skip
     return dscores, dbonus.sum(0).to(bonus.dtype)
