@@ -83,6 +83,7 @@ def test_one_part_stops_no_other(runner, tmp_path):
     assert "still run" in (tmp_path / "logs" / "bad.log").read_text()
 
 
+@pytest.mark.full
 def test_a_part_is_stopped_in_time_with_all_that_it_started(runner, tmp_path):
     code = (
         "import subprocess, sys, time\n"
@@ -105,6 +106,7 @@ def test_a_part_is_stopped_in_time_with_all_that_it_started(runner, tmp_path):
         time.sleep(0.05)
 
 
+@pytest.mark.full
 def test_an_interrupted_command_may_write_what_it_has(runner, tmp_path):
     code = (
         "import time\n"

@@ -201,6 +201,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.full
 def test_ours_are_keyed_by_their_ptxas_and_others_are_left_alone(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(TOOLS)}

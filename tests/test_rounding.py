@@ -81,6 +81,7 @@ def found(tmp_path_factory) -> dict[str, list[list[str]]]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_rounding_two_at_a_time_is_the_machine_code_of_a_cast(found, dtype):
     """In which half of a register each number belongs is what no test on a CPU would notice."""
@@ -88,6 +89,7 @@ def test_rounding_two_at_a_time_is_the_machine_code_of_a_cast(found, dtype):
     assert found[f"{dtype}, ours"] == found[f"{dtype}, a cast"]
 
 
+@pytest.mark.full
 def test_products_that_are_summed_are_each_rounded(found):
     """Fused, all but one would not be, and a user's bits would depend on its slot in the tile."""
     for name, is_fused in (("sum, ours", False), ("sum, plain", True)):
