@@ -157,6 +157,7 @@ def test_an_extension_is_built_again_if_anything_has_changed(tmp_path):
     assert not is_compiled("second")
     assert built.read_bytes() == first
     assert is_compiled("other flags", CXXFLAGS="-O1")
+    assert is_compiled("the first flags")
     (csrc / "one.cpp").write_text('extern "C" int PyInit__C() { return 2; }')
     assert is_compiled("another source")
     assert built.read_bytes() != first
