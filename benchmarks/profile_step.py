@@ -149,13 +149,10 @@ def summarize(name: str, events: Sequence[Any]) -> Profile:
             if not event.is_user_annotation:
                 kernels[event.name] += event.device_time_total * 1e-6
         elif not _is_range(event) and (event.cpu_parent is None or _is_range(event.cpu_parent)):
-            path = _path(_range_at(ranges, event.time_range.start))
-            for inner in range(1, len(path) + 1):
-                if path[:inner] in lines:
-                    line = lines[path[:inner]]
-                    lines[path[:inner]] = line._replace(
-                        operations=line.operations + _operations(event)
-                    )
+            path, operations = _path(_range_at(ranges, event.time_range.start)), _operations(event)
+            for outer in (path[:n] for n in range(1, len(path) + 1)):
+                if (line := lines.get(outer)) is not None:
+                    lines[outer] = line._replace(operations=line.operations + operations)
     return Profile(_in_order(list(lines.values())), kernels)
 
 

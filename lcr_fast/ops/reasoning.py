@@ -7,6 +7,7 @@ of the model and ``share_steps``, ``step_ffn``; what limits them is asked of
 reference.
 """
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -65,27 +66,7 @@ def _switch_obstacle(case: ReasoningCase) -> str | None:
     return "it has no step embedding" if case.step_embedding else None
 
 
-def _triton_obstacle(case: ReasoningCase) -> str | None:
-    if (reason := triton_obstacle(case.device)) is not None:
-        return reason
-    from lcr_fast.kernels import reasoning as kernels
-
-    return _switch_obstacle(case) or kernels.obstacle(
-        dim=case.dim,
-        n_heads=case.n_heads,
-        ffn_dim=case.ffn_dim,
-        search_len=case.search_len,
-        rec_len=case.rec_len,
-        dtype=case.dtype,
-        gpu=current_gpu() if case.device == "cuda" else None,
-    )
-
-
-def _encode_triton_obstacle(case: EncodeCase) -> str | None:
-    if (reason := triton_obstacle(case.device)) is not None:
-        return reason
-    from lcr_fast.kernels import encoding as kernels
-
+def _shape_obstacle(kernels: ModuleType, case: EncodeCase | ReasoningCase) -> str | None:
     return kernels.obstacle(
         dim=case.dim,
         n_heads=case.n_heads,
@@ -95,6 +76,22 @@ def _encode_triton_obstacle(case: EncodeCase) -> str | None:
         dtype=case.dtype,
         gpu=current_gpu() if case.device == "cuda" else None,
     )
+
+
+def _triton_obstacle(case: ReasoningCase) -> str | None:
+    if (reason := triton_obstacle(case.device)) is not None:
+        return reason
+    from lcr_fast.kernels import reasoning
+
+    return _switch_obstacle(case) or _shape_obstacle(reasoning, case)
+
+
+def _encode_triton_obstacle(case: EncodeCase) -> str | None:
+    if (reason := triton_obstacle(case.device)) is not None:
+        return reason
+    from lcr_fast.kernels import encoding
+
+    return _shape_obstacle(encoding, case)
 
 
 def _dtype_obstacle(case: EncodeCase | ReasoningCase) -> str | None:
@@ -241,7 +238,6 @@ def _draw_masks(
     """Draw the masks of both streams, [n_sites, B, L, D] each."""
     if dropout is None:
         return None
-    dropout.check(streams[SEARCH])
     search, rec = (
         dropout.draw(first_site + x * STREAM_SITES, n_sites, *states.shape[-2:])
         for x, states in enumerate(streams)
@@ -352,6 +348,8 @@ def latent_states(
     Arguments as for :func:`latent_reasoning`.
     """
     check_reasoning(search, rec, search_lengths, rec_lengths, weights, steps)
+    if dropout is not None:
+        dropout.check(search)
     masks = _draw_masks(dropout, REASONING_SITES, 3 * steps.n_steps, (search, rec))
     return reference.latent_reasoning(
         search, rec, search_lengths, rec_lengths, weights, steps, masks=masks
