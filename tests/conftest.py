@@ -34,21 +34,28 @@ _MODEL = LCRConfig(
     user_embedding=True,
 )  # fmt: skip
 
-# On a GPU nearly all time is compilation: of each process' memory there, and how many are enough.
+# Processes of a bare ``pytest``. On a GPU nearly all time is compilation: of each process' memory
+# there, and how many are enough. Elsewhere a container may have fewer cores than it shows.
 _GPU_BYTES = 6 << 30
-_MOST_PROCESSES = 12
+_MOST_ON_GPU = 12
+_MOST_ON_CPU = 4
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
 def pytest_cmdline_main(config):
-    """Take several processes where a bare ``pytest`` runs all tests of a GPU; ``-n 0`` is one."""
+    """Take several processes where a bare ``pytest`` runs all tests; ``-n 0`` is one."""
     option, of_all = config.option, pytest.Config.ArgsSource.TESTPATHS
     asked = getattr(option, "numprocesses", 1)  # 1 without pytest-xdist
-    is_whole_run = config.args_source is of_all and not (option.collectonly or option.usepdb)
-    if torch.cuda.is_available() and asked is None and is_whole_run and not _is_worker(config):
-        n = torch.cuda.get_device_properties(0).total_memory // _GPU_BYTES
-        option.numprocesses = min(n, os.cpu_count() or 1, _MOST_PROCESSES)
+    one = option.collectonly or option.usepdb or option.capture == "no" or os.cpu_count() == 1
+    is_whole_run = config.args_source is of_all and not one
+    if asked is None and is_whole_run and not _is_worker(config):
+        most = _MOST_ON_CPU
+        if torch.cuda.is_available():
+            memory = torch.cuda.get_device_properties(0).total_memory
+            most = min(memory // _GPU_BYTES, _MOST_ON_GPU)
+        option.numprocesses = min(most, os.cpu_count() or 1)
         option.dist = "worksteal"
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what tests start, too
 
 
 def _is_worker(config) -> bool:

@@ -99,36 +99,39 @@ def test_random_model_has_no_trivial_weight():
 
 
 class _Properties:
-    total_memory = 24 << 30
+    total_memory = 36 << 30
 
 
 @pytest.mark.parametrize(
-    ("change", "expected"),
+    ("change", "on_cpu", "on_gpu"),
     [
-        ({}, 4),
-        ({"numprocesses": 0}, 0),  # asked for
-        ({"usepdb": True}, None),
-        ({"collectonly": True}, None),
-        ({"args_source": pytest.Config.ArgsSource.ARGS}, None),  # some tests
-        ({"workerinput": {}}, None),
+        ({}, 4, 6),
+        ({"numprocesses": 0}, 0, 0),  # asked for
+        ({"usepdb": True}, None, None),
+        ({"capture": "no"}, None, None),
+        ({"collectonly": True}, None, None),
+        ({"args_source": pytest.Config.ArgsSource.ARGS}, None, None),  # some tests
+        ({"workerinput": {}}, None, None),
     ],
     ids=str,
 )
-def test_a_whole_run_on_a_gpu_takes_several_processes(monkeypatch, pytestconfig, change, expected):
+def test_a_whole_run_takes_several_processes(monkeypatch, pytestconfig, change, on_cpu, on_gpu):
     (conftest,) = (
         plugin
         for plugin in pytestconfig.pluginmanager.get_plugins()
-        if hasattr(plugin, "_MOST_PROCESSES")
+        if hasattr(plugin, "_MOST_ON_GPU")
     )
-    option = SimpleNamespace(numprocesses=None, collectonly=False, usepdb=False, dist="no")
-    config = SimpleNamespace(option=option, args_source=pytest.Config.ArgsSource.TESTPATHS)
-    for name, value in change.items():
-        setattr(option if hasattr(option, name) else config, name, value)
     monkeypatch.setattr("os.cpu_count", lambda: 16)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: _Properties)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    conftest.pytest_cmdline_main(config)
-    assert option.dist == "no"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    conftest.pytest_cmdline_main(config)
-    assert option.numprocesses == expected
+    for has_gpu, expected in ((False, on_cpu), (True, on_gpu)):
+        option = SimpleNamespace(
+            numprocesses=None, collectonly=False, usepdb=False, capture="fd", dist="no"
+        )
+        config = SimpleNamespace(option=option, args_source=pytest.Config.ArgsSource.TESTPATHS)
+        for name, value in change.items():
+            setattr(option if hasattr(option, name) else config, name, value)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        conftest.pytest_cmdline_main(config)
+        assert option.numprocesses == expected
+        assert option.dist == ("worksteal" if expected else "no")
