@@ -30,14 +30,14 @@ def dot_precision(dtype: torch.dtype) -> str:
 # About how many rows of a float32 product one program sums up. The matrix library cuts no sum, and
 # a product of 64 columns with 64 is one program's: so they took 81 of 107 ms of an H200's step.
 _PART_ROWS = 512
-_MOST_PART_ROWS = 4096
 
 
 @functools.cache
 def _part_rows(rows: int) -> int:
-    """Give the divisor of ``rows`` nearest to ``_PART_ROWS``, or all where it has none at hand."""
-    divisors = [n for n in range(64, min(rows, _MOST_PART_ROWS) + 1) if rows % n == 0]
-    return min(divisors, key=lambda n: abs(math.log(n / _PART_ROWS)), default=max(rows, 1))
+    """Give the divisor of ``rows`` nearest to ``_PART_ROWS``, or that where none is near."""
+    divisors = [n for n in range(_PART_ROWS // 4, 4 * _PART_ROWS + 1) if rows % n == 0]
+    nearest = min(divisors, key=lambda n: abs(math.log(n / _PART_ROWS)), default=_PART_ROWS)
+    return max(min(nearest, rows), 1)
 
 
 def columns_product(dy: Tensor, x: Tensor) -> Tensor:
@@ -45,13 +45,18 @@ def columns_product(dy: Tensor, x: Tensor) -> Tensor:
 
     A weight gradient sums over all rows of a batch. torch's float32 products do that in float32; a
     tensor core truncates every partial sum, whose error grows with the rows. In float32 the sums of
-    parts of the rows are added in a tree, which fills a GPU and is closer than row to row.
+    parts of the rows are added in a tree, which fills a GPU and is closer than row to row; rows
+    that make no whole part are a product of their own.
     """
     if x.dtype == torch.float32:
-        n = _part_rows(x.shape[-2])
-        parts = (x.shape[-2] // n, n)
-        dy, x = dy.unflatten(-2, parts), x.unflatten(-2, parts)  # [..., parts, rows, columns]
-        return (dy.transpose(-1, -2) @ x).sum(-3)
+        rows = x.shape[-2]
+        n = _part_rows(rows)
+        whole = rows - rows % n
+        dy_parts, x_parts = (t[..., :whole, :].unflatten(-2, (whole // n, n)) for t in (dy, x))
+        product = (dy_parts.transpose(-1, -2) @ x_parts).sum(-3)
+        if whole < rows:
+            product += dy[..., whole:, :].transpose(-1, -2) @ x[..., whole:, :]
+        return product
     dy = dy.transpose(-1, -2)
     if x.is_cuda:
         return (torch.bmm if x.ndim == 3 else torch.mm)(dy, x, out_dtype=torch.float32)
