@@ -93,13 +93,15 @@ struct Faults {
 Faults ranking_cpu(const RankingArgs& args, const Parallel& parallel);
 Faults catalogue_cpu(const CatalogueArgs& args, const Parallel& parallel);
 
-// CUDA. `scratch` is [2 * n_rows] int64 and `partial` [ranking_partials(n_rows) * (n_metrics + 1)]
-// double (unused unless the output is sums); `faults` is a device Faults. `stream` is a
-// cudaStream_t. Returns the cudaError_t of the launches; a row with bad data becomes NaN.
+// CUDA. `counts` are zeros [n_rows, 2], which ranking_cuda takes if it keeps counts of rows this
+// long, and `partial` is room for [ranking_partials(n_rows), n_metrics + 1] where the output is sums;
+// `faults` is a device Faults. `stream` is a cudaStream_t. Returns the cudaError_t of the launches; a
+// row with bad data becomes NaN.
 int64_t ranking_partials(int64_t n_rows);
-int ranking_cuda(const RankingArgs& args, int64_t* scratch, double* partial, Faults* faults,
+bool ranking_keeps_counts(int64_t n_items);
+int ranking_cuda(const RankingArgs& args, int64_t* counts, double* partial, Faults* faults,
                  void* stream);
-int catalogue_cuda(const CatalogueArgs& args, int64_t* scratch, double* partial, Faults* faults,
+int catalogue_cuda(const CatalogueArgs& args, int64_t* counts, double* partial, Faults* faults,
                    void* stream);
 
 }  // namespace lcr_fast

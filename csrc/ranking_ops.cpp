@@ -241,10 +241,11 @@ void* current_stream(const Tensor& t) {
   return stream;
 }
 
-// Scratch of the CUDA path: int64 counts a row, and the partial sums of blocks of rows.
+// Scratch of the CUDA path: counts of rows, if they are kept, and sums of blocks of rows.
 struct Scratch {
-  Scratch(const Tensor& like, const MetricArgs& args)
-      : counts(torch::stable::new_zeros(like, {args.n_rows, 2}, ScalarType::Long)),
+  Scratch(const Tensor& like, const MetricArgs& args, bool keeps_counts)
+      : counts(torch::stable::new_zeros(like, {keeps_counts ? args.n_rows : 0, 2},
+                                        ScalarType::Long)),
         partial(torch::stable::new_empty(
             like,
             {args.output == Output::kSums ? ranking_partials(args.n_rows) : 0, args.n_metrics + 1},
@@ -265,7 +266,7 @@ std::tuple<Tensor, Tensor> ranking_metrics_cuda(const Tensor& scores, const Opti
         "the CUDA ranking op takes a target, not relevance; backend=\"reference\" does");
   RankingArgs args = ranking_args(scores, target, relevance, counts, excluded, kinds, ks, ties);
   Tensor out = new_output(scores, leading_sizes(scores), output, args.metric);
-  Scratch scratch(scores, args.metric);
+  Scratch scratch(scores, args.metric, ranking_keeps_counts(args.metric.n_items));
   const int error = ranking_cuda(
       args, scratch.counts.mutable_data_ptr<int64_t>(), scratch.partial.mutable_data_ptr<double>(),
       static_cast<Faults*>(scratch.faults.mutable_data_ptr()), current_stream(scores));
@@ -281,7 +282,7 @@ std::tuple<Tensor, Tensor> catalogue_metrics_cuda(const Tensor& users, const Ten
   const torch::stable::accelerator::DeviceGuard guard(users.get_device_index());
   CatalogueArgs args = catalogue_args(users, items, target, seen, kinds, ks, ties);
   Tensor out = new_output(users, {users.size(0)}, output, args.metric);
-  Scratch scratch(users, args.metric);
+  Scratch scratch(users, args.metric, /*keeps_counts=*/true);
   const int error = catalogue_cuda(
       args, scratch.counts.mutable_data_ptr<int64_t>(), scratch.partial.mutable_data_ptr<double>(),
       static_cast<Faults*>(scratch.faults.mutable_data_ptr()), current_stream(users));

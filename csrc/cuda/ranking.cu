@@ -1,6 +1,7 @@
-// Ranking metrics on CUDA: count, then turn counts into metrics, then add up. Nothing synchronises,
-// and every number added by more than one thread is an integer or has a fixed order, so results
-// repeat bit for bit.
+// Ranking metrics on CUDA: count, turn counts into metrics, add these up. Short rows are counted and
+// turned into metrics by one kernel, counts of long rows and of the catalogue pass through memory.
+// Nothing synchronises, and every number added by more than one thread is an integer or has a fixed
+// order, so results repeat bit for bit.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -14,8 +15,16 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
-// Rows up to this length are counted by one warp, longer ones by whole blocks.
-constexpr int64_t kWarpItems = 2048;
+// Rows whose metrics one block makes: a lane of its warps each.
+constexpr int kRows = kWarp;
+// Rows up to this length are counted by some threads of a block, longer ones by whole blocks.
+constexpr int64_t kShortItems = 2048;
+// Those of at most this many bytes are counted by kFew threads, else by a warp. Each has kAhead loads
+// of 16 bytes on their way at once: a row's time is latency, and so are the two loads that tell its
+// threshold.
+constexpr int kFew = 8;
+constexpr int kAhead = 4;
+constexpr int64_t kFewBytes = kFew * kAhead * 16;
 // Items of a long row that one block counts: enough to hide the cost of starting it.
 constexpr int64_t kBlockItems = 65536;
 constexpr int64_t kBad = -1;  // in the counts of a row with bad data
@@ -85,7 +94,7 @@ __device__ void tally(const Pack<T>& pack, KeyOf<T> threshold, Counts& counts) {
 
 // Count what `thread` of kTeam sees; `threshold_of()` is called after the first loads are on their
 // way, because it waits for two loads of its own.
-template <int kTeam, class T, class Threshold>
+template <int kTeam, int kFirst, class T, class Threshold>
 __device__ Counts count_range(const Range<T>& range, int thread, Threshold threshold_of) {
   Counts counts;
   if (range.step != 1 || range.excluded != nullptr) {
@@ -96,11 +105,15 @@ __device__ Counts count_range(const Range<T>& range, int thread, Threshold thres
     return counts;
   }
   const Packs<T> packs(range);
-  Pack<T> ahead;
-  if (thread < packs.n) ahead = packs.data[thread];
+  Pack<T> ahead[kFirst];
+#pragma unroll
+  for (int j = 0; j < kFirst; ++j)
+    if (thread + j * kTeam < packs.n) ahead[j] = packs.data[thread + j * kTeam];
   const auto threshold = threshold_of();
-  if (thread < packs.n) tally(ahead, threshold, counts);
-  int64_t p = thread + kTeam;
+#pragma unroll
+  for (int j = 0; j < kFirst; ++j)
+    if (thread + j * kTeam < packs.n) tally(ahead[j], threshold, counts);
+  int64_t p = thread + kFirst * kTeam;
   if (kTeam > kWarp) {
     // Long rows: four loads in flight.
     for (; p + 3 * kTeam < packs.n; p += 4 * kTeam) {
@@ -119,75 +132,65 @@ __device__ Counts count_range(const Range<T>& range, int thread, Threshold thres
   return counts;
 }
 
-__device__ Counts warp_sum(Counts counts) {
-  counts.greater = __reduce_add_sync(~0u, counts.greater);
-  counts.at_least = __reduce_add_sync(~0u, counts.at_least);
-  counts.nan = __any_sync(~0u, counts.nan);
-  return counts;
-}
-
 __device__ void note(int64_t* first, int64_t row) {
   atomicMin(reinterpret_cast<long long*>(first), static_cast<long long>(row));
 }
 
-// Count one row, or a range of one: a warp (kBlockRow false) or a block a range.
-template <class T, bool kBlockRow>
-__global__ void __launch_bounds__(kThreads)
-    count_kernel(RankingArgs args, int64_t* counts, Faults* faults) {
-  constexpr int kTeam = kBlockRow ? kThreads : kWarp;
-  const int thread = threadIdx.x % kTeam;
-  const int64_t row =
-      int64_t{blockIdx.x} * (kThreads / kTeam) + (kBlockRow ? 0 : threadIdx.x / kTeam);
-  if (row >= args.metric.n_rows) return;
-
-  const int64_t n_items = args.metric.n_items;
-  const int64_t n = args.counts ? args.counts[row] : n_items;
-  const bool bad_count = n < 0 || n > n_items;
-  const bool first = blockIdx.y == 0 && thread == 0;
+// What is counted of a row, or of a range of it, by a team of threads.
+template <class T>
+struct RowPart {
   Range<T> range;
-  range.scores = static_cast<const T*>(args.scores.data) + args.scores.offset(row);
-  range.step = args.scores.item_step;
-  range.excluded = nullptr;
-  range.excluded_step = args.excluded.item_step;
-  if (args.excluded.data != nullptr)
-    range.excluded = static_cast<const uint8_t*>(args.excluded.data) + args.excluded.offset(row);
-  range.begin = kBlockRow ? int64_t{blockIdx.y} * kBlockItems : 0;
-  range.end = bad_count ? range.begin : kBlockRow ? min(n, range.begin + kBlockItems) : n;
-
+  int64_t row;
+  bool bad_count = false;
   int64_t target = -1;
-  bool listed = false;
+  bool listed = false;  // the row has a target among its items
   KeyOf<T> threshold = 0;
-  Counts mine = count_range<kTeam>(range, thread, [&] {
-    target = args.target[row];
-    listed = !bad_count && target >= 0 && target < n;
-    if (listed) threshold = to_key(range.scores[target * range.step]);
-    return threshold;
-  });
-  if (!listed) {
-    if (!first || (target == -1 && !bad_count)) return;
+
+  // `items` of the row from the first on, as far as they exist.
+  __device__ RowPart(const RankingArgs& args, int64_t row, int64_t first, int64_t items) : row(row) {
+    const int64_t n_items = args.metric.n_items;
+    n_ = args.counts ? args.counts[row] : n_items;
+    bad_count = n_ < 0 || n_ > n_items;
+    range.scores = static_cast<const T*>(args.scores.data) + args.scores.offset(row);
+    range.step = args.scores.item_step;
+    range.excluded = nullptr;
+    range.excluded_step = args.excluded.item_step;
+    if (args.excluded.data != nullptr)
+      range.excluded =
+          static_cast<const uint8_t*>(args.excluded.data) + args.excluded.offset(row);
+    range.begin = first;
+    range.end = bad_count ? first : min(n_, first + items);
+  }
+
+  // Count what `thread` sees. The `leader` of the whole row adds what is known of its target.
+  template <int kTeam, int kFirst>
+  __device__ Counts count(const RankingArgs& args, int thread, bool leader) {
+    Counts mine = count_range<kTeam, kFirst>(range, thread, [&] {
+      target = args.target[row];
+      listed = !bad_count && target >= 0 && target < n_;
+      if (listed) threshold = to_key(range.scores[target * range.step]);
+      return threshold;
+    });
+    if (!listed) return Counts{};
+    if (leader) {
+      mine.nan |= threshold != threshold;
+      // An excluded target competes nevertheless.
+      if (range.excluded != nullptr && range.excluded[target * range.excluded_step])
+        ++mine.at_least;
+    }
+    return mine;
+  }
+
+  // Note a row without a place in any list; whether that is a fault.
+  __device__ bool note_fault(Faults* faults) const {
+    if (listed || (target == -1 && !bad_count)) return false;
     note(bad_count ? &faults->counts_row : &faults->target_row, row);
-    counts[2 * row] = kBad;
-    return;
+    return true;
   }
-  // An excluded target competes nevertheless.
-  if (first) {
-    mine.nan |= threshold != threshold;
-    if (range.excluded != nullptr && range.excluded[target * range.excluded_step]) ++mine.at_least;
-  }
-  mine = warp_sum(mine);
-  if (threadIdx.x % kWarp != 0) return;
-  if (mine.nan) note(&faults->nan_row, row);
-  // A NaN row may hold any counts: the metrics kernel reads its flag instead.
-  auto* sums = reinterpret_cast<unsigned long long*>(counts + 2 * row);
-  if (mine.nan) atomicOr(sums, 1ull << 63);
-  if (kBlockRow) {
-    if (mine.greater) atomicAdd(sums, mine.greater);
-    if (mine.at_least) atomicAdd(sums + 1, mine.at_least);
-  } else if (!mine.nan) {
-    sums[0] = mine.greater;
-    sums[1] = mine.at_least;
-  }
-}
+
+ private:
+  int64_t n_;
+};
 
 // ---- counts to metrics
 
@@ -227,21 +230,23 @@ __device__ double metric_value(Metric metric, Place place) {
   return 0;
 }
 
-// One thread a row. For sums, each block leaves its own in `partial` [n_blocks, n_metrics + 1].
-__global__ void __launch_bounds__(kThreads)
-    metrics_kernel(MetricArgs args, const int64_t* target, const int64_t* counts, double* partial) {
-  __shared__ double sums[kThreads / kWarp];
-  const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+// Make the metrics of the block's rows of their counts [kRows, 2], of which a negative one is of bad
+// data. Warp w makes metric w, w + 8, ...; the number of rows, of which sums need the mean, is the
+// last. Of sums, each block leaves its own in `partial` [n_blocks, n_metrics + 1].
+__device__ void make_metrics(const MetricArgs& args, const int64_t* target, const int64_t* counts,
+                             double* partial) {
+  const int lane = threadIdx.x % kWarp;
+  const int64_t row = int64_t{blockIdx.x} * kRows + lane;
   const bool exists = row < args.n_rows;
-  const int64_t greater = exists ? counts[2 * row] : 0;
-  const int64_t at_least = exists ? counts[2 * row + 1] : 0;
+  const int64_t greater = exists ? counts[2 * lane] : 0;
   const bool bad = greater < 0;
   const bool counted = exists && (bad || target[row] >= 0);
-  const Place place = place_of(args.ties, greater, at_least);
-  for (int m = 0; m <= args.n_metrics; ++m) {
+  Place place{0, 1};
+  if (counted && !bad) place = place_of(args.ties, greater, counts[2 * lane + 1]);
+  for (int m = threadIdx.x / kWarp; m <= args.n_metrics; m += kThreads / kWarp) {
     double value = 0;
     if (counted) {
-      value = 1;  // the number of rows, after the metrics
+      value = 1;
       if (m < args.n_metrics) value = bad ? nan("") : metric_value(args.metrics[m], place);
     }
     if (args.output != Output::kSums) {
@@ -254,15 +259,13 @@ __global__ void __launch_bounds__(kThreads)
     }
     for (int offset = kWarp / 2; offset > 0; offset /= 2)
       value += __shfl_down_sync(~0u, value, offset);
-    if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = value;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      double sum = 0;
-      for (double part : sums) sum += part;
-      partial[int64_t{blockIdx.x} * (args.n_metrics + 1) + m] = sum;
-    }
-    __syncthreads();
+    if (lane == 0) partial[int64_t{blockIdx.x} * (args.n_metrics + 1) + m] = value;
   }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    metrics_kernel(MetricArgs args, const int64_t* target, const int64_t* counts, double* partial) {
+  make_metrics(args, target, counts + int64_t{blockIdx.x} * kRows * 2, partial);
 }
 
 // One block a metric: add the partial sums, always in the same order.
@@ -272,38 +275,106 @@ __global__ void __launch_bounds__(kThreads)
   double sum = 0;
   for (int64_t b = threadIdx.x; b < n_blocks; b += kThreads) sum += partial[b * width + blockIdx.x];
   sums[threadIdx.x] = sum;
-  for (int half = kThreads / 2; half > 0; half /= 2) {
+  for (unsigned half = kThreads / 2; half > 0; half /= 2) {
     __syncthreads();
     if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
   }
   if (threadIdx.x == 0) out[blockIdx.x] = sums[0];
 }
 
-int finish(const MetricArgs& args, const int64_t* target, const int64_t* counts, double* partial,
-           cudaStream_t stream) {
-  const int64_t n_blocks = ranking_partials(args.n_rows);
-  if (n_blocks > 0)
+void launch_metrics(const MetricArgs& args, const int64_t* target, const int64_t* counts,
+                    double* partial, cudaStream_t stream) {
+  if (const int64_t n_blocks = ranking_partials(args.n_rows))
     metrics_kernel<<<static_cast<unsigned>(n_blocks), kThreads, 0, stream>>>(args, target, counts,
                                                                              partial);
+}
+
+int add_up(const MetricArgs& args, const double* partial, cudaStream_t stream) {
   if (args.output == Output::kSums)
     sum_kernel<<<static_cast<unsigned>(args.n_metrics + 1), kThreads, 0, stream>>>(
-        partial, n_blocks, args.n_metrics + 1, static_cast<double*>(args.out));
+        partial, ranking_partials(args.n_rows), args.n_metrics + 1,
+        static_cast<double*>(args.out));
   return cudaGetLastError();
 }
 
-template <class T>
-void launch_count(const RankingArgs& args, int64_t* counts, Faults* faults, cudaStream_t stream) {
-  const int64_t n_rows = args.metric.n_rows, n_items = args.metric.n_items;
-  if (n_items <= kWarpItems) {
-    constexpr int64_t kRows = kThreads / kWarp;
-    count_kernel<T, false>
-        <<<static_cast<unsigned>((n_rows + kRows - 1) / kRows), kThreads, 0, stream>>>(args, counts,
-                                                                                       faults);
+// ---- short rows
+
+// Add what the threads of a team counted, in one number: 12 bits of each count, and how many saw NaN.
+template <int kTeam>
+__device__ Counts team_sum(Counts counts) {
+  static_assert(kShortItems + 1 < 1 << 12 && kTeam <= kWarp);
+  unsigned all = counts.greater | counts.at_least << 12 | unsigned{counts.nan} << 24;
+  if (kTeam == kWarp) {
+    all = __reduce_add_sync(~0u, all);
   } else {
+    for (int offset = kTeam / 2; offset > 0; offset /= 2) all += __shfl_xor_sync(~0u, all, offset);
+  }
+  return {all & 0xfff, all >> 12 & 0xfff, all >> 24 > 0};
+}
+
+// Count kRows rows, one by each team, and make their metrics.
+template <class T, int kTeam>
+__global__ void __launch_bounds__(kThreads)
+    short_rows_kernel(RankingArgs args, double* partial, Faults* faults) {
+  __shared__ int64_t counts[2 * kRows];
+  const int64_t first = int64_t{blockIdx.x} * kRows, last = args.metric.n_rows - 1;
+  const int thread = threadIdx.x % kTeam;
+  for (int slot = threadIdx.x / kTeam; slot < kRows; slot += kThreads / kTeam) {
+    // The teams of a warp add up together: one without a row counts the last again.
+    RowPart<T> part(args, min(first + slot, last), 0, kShortItems);
+    const bool leader = thread == 0;
+    const Counts sum = team_sum<kTeam>(part.template count<kTeam, kAhead>(args, thread, leader));
+    if (!leader) continue;
+    const bool bad = part.note_fault(faults) || sum.nan;
+    if (sum.nan) note(&faults->nan_row, part.row);
+    counts[2 * slot] = bad ? kBad : sum.greater;
+    counts[2 * slot + 1] = sum.at_least;
+  }
+  __syncthreads();
+  make_metrics(args.metric, args.target, counts, partial);
+}
+
+// ---- long rows
+
+__device__ Counts warp_sum(Counts counts) {
+  counts.greater = __reduce_add_sync(~0u, counts.greater);
+  counts.at_least = __reduce_add_sync(~0u, counts.at_least);
+  counts.nan = __any_sync(~0u, counts.nan);
+  return counts;
+}
+
+// Count a range of a row, a block each. A row with NaN may hold any counts beside its sign.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    count_kernel(RankingArgs args, int64_t* counts, Faults* faults) {
+  RowPart<T> part(args, blockIdx.x, int64_t{blockIdx.y} * kBlockItems, kBlockItems);
+  const bool leader = blockIdx.y == 0 && threadIdx.x == 0;
+  const Counts mine = warp_sum(part.template count<kThreads, 1>(args, threadIdx.x, leader));
+  if (threadIdx.x % kWarp != 0) return;
+  auto* sums = reinterpret_cast<unsigned long long*>(counts + 2 * part.row);
+  const bool bad = part.note_fault(faults) || mine.nan;
+  if (mine.nan) note(&faults->nan_row, part.row);
+  if (bad) atomicOr(sums, 1ull << 63);
+  if (mine.greater) atomicAdd(sums, mine.greater);
+  if (mine.at_least) atomicAdd(sums + 1, mine.at_least);
+}
+
+template <class T>
+void launch_ranking(const RankingArgs& args, int64_t* counts, double* partial, Faults* faults,
+                    cudaStream_t stream) {
+  const int64_t n_rows = args.metric.n_rows, n_items = args.metric.n_items;
+  if (ranking_keeps_counts(n_items)) {
     const dim3 grid(static_cast<unsigned>(n_rows),
                     static_cast<unsigned>((n_items + kBlockItems - 1) / kBlockItems));
-    count_kernel<T, true><<<grid, kThreads, 0, stream>>>(args, counts, faults);
+    count_kernel<T><<<grid, kThreads, 0, stream>>>(args, counts, faults);
+    launch_metrics(args.metric, args.target, counts, partial, stream);
+    return;
   }
+  const auto n_blocks = static_cast<unsigned>(ranking_partials(n_rows));
+  if (n_items * static_cast<int64_t>(sizeof(T)) <= kFewBytes)
+    short_rows_kernel<T, kFew><<<n_blocks, kThreads, 0, stream>>>(args, partial, faults);
+  else
+    short_rows_kernel<T, kWarp><<<n_blocks, kThreads, 0, stream>>>(args, partial, faults);
 }
 
 // ---- full catalogue
@@ -462,57 +533,59 @@ void launch_catalogue(const CatalogueArgs& args, int64_t* counts, Faults* faults
   const dim3 grid(static_cast<unsigned>(user_tiles), static_cast<unsigned>(columns));
   catalogue_kernel<T><<<grid, kThreads, 0, stream>>>(args, counts, faults);
   if (args.seen != nullptr && args.n_seen > 0) {
-    constexpr int64_t kRows = kThreads / kWarp;
-    seen_kernel<T>
-        <<<static_cast<unsigned>((args.metric.n_rows + kRows - 1) / kRows), kThreads, 0, stream>>>(
-            args, counts, faults);
+    constexpr int64_t kUsers = kThreads / kWarp;
+    const auto n_blocks = static_cast<unsigned>((args.metric.n_rows + kUsers - 1) / kUsers);
+    seen_kernel<T><<<n_blocks, kThreads, 0, stream>>>(args, counts, faults);
   }
 }
 
 }  // namespace
 
-int64_t ranking_partials(int64_t n_rows) { return (n_rows + kThreads - 1) / kThreads; }
+int64_t ranking_partials(int64_t n_rows) { return (n_rows + kRows - 1) / kRows; }
 
-int ranking_cuda(const RankingArgs& args, int64_t* scratch, double* partial, Faults* faults,
+bool ranking_keeps_counts(int64_t n_items) { return n_items > kShortItems; }
+
+int ranking_cuda(const RankingArgs& args, int64_t* counts, double* partial, Faults* faults,
                  void* stream_pointer) {
   auto* stream = static_cast<cudaStream_t>(stream_pointer);
   if (args.metric.n_rows > 0) {
     switch (args.score_type) {
       case ScoreType::kFloat32:
-        launch_count<float>(args, scratch, faults, stream);
+        launch_ranking<float>(args, counts, partial, faults, stream);
         break;
       case ScoreType::kFloat64:
-        launch_count<double>(args, scratch, faults, stream);
+        launch_ranking<double>(args, counts, partial, faults, stream);
         break;
       case ScoreType::kFloat16:
-        launch_count<__half>(args, scratch, faults, stream);
+        launch_ranking<__half>(args, counts, partial, faults, stream);
         break;
       case ScoreType::kBFloat16:
-        launch_count<__nv_bfloat16>(args, scratch, faults, stream);
+        launch_ranking<__nv_bfloat16>(args, counts, partial, faults, stream);
         break;
     }
   }
-  return finish(args.metric, args.target, scratch, partial, stream);
+  return add_up(args.metric, partial, stream);
 }
 
-int catalogue_cuda(const CatalogueArgs& args, int64_t* scratch, double* partial, Faults* faults,
+int catalogue_cuda(const CatalogueArgs& args, int64_t* counts, double* partial, Faults* faults,
                    void* stream_pointer) {
   auto* stream = static_cast<cudaStream_t>(stream_pointer);
   switch (args.type) {
     case ScoreType::kFloat32:
-      launch_catalogue<float>(args, scratch, faults, stream);
+      launch_catalogue<float>(args, counts, faults, stream);
       break;
     case ScoreType::kFloat64:
-      launch_catalogue<double>(args, scratch, faults, stream);
+      launch_catalogue<double>(args, counts, faults, stream);
       break;
     case ScoreType::kFloat16:
-      launch_catalogue<__half>(args, scratch, faults, stream);
+      launch_catalogue<__half>(args, counts, faults, stream);
       break;
     case ScoreType::kBFloat16:
-      launch_catalogue<__nv_bfloat16>(args, scratch, faults, stream);
+      launch_catalogue<__nv_bfloat16>(args, counts, faults, stream);
       break;
   }
-  return finish(args.metric, args.target, scratch, partial, stream);
+  launch_metrics(args.metric, args.target, counts, partial, stream);
+  return add_up(args.metric, partial, stream);
 }
 
 }  // namespace lcr_fast
