@@ -155,7 +155,8 @@ class LCRSER(nn.Module):
             self.query_embedding.weight, self.item_embedding.weight, self.search_position,
             self.rec_position,
         )  # fmt: skip
-        chosen = self._choose(lookup.EMBED, tables, text=self._has_text)
+        sparse = self._is_sparse and torch.is_grad_enabled()
+        chosen = self._choose(lookup.EMBED, tables[0], sparse=sparse, text=self._has_text)
         if chosen != "reference":
             of_terms = config.query_encoder == "terms"
             terms = batch.search_terms if of_terms else batch.search_queries.unsqueeze(-1)
@@ -224,11 +225,13 @@ class LCRSER(nn.Module):
     def _has_text(self) -> bool:
         return bool(self.config.item_text_dim or self.config.query_text_dim)
 
-    def _choose(self, op: Op, tensors: tuple[Tensor, ...], text: bool = False) -> str:
-        """Choose what serves a lookup in tensors, or of them."""
-        gradients = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        first = tensors[0]
-        case = lookup.LookupCase(first.device.type, first.dtype, gradients, text)
+    @property
+    def _is_sparse(self) -> bool:
+        return self.item_embedding.sparse or self.query_embedding.sparse
+
+    def _choose(self, op: Op, of: Tensor, **flags: bool) -> str:
+        """Choose what serves a lookup on a tensor's device, in its dtype."""
+        case = lookup.LookupCase(of.device.type, of.dtype, **flags)
         return op.choose(op.of_model(self.config.backend, case), case)
 
     def _steps(self) -> Steps:
@@ -376,7 +379,7 @@ class LCRSER(nn.Module):
     def finish(self, scores: Tensor, batch: Batch, ids: Tensor) -> Tensor:
         """Add the bonus of seen items, and set padding to -inf; scores [B, (N,) C]."""
         if (gains := self.head.seen_bonus) is not None:
-            chosen = self._choose(lookup.SEEN_BONUS, (scores, gains))
+            chosen = self._choose(lookup.SEEN_BONUS, scores)
             if chosen != "reference":
                 call = lookup.SeenBonus(
                     scores if scores.ndim == 3 else scores.unsqueeze(1), ids, batch.search_clicks,
@@ -536,9 +539,9 @@ class LCRSER(nn.Module):
     def _choices(self, device: str) -> dict[str, tuple[str, dict[str, str | None]]]:
         """Find, for each op, what serves it on a device, and what could."""
         config, dtype = self.config, self.head.target_weight.dtype
-        training = self.training
+        sparse = self._is_sparse and self.training
         cases: dict[Op, Case] = {
-            lookup.EMBED: lookup.LookupCase(device, dtype, training, self._has_text),
+            lookup.EMBED: lookup.LookupCase(device, dtype, sparse, self._has_text),
             reasoning.ENCODE: reasoning.EncodeCase(
                 device, dtype, config.dim, config.n_heads, config.ffn_width,
                 config.max_search_len, config.max_rec_len,
@@ -553,7 +556,7 @@ class LCRSER(nn.Module):
             ),
         }  # fmt: skip
         if self.head.seen_bonus is not None:
-            cases[lookup.SEEN_BONUS] = lookup.LookupCase(device, dtype, training)
+            cases[lookup.SEEN_BONUS] = lookup.LookupCase(device, dtype)
         return {
             op.name: (op.choose(op.of_model(config.backend, case), case), op.obstacles(case))
             for op, case in cases.items()

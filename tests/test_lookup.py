@@ -28,6 +28,7 @@ CASES = {
     "query ids": {"query_encoder": "id"},
     "one click of several": {"max_clicks": 1},
     "an odd width": {"dim": 22, "n_heads": 2, "ffn_dim": 22},
+    "a wide one": {"dim": 144, "n_heads": 2, "ffn_dim": 22},
     "no searches, no clicks": {"max_search_len": 0, "max_clicks": 0},
     "no events": {"max_rec_len": 0},
 }
@@ -36,7 +37,7 @@ pytestmark = pytest.mark.gpu
 
 
 def case(device: str = DEVICE, dtype: torch.dtype = torch.float32, **flags) -> lookup.LookupCase:
-    return lookup.LookupCase(device, dtype, **{"gradients": False, **flags})
+    return lookup.LookupCase(device, dtype, **flags)
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +105,25 @@ def assert_finishes(
     assert_parity("scores", *kept)
 
 
+@pytest.fixture
+def launched(monkeypatch) -> list[str]:
+    """Collect the names of the lookups that a backend serves."""
+    names: list[str] = []
+    run = lookup.Op.run
+
+    def recorded(op, backend, name, *arguments):
+        if op in (lookup.EMBED, lookup.SEEN_BONUS):
+            names.append(f"{backend} {name}")
+        return run(op, backend, name, *arguments)
+
+    monkeypatch.setattr(lookup.Op, "run", recorded)
+    return names
+
+
+BOTH = ["triton embed_fwd", "triton seen_bonus_fwd"]
+BACKWARD = ["triton seen_bonus_bwd", "triton embed_bwd"]
+
+
 # -- events' vectors ------------------------------------------------------------------------------
 
 
@@ -152,6 +172,78 @@ def test_more_events_than_positions_are_refused():
     batch, model = draw(2, max_rec_len=5), twins()["triton"]
     with torch.inference_mode(), pytest.raises(ValueError, match="hold 5 events, but there are 4"):
         model.embed(batch)
+
+
+# -- their gradients ------------------------------------------------------------------------------
+
+TABLES = ("query_embedding.weight", "item_embedding.weight", "search_position", "rec_position")
+
+
+def assert_gradients(batch: Batch, dtype: torch.dtype = torch.float32, **changes) -> None:
+    """Hold the gradients of all tables to float64's, and row 0 of tables to 0."""
+    generator = torch.Generator().manual_seed(2)
+    upstream = [
+        torch.randn(*events.shape[:2], changes.get("dim", CONFIG.dim), generator=generator)
+        for events in (batch.search_queries, batch.rec_items)
+    ]
+    results = []
+    for model in twins(dtype, **changes).values():
+        tables = [model.get_parameter(name) for name in TABLES]
+        weights = [u.to(DEVICE, tables[0].dtype) for u in upstream]
+        torch.autograd.backward(model.embed(batch), weights)
+        results.append([t.grad if t.grad is not None else torch.zeros_like(t) for t in tables])
+    for name, *parts in zip(TABLES, *results, strict=True):
+        assert_parity(name, *parts)
+        if "weight" in name:
+            assert not parts[0][0].any()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_of_tables(name, launched):
+    wide = {**CASES[name], "max_clicks": 3} if name == "one click of several" else CASES[name]
+    assert_gradients(draw(9, **wide), **CASES[name])
+    assert launched == [BOTH[0], BACKWARD[1]]
+
+
+@pytest.mark.parametrize("n_terms", [0, 1, 17])
+def test_gradients_of_any_number_of_terms(n_terms):
+    assert_gradients(draw(2, n_terms=n_terms))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_gradients_in_half_precision(dtype):
+    assert_gradients(draw(5), dtype)
+
+
+@pytest.mark.parametrize("n_users", [0, 1, 8, 16, 17, 300])
+def test_gradients_of_items_that_are_read_often(n_users):
+    """Of few items and terms: runs end within blocks of entries, at their ends, and far behind."""
+    few = {"n_items": 2, "max_search_len": 2}
+    batch = draw(n_users, n_terms=2, **few)
+    batch.rec_items.fill_(2)
+    batch.search_terms[:, 0].fill_(5)
+    assert_gradients(batch, **few)
+
+
+@pytest.mark.parametrize(
+    "lengths", [(32,), (31, 1, 32), (33, 31), (64, 1), (1, 62, 1), (95, 1, 33)]
+)
+def test_gradients_of_runs_of_any_length(lengths):
+    """Runs of so many entries, one behind the other."""
+    items = torch.cat([torch.full((n,), i + 1) for i, n in enumerate(lengths)])
+    sizes = {"max_search_len": 0, "max_rec_len": len(items)}
+    batch = draw(1, **sizes).replace(rec_items=items[torch.randperm(len(items))].to(DEVICE)[None])
+    assert_gradients(batch, **sizes)
+
+
+def test_gradients_have_the_same_bits_each_time():
+    batch, found = draw(60, n_items=3), []
+    for _ in range(2):
+        model = twins(n_items=3)["triton"]
+        search, rec = model.embed(batch)
+        (search.square().sum() + rec.square().sum()).backward()
+        found.append(model.item_embedding.weight.grad)
+    assert torch.equal(*found)
 
 
 # -- the bonus of seen items ----------------------------------------------------------------------
@@ -272,7 +364,9 @@ def test_the_registered_ops():
     )  # fmt: skip
     ids = (batch.search_terms, batch.search_clicks, batch.rec_items)
     call = lookup.Embed(*ids, *(t.detach() for t in tables), 2)
-    torch.library.opcheck(torch.ops.lcr_fast.triton_embed, tuple(call))
+    torch.library.opcheck(torch.ops.lcr_fast.triton_embed_fwd, tuple(call))
+    upstream = [torch.ones_like(stream) for stream in model.embed(batch)]
+    torch.library.opcheck(torch.ops.lcr_fast.triton_embed_bwd, (*upstream, *call))
     scores, bonus = scores_like(batch, torch.float32, 2), torch.ones(2, device=DEVICE)
     lengths = (batch.search_lengths, batch.rec_items, batch.rec_lengths)
     bonus_call = lookup.SeenBonus(
@@ -286,24 +380,6 @@ def test_the_registered_ops():
 # -- who serves -----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def launched(monkeypatch) -> list[str]:
-    """Collect the names of the lookups that a backend serves."""
-    names: list[str] = []
-    run = lookup.Op.run
-
-    def recorded(op, backend, name, *arguments):
-        if op in (lookup.EMBED, lookup.SEEN_BONUS):
-            names.append(f"{backend} {name}")
-        return run(op, backend, name, *arguments)
-
-    monkeypatch.setattr(lookup.Op, "run", recorded)
-    return names
-
-
-BOTH = ["triton embed", "triton seen_bonus_fwd"]
-
-
 @torch.no_grad()
 def test_a_forward_is_that_of_the_reference(launched):
     models, batch = twins(), draw(4, 6)
@@ -312,19 +388,19 @@ def test_a_forward_is_that_of_the_reference(launched):
     assert_parity("scores", fused, eager, exact, factor=4.0)
 
 
-BACKWARD = ["triton seen_bonus_fwd", "triton seen_bonus_bwd"]
-
-
 def test_gradients_are_those_of_the_reference(launched):
     models, batch = twins(), draw(1, 3)
     gradients = {}
     for name, model in models.items():
         model(batch).sum().backward()
-        gradients[name] = model.item_embedding.weight.grad, model.head.seen_bonus.grad
-    assert launched == BACKWARD
+        tables = (model.item_embedding, model.query_embedding)
+        positions = (model.search_position, model.rec_position)
+        parameters = (*(table.weight for table in tables), *positions, model.head.seen_bonus)
+        gradients[name] = [parameter.grad for parameter in parameters]
+    assert launched == BOTH + BACKWARD
     for parts in zip(*gradients.values(), strict=True):
         assert_parity("gradient", *parts, factor=4.0)
-    assert gradients["triton"][1].abs().min() > 0
+        assert parts[0].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
@@ -343,7 +419,7 @@ def test_gradients_of_the_bonus(n_candidates, n_trajectories, dtype, launched):
         out = model.finish(leaf, batch, batch.candidates)
         out.backward(upstream.to(precision))
         results.append((leaf.grad, model.head.seen_bonus.grad))
-    assert launched == BACKWARD
+    assert launched == [BOTH[1], BACKWARD[0]]
     (dscores, dbonus), (eager, _), (exact, exact_bonus) = results
     assert_parity("scores", dscores, eager, exact)
     assert not dscores[..., 1:2].any()
@@ -369,7 +445,7 @@ def test_the_obstacles_are_named():
         return lookup.EMBED.obstacles(case(**changes))["triton"]
 
     assert obstacle() is None
-    assert obstacle(gradients=True) == "it computes no gradients"
+    assert obstacle(sparse=True) == "it makes no sparse gradients"
     assert obstacle(text=True) == "it has no text vectors"
     assert obstacle(dtype=torch.float64) == "it serves float32 and halves, not torch.float64"
     assert next(iter(lookup.EMBED.obstacles(case("cuda")))) == "triton"
@@ -383,16 +459,19 @@ def test_float64_is_refused_where_triton_was_asked_for():
         model.embed(batch)
 
 
-def test_vectors_in_training_and_of_text_are_the_references(launched):
+def test_sparse_gradients_and_vectors_of_text_are_the_references(launched):
     model, batch = LCRSER(CONFIG).to(DEVICE), draw(2)
-    assert "embed: reference (triton: it computes no gradients)" in model.backend_report()
-    model(batch).nan_to_num(neginf=0.0).sum().backward()
-    assert launched == BACKWARD
-    assert "embed: triton" in (report := model.eval().backend_report())
+    assert "embed: triton" in (report := model.backend_report())
     assert "seen_bonus: triton" in report
+    model.item_embedding.sparse = model.query_embedding.sparse = True
+    assert "embed: reference (triton: it makes no sparse gradients)" in model.backend_report()
+    model(batch).nan_to_num(neginf=0.0).sum().backward()
+    assert model.item_embedding.weight.grad.is_sparse
+    assert launched == [BOTH[1], BACKWARD[0]]
+    assert "embed: triton" in model.eval().backend_report()
     of_text = LCRSER(CONFIG.replace(item_text_dim=4)).to(DEVICE).eval()
     of_text.set_text(item_text=torch.ones(CONFIG.n_items + 1, 4))
     assert "embed: reference (triton: it has no text vectors)" in of_text.backend_report()
     with torch.inference_mode():
         of_text(batch)
-    assert launched[2:] == ["triton seen_bonus_fwd"]
+    assert launched[2:] == [BOTH[1]]

@@ -18,10 +18,10 @@ class Events(NamedTuple):
     clicks: Any  # int64 [B, L, click_stride], of which n_clicks are read
     positions: Any  # [L or more, D]
     out: Any  # [B, L, D]
-    size: Any  # L
-    n_terms: Any
-    n_clicks: Any
-    click_stride: Any
+
+
+# Sizes change from batch to batch: a kernel that was compiled for some would be compiled again.
+SIZES = ["search_size", "rec_size", "n_searches", "n_terms", "n_clicks", "click_stride"]
 
 
 @triton.jit
@@ -51,6 +51,10 @@ def _mean(table_ptr, ids_ptr, n_ids, D: tl.constexpr, D_TILE: tl.constexpr, IDS:
 def _embed(
     events,  # Events
     event,  # which of B L
+    size,  # L
+    n_terms,
+    n_clicks,
+    click_stride,
     items_ptr,
     queries_ptr,
     D: tl.constexpr,
@@ -58,31 +62,37 @@ def _embed(
     IDS: tl.constexpr,
 ):
     axis = tl.arange(0, D_TILE)
-    terms_ptr = events.terms + event * events.n_terms
-    query = _mean(queries_ptr, terms_ptr, events.n_terms, D, D_TILE, IDS)
-    clicks_ptr = events.clicks + event * events.click_stride
-    items = _mean(items_ptr, clicks_ptr, events.n_clicks, D, D_TILE, IDS)
-    position = tl.load(events.positions + event % events.size * D + axis, mask=axis < D, other=0.0)
+    query = _mean(queries_ptr, events.terms + event * n_terms, n_terms, D, D_TILE, IDS)
+    items = _mean(items_ptr, events.clicks + event * click_stride, n_clicks, D, D_TILE, IDS)
+    position = tl.load(events.positions + event % size * D + axis, mask=axis < D, other=0.0)
     vector = query + items + position.to(tl.float32)
     tl.store(events.out + event * D + axis, vector.to(events.out.dtype.element_ty), mask=axis < D)
 
 
-@kernel(do_not_specialize=["n_searches"])
+@kernel(do_not_specialize=SIZES)
 def embed_kernel(
     search,  # Events
     rec,  # Events
     items_ptr,  # [I + 1, D]
     queries_ptr,  # [rows, D]
+    search_size,  # L_s
+    rec_size,  # L_r
     n_searches,  # B L_s
+    n_terms,
+    n_clicks,
+    click_stride,
     D: tl.constexpr,
     D_TILE: tl.constexpr,
     IDS: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
     if pid < n_searches:
-        _embed(search, pid, items_ptr, queries_ptr, D, D_TILE, IDS)
+        _embed(
+            search, pid, search_size, n_terms, n_clicks, click_stride,
+            items_ptr, queries_ptr, D, D_TILE, IDS,
+        )  # fmt: skip
     else:
-        _embed(rec, pid - n_searches, items_ptr, queries_ptr, D, D_TILE, IDS)
+        _embed(rec, pid - n_searches, rec_size, 0, 1, 1, items_ptr, queries_ptr, D, D_TILE, IDS)
 
 
 def config(dim: int) -> dict[str, int]:
@@ -91,7 +101,15 @@ def config(dim: int) -> dict[str, int]:
     return {"D": dim, "D_TILE": tile, "IDS": 16, "num_warps": min(max(tile // 64, 1), 8)}
 
 
-def embed(
+def sizes(terms: Tensor, clicks: Tensor, rec_items: Tensor, max_clicks: int) -> list[int]:
+    """Give the SIZES of a call."""
+    n_users, search_size, n_terms = terms.shape
+    stride = clicks.shape[2]
+    n_searches = n_users * search_size
+    return [search_size, rec_items.shape[1], n_searches, n_terms, min(max_clicks, stride), stride]
+
+
+def embed_fwd(
     terms: Tensor,
     clicks: Tensor,
     rec_items: Tensor,
@@ -109,19 +127,14 @@ def embed(
     dim = items.shape[1]
     search = items.new_empty(*terms.shape[:2], dim)
     rec = items.new_empty(*rec_items.shape, dim)
-    n_searches = search.shape[0] * search.shape[1]
-    if n_programs := n_searches + rec_items.numel():
+    if n_programs := terms.shape[0] * terms.shape[1] + rec_items.numel():
         terms, clicks, rec_items = terms.contiguous(), clicks.contiguous(), rec_items.contiguous()
         with on_device(items):
             launch(
                 embed_kernel, (n_programs,),
-                Events(
-                    terms, clicks, search_position.contiguous(), search, search.shape[1],
-                    terms.shape[2], min(max_clicks, clicks.shape[2]), clicks.shape[2],
-                ),
-                Events(
-                    rec_items, rec_items, rec_position.contiguous(), rec, rec.shape[1], 0, 1, 1
-                ),
-                items.contiguous(), queries.contiguous(), n_searches, **config(dim),
+                Events(terms, clicks, search_position.contiguous(), search),
+                Events(rec_items, rec_items, rec_position.contiguous(), rec),
+                items.contiguous(), queries.contiguous(),
+                *sizes(terms, clicks, rec_items, max_clicks), **config(dim),
             )  # fmt: skip
     return search, rec

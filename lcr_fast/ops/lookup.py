@@ -1,9 +1,8 @@
 """What ids are looked up for, at both ends of a forward pass, as one launch each on a GPU.
 
 ``EMBED`` makes the vectors of the events, ``SEEN_BONUS`` adds what candidates gain by standing in
-the histories. Their reference is LCRSER itself, op by op, which alone computes gradients of
-vectors, and projects text vectors. ``triton`` spares inference its launches, and those of the bonus
-training too.
+the histories. Their reference is LCRSER itself, op by op, which alone projects text vectors, and
+makes sparse gradients of tables. ``triton`` spares its launches.
 """
 
 from typing import NamedTuple
@@ -21,7 +20,7 @@ class LookupCase(NamedTuple):
 
     device: str  # cpu, cuda
     dtype: torch.dtype
-    gradients: bool  # wanted
+    sparse: bool = False  # gradients of tables are wanted as those of the rows that are read
     text: bool = False  # items or queries have text vectors
 
 
@@ -34,8 +33,8 @@ def _obstacle(case: LookupCase) -> str | None:
 
 
 def _embed_beyond(case: LookupCase) -> str | None:
-    if case.gradients:
-        return "it computes no gradients"
+    if case.sparse:
+        return "it makes no sparse gradients"
     return "it has no text vectors" if case.text else None
 
 
@@ -79,7 +78,15 @@ def _backends(*launchers: str) -> list[Backend]:
     return [Backend("triton", "triton_", ("cuda",), _obstacle, passes)]
 
 
-EMBED = Op("embed", Embed, ("search", "rec"), _fake_embed, _backends("embed"), beyond=_embed_beyond)
+EMBED = Op(
+    "embed",
+    Embed,
+    ("search", "rec"),
+    _fake_embed,
+    _backends("embed_fwd", "embed_bwd"),
+    gradients=("queries", "items", "search_position", "rec_position"),
+    beyond=_embed_beyond,
+)
 SEEN_BONUS = Op(
     "seen_bonus",
     SeenBonus,
