@@ -42,7 +42,7 @@ def choose_actions(
     target: Tensor,
     action: str,
     reward: str,
-    generator: torch.Generator | None = None,
+    gumbel: Tensor | None = None,
 ) -> Rollout:
     """Act on every trajectory and collect the reward (paper: ranking metrics as reward).
 
@@ -50,7 +50,7 @@ def choose_actions(
       argmax may be any of them, while ties count against the target in the reward.
     - ``sampled``: a list drawn from the policy (Plackett-Luce: sort scores with Gumbel noise), its
       first k places for hr@k and ndcg@k (the largest k of a sum), all of it for mrr; the reward
-      is the draw's own.
+      is the draw's own. The noise is ``gumbel`` [B, N, C], or else of torch's generator.
     - ``target``: a_n = the target with the reward of the deterministic list, as LARES and LatentR3
       do. For comparison only: with a group baseline it pushes the target down wherever the reward
       rises with p(target).
@@ -61,7 +61,8 @@ def choose_actions(
     if action == "sampled":
         n_candidates = scores.shape[-1]
         cut = max(parse_metric(name)[1] or n_candidates for _, name in parse_reward(reward))
-        gumbel = -torch.empty_like(scores).exponential_(generator=generator).log()
+        if gumbel is None:
+            gumbel = -torch.empty_like(scores).exponential_().log()
         perturbed = scores + gumbel
         actions = perturbed.topk(min(cut, n_candidates), -1).indices
         return Rollout(actions, list_rewards(perturbed, target, reward))

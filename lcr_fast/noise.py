@@ -11,6 +11,10 @@ Dropout compares 16 bits each, low half of a word first, with the rate in units 
 
     counter = (coordinate // 8, position, 2^31 + site, row mod 2^32),   site = one dropout layer
 
+Lists that phase 2 draws are of scores with Gumbel noise, -ln(-ln u(word)):
+
+    counter = (candidate // 4, 0, 3 * 2^30 + trajectory, row mod 2^32)
+
 A number depends on nothing but its own indices, so a seed gives the same trajectories for any
 split of a batch and any launch shape, and nobody needs to store them. Backends agree on the words
 to the bit and on the normals within rounding.
@@ -62,6 +66,11 @@ def normal_noise_words(
     return torch.stack(torch.broadcast_tensors(*philox(counter, seed)), -1)
 
 
+def _uniform(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """Give the number in (0, 1) of each word: of ``dtype``, halves in float32."""
+    return ((words >> 9).to(torch.promote_types(dtype, torch.float32)) + 0.5) * 2.0**-23
+
+
 def normal_noise(
     rows: Tensor,
     seed: int | Tensor,
@@ -77,16 +86,40 @@ def normal_noise(
     search and 1 for recommendation; ``seed`` is 64 bits, an int or int64 []. Halves are computed
     in float32.
     """
-    acc = torch.promote_types(dtype, torch.float32)
     words = normal_noise_words(rows, seed, n_trajectories, stream, length, dim)
-    u = ((words >> 9).to(acc) + 0.5) * 2.0**-23  # [B, N, length, quads, 4]
+    u = _uniform(words, dtype)  # [B, N, length, quads, 4]
     radius = (-2.0 * u[..., 0::2].log()).sqrt()  # [B, N, length, quads, 2]
     angle = (2.0 * math.pi) * u[..., 1::2]
     normals = torch.stack((radius * angle.cos(), radius * angle.sin()), -1)
     return normals.flatten(-3)[..., :dim].to(dtype)
 
 
-_DROPOUT_SITES = 1 << 31  # third counter word; noise stays below
+# Third counter word: noise stays below, and dropout layers below lists.
+_DROPOUT_SITES = 1 << 31
+_LISTS = 3 << 30
+
+
+def gumbel_noise(
+    rows: Tensor,
+    seed: int | Tensor,
+    n_trajectories: int,
+    n_candidates: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Draw standard Gumbel numbers for lists of N trajectories of B users, [B, N, n_candidates].
+
+    Arguments as those of :func:`normal_noise`.
+    """
+    device = rows.device
+    counter = (
+        torch.arange((n_candidates + 3) // 4, device=device),
+        torch.zeros((), dtype=torch.int64, device=device),
+        _LISTS + torch.arange(n_trajectories, device=device).view(-1, 1),
+        (rows & _MASK).view(-1, 1, 1),
+    )
+    words = torch.stack(torch.broadcast_tensors(*philox(counter, seed)), -1)  # [B, N, quads, 4]
+    gumbel = -(-_uniform(words, dtype).log()).log()
+    return gumbel.flatten(-2)[..., :n_candidates].to(dtype)
 
 
 def dropout_threshold(rate: float) -> int:

@@ -73,9 +73,16 @@ def take_steps(trainer: Trainer, n: int, size: int = 16) -> list[float]:
     return [trainer.step(np.arange(i, i + size), np.random.default_rng(i)) for i in range(n)]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_replayed_steps_are_the_launched_ones(train, name):
-    config = CAPTURED.replace(deep_supervision=0.3) if name == "supervised" else CAPTURED
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        *((name, {"deep_supervision": 0.3} if name == "supervised" else {}) for name in NAMES),
+        ("grpo", {"action": "sampled", "reward": "ndcg@5"}),
+    ],
+    ids=str,
+)
+def test_replayed_steps_are_the_launched_ones(train, name, changes):
+    config = CAPTURED.replace(**changes)
     captured, launched = train(name, config), train(name, config, "other")
     launched.schedule = launched.schedule._replace(batch_size=17)  # which no batch has
     losses = take_steps(captured, 5), take_steps(launched, 5)
@@ -184,7 +191,6 @@ def test_a_captured_run_is_resumed_to_the_bit(train, tmp_path):
     [
         ("supervised", {"tables": "rows"}, "with tables=rows the host reads which rows"),
         ("grpo", {"silent_groups": "resample"}, "with silent_groups=resample the host reads who"),
-        ("grpo", {"action": "sampled"}, "action=sampled draws lists by a generator"),
     ],
 )
 def test_what_cannot_be_captured_is_refused(train, name, changes, reason):

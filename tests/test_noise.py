@@ -163,6 +163,37 @@ def test_moments_of_the_normals(backend):
         assert abs((x * y).mean()) < 5 / math.sqrt(n)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("n_candidates", [1, 4, 7])
+def test_gumbel_noise_is_the_documented_one(seed, n_candidates):
+    drawn = noise.gumbel_noise(ROWS, seed, 3, n_candidates, torch.float64)
+    assert drawn.shape == (5, 3, n_candidates)
+    key = (seed % 2**32, (seed >> 32) % 2**32)
+    for b, row in enumerate(ROWS.tolist()):
+        for n in range(3):
+            words = [
+                word
+                for quad in range(-(-n_candidates // 4))
+                for word in oracle.philox((quad, 0, 3 * 2**30 + n, row % 2**32), key)
+            ]
+            uniform = (np.array(words[:n_candidates]) // 512 + 0.5) / 2**23
+            expected = -np.log(-np.log(uniform))
+            np.testing.assert_allclose(drawn[b, n].numpy(), expected, rtol=1e-10)
+    assert torch.equal(
+        drawn, noise.gumbel_noise(ROWS, torch.tensor(seed), 3, n_candidates, drawn.dtype)
+    )
+
+
+def test_moments_of_gumbel_noise():
+    x = noise.gumbel_noise(torch.arange(200), 7, 8, 101).double()
+    n = x.numel()  # 161,600
+    assert abs(x.mean() - 0.57721566) < 5 * math.sqrt(math.pi**2 / 6 / n)
+    assert abs(x.var() / (math.pi**2 / 6) - 1) < 5 * math.sqrt(4.4 / n)  # of kurtosis 5.4
+    for y in (x.roll(1, axis) for axis in range(3)):
+        assert abs(((x - x.mean()) * (y - x.mean())).mean()) < 5 * x.var() / math.sqrt(n)
+    assert torch.isfinite(noise.gumbel_noise(torch.arange(20), 7, 8, 101, torch.float16)).all()
+
+
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_dropout_has_its_rate_and_keeps_the_mean(rate):
     masks = dropout_masks(torch.arange(100), 3, 0, 4, 20, 32, rate).double()

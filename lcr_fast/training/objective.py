@@ -22,6 +22,7 @@ from lcr_fast.data.batching import Batcher
 from lcr_fast.data.negatives import NegativeSampler
 from lcr_fast.data.pairs import training_pairs
 from lcr_fast.model import LCRSER
+from lcr_fast.noise import gumbel_noise
 from lcr_fast.objectives import alignment, rank_loss, tcl
 from lcr_fast.reference import Streams
 from lcr_fast.training import distributed
@@ -387,8 +388,6 @@ class Grpo(_Trajectories):
             return obstacle
         if config.silent_groups == "resample":
             return "with silent_groups=resample the host reads who is to be drawn anew"
-        if config.action == "sampled":
-            return "action=sampled draws lists by a generator that the host seeds"
         return None
 
     def _alarms(self) -> list[bool]:
@@ -409,14 +408,13 @@ class Grpo(_Trajectories):
         with torch.no_grad():
             inputs = self.inputs(self.reference, batch)
             reference_scores = self.scores(self.reference, batch, inputs, seed) / config.temperature
-        generator = self._generator(seed, batch.device)
         rollout, old = None, None
         for is_compared in self._alarms():
             if not self.frozen_encoder:
                 inputs = self.inputs(self.model, batch)
             scores = self.scores(self.model, batch, inputs, seed) / config.temperature  # [B, N, C]
             if rollout is None:
-                rollout, advantages = self._act(scores, batch, generator)  # ..., [B, N]
+                rollout, advantages = self._act(scores, batch, seed)  # ..., [B, N]
                 silent = (advantages == 0).all(-1, keepdim=True)  # [B, 1]
             log_prob = grpo.list_log_probability(scores, rollout.actions)  # [B, N]
             if old is None:
@@ -443,18 +441,12 @@ class Grpo(_Trajectories):
                 measured |= self._compare(surrogate, log_target, silent_kl)
             yield Update(config.kl_weight * kl - surrogate, measured)
 
-    def _generator(self, seed: int | Tensor, device: torch.device) -> torch.Generator | None:
-        """Make what lists are drawn by, if they are."""
-        if self.config.action != "sampled":
-            return None
-        return torch.Generator(device).manual_seed(int(seed))
-
-    def _act(
-        self, scores: Tensor, batch: Batch, generator: torch.Generator | None
-    ) -> tuple[grpo.Rollout, Tensor]:
+    def _act(self, scores: Tensor, batch: Batch, seed: int | Tensor) -> tuple[grpo.Rollout, Tensor]:
         """Act on scores [B, N, C] over the temperature: actions and rewards, advantages [B, N]."""
-        config = self.config
-        rollout = grpo.choose_actions(scores, batch.target, config.action, config.reward, generator)
+        config, gumbel = self.config, None
+        if config.action == "sampled":
+            gumbel = gumbel_noise(batch.row, seed, *scores.shape[1:], scores.dtype)
+        rollout = grpo.choose_actions(scores, batch.target, config.action, config.reward, gumbel)
         return rollout, grpo.group_advantages(rollout.rewards, config.scale_advantages)
 
     @torch.no_grad()
@@ -465,11 +457,10 @@ class Grpo(_Trajectories):
         silent ones that are left stay. Returns the number drawn too, those given included.
         """
         rng = np.random.default_rng([seed, 2])
-        generator = self._generator(seed, batch.device)
 
         def silent(users: Batch) -> NDArray[np.bool_]:
             scores = self.scores(self.model, users, self.inputs(self.model, users), seed)
-            _, advantages = self._act(scores / self.config.temperature, users, generator)
+            _, advantages = self._act(scores / self.config.temperature, users, seed)
             return (advantages == 0).all(-1).cpu().numpy()
 
         chosen = [t.cpu().numpy().copy() for t in (batch.row, batch.candidates, batch.target)]
