@@ -445,7 +445,8 @@ class Grpo(_Trajectories):
         """Act on scores [B, N, C] over the temperature: actions and rewards, advantages [B, N]."""
         config, gumbel = self.config, None
         if config.action == "sampled":
-            gumbel = gumbel_noise(batch.row, seed, *scores.shape[1:], scores.dtype)
+            _, N, C = scores.shape
+            gumbel = gumbel_noise(batch.row, seed, N, C, scores.dtype)
         rollout = grpo.choose_actions(scores, batch.target, config.action, config.reward, gumbel)
         return rollout, grpo.group_advantages(rollout.rewards, config.scale_advantages)
 
