@@ -25,8 +25,9 @@ from torch.profiler import ProfilerActivity, profile
 import harness
 import work
 from lcr_fast import ops
-from lcr_fast.kernels import scoring
+from lcr_fast.kernels import gpu, scoring
 from lcr_fast.kernels.reasoning import config as reasoning_config
+from lcr_fast.kernels.reasoning.scratch import layout, products
 from lcr_fast.kernels.scoring import config as scoring_config
 from lcr_fast.ops.noise import Dropout
 from lcr_fast.reference import Steps
@@ -47,14 +48,20 @@ STEPS, N_CANDIDATES, N_ITEMS = 5, 100, 20_000
 HEAD = (200, 80, 1)
 
 
+class Parts(NamedTuple):
+    """In what parts the rows of a weight gradient in float32 are summed."""
+
+    part_rows: int
+
+
 class Job(NamedTuple):
     """A configuration of one op at one shape."""
 
-    op: str  # forward, backward, encode, encode backward, score
+    op: str  # forward, backward, encode, encode backward, score, products
     kind: str
     dim: int
     size: int  # events of each stream
-    config: Config | Tiles
+    config: Config | Tiles | Parts
 
     def __str__(self) -> str:
         config = ", ".join(f"{n}={v}" for n, v in self.config._asdict().items())
@@ -93,6 +100,9 @@ def jobs() -> Iterator[Job]:
                 for stages in (1, 2):
                     tiles = Tiles(candidates, 32, hidden, warps, stages)
                     yield Job("score", kind, dim, 30, tiles)
+            if kind != "half":
+                for rows in (64, 128, 256, 512, 1024, 2048):
+                    yield Job("products", kind, dim, 30, Parts(rows))
 
 
 # -- the calls ------------------------------------------------------------------------------------
@@ -165,6 +175,13 @@ def _scoring(job: Job, n_users: int) -> dict[str, Callable[[], Any]]:
     }
 
 
+def _products(job: Job, n_users: int) -> Callable[[], Any]:
+    """Multiply out the weights' gradients of a step, both streams, from what kernels leave."""
+    of = layout(job.dim, job.dim)
+    scratch = torch.randn(2, 1, n_users * job.size, of.columns.width, device="cuda")
+    return lambda: products([scratch], of, shared=True)
+
+
 # -- configured -----------------------------------------------------------------------------------
 
 
@@ -179,6 +196,8 @@ def _configured(job: Job) -> Any:
             return job.config if is_asked else forward(which, *call)
 
         return mock.patch.object(reasoning_config, "config", choose)
+    if isinstance(job.config, Parts):
+        return mock.patch.object(gpu, "_PART_ROWS", job.config.part_rows)
     tiles = {key: (job.config,) * len(scoring_config.DIMS) for key in scoring_config.TILES}
     return mock.patch.object(scoring_config, "TILES", tiles)
 
@@ -191,8 +210,8 @@ def run(job: Job, compile_only: bool) -> dict[str, Any]:
         if job.op == "score":
             calls = _scoring(job, n_users)
         else:
-            make = _encoder if job.op.startswith("encode") else _reasoning
-            calls = {job.op: make(job, n_users)}
+            makers = {"encode": _encoder, "encode backward": _encoder, "products": _products}
+            calls = {job.op: makers.get(job.op, _reasoning)(job, n_users)}
         found: dict[str, Any] = {}
         for name, call in calls.items():
             call()

@@ -33,10 +33,10 @@ _PART_ROWS = 512
 
 
 @functools.cache
-def _part_rows(rows: int) -> int:
-    """Give the divisor of ``rows`` nearest to ``_PART_ROWS``, or that where none is near."""
-    divisors = [n for n in range(_PART_ROWS // 4, 4 * _PART_ROWS + 1) if rows % n == 0]
-    nearest = min(divisors, key=lambda n: abs(math.log(n / _PART_ROWS)), default=_PART_ROWS)
+def _part_rows(rows: int, wanted: int) -> int:
+    """Give the divisor of ``rows`` nearest to what is wanted, or that where none is near."""
+    divisors = [n for n in range(wanted // 4, 4 * wanted + 1) if rows % n == 0]
+    nearest = min(divisors, key=lambda n: abs(math.log(n / wanted)), default=wanted)
     return max(min(nearest, rows), 1)
 
 
@@ -50,7 +50,7 @@ def columns_product(dy: Tensor, x: Tensor) -> Tensor:
     """
     if x.dtype == torch.float32:
         rows = x.shape[-2]
-        n = _part_rows(rows)
+        n = _part_rows(rows, _PART_ROWS)
         whole = rows - rows % n
         dy_parts, x_parts = (t[..., :whole, :].unflatten(-2, (whole // n, n)) for t in (dy, x))
         product = (dy_parts.transpose(-1, -2) @ x_parts).sum(-3)

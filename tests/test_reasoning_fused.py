@@ -199,9 +199,9 @@ def test_pieces_fit_scratch_and_are_even(monkeypatch, n_users, n_steps, expected
     [(0, 1), (63, 63), (512, 512), (1021, 1021), (9000, 500), (61_440, 512), (2 * 4099, 512)],
 )
 def test_parts_of_a_sum_are_near_512_rows_and_even_where_they_can_be(n_rows, expected):
-    from lcr_fast.kernels.gpu import _part_rows
+    from lcr_fast.kernels.gpu import _PART_ROWS, _part_rows
 
-    assert _part_rows(n_rows) == expected
+    assert _part_rows(n_rows, _PART_ROWS) == expected
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 import sweep
+from lcr_fast.kernels import gpu
 from lcr_fast.kernels.gpu import GPUS
 from lcr_fast.kernels.reasoning import config as reasoning_config
 from lcr_fast.kernels.scoring import config as scoring_config
@@ -14,7 +15,7 @@ from lcr_fast.kernels.scoring import config as scoring_config
 def test_every_job_is_another_one():
     names = [str(job) for job in sweep.jobs()]
     assert len(set(names)) == len(names)
-    ops = {"forward", "backward", "encode", "encode backward", "score"}
+    ops = {"forward", "backward", "encode", "encode backward", "score", "products"}
     assert {job.op for job in sweep.jobs()} == ops
 
 
@@ -35,6 +36,17 @@ def test_tiles_are_the_asked_ones():
     with sweep._configured(sweep.Job("score", "tf32", 64, 30, asked)):
         assert scoring_config.config(*case)["num_warps"] == 8
     assert scoring_config.config(*case)["num_warps"] == 4
+
+
+def test_parts_of_rows_are_the_asked_ones(monkeypatch):
+    found = []
+    monkeypatch.setattr(gpu, "_part_rows", lambda rows, wanted: found.append(wanted) or rows)
+    monkeypatch.setattr(torch, "randn", lambda *size, device: torch.zeros(size))
+    with sweep._configured(job := sweep.Job("products", "tf32", 32, 3, sweep.Parts(64))):
+        sweep._products(job, 4)()
+    assert set(found) == {64}
+    gpu.columns_product(torch.ones(5, 2), torch.ones(5, 2))
+    assert found[-1] == gpu._PART_ROWS != 64
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
