@@ -3,7 +3,8 @@
 Ours is the Scorer, one call from ids to scores; "op by op" is the model's own forward. ONNX Runtime
 and OpenVINO run what ``lcr_fast.export`` writes. Each in float32, and in bfloat16 where it has that
 for this model and this CPU; each on one thread and on two. The busy neighbours are as many
-processes that compute without end as there are cores.
+processes that compute without end as there are cores. The last recommends from a catalogue with
+texts, which ``LCRSER.projected`` has projected before.
 """
 
 import contextlib
@@ -182,3 +183,27 @@ def test_request_beside_busy_neighbours(benchmark, race, small, model, n_neighbo
             seconds=10.0,
             single=True,
         )
+
+
+@pytest.mark.parametrize("text_dim", [64, 384])
+@pytest.mark.benchmark(group="recommend, items with texts")
+@torch.inference_mode()
+def test_recommend_items_with_texts(benchmark, race, small, text_dim):
+    """One user's ten best items: their texts projected once, or in every pass over them."""
+    n_items = 2000 if small else 200_000
+    sizes = SIZES | {"n_items": n_items, "max_search_len": L, "max_rec_len": L}
+    generator = torch.Generator().manual_seed(0)
+    model = random_model(LCRConfig(**sizes, dim=D, item_text_dim=text_dim), generator).float()
+    model.set_text(item_text=torch.randn(n_items + 1, text_dim, generator=generator))
+    projected, batch = model.projected(), batches(model, 1)[0]
+    with threads(1):
+        found, expected = (m.recommend(batch, 10)[1] for m in (projected, model))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        benchmark.extra_info |= {
+            "case": f"K = {model.config.steps}, 1 x {n_items:,}, texts of {text_dim} numbers",
+            "device": "cpu",
+            "users": 1,
+            "axes": {"texts": text_dim},
+        }
+        others = {"projected in the pass": (lambda: model.recommend(batch, 10), 1.0)}
+        race(lambda: projected.recommend(batch, 10), others, rounds=15, seconds=15.0, single=True)
