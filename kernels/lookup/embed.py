@@ -21,7 +21,7 @@ class Events(NamedTuple):
 
 
 # Sizes change from batch to batch: a kernel that was compiled for some would be compiled again.
-SIZES = ["search_size", "rec_size", "n_searches", "n_terms", "n_clicks", "click_stride"]
+SIZES = ["n_searches", "n_terms", "n_clicks", "click_stride"]
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def _embed(
     tl.store(events.out + event * D + axis, vector.to(events.out.dtype.element_ty), mask=axis < D)
 
 
-@kernel(do_not_specialize=SIZES)
+@kernel(do_not_specialize=["search_size", "rec_size", *SIZES])
 def embed_kernel(
     search,  # Events
     rec,  # Events
@@ -101,12 +101,11 @@ def config(dim: int) -> dict[str, int]:
     return {"D": dim, "D_TILE": tile, "IDS": 16, "num_warps": min(max(tile // 64, 1), 8)}
 
 
-def sizes(terms: Tensor, clicks: Tensor, rec_items: Tensor, max_clicks: int) -> list[int]:
+def sizes(terms: Tensor, clicks: Tensor, max_clicks: int) -> list[int]:
     """Give the SIZES of a call."""
-    n_users, search_size, n_terms = terms.shape
+    n_users, size, n_terms = terms.shape
     stride = clicks.shape[2]
-    n_searches = n_users * search_size
-    return [search_size, rec_items.shape[1], n_searches, n_terms, min(max_clicks, stride), stride]
+    return [n_users * size, n_terms, min(max_clicks, stride), stride]
 
 
 def embed_fwd(
@@ -135,6 +134,7 @@ def embed_fwd(
                 Events(terms, clicks, search_position.contiguous(), search),
                 Events(rec_items, rec_items, rec_position.contiguous(), rec),
                 items.contiguous(), queries.contiguous(),
-                *sizes(terms, clicks, rec_items, max_clicks), **config(dim),
+                terms.shape[1], rec_items.shape[1], *sizes(terms, clicks, max_clicks),
+                **config(dim),
             )  # fmt: skip
     return search, rec

@@ -54,8 +54,6 @@ def number_entries_kernel(
     entries,  # Entries
     keys_ptr,  # int32 [entries]: rows of the queries' table, then of the items'; 0 is padding
     shares_ptr,  # float32 [B L_s, 2]: what a term, and a click, has of its event's gradient
-    search_size,  # L_s
-    rec_size,  # L_r
     n_searches,  # B L_s
     n_terms,
     n_clicks,
@@ -101,19 +99,16 @@ def _store_rows(gradients, keys, n_query_rows, axis, values, mask, D: tl.constex
     tl.store(to_item, values, mask=of_item[:, None] & (axis < D))
 
 
-@kernel(do_not_specialize=[*SIZES, "n_query_rows", "n_entries"])
+@kernel(do_not_specialize=[*SIZES[:3], "n_query_rows", "n_entries"])
 def sum_runs_kernel(
     gradients,  # Gradients
     keys_ptr,  # int32 [entries], sorted
     order_ptr,  # int64 [entries]: which entry stands there
     shares_ptr,  # float32 [B L_s, 2]
     ends_ptr,  # float32 [blocks, 2, D]: what the first and the last run have in a block
-    search_size,
-    rec_size,
     n_searches,
     n_terms,
     n_clicks,
-    click_stride,
     n_query_rows,
     n_entries,
     D: tl.constexpr,
@@ -224,11 +219,10 @@ def embed_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Give the gradients of the queries, the items, and both streams' positions, as the tables."""
     tables = (queries, items, search_position, rec_position)
-    dqueries, ditems, *dpositions = map(torch.zeros_like, tables)
+    dqueries, ditems, *dpositions = (table.new_zeros(table.shape) for table in tables)
     for dposition, dstream in zip(dpositions, (dsearch, drec), strict=True):
         torch.sum(dstream, 0, out=dposition[: dstream.shape[1]])
-    of_call = sizes(terms, clicks, rec_items, max_clicks)
-    _, _, n_searches, n_terms, n_clicks, _ = of_call
+    n_searches, n_terms, n_clicks, click_stride = sizes(terms, clicks, max_clicks)
     n_entries = n_searches * (n_terms + n_clicks) + rec_items.numel()
     if n_entries:
         n_query_rows = queries.shape[0]  # with those of items far fewer than int32 counts
@@ -243,12 +237,14 @@ def embed_bwd(
         with on_device(items):
             launch(
                 number_entries_kernel, (n_searches + rec_items.numel(),),
-                entries, keys, shares, *of_call, n_query_rows, **{**compiled, "num_warps": 1},
+                entries, keys, shares, n_searches, n_terms, n_clicks, click_stride, n_query_rows,
+                **{**compiled, "num_warps": 1},
             )  # fmt: skip
             keys, order = torch.sort(keys, stable=True)
             launch(
                 sum_runs_kernel, grid,
-                gradients, keys, order, shares, ends, *of_call, n_query_rows, n_entries, **compiled,
+                gradients, keys, order, shares, ends, n_searches, n_terms, n_clicks, n_query_rows,
+                n_entries, **compiled,
             )  # fmt: skip
             launch(
                 join_runs_kernel, grid,
