@@ -1,4 +1,7 @@
-"""Spare Triton's interpreter work that has no effect, three quarters of its time."""
+"""Spare Triton's interpreter work that has no effect, three quarters of its time.
+
+And let that of Triton 3.6 count with NumPy 2.4.
+"""
 
 import dataclasses
 import functools
@@ -12,6 +15,7 @@ def install() -> None:
     _sanitize_no_overflow()
     _patch_the_language_once()
     _remember_types()
+    _count_with_arrays_of_one()
 
 
 def _sanitize_no_overflow() -> None:
@@ -64,3 +68,14 @@ def _remember_types() -> None:
     interpreter._get_np_dtype = lambda type: (
         np_dtype(type) if type.scalar.is_ptr() else of_scalar(type.scalar)
     )
+
+
+def _count_with_arrays_of_one() -> None:
+    """Let a number be an array [1] where a loop counts: NumPy 2.4 makes no int of one."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_tensor
