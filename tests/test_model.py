@@ -52,7 +52,7 @@ def text_vectors(config: LCRConfig, generator: torch.Generator) -> dict:
     return vectors
 
 
-def setup(n_users=7, n_candidates=4, **changes) -> tuple[LCRSER, Batch]:
+def make_case(n_users=7, n_candidates=4, **changes) -> tuple[LCRSER, Batch]:
     config = CONFIG.replace(**changes)
     generator = torch.Generator().manual_seed(0)
     model = random_model(config, generator)
@@ -69,7 +69,7 @@ def close(actual, expected):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_scores_and_states_match_the_oracle(name):
-    model, batch = setup(**CONFIGS[name])
+    model, batch = make_case(**CONFIGS[name])
     batch.candidates[0, 1] = 0
     twin = oracle.Model(model)
     states, scores = model.states(batch), model(batch)
@@ -85,7 +85,7 @@ def test_scores_and_states_match_the_oracle(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_training_scores_match_the_oracle_with_its_dropout(name):
-    model, batch = setup(**CONFIGS[name], dropout=0.3)
+    model, batch = make_case(**CONFIGS[name], dropout=0.3)
     model.train()
     model.dropout_seed = 2**40 + 17
     twin, scores = oracle.Model(model), model(batch)
@@ -99,7 +99,7 @@ def test_training_scores_match_the_oracle_with_its_dropout(name):
 @pytest.mark.parametrize("name", ["default", "MLP alone, mean readout, no bonus", "text", "base"])
 def test_rollouts_match_the_oracle(name):
     """In training mode too, where dropout acts on the encoders alone."""
-    model, batch = setup(**CONFIGS[name], dropout=0.3)
+    model, batch = make_case(**CONFIGS[name], dropout=0.3)
     h0 = model.encode(batch)
     reasoned = model.train().rollout(h0, batch, 3, 0.7, seed=99)
     scores = model.score(reasoned.streams, batch)
@@ -116,7 +116,7 @@ def test_rollouts_match_the_oracle(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_cross_attention_looks_where_the_oracle_looks(name, monkeypatch):
     """The oracle's softmax of a cross-attention is that of a query over the other stream."""
-    model, batch = setup(**CONFIGS[name])
+    model, batch = make_case(**CONFIGS[name])
     states = model.states(batch)
     looks = model.cross_attention(states, batch)
     assert len(looks) == model.config.steps
@@ -153,7 +153,7 @@ def test_cross_attention_looks_where_the_oracle_looks(name, monkeypatch):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_padded_ids_change_no_bit(name):
-    model, batch = setup(**CONFIGS[name])
+    model, batch = make_case(**CONFIGS[name])
     generator = torch.Generator().manual_seed(5)
     searches = length_mask(batch.search_lengths, model.config.max_search_len)
     masks = {
@@ -177,7 +177,7 @@ def test_padded_ids_change_no_bit(name):
 
 def test_shorter_padding_changes_nothing():
     """Histories of one event each, in a batch as wide as the longest and on their own."""
-    model, batch = setup()
+    model, batch = make_case()
     one = batch.rows(slice(4, 5))
     cut = one.replace(
         rec_items=one.rec_items[:, :1],
@@ -191,7 +191,7 @@ def test_shorter_padding_changes_nothing():
 
 @pytest.mark.parametrize("field", ["search_terms", "search_clicks"])
 def test_unknown_terms_and_clicks_count_for_nothing_anywhere(field):
-    model, batch = setup()
+    model, batch = make_case()
     padded = torch.nn.functional.pad(getattr(batch, field), (1, 0))
     if field == "search_clicks":  # only the first max_clicks are read
         model.config = model.config.replace(max_clicks=model.config.max_clicks + 1)
@@ -201,13 +201,13 @@ def test_unknown_terms_and_clicks_count_for_nothing_anywhere(field):
 
 
 def test_clicks_beyond_max_clicks_are_not_read():
-    model, batch = setup()
+    model, batch = make_case()
     more = torch.nn.functional.pad(batch.search_clicks, (0, 1), value=5)
     assert torch.equal(model(batch.replace(search_clicks=more)), model(batch))
 
 
 def test_candidates_may_be_permuted_and_candidate_0_scores_minus_infinity():
-    model, batch = setup(n_candidates=5)
+    model, batch = make_case(n_candidates=5)
     batch.candidates[:, 2] = 0
     scores = model(batch)
     assert (scores[:, 2] == -torch.inf).all()
@@ -219,7 +219,7 @@ def test_candidates_may_be_permuted_and_candidate_0_scores_minus_infinity():
 
 def test_the_sum_of_both_heads_starts_as_the_dot_product():
     """With the same seed the tables and the encoders of both models are the same."""
-    batch = setup()[1]
+    batch = make_case()[1]
     scores = []
     for score in ("mlp_dot", "dot"):
         torch.manual_seed(0)
@@ -230,14 +230,14 @@ def test_the_sum_of_both_heads_starts_as_the_dot_product():
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_the_readout_is_a_share_of_the_last_states(share):
-    model, batch = setup(readout=share)
+    model, batch = make_case(readout=share)
     states = model.states(batch)
     for first, last, read in zip(states.h[0], states.h[-1], model.final_states(batch), strict=True):
         torch.testing.assert_close(read, (1 - share) * first + share * last)
 
 
 def test_candidates_gain_by_standing_in_the_histories_that_are_read():
-    model, batch = setup(n_users=1, n_candidates=5, seen_bonus=True, max_clicks=1)
+    model, batch = make_case(n_users=1, n_candidates=5, seen_bonus=True, max_clicks=1)
     batch = batch.replace(
         rec_items=torch.tensor([[3, 4, 5]]),
         rec_lengths=torch.tensor([2]),
@@ -259,7 +259,7 @@ def test_candidates_gain_by_standing_in_the_histories_that_are_read():
 
 def test_tied_streams_may_be_swapped():
     """Searches that are clicks alone, positions and weights tied: the streams are the same."""
-    model, batch = setup(score="dot", seen_bonus=False, max_search_len=4, max_clicks=1)
+    model, batch = make_case(score="dot", seen_bonus=False, max_search_len=4, max_clicks=1)
     with torch.no_grad():
         for part in (model.encoder, model.reasoning):
             for p in part.parameters():
@@ -281,7 +281,7 @@ def test_tied_streams_may_be_swapped():
 
 
 def test_a_batch_may_be_split_in_training_too():
-    model, batch = setup(n_users=9, dropout=0.4)
+    model, batch = make_case(n_users=9, dropout=0.4)
     model.train()
     parts = [model(batch.rows(rows)) for rows in (slice(0, 2), slice(2, 9))]
     torch.testing.assert_close(torch.cat(parts), model(batch), rtol=1e-12, atol=1e-12)
@@ -290,7 +290,7 @@ def test_a_batch_may_be_split_in_training_too():
 
 @pytest.mark.parametrize("axis", ["L", "T", "M", "C"])
 def test_axes_of_size_zero(axis):
-    model, batch = setup()
+    model, batch = make_case()
     zero = torch.zeros(7, dtype=torch.int64)
     empty = {
         "L": {
@@ -315,7 +315,7 @@ def test_axes_of_size_zero(axis):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_parameter_gets_a_finite_gradient(name):
-    model, batch = setup(**CONFIGS[name])
+    model, batch = make_case(**CONFIGS[name])
     model(batch).square().sum().backward()
     for key, parameter in model.named_parameters():
         unused = key == "reasoning.ffn_out_bias" and not model.config.step_ffn
@@ -328,7 +328,7 @@ def test_every_parameter_gets_a_finite_gradient(name):
 
 
 def test_a_target_is_ranked_with_its_bonus_among_unseen_items():
-    model, batch = setup(seen_bonus=True)
+    model, batch = make_case(seen_bonus=True)
     h, seen = model.final_states(batch), seen_items(batch)
     ids = torch.arange(1, model.config.n_items + 1)
     scores = model.score(h, batch, ids.expand(len(batch), -1))
@@ -383,7 +383,7 @@ def integer_head(model: LCRSER) -> None:
 @torch.no_grad()
 def test_recommend_is_a_full_sort(monkeypatch, k, ties, with_exclude):
     monkeypatch.setattr(reference.scoring, "_CATALOGUE_BLOCK", 5)
-    model, batch = setup(n_items=23, score="mlp")
+    model, batch = make_case(n_items=23, score="mlp")
     if ties:
         integer_head(model)
     generator = torch.Generator().manual_seed(1)
@@ -398,7 +398,7 @@ def test_recommend_is_a_full_sort(monkeypatch, k, ties, with_exclude):
 
 
 def test_recommend_does_not_mask_what_stands_behind_a_length():
-    model, batch = setup()
+    model, batch = make_case()
     batch.rec_items[1, :] = 7
     batch.search_clicks[1, :] = 8
     batch = batch.replace(rec_lengths=torch.zeros_like(batch.rec_lengths))
@@ -408,7 +408,7 @@ def test_recommend_does_not_mask_what_stands_behind_a_length():
 
 
 def test_recommend_runs_in_eval_mode_and_leaves_the_mode_alone():
-    model, batch = setup(dropout=0.5)
+    model, batch = make_case(dropout=0.5)
     expected = model.recommend(batch, 5)
     model.train()
     items, scores = model.recommend(batch, 5)
@@ -423,7 +423,7 @@ def test_recommend_runs_in_eval_mode_and_leaves_the_mode_alone():
 
 
 def test_recommend_refuses_bad_arguments():
-    model, batch = setup()
+    model, batch = make_case()
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):
         model.recommend(batch, 0)
     for exclude in (torch.ones(7, dtype=torch.int64), torch.ones(2, 3, dtype=torch.int64)):
@@ -468,24 +468,24 @@ BAD_BATCHES = {
 
 @pytest.mark.parametrize("message", BAD_BATCHES)
 def test_a_batch_that_does_not_fit_is_refused(message):
-    model, batch = setup()
+    model, batch = make_case()
     model.check(batch)
     with pytest.raises(ValueError, match=message):
         model(BAD_BATCHES[message](batch))
 
 
 def test_query_ids_are_checked_where_they_are_read():
-    model, batch = setup()
+    model, batch = make_case()
     wrong = batch.replace(search_queries=batch.search_queries + 99)
     model(wrong)  # a model of terms does not read them
-    model, _ = setup(query_encoder="id")
+    model, _ = make_case(query_encoder="id")
     with pytest.raises(ValueError, match=r"search_queries must be ids in 0\.\.4, got 1"):
         model(wrong)
     model(batch.replace(search_terms=batch.search_terms + 99))
 
 
 def test_target_may_be_missing():
-    model, batch = setup()
+    model, batch = make_case()
     model(batch.replace(target=torch.full_like(batch.target, -1)))
 
 
@@ -523,7 +523,7 @@ def test_text_vectors_may_be_memory_mapped(tmp_path, mode, layout):
 
 @pytest.mark.parametrize("changes", [{}, {"query_encoder": "id"}, {"score": "dot"}], ids=str)
 def test_a_projected_model_gives_the_same_scores_without_item_texts(changes):
-    model, batch = setup(**CONFIGS["text"], **changes)
+    model, batch = make_case(**CONFIGS["text"], **changes)
     model.data_fingerprint, model.vocabulary = "data", "ids"
     made = model.projected()
     assert made.config == model.config.replace(item_text_dim=0)
@@ -545,12 +545,12 @@ def test_a_table_of_queries_holds_what_their_ids_stand_for():
     ids = torch.arange(1, 5)
     no_terms = torch.zeros(4, 0, dtype=torch.int64)
     for changes in ({"query_encoder": "id"}, {"query_encoder": "terms"}):
-        model, _ = setup(**CONFIGS["text"], **changes)
+        model, _ = make_case(**CONFIGS["text"], **changes)
         torch.testing.assert_close(model.query_table()[ids], model.query_vectors(ids, no_terms))
         assert not model.query_table()[0].any()
-    model, _ = setup(query_encoder="id", query_text_dim=0)
+    model, _ = make_case(query_encoder="id", query_text_dim=0)
     assert model.query_table() is model.query_embedding.weight
-    model, _ = setup(query_encoder="terms", query_text_dim=0)
+    model, _ = make_case(query_encoder="terms", query_text_dim=0)
     with pytest.raises(ValueError, match="queries are means of terms and have no text"):
         model.query_table()
 
@@ -559,7 +559,7 @@ def test_a_table_of_queries_holds_what_their_ids_stand_for():
 
 
 def test_forward_compiles_without_graph_breaks():
-    model, batch = setup(**CONFIGS["text"])
+    model, batch = make_case(**CONFIGS["text"])
     graphs = []
     compiled = torch.compile(
         model, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward
@@ -572,7 +572,7 @@ def test_forward_compiles_without_graph_breaks():
 def test_a_seed_that_is_a_tensor_compiles_once_for_all_masks(backend):
     if backend == "cpp" and extension_error() is not None:
         pytest.skip(f"lcr_fast._C is not built: {extension_error()}")
-    model, batch = setup(**{**CONFIGS["default"], "backend": backend}, dropout=0.3)
+    model, batch = make_case(**{**CONFIGS["default"], "backend": backend}, dropout=0.3)
     model.float().train()
     graphs = []
     compiled = torch.compile(

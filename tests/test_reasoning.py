@@ -47,7 +47,7 @@ def name_of(changes: dict) -> str:
     return " ".join(f"{k}={v}" for k, v in changes.items()) or "default"
 
 
-def setup(config: LCRConfig, seed: int = 0, n_users: int = 7):
+def make_case(config: LCRConfig, seed: int = 0, n_users: int = 7):
     """Weights, streams [B, L, D] and their lengths [B]."""
     generator = torch.Generator().manual_seed(seed)
     weights = random_weights(config, generator)
@@ -94,7 +94,7 @@ def assert_history(actual: Tensor, expected: list, place: str) -> None:
 @torch.no_grad()
 def test_encode_matches_the_oracle(shape, n_layers):
     config = TINY.replace(**SHAPES[shape], n_layers=n_layers)
-    (weights, _, _), streams, lengths = setup(config)
+    (weights, _, _), streams, lengths = make_case(config)
     for x in (SEARCH, REC):
         h = reference.encode(streams[x], lengths[x], weights, x, n_heads=config.n_heads)
         for b in range(len(h)):
@@ -112,7 +112,7 @@ def test_encode_matches_the_oracle(shape, n_layers):
 @torch.no_grad()
 def test_latent_reasoning_matches_the_oracle(shape, switches):
     config = TINY.replace(**SHAPES[shape], **switches)
-    (_, weights, _), streams, lengths = setup(config)
+    (_, weights, _), streams, lengths = make_case(config)
     steps = steps_of(config)
     states = reference.latent_reasoning(*streams, *lengths, weights, steps)
     assert len(states.h) == config.steps + 1
@@ -141,7 +141,7 @@ def test_score_matches_the_oracle(shape, head):
     config = TINY.replace(
         **SHAPES[shape], score=head.split()[0], user_embedding=head != "mlp without user"
     )
-    (_, _, weights), streams, lengths = setup(config)
+    (_, _, weights), streams, lengths = make_case(config)
     generator = torch.Generator().manual_seed(2)
     draw = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
     items, user = draw(7, 4, config.dim), draw(7, config.dim)
@@ -174,7 +174,7 @@ def test_the_bias_of_padding_has_room_for_logits(dtype):
 
 @torch.no_grad()
 def test_attention_probabilities_are_those_of_attention():
-    (weights, _, _), (search, rec), (_, n_r) = setup(TINY)
+    (weights, _, _), (search, rec), (_, n_r) = make_case(TINY)
     search, rec = search.nan_to_num(), rec.nan_to_num()
     qkv_weight, qkv_bias = weights.qkv_weight[0, 0], weights.qkv_bias[0, 0]
     p = reference.attention_probabilities(search, rec, n_r, qkv_weight, qkv_bias, TINY.n_heads)
@@ -206,7 +206,7 @@ def run_all(config: LCRConfig, weights, streams, lengths, items, user) -> list[T
 
 @pytest.fixture
 def case():
-    weights, streams, lengths = setup(TINY)
+    weights, streams, lengths = make_case(TINY)
     generator = torch.Generator().manual_seed(3)
     items = torch.randn(7, 4, 6, generator=generator, dtype=torch.float64)
     user = torch.randn(7, 6, generator=generator, dtype=torch.float64)
@@ -218,7 +218,7 @@ def case():
 @torch.no_grad()
 def test_padding_content_changes_no_bit(switches, filler):
     config = TINY.replace(**switches)
-    weights, streams, lengths = setup(config)
+    weights, streams, lengths = make_case(config)
     items, user = torch.randn(7, 4, 6).double(), torch.randn(7, 6).double()
     filled = tuple(torch.where(x.isnan(), filler, x) for x in streams)
     for poisoned, other in zip(
@@ -281,7 +281,7 @@ def test_shared_candidates_equal_repeated_ones(case):
 
 @torch.no_grad()
 def test_k_shared_steps_are_k_calls_of_one_step():
-    (_, weights, _), streams, lengths = setup(TINY)
+    (_, weights, _), streams, lengths = make_case(TINY)
     at_once = reference.latent_reasoning(*streams, *lengths, weights, Steps(3, 3))
     h = streams
     for k in range(3):
@@ -304,7 +304,7 @@ def test_without_steps_the_states_are_the_encoders(case):
 @pytest.mark.parametrize("memory", ["post_msa", "step_input", "initial"])
 @torch.no_grad()
 def test_with_tied_weights_swapped_streams_give_swapped_states(memory):
-    (_, weights, _), (search, rec), (n_s, n_r) = setup(TINY)
+    (_, weights, _), (search, rec), (n_s, n_r) = make_case(TINY)
     tied = type(weights)(*(w[:, :1].expand_as(w) for w in weights))
     run = functools.partial(
         reference.latent_reasoning, weights=tied, steps=Steps(2, 3, cross_memory=memory)
@@ -319,7 +319,7 @@ def test_with_tied_weights_swapped_streams_give_swapped_states(memory):
 @torch.no_grad()
 def test_an_empty_stream_leaves_the_other_without_cross_attention(x):
     """Whatever the weights of the cross-attention are, its bias included."""
-    (_, weights, _), streams, lengths = setup(TINY)
+    (_, weights, _), streams, lengths = make_case(TINY)
     lengths = list(lengths)
     lengths[1 - x] = torch.zeros_like(lengths[1 - x])
     others = weights._replace(
@@ -371,7 +371,7 @@ def gradient_setup(switches: dict):
     config = TINY.replace(
         dim=4, n_heads=2, ffn_dim=3, steps=1, max_search_len=2, max_rec_len=3, mlp_hidden=(3, 2)
     ).replace(**switches)
-    return config, *setup(config, n_users=5)
+    return config, *make_case(config, n_users=5)
 
 
 @pytest.mark.parametrize("stream", [SEARCH, REC])
@@ -511,6 +511,6 @@ def test_ops_refuse_what_does_not_fit(case):
 
 
 def test_ops_refuse_more_steps_than_sets_of_weights():
-    (_, step, _), (search, rec), lengths = setup(TINY.replace(share_steps=False))
+    (_, step, _), (search, rec), lengths = make_case(TINY.replace(share_steps=False))
     with pytest.raises(ValueError, match=r"steps must be 0\.\.2 for 2 sets of weights, got 3"):
         ops.latent_reasoning(search, rec, *lengths, step, Steps(3, 3))
