@@ -9,6 +9,7 @@ A second install of the same sources by the same tools takes what the first one 
 
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,6 +18,21 @@ from pathlib import Path
 
 from setuptools import setup
 
+
+def name_toolkit() -> None:
+    """Tell torch where CUDA's toolkit is, if the nvcc on the path is a wrapper outside of it."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None or os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return
+    if (Path(nvcc).parents[1] / "include" / "cuda_runtime.h").is_file():
+        return  # where torch looks
+    command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    if folder := re.search(r"^#\$ _HERE_=(.+)/bin$", said, re.MULTILINE):
+        os.environ["CUDA_HOME"] = folder[1]
+
+
+name_toolkit()
 try:
     import torch
     from torch.utils.cpp_extension import (

@@ -167,15 +167,24 @@ def test_an_extension_is_built_again_if_anything_has_changed(tmp_path):
 
 @pytest.mark.full
 @pytest.mark.skipif(torch.version.cuda is None, reason="needs a CUDA build of torch")
-def test_a_toolkit_without_its_library_is_named(tmp_path):
+@pytest.mark.parametrize("named_by", ["CUDA_HOME", "a wrapper of nvcc"])
+def test_a_toolkit_without_its_library_is_named(tmp_path, named_by):
     pytest.importorskip("setuptools")
     link = ["c++", "-shared", "-xc++", "-", "-lcudart", "-o", os.devnull]
     if subprocess.run(link, input=b"", capture_output=True, check=False).returncode == 0:
         pytest.skip("cudart links from anywhere here")
+    environment = dict(os.environ, CUDA_HOME=str(tmp_path))
+    if named_by != "CUDA_HOME":
+        wrapper = tmp_path / "elsewhere" / "bin" / "nvcc"
+        wrapper.parent.mkdir(parents=True)
+        wrapper.write_text(f"#!/bin/sh\necho '#$ _HERE_={tmp_path}/bin' >&2\n")
+        wrapper.chmod(0o755)
+        environment |= {"CUDA_HOME": "", "PATH": f"{wrapper.parent}:{os.environ['PATH']}"}
+        environment.pop("CUDA_PATH", None)
     done = subprocess.run(
         [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(tmp_path)],
         cwd=ROOT,
-        env=os.environ | {"CUDA_HOME": str(tmp_path), "LCR_FAST_BUILD": "cuda"},
+        env=environment | {"LCR_FAST_BUILD": "cuda"},
         capture_output=True,
         text=True,
         check=False,
