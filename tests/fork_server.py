@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -54,6 +55,8 @@ def _run(code: str, environment: dict[str, str]) -> tuple[int, str, str]:
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
             os.environ.update(environment)
+            # Python 3.12 and later warn of forks beside torch's threads.
+            warnings.filterwarnings("ignore", ".* is multi-threaded", DeprecationWarning)
             status = 1
             try:
                 exec(code, {"__name__": "__main__"})

@@ -137,7 +137,7 @@ def fingerprint(name: str) -> str:
             else:
                 counts = isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("tl.")
             if counts:
-                parts.append(ast.dump(node))
+                parts.append(ast.unparse(node))  # a dump is another one in each Python
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
