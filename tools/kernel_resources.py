@@ -107,6 +107,16 @@ def _sources(name: str) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+def _written(node: Any) -> str:
+    """Write a syntax tree, the same in each Python, as ast.dump and ast.unparse do not."""
+    if isinstance(node, list):
+        return f"[{', '.join(map(_written, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = (f"{n}={_written(v)}" for n, v in ast.iter_fields(node) if v not in (None, []))
+    return f"{type(node).__name__}({', '.join(fields)})"
+
+
 def fingerprint(name: str) -> str:
     """Digest what a module compiles.
 
@@ -137,7 +147,7 @@ def fingerprint(name: str) -> str:
             else:
                 counts = isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("tl.")
             if counts:
-                parts.append(ast.unparse(node))  # a dump is another one in each Python
+                parts.append(_written(node))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
