@@ -55,7 +55,8 @@ def choose_actions(
       do. For comparison only: with a group baseline it pushes the target down wherever the reward
       rises with p(target).
 
-    Our reading. ``scores`` must hold the temperature already. No gradient.
+    Our reading. ``scores`` must hold the temperature already. No gradient. Raises ValueError for
+    another action, and for noise of another shape.
     """
     scores = scores.detach()
     if action == "sampled":
@@ -63,6 +64,8 @@ def choose_actions(
         cut = max(parse_metric(name)[1] or n_candidates for _, name in parse_reward(reward))
         if gumbel is None:
             gumbel = -torch.empty_like(scores).exponential_().log()
+        elif gumbel.shape != scores.shape:
+            raise ValueError(f"gumbel must be {list(scores.shape)}, got {list(gumbel.shape)}")
         perturbed = scores + gumbel
         actions = perturbed.topk(min(cut, n_candidates), -1).indices
         return Rollout(actions, list_rewards(perturbed, target, reward))

@@ -47,6 +47,11 @@ def philox(
     return c0, c1, c2, c3
 
 
+def _words(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int | Tensor) -> Tensor:
+    """Words of each counter, in an axis of their own behind the others: [..., 4]."""
+    return torch.stack(torch.broadcast_tensors(*philox(counter, seed)), -1)
+
+
 def normal_noise_words(
     rows: Tensor, seed: int | Tensor, n_trajectories: int, stream: int, length: int, dim: int
 ) -> Tensor:
@@ -63,7 +68,7 @@ def normal_noise_words(
         2 * axis(n_trajectories, 1) + stream,
         (rows & _MASK).view(-1, 1, 1, 1),
     )
-    return torch.stack(torch.broadcast_tensors(*philox(counter, seed)), -1)
+    return _words(counter, seed)
 
 
 def _uniform(words: Tensor, dtype: torch.dtype) -> Tensor:
@@ -117,7 +122,7 @@ def gumbel_noise(
         _LISTS + torch.arange(n_trajectories, device=device).view(-1, 1),
         (rows & _MASK).view(-1, 1, 1),
     )
-    words = torch.stack(torch.broadcast_tensors(*philox(counter, seed)), -1)  # [B, N, quads, 4]
+    words = _words(counter, seed)  # [B, N, quads, 4]
     gumbel = -(-_uniform(words, dtype).log()).log()
     return gumbel.flatten(-2)[..., :n_candidates].to(dtype)
 
@@ -150,7 +155,7 @@ def dropout_masks(
         + torch.arange(first_site, first_site + n_sites, device=device)[:, None, None, None],
         (rows & _MASK).view(-1, 1, 1),
     )
-    words = torch.stack(torch.broadcast_tensors(*philox(counter, seed)), -1)
+    words = _words(counter, seed)
     halves = torch.stack((words & 0xFFFF, words >> 16), -1)  # [n_sites, B, length, octets, 4, 2]
     keep = halves.flatten(-3)[..., :dim] >= threshold
     return keep.float() * (65536.0 / (65536 - threshold))

@@ -166,6 +166,9 @@ def test_unknown_action_and_kl_are_refused():
     scores, target = draw_scores()
     with pytest.raises(ValueError, match="top1, sampled or target, got 'best'"):
         choose_actions(scores, target, "best", "hr@1")
+    gumbel = torch.zeros(scores.shape[-1])
+    with pytest.raises(ValueError, match=rf"gumbel must be \[.*\], got \[{len(gumbel)}\]"):
+        choose_actions(scores, target, "sampled", "hr@1", gumbel)
     with pytest.raises(ValueError, match="exact or k3, got 'k2'"):
         kl_divergence(scores, scores, "k2")
 

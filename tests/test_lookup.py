@@ -75,6 +75,12 @@ def draw(n_users: int, n_candidates: int = 5, n_terms: int = 3, seed: int = 0, *
     return random_batch(config, n_users, n_candidates, generator, n_terms=n_terms).to(DEVICE)
 
 
+def draw_case(name: str, *sizes: int) -> Batch:
+    """Draw a batch of one of the CASES. A tensor may hold more clicks than the model reads."""
+    wide = {"max_clicks": 3} if name == "one click of several" else {}
+    return draw(*sizes, **{**CASES[name], **wide})
+
+
 def scores_like(batch: Batch, dtype: torch.dtype, n_trajectories: int = 0) -> Tensor:
     shape = [*batch.candidates.shape]
     shape[1:1] = [n_trajectories] * (n_trajectories > 0)
@@ -129,9 +135,7 @@ BACKWARD = ["triton seen_bonus_bwd", "triton embed_bwd"]
 
 @pytest.mark.parametrize("name", CASES)
 def test_vectors_of_events(name):
-    # A tensor may hold more clicks than the model reads.
-    wide = {**CASES[name], "max_clicks": 3} if name == "one click of several" else CASES[name]
-    assert_embeds(draw(3, **wide), **CASES[name])
+    assert_embeds(draw_case(name, 3), **CASES[name])
 
 
 @pytest.mark.parametrize("n_terms", [0, 1, 17])
@@ -200,8 +204,7 @@ def assert_gradients(batch: Batch, dtype: torch.dtype = torch.float32, **changes
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_of_tables(name, launched):
-    wide = {**CASES[name], "max_clicks": 3} if name == "one click of several" else CASES[name]
-    assert_gradients(draw(9, **wide), **CASES[name])
+    assert_gradients(draw_case(name, 9), **CASES[name])
     assert launched == [BOTH[0], BACKWARD[1]]
 
 
@@ -252,8 +255,7 @@ def test_gradients_have_the_same_bits_each_time():
 @pytest.mark.parametrize("n_trajectories", [0, 2])
 @pytest.mark.parametrize("name", CASES)
 def test_bonus_of_seen_items(name, n_trajectories):
-    wide = {**CASES[name], "max_clicks": 3} if name == "one click of several" else CASES[name]
-    batch = draw(5, 9, **wide)
+    batch = draw_case(name, 5, 9)
     batch.candidates[:, 2] = 0
     assert_finishes(batch, n_trajectories=n_trajectories, **CASES[name])
 

@@ -45,7 +45,7 @@ def variants(arch: str) -> Iterator[Variant]:
         if dtype == torch.float32:  # which it does not know
             yield describe(
                 "embed_number", number_entries_kernel, dtype, of_backward,
-                {**embed_backward.config(64), "num_warps": 1},
+                embed_backward.NUMBER_CONFIG,
             )  # fmt: skip
         seen = Seen(*["*i64"] * len(Seen._fields))
         types: dict[str, Type] = {"factor": "fp32", "seen": seen, "dbonus_ptr": "*fp32"}

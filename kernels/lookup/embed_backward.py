@@ -199,10 +199,13 @@ def join_runs_kernel(
             _store_rows(gradients, keys, n_query_rows, axis, total[None, :], keys > 0, D)
 
 
+NUMBER_CONFIG = {"IDS": 16, "num_warps": 1}
+
+
 def config(dim: int) -> dict[str, int]:
-    """Choose tiles and launch options of all three kernels."""
+    """Choose tiles and launch options of the kernels that sum."""
     tile = min(max(triton.next_power_of_2(dim), 16), 64)  # a product takes 16 at least
-    return {"D": dim, "D_TILE": tile, "IDS": 16, "ENTRIES": 32, "BLOCKS": 32, "num_warps": 4}
+    return {"D": dim, "D_TILE": tile, "ENTRIES": 32, "BLOCKS": 32, "num_warps": 4}
 
 
 def embed_bwd(
@@ -238,7 +241,7 @@ def embed_bwd(
             launch(
                 number_entries_kernel, (n_searches + rec_items.numel(),),
                 entries, keys, shares, n_searches, n_terms, n_clicks, click_stride, n_query_rows,
-                **{**compiled, "num_warps": 1},
+                **NUMBER_CONFIG,
             )  # fmt: skip
             keys, order = torch.sort(keys, stable=True)
             launch(
