@@ -92,9 +92,12 @@ def pytest_sessionfinish(session, exitstatus):
 def pytest_benchmark_update_machine_info(config, machine_info):
     """Keep what explains a number, drop what names a computer or its owner."""
     cpu = machine_info.get("cpu", {})
+    brand = cpu.get("brand_raw", platform.processor())
+    if {"family", "model"} <= cpu.keys():  # virtual machines call every generation "AMD EPYC"
+        brand += f" (family {cpu['family']}, model {cpu['model']})"
     machine_info.clear()
     machine_info.update(
-        cpu=cpu.get("brand_raw", platform.processor()),
+        cpu=brand,
         cores=cpu.get("count"),
         system=platform.system(),
         python=platform.python_version(),

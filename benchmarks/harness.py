@@ -188,9 +188,9 @@ def rounding_bound(precision: str, backward: bool = False) -> float:
     """Say how far results of one precision may be apart, in RMS, relative to their size."""
     if precision == "fp32" and not backward:
         return 1e-4  # five post-norm steps amplify a rounding error by ten at most
-    # Every sublayer rounds; in eager bfloat16, gradients of a head are off by up to 0.12. In float32
-    # a ReLU whose input rounds to the other side of 0 moves gradients: of 64 users by 1.7e-3 of
-    # their size, of that user alone by 1e-2 (seen in eager, against float64).
+    # Every sublayer rounds; in eager bfloat16, gradients of a head are off by up to 0.12. A ReLU
+    # whose input rounds to the other side of 0 moves gradients, in float32 too: of 64 users by
+    # 1.7e-3 of their size, of that user alone by 1e-2 (seen in eager, against float64).
     return 0.2 if backward and precision == "bf16" else 0.05
 
 

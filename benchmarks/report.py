@@ -32,7 +32,8 @@ _STYLES = {
     "repeated history": "#ccbb44",
     "N calls": "#ccbb44",
 }
-_SPARE = ("#228833", "#66ccee", "#888888")
+_OURS_COLOUR = "#228833"
+_SPARE = ("#66ccee", "#888888", "#ee8866", "#332288", "#661100")
 _MOST_SERIES = 4  # in one panel
 _MOST_LINES = 12  # in one panel, of all series
 
@@ -147,8 +148,8 @@ def report(run: Run) -> str:
         if any(entry.info.get("percentiles") for entry in entries):
             parts.append(f"Percentiles:\n\n{_percentile_table(entries)}")
         for key, title in (("peak bytes", "Peak memory"), ("saved bytes", "Saved for backward")):
-            if any(entry.info.get(key) for entry in entries):
-                parts.append(f"{title}:\n\n{_size_table(entries, key)}")
+            if table := _size_table(entries, key):
+                parts.append(f"{title}:\n\n{table}")
     return "\n\n".join(parts)
 
 
@@ -201,15 +202,17 @@ def _time_table(entries: list[Entry]) -> str:
 
 
 def _size_table(entries: list[Entry], key: str) -> str:
+    """Table ours, and the others as multiples of it, or as they are where ours is next to none."""
     others = _others(entries)
     rows = []
     for entry in entries:
         sizes = entry.of_everyone(key) or {}
         ours = sizes.get(OURS, sizes.get("ours"))
         if ours:
-            more = (ratio(sizes[name] / ours) if name in sizes else "" for name in others)
+            tell = size if ours < 1e3 else lambda other, ours=ours: ratio(other / ours)
+            more = (tell(sizes[name]) if name in sizes else "" for name in others)
             rows.append([entry.case, size(ours), *more])
-    return _markdown(rows, ["case", OURS, *others])
+    return _markdown(rows, ["case", OURS, *others]) if rows else ""
 
 
 def _percentile_table(entries: list[Entry]) -> str:
@@ -251,16 +254,22 @@ def draw(run: Run, folder: str | Path) -> list[Path]:
     for group, entries in _groups(run).items():
         for title, some in _legible(group, entries).items():
             if series := _all_series(some):
-                name = re.sub(r"\W+", "-", title)
-                files.append(folder / f"{run.name}-speed-up-{name}.png")
+                files.append(folder / f"{run.name}-speed-up-{_file_name(title)}.png")
                 _draw_speed_up(run, title, series, files[-1])
     if points := [e for e in run.entries if "bytes" in e.info and "FLOPs" in e.info]:
         files.append(folder / f"{run.name}-roofline.png")
         _draw_roofline(run, points, files[-1])
-    if requests := [entry for entry in run.entries if entry.info.get("percentiles")]:
-        files.append(folder / f"{run.name}-latency.png")
-        _draw_latency(run, requests, files[-1])
+    for group, entries in _groups(run).items():
+        timed = [entry for entry in entries if entry.info.get("percentiles")]
+        panels = [some for some in _by_other_axes(timed, "K") if len(some) > 1]
+        if panels:
+            files.append(folder / f"{run.name}-latency-{_file_name(group)}.png")
+            _draw_latency(run, group, panels, files[-1])
     return files
+
+
+def _file_name(title: str) -> str:
+    return re.sub(r"\W+", "-", title)
 
 
 def _all_series(entries: list[Entry]) -> dict[str, dict[str, list[Entry]]]:
@@ -268,14 +277,21 @@ def _all_series(entries: list[Entry]) -> dict[str, dict[str, list[Entry]]]:
 
 
 def _legible(group: str, entries: list[Entry]) -> dict[str, list[Entry]]:
-    """Split a group by precision where one picture would have too many lines; by title."""
-    n_lines = max(map(len, _all_series(entries).values()), default=0) * len(_others(entries))
-    if n_lines <= _MOST_LINES:
+    """Split a group by precision where one picture would have too many lines; by title.
+
+    Where it still has, there is none.
+    """
+
+    def is_legible(some: list[Entry]) -> bool:
+        n_lines = max(map(len, _all_series(some).values()), default=0) * len(_others(some))
+        return n_lines <= _MOST_LINES
+
+    if is_legible(entries):
         return {group: entries}
     found: dict[str, list[Entry]] = {}
     for entry in entries:
-        found.setdefault(", ".join([group, *_dtype_of([entry])]), []).append(entry)
-    return found
+        found.setdefault(", ".join([group, *_dtype_of(entry)]), []).append(entry)
+    return {title: some for title, some in found.items() if is_legible(some)}
 
 
 def _series(entries: list[Entry], axis: str) -> dict[str, list[Entry]]:
@@ -367,7 +383,7 @@ def _draw_roofline(run: Run, entries: list[Entry], path: Path) -> None:
         if "eager" in medians and "eager bytes" in entry.info:
             rate = flops / medians.get("captured eager", medians["eager"]) / 1e9
             points.append(("eager", flops / entry.info["eager bytes"], rate))
-    for name, colour in ((OURS, "#228833"), ("eager", _STYLES["eager"])):
+    for name, colour in ((OURS, _OURS_COLOUR), ("eager", _STYLES["eager"])):
         mine = [(x, y) for n, x, y in points if n == name]
         if mine:
             plot.scatter(*zip(*mine, strict=True), s=16, color=colour, label=name)
@@ -389,12 +405,14 @@ def _draw_roofline(run: Run, entries: list[Entry], path: Path) -> None:
     _finish(figure, run, path)
 
 
-def _draw_latency(run: Run, requests: list[Entry], path: Path) -> None:
+def _draw_latency(run: Run, group: str, panels: list[list[Entry]], path: Path) -> None:
     """Draw percentiles against K, a panel for each set of the other axes."""
-    panels = _by_other_axes(requests, "K")
     figure, axes = new_figure(len(panels), width=7.0 if len(panels) == 1 else 5.0)
-    names = [OURS, *_others(requests)]
-    colours = {OURS: "#228833"} | _colours(names[1:])
+    names = [OURS, *_others(list(itertools.chain(*panels)))]
+    colours = {OURS: _OURS_COLOUR} | _colours(names[1:])
+    differing = {
+        name for name in panels[0][0].axes if len({some[0].axes.get(name) for some in panels}) > 1
+    } - {"K"}
     for plot, entries in zip(axes, panels, strict=True):
         for name in names:
             known = [e for e in entries if name in e.of_everyone("percentiles")]
@@ -409,14 +427,15 @@ def _draw_latency(run: Run, requests: list[Entry], path: Path) -> None:
         plot.set_ylabel("ms a request")
         plot.set_yscale("log")
         plot.set_xticks(sorted({entry.axes.get("K", 0) for entry in entries}))
-        plot.set_title(", ".join(["Latency of one request", *_dtype_of(entries)]))
+        own = entries[0].axes
+        plot.set_title(", ".join([group, *(f"{n} = {own[n]}" for n in own if n in differing)]))
         plot.grid(alpha=0.3)
     _legend_above(axes[len(axes) // 2], len(names), figure)
     _finish(figure, run, path)
 
 
-def _dtype_of(entries: list[Entry]) -> list[str]:
-    return [str(entries[0].axes["dtype"])] if "dtype" in entries[0].axes else []
+def _dtype_of(entry: Entry) -> list[str]:
+    return [str(entry.axes["dtype"])] if "dtype" in entry.axes else []
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -89,6 +89,17 @@ def test_tables(file):
     assert "share of copy bandwidth" not in text
 
 
+def test_sizes_are_no_multiples_of_next_to_nothing(tmp_path):
+    path = tmp_path / "sizes.json"
+    saved = {"": 8, "eager": 33_000_000}
+    first, second = RUN["benchmarks"][:2]
+    info = first["extra_info"] | {"saved bytes": saved, "peak bytes": {"": 0, "eager": 5e6}}
+    path.write_text(json.dumps(RUN | {"benchmarks": [first | {"extra_info": info}, second]}))
+    text = report(read_run(path))
+    assert cells(text, "small")[1:] == [["small", "8 B", "33 MB"]]
+    assert "Peak memory" not in text  # nobody's is a multiple of nothing
+
+
 def test_percentiles_are_sorted_by_k_and_compared_with_the_first(file):
     text = report(read_run(file)).split("Percentiles:")[1]
     rows = cells(text, "K = 0") + cells(text, "K = 5")
@@ -117,7 +128,7 @@ def test_each_precision_is_compared_with_its_own_first_row(tmp_path):
     assert shares == ["+0%", "+500%", "+500%"]
     assert [row[-1] for row in cells(text, "0, bf16")[1:]] == ["+0%"]
     bench_report.main([str(path), "--plots", str(tmp_path)])
-    pixels = matplotlib.image.imread(tmp_path / "gpu-latency.png")
+    pixels = matplotlib.image.imread(tmp_path / "gpu-latency-one-request.png")
     assert pixels.shape[1] == 2 * 5 * 120  # a panel a precision
 
 
@@ -140,7 +151,7 @@ def test_the_command_prints_tables_and_draws_plots(file, tmp_path, capsys):
         "some-run-speed-up-reasoning.png",
         "some-run-speed-up-one-request.png",
         "some-run-roofline.png",
-        "some-run-latency.png",
+        "some-run-latency-one-request.png",
     }
     for name in names:
         assert str(tmp_path / "plots" / name) in text
