@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from lcr_fast.data.prepared import PreparedData
 from lcr_fast.model import LCRSER
 from lcr_fast.storage import load_tensors
 from lcr_fast.training import trainer as module
@@ -62,6 +63,43 @@ def test_every_user_needs_enough_unseen_items(prepared):
     with pytest.raises(ValueError, match=f"rl_negatives must be at most {left} for this data"):
         module.check_trainable(prepared, CONFIG.replace(rl_negatives=left + 1), OBJECTIVES)
     module.check_trainable(prepared, CONFIG.replace(rl_negatives=left + 1), ["supervised"])
+
+
+def test_no_epoch_is_chosen_blindly(prepared):
+    arrays = {
+        name: array[:0] if name.startswith("valid_") else array
+        for name, array in prepared.arrays.items()
+    }
+    blind = PreparedData(arrays, prepared.manifest)
+    assert len(blind.split("train"))
+    with pytest.raises(ValueError, match="the data has no validation samples, by which the best"):
+        module.check_trainable(blind, CONFIG, ["supervised"])
+
+
+@pytest.mark.parametrize("objective", ["grpo", "noisy"])
+@pytest.mark.parametrize(
+    ("noise_scale", "model", "said"),
+    [
+        (0.5, {"readout": 0.0}, "reads h^(0) alone"),
+        (0.5, {"readout": 0.25}, None),
+        (0.5, {"readout": 0.0, "steps": 0}, None),  # whose h^(K) is h^(0) with noise
+        (0.0, {}, "noise_scale 0"),
+    ],
+)
+def test_phase_2_says_where_no_trajectory_can_differ(
+    prepared, make_model, tmp_path, caplog, objective, noise_scale, model, said
+):
+    model = make_model(prepared, **model)
+    config = CONFIG.replace(noise_scale=noise_scale)
+    trainer = module.Trainer(model, prepared, config, objective, tmp_path)
+    warned = [record.message for record in caplog.records]
+    assert len(warned) == (said is not None)
+    assert said is None or said in warned[0]
+    batch = trainer.objective.batch(np.arange(8), np.random.default_rng(0))
+    with torch.no_grad():
+        inputs = trainer.objective.inputs(model, batch)
+        scores = trainer.objective.scores(model, batch, inputs, 0)
+    assert torch.equal(scores[:, 0], scores[:, 1]) == (said is not None)
 
 
 @pytest.mark.parametrize("negatives", ["popularity", "uniform", "in_batch"])
@@ -194,8 +232,17 @@ def test_the_alarm_tells_a_target_that_sinks(prepared, make_model, tmp_path, cap
 
 
 @pytest.mark.parametrize(
-    ("logs", "n"), [({"target_cosine": 0.1}, 0), ({}, 0), ({"target_cosine": -0.1}, 1)]
+    ("logs", "n"),
+    [
+        ({"target_cosine": 0.1, "signal": 0.5}, 0),
+        ({"signal": 0.0}, 0),
+        ({"target_cosine": -0.1, "signal": 0.5}, 1),
+        ({"target_cosine": -0.1, "signal": 0.002}, 0),  # of one user now and then
+    ],
 )
-def test_warn_if_sinking(caplog, logs, n):
-    warn_if_sinking(logs)
+@pytest.mark.parametrize("action", ["top1", "target"])
+def test_warn_if_sinking(caplog, logs, n, action):
+    warn_if_sinking(logs, action)
     assert len(caplog.records) == n
+    if n:  # what is set already is no advice
+        assert ("action=top1" in caplog.records[0].message) == (action != "top1")

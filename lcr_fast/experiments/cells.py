@@ -119,6 +119,7 @@ def _numbers(result: dict[str, Any]) -> Numbers:
     for name in SIGNAL:  # of the epochs that log it
         logged = [record[name] for record in result["history"] if name in record]
         numbers[name] = sum(logged) / len(logged) if logged else math.nan
+    numbers["readout"] = result["readout"]
     scores = validation_scores(result)
     numbers["kept"] = float(max(scores) > scores[0])  # validation kept an epoch, not the start
     return numbers | {"seconds": result["seconds"]}

@@ -210,7 +210,7 @@ class Job:
             result = load_json(folder / EVALUATION, EVALUATION_KIND)
             if not self.any_data and result["of"]["data"] != of["data"]:
                 raise ValueError(f"{folder / EVALUATION}: cannot resume, {OTHER_DATA}")
-            complete = result.keys() >= set(measures) and result["last"].keys() >= last
+            complete = result.keys() >= {"readout", *measures} and result["last"].keys() >= last
             if complete and result["of"] == _plain(of) | {"data": result["of"]["data"]}:
                 self.report("  already evaluated")
                 return result | {"ranks": Ranks.load(folder / RANKS)}
@@ -235,6 +235,7 @@ class Job:
             "title": title,
             "seconds": trainer.progress.seconds,
             "history": trainer.progress.history,
+            "readout": network.config.readout,
             "rows": ranks.rows(),
             **{name: _MEASURES[name](network, self) for name in measures},
             "last": measured_last,

@@ -86,7 +86,7 @@ def run_rl_study(
             for value in values:
                 for variant in ("rl", "control"):
                     cells.train(seed, variant, {name: value})
-    parts, rows = [], []
+    parts, rows = [_readouts(cells)], []
     for name, values in axes:
         parts.append(f"### {name}\n\n{_axis_table(cells, name, values)}")
         rows += _axis_rows(cells, name, values)
@@ -112,6 +112,16 @@ of the softmax over the 1 + {n_negatives} candidates, in nats. coverage: share o
 stand in at least one user's top 10 of the catalogue; tail: share of the places in these lists that
 the 80 % least popular items take. chosen: NDCG@5 of the weights that validation chose; kept: in how
 many seeds these were not the start."""
+
+
+def _readouts(cells: Cells) -> str:
+    """Say what share of h^(K) the models that phase 2 starts from read."""
+    shares = (f"{numbers['readout']:g}" for numbers in cells.numbers("tcl", {}))
+    return (
+        f"Share of h^(K) that validation chose to be read after phase 1, by seed: "
+        f"{', '.join(shares)}. Where it is 0, h^(0) is read, which has no noise, and all "
+        "trajectories of a user are alike."
+    )
 
 
 def _with_default(values: tuple[Any, ...], default: Any) -> tuple[Any, ...]:

@@ -293,22 +293,21 @@ def validation_score(
 ) -> float:
     """Mean of a metric over the target and its stored negatives, the number that selects models.
 
-    ``metric`` as in :func:`~lcr_fast.training.ranks.weighted_metric`.
+    ``metric`` as in :func:`~lcr_fast.training.ranks.weighted_metric`. There must be a sample.
     """
     model.eval()
     device = model.head.target_weight.device
     ranks = rank_targets(model_scorer(model), batcher, "sampled", device=device, backend=backend)
-    return float(weighted_metric(ranks, metric).mean()) if len(ranks) else 0.0
+    return float(weighted_metric(ranks, metric).mean())
 
 
 def chance_level(batcher: Batcher, metric: str = "ndcg@5") -> float:
     """Give the validation score that a scorer without knowledge exceeds once in a thousand times.
 
     Such a scorer puts the target at every rank alike: the metric's mean, and 3 standard errors.
-    Raises ValueError where the data has no negatives to rank a target among.
+    Raises ValueError where the data has no negatives to rank a target among. There must be a
+    sample.
     """
     n = len(batcher)
-    if not n:
-        return 0.0
     gains = weighted_metric(np.arange(1, _stored(batcher.samples).shape[1] + 2), metric)
     return float(gains.mean() + 3 * gains.std() / np.sqrt(n))

@@ -31,6 +31,7 @@ from lcr_fast.training.rows import flat
 
 _LOG = logging.getLogger("lcr_fast")
 _ALARM_EVERY = 10  # updates between two comparisons of gradients
+_LEAST_SIGNAL = 0.01  # share of users with an advantage below which gradients are chance
 _MOST_DRAWS = 8  # batches of users drawn for one whose trajectories earn differently
 
 
@@ -126,6 +127,10 @@ class Objective:
             return "several processes train, which wait for each other"
         if config.tables == "rows":
             return "with tables=rows the host reads which rows a batch touches"
+        return None
+
+    def idle(self) -> str | None:
+        """Say why there is nothing that this objective could learn from, or None."""
         return None
 
     def must_look(self) -> bool:
@@ -288,6 +293,16 @@ class _Trajectories(Objective):
     """What phase 2 and its control share: fresh candidates, frozen parts, noisy trajectories."""
 
     phase = 2
+
+    def idle(self) -> str | None:
+        if self.config.noise_scale == 0:
+            return "with noise_scale 0 the trajectories of a user are all alike"
+        if self.model.config.steps and self.model.config.readout == 0:
+            return (
+                "the model reads h^(0) alone (readout 0), which has no noise, so the trajectories "
+                "of a user are all alike"
+            )
+        return None
 
     @property
     def schedule(self) -> Schedule:
@@ -518,12 +533,16 @@ OBJECTIVES: dict[str, type[Objective]] = {
 }
 
 
-def warn_if_sinking(logs: dict[str, float]) -> None:
-    """Warn while the policy gradient, on average, lowers the target's probability."""
+def warn_if_sinking(logs: dict[str, float], action: str) -> None:
+    """Warn while the policy gradient, on average, lowers the target's probability.
+
+    ``logs`` are an epoch's means. Of next to no users with an advantage the mean says nothing.
+    """
     cosine = logs.get("target_cosine")
-    if cosine is not None and cosine < 0:
+    if cosine is not None and cosine < 0 and logs["signal"] >= _LEAST_SIGNAL:
         _LOG.warning(
             "the policy gradient lowers the target's probability: its cosine with the gradient of "
-            "mean log p(target) is %.3f; consider action=top1 or a larger kl_weight",
+            "mean log p(target) is %.3f; consider %sa larger kl_weight",
             cosine,
+            "" if action == "top1" else "action=top1 or ",
         )

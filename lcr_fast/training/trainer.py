@@ -66,6 +66,11 @@ def check_trainable(data: PreparedData, config: TrainConfig, objectives: Iterabl
     objectives, samples = list(objectives), data.split("train")
     if not len(samples):
         raise ValueError("the data has no training samples")
+    if not len(data.split("valid")):
+        raise ValueError(
+            "the data has no validation samples, by which the best epoch is chosen: prepare it from "
+            "users with three targets or more, or with --split time"
+        )
     chance_level(make_batcher(data, "valid", None), config.valid_metric)
     phases = {phase_of(name) for name in objectives}
     left, user = _fewest_unseen(data)
@@ -198,6 +203,8 @@ class Trainer:
         else:
             self.objective = Distilled(model, self.batcher, config, teacher)
         self.schedule = self.objective.schedule
+        if (reason := self.objective.idle()) is not None:
+            _LOG.warning("%s: %s", objective, reason)
         self._device = model.head.target_weight.device
         self._graph = self._chosen_graph(graph)
         self._captured: CapturedStep | None = None
@@ -330,7 +337,7 @@ class Trainer:
         progress.step = 0
         means = {name: total / count for name, (total, count) in progress.sums.items()}
         progress.sums = {}
-        warn_if_sinking(means)
+        warn_if_sinking(means, self.config.action)
         self._validate(means)
 
     def _decay(self, done: float) -> None:
