@@ -2,19 +2,30 @@
 
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
 
 from command_line import read_csv, run
+from conftest import _WORLD as WORLD
+from lcr_fast.data import synthetic
+from lcr_fast.data.build import prepare
 from lcr_fast.data.prepared import PreparedData
 from lcr_fast.experiments import depth, latency, strata
 from lcr_fast.model import LCRSER
 from lcr_fast.training import adaptive
 from lcr_fast.training.diversity import tail_items
 from lcr_fast.training.models import load_model
-from lcr_fast.training.ranks import Ranks, across_seeds, bootstrap, weighted_metric
+from lcr_fast.training.ranks import (
+    Ranks,
+    across_seeds,
+    bootstrap,
+    samples_digest,
+    weighted_metric,
+)
 from lcr_fast.training.trainer import Trainer
 
 pytestmark = pytest.mark.full
@@ -164,25 +175,48 @@ def test_strata_part_the_users(prepared, make_model):
         assert (truth[max(begin, end - 4) : end] == 0).mean() > 2 / 3
 
 
-def test_strata_of_finished_runs_pool_their_users(study, prepared_folder, tmp_path):
-    seed = study / "seed-0"
-    run_folder = tmp_path / "run"
+def finished_run(study, folder: Path) -> Path:
     for name, cell in (("base", "base"), ("lcr", "k1")):
-        shutil.copytree(seed / cell, run_folder / name)
+        shutil.copytree(study / "seed-0" / cell, folder / name)
+    return folder
+
+
+def test_strata_of_finished_runs_count_a_user_once(study, prepared_folder, tmp_path):
+    """Twice the same run is no evidence: the interval stays as wide as that of one."""
+    runs = [finished_run(study, tmp_path / name) for name in ("one", "again")]
+    rows = []
+    for some in (runs, runs[:1]):
+        out = tmp_path / f"out-{len(some)}"
+        text = run("study", "strata", "--runs", *some, "--data", prepared_folder, "--out", out)
+        assert (out / "results.md").read_text() in text
+        rows.append(read_csv(out / "strata.csv")[0])
+    less = gains(study, "k1", (0,)) - gains(study, "base", (0,))
+    assert [int(row["n"]) for row in rows] == [less.size] * 2
+    for field in ("less_base", "less_base_low", "less_base_high"):
+        assert float(rows[0][field]) == pytest.approx(float(rows[1][field]))
+    assert float(rows[0]["less_base"]) == pytest.approx(less.mean())
+    shutil.rmtree(runs[0] / "lcr")
+    with pytest.raises(SystemExit):
+        run("study", "strata", "--runs", runs[0], "--data", prepared_folder)
+
+
+def test_strata_of_finished_runs_pool_users_of_different_data(study, prepared, tmp_path):
+    runs = [finished_run(study, tmp_path / name) for name in ("one", "other")]
+    for seed, folder in enumerate(runs):
+        data = prepare(synthetic.generate(WORLD), folder / "data", seed=seed)  # other negatives
+        for name in ("base", "lcr"):
+            ranks = Ranks.load(folder / name / "ranks.safetensors")
+            replace(ranks, samples=samples_digest(data, "test")).save(
+                folder / name / "ranks.safetensors"
+            )
     out = tmp_path / "out"
-    text = run(
-        "study", "strata", "--runs", run_folder, run_folder, "--data", prepared_folder, "--out", out
-    )
-    assert (out / "results.md").read_text() in text
+    run("study", "strata", "--runs", *runs, "--out", out, "--any-data")
     row = read_csv(out / "strata.csv")[0]
     less = gains(study, "k1", (0,)) - gains(study, "base", (0,))
     assert int(row["n"]) == 2 * less.size
     assert row["less_base_seeds_low"] == "nan"  # other data is no other seed
     assert float(row["less_base"]) == pytest.approx(less.mean())
     assert "seeds" not in (out / "results.md").read_text()
-    shutil.rmtree(run_folder / "lcr")
-    with pytest.raises(SystemExit):
-        run("study", "strata", "--runs", run_folder, "--data", prepared_folder)
 
 
 @pytest.mark.full

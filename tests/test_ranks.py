@@ -1,6 +1,7 @@
 """Metrics of ranks, their intervals, what a file of ranks holds, and paired differences."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -159,7 +160,7 @@ def test_a_difference_is_paired_user_by_user():
         )
         found = Interval(*(row[key] for key in Interval._fields))
         assert found == pytest.approx(bootstrap(mine - theirs), nan_ok=True)
-        assert row["seeds"] == 1
+        assert row["seeds"] == (row["n"] > 0)
         assert math.isnan(row["seeds_low"])
     better = rows["sampled", "all", "mrr"]
     assert 0 < better["low"] < better["mean"] < better["high"]
@@ -203,6 +204,16 @@ def test_seeds_of_other_samples_are_resampled_on_their_own():
     assert (four["n"], one["n"]) == (800, 200)
     assert four["mean"] == pytest.approx(one["mean"])
     assert 0.4 < (four["high"] - four["low"]) / (one["high"] - one["low"]) < 0.6
+
+
+def test_a_seed_without_users_of_a_kind_has_no_say_in_it():
+    pairs = [(make_ranks(0, samples=s), make_ranks(1, samples=s)) for s in ("here", "there")]
+    none = np.zeros(200, dtype=bool)
+    pairs[1] = tuple(replace(ranks, groups={**ranks.groups, "all": none}) for ranks in pairs[1])
+    key = "sampled", "all", "mrr"
+    both, one = (by_key(differences(some))[key] for some in (pairs, pairs[:1]))
+    assert one["n"] == 200
+    assert both == pytest.approx(one, nan_ok=True)
 
 
 def test_other_samples_are_not_compared():

@@ -160,11 +160,13 @@ def _strata_part(
 def run_strata_of_runs(
     runs: Sequence[Path], out: Path, data: PreparedData | None = None, *, any_data: bool = False
 ) -> str:
-    """Say who gains in finished runs of ``lcr-fast train``, a seed each, whose users are pooled.
+    """Say who gains in finished runs of ``lcr-fast train``, a seed each.
 
     Base is compared to the others of the ablation that all runs have. ``data`` is that of the runs;
-    by default each has its own beside it. Strata are those of a run's Base model. Raises ValueError
-    where a run has no Base, or nothing to compare it to.
+    by default each has its own beside it. Users of different data are pooled; a user of several
+    runs on the same data counts once, with the mean over these. Strata are those of the Base model
+    of the first run on a user's data. Raises ValueError where a run has no Base, or nothing to
+    compare it to.
     """
     names = [
         name
@@ -173,27 +175,39 @@ def run_strata_of_runs(
     ]
     if names[:1] != [BASE] or len(names) < 2:
         raise ValueError("every run must hold Base and one other model of the ablation")
-    parts: list[tuple[dict[str, NDArray], dict[str, NDArray]]] = []
+    strata_of: dict[str, dict[str, NDArray]] = {}  # by the samples that runs share
+    measured: dict[str, list[NDArray]] = {}  # a run's [models, n]
     for run in runs:
         mine = data or PreparedData.open(run / "data")
-        model = load_model(run / BASE / MODEL, mine, "cpu", any_data=any_data)
         ranks = {name: Ranks.load(run / name / RANKS) for name in names}
-        if any(r.samples != samples_digest(mine, "test") for r in ranks.values()):
+        samples = samples_digest(mine, "test")
+        if any(r.samples != samples for r in ranks.values()):
             raise ValueError(f"{run}: its ranks are of other samples")
-        gains = {
-            name: weighted_metric(r.by_protocol["sampled"], METRIC) for name, r in ranks.items()
+        if samples not in strata_of:
+            model = load_model(run / BASE / MODEL, mine, "cpu", any_data=any_data)
+            strata_of[samples] = user_strata(model, mine)
+        gains = [weighted_metric(r.by_protocol["sampled"], METRIC) for r in ranks.values()]
+        measured.setdefault(samples, []).append(np.stack(gains))
+    if len(measured) == 1:
+        ((samples, found),) = measured.items()
+        by_model, strata = np.stack(found, 1), strata_of[samples]  # [models, seeds, n]
+    else:
+        # Users of different data are no seeds of the same users: one row of all.
+        by_model = np.concatenate([np.mean(found, 0) for found in measured.values()], 1)[:, None]
+        strata = {
+            name: np.concatenate(
+                [
+                    of.get(name, np.zeros(of["all: all"].shape, dtype=bool))
+                    for of in strata_of.values()
+                ]
+            )
+            for name in dict.fromkeys(itertools.chain(*strata_of.values()))
         }
-        parts.append((user_strata(model, mine), gains))
-    # Users of different data are no seeds of the same users: one row of all.
-    gains = {name: np.concatenate([part[1][name] for part in parts])[None] for name in names}
-    none = {run: np.zeros(len(part[1][BASE]), dtype=bool) for run, part in enumerate(parts)}
-    strata = {
-        name: np.concatenate([part[0].get(name, none[run]) for run, part in enumerate(parts)])
-        for name in dict.fromkeys(name for part in parts for name in part[0])
-    }
+    all_gains = dict(zip(names, by_model, strict=True))
     titles = {name: VARIANTS[name].title for name in names[1:]}
-    table = _strata_part(strata, gains.pop(BASE), gains, titles, out)
-    head = f"Who gains: test NDCG@5 of {len(runs)} run{'s' * (len(runs) > 1)}, users pooled, "
+    table = _strata_part(strata, all_gains.pop(BASE), all_gains, titles, out)
+    head = f"Who gains: test NDCG@5 of {len(runs)} run{'s' * (len(runs) > 1)}, "
+    head += "users pooled, " if len(measured) == len(runs) else "each user once, "
     return write_tables(out, [head + "[95 % bootstrap interval over users].", table])
 
 

@@ -267,25 +267,28 @@ def _difference_columns(
 
 
 def _differences(pairs: Sequence[tuple[Ranks, Ranks]], columns: list[NDArray]) -> list[Difference]:
-    of_samples: dict[str, list[NDArray]] = {}
-    for (first, _), values in zip(pairs, columns, strict=True):
-        of_samples.setdefault(first.samples, []).append(values)
+    """Give every column [n, M] of all pairs its difference; a pair without users has no say."""
     n_metrics = columns[0].shape[1]
+    there = [(first, v) for (first, _), v in zip(pairs, columns, strict=True) if len(v)]
+    if not there:
+        return [Difference(*[math.nan] * 3, 0, math.nan, math.nan, 0)] * n_metrics
+    of_samples: dict[str, list[NDArray]] = {}
+    for first, values in there:
+        of_samples.setdefault(first.samples, []).append(values)
     means = np.zeros((_DRAWS, n_metrics))
     n = 0
     for seed, group in enumerate(of_samples.values()):
         values = np.mean(group, 0)
-        means += len(group) / len(pairs) * _bootstrap_means(values, seed=seed)
+        means += len(group) / len(there) * _bootstrap_means(values, seed=seed)
         n += len(values)
     low, high = np.quantile(means, [0.025, 0.975], axis=0)
     found = []
     for column in range(n_metrics):
-        seeds = [float(v[:, column].mean()) if len(v) else math.nan for v in columns]
-        spread = across_seeds(seeds)
+        spread = across_seeds(float(values[:, column].mean()) for _, values in there)
         found.append(
             Difference(
                 spread.mean, float(low[column]), float(high[column]), n, spread.low, spread.high,
-                len(pairs),
+                spread.n,
             )
         )  # fmt: skip
     return found

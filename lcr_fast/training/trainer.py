@@ -68,8 +68,8 @@ def check_trainable(data: PreparedData, config: TrainConfig, objectives: Iterabl
         raise ValueError("the data has no training samples")
     if not len(data.split("valid")):
         raise ValueError(
-            "the data has no validation samples, by which the best epoch is chosen: prepare it from "
-            "users with three targets or more, or with --split time"
+            "the data has no validation samples, by which the best epoch is chosen: prepare it "
+            "from users with three targets or more, or with --split time"
         )
     chance_level(make_batcher(data, "valid", None), config.valid_metric)
     phases = {phase_of(name) for name in objectives}
