@@ -8,9 +8,9 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+from conftest import _WORLD as WORLD
 
 from command_line import read_csv, run
-from conftest import _WORLD as WORLD
 from lcr_fast.data import synthetic
 from lcr_fast.data.build import prepare
 from lcr_fast.data.prepared import PreparedData

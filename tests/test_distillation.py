@@ -30,7 +30,7 @@ def teacher(prepared, make_model) -> LCRSER:
 @pytest.mark.parametrize("changes", [{}, {"share_steps": False, "step_embedding": True}], ids=str)
 @pytest.mark.parametrize("steps", [0, 1, 2])
 def test_a_student_is_its_teacher_after_fewer_steps(prepared, make_model, steps, changes):
-    teacher = make_model(prepared, **changes).eval()
+    teacher = make_model(prepared, readout=0.5, **changes).eval()  # a student reads h^(K) alone
     with torch.no_grad():
         for parameter in teacher.reasoning.parameters():
             parameter += 0.1 * torch.randn_like(parameter)

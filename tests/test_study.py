@@ -96,9 +96,11 @@ def test_phase_2_fields_are_fields_of_the_config():
     assert told == set(PHASE_2)
 
 
-def test_diversity_counts_lists_one_by_one(prepared, make_model, monkeypatch):
+@pytest.mark.parametrize("all_items", [False, True])
+def test_diversity_counts_lists_one_by_one(prepared, make_model, monkeypatch, all_items):
     model = make_model(prepared).eval()
-    found = list_diversity(model, prepared, k=3)
+    k = prepared.n_items if all_items else 3  # more than a user has not seen, or fewer
+    found = list_diversity(model, prepared, k=k)
     samples = prepared.split("test")
     batcher = evaluation.make_batcher(prepared, "test", model)
     entropies, lists = [], []
@@ -110,8 +112,8 @@ def test_diversity_counts_lists_one_by_one(prepared, make_model, monkeypatch):
         entropies.append(-sum(x * math.log(x) for x in p))
         seen = evaluation.padded_seen(prepared, samples.users[rows], samples.times[rows])
         batch = batcher.gather(rows, np.zeros((1, 0), dtype=int), np.array([-1]))
-        items, _ = model.recommend(batch, 3, exclude=torch.from_numpy(seen))
-        lists += items[0].tolist()
+        items, _ = model.recommend(batch, k, exclude=torch.from_numpy(seen))
+        lists += [item for item in items[0].tolist() if item]
     assert found.entropy == pytest.approx(sum(entropies) / len(entropies), rel=1e-5)
     assert found.coverage == len(set(lists)) / prepared.n_items
     tail = tail_items(prepared)
@@ -120,7 +122,7 @@ def test_diversity_counts_lists_one_by_one(prepared, make_model, monkeypatch):
     assert found.n == len(samples)
     # A large catalogue: lists for a part of the users only.
     monkeypatch.setattr("lcr_fast.training.diversity._LIST_PAIRS", 5 * prepared.n_items)
-    part = list_diversity(model, prepared, k=3)
+    part = list_diversity(model, prepared, k=k)
     assert part.n == 5
     assert part.entropy == found.entropy
 

@@ -64,7 +64,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"lcr-fast {arguments.command}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print("\nstopped; --resume continues from the last checkpoint", file=sys.stderr)
+        # Some parsers have no such option.
+        more = "; --resume continues from the last checkpoint" if "resume" in arguments else ""
+        print(f"\nstopped{more}", file=sys.stderr)
         raise SystemExit(130) from None
 
 

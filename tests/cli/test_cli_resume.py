@@ -50,6 +50,17 @@ def test_a_stopped_job_resumes_to_the_same_numbers(job, tmp_path, monkeypatch, c
     assert mine.read_bytes() == theirs.read_bytes()
 
 
+def test_only_what_can_be_resumed_is_said_to(job, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lcr_fast.data.prepared.PreparedData.open", stop)
+    with pytest.raises(SystemExit) as end:
+        run("inspect", job / "data")
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "\nstopped\n"
+
+
 def test_a_full_disk_ends_in_one_line_and_resumes(capsys, job, second, tmp_path):
     """A limit on the size of files fails as a full disk does, here at the first model."""
     argv = ["--data", job / "data", "--out", tmp_path / "run", *TINY, "--seed", "1"]

@@ -7,6 +7,7 @@ import pytest
 
 from lcr_fast.data.build import prepare
 from lcr_fast.data.pairs import training_pairs
+from lcr_fast.data.prepared import PreparedData
 from lcr_fast.data.synthetic import World, generate
 
 
@@ -36,7 +37,16 @@ def slow_pairs(data):
 @pytest.fixture(scope="module", params=["synthetic", "shop"])
 def data(request, shop, tmp_path_factory):
     log = shop if request.param == "shop" else generate(World(n_users=30))
-    return prepare(log, tmp_path_factory.mktemp("pairs") / "data", n_negatives=2)
+    out = tmp_path_factory.mktemp("pairs") / "data"
+    data = prepare(log, out, n_negatives=2)
+    # A click at the very time of a held-out target.
+    user = int(data.split("valid").users[0])
+    search = int(data.search_offsets[user])
+    click = int(data.click_offsets[search + 1]) - 1
+    times = np.array(data.click_times)
+    assert data.click_offsets[search] <= click
+    times[click] = data.train_end[user]
+    return PreparedData({**data.arrays, "click_times": times}, data.manifest)
 
 
 def test_pairs_match_a_loop_over_users(data):
