@@ -1,5 +1,6 @@
 """The documents name files that exist, link to pages that exist, and give commands that parse."""
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -7,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from lcr_fast import cli
+from lcr_fast.cli.jobs import SYNTHETIC_DEFAULTS
+from lcr_fast.cli.study import STUDY_DEFAULTS
+from lcr_fast.config import LCRConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -25,6 +29,25 @@ def test_files(page):
     for path in found:
         if not path.startswith("runs/"):
             assert any(any(root.glob(path)) for root in (ROOT, ROOT / "csrc")), path
+
+
+@pytest.mark.parametrize("config", [LCRConfig, TrainConfig])
+def test_every_switch_is_named(config):
+    page = (ROOT / "docs" / "switches.md").read_text(encoding="utf-8")
+    assert [f.name for f in dataclasses.fields(config) if f"`{f.name}`" not in page] == []
+
+
+def test_defaults_by_command():
+    page = (ROOT / "docs" / "switches.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| (`\w+`.*) \| (.*) \| (.*) \|$", page.split("## Defaults by")[1], re.M)
+    told: tuple[dict[str, str], ...] = ({}, {})
+    for names, *columns in lines:
+        for of_command, values in zip(told, columns, strict=True):
+            same = columns[0] if values == "the same" else values
+            of_command |= zip(re.findall(r"\w+", names), same.replace(", ", " ").split(), strict=True)
+    for of_command, defaults in zip(told, (SYNTHETIC_DEFAULTS, STUDY_DEFAULTS), strict=True):
+        expected = {**defaults["model"], **defaults["train"]}
+        assert of_command == {name: f"{value:,}" for name, value in expected.items()}
 
 
 def commands() -> list[str]:
