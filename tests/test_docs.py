@@ -44,7 +44,9 @@ def test_defaults_by_command():
     for names, *columns in lines:
         for of_command, values in zip(told, columns, strict=True):
             same = columns[0] if values == "the same" else values
-            of_command |= zip(re.findall(r"\w+", names), same.replace(", ", " ").split(), strict=True)
+            of_command |= zip(
+                re.findall(r"\w+", names), same.replace(", ", " ").split(), strict=True
+            )
     for of_command, defaults in zip(told, (SYNTHETIC_DEFAULTS, STUDY_DEFAULTS), strict=True):
         expected = {**defaults["model"], **defaults["train"]}
         assert of_command == {name: f"{value:,}" for name, value in expected.items()}

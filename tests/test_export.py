@@ -87,8 +87,9 @@ def test_a_program_gives_the_models_bits_for_every_size(backend, tmp_path):
     ids=str,
 )
 def test_programs_of_other_configs(changes, tmp_path):
-    model = make(**{"backend": "cpp", **changes})
-    scorer = export.program(model).module()
+    model, path = make(**{"backend": "cpp", **changes}), tmp_path / "program.pt2"
+    export.save(model, path)
+    scorer = export.load(path)
     full = [b for b in batches(model.config) if b.rec_items.shape[1] == model.config.max_rec_len]
     with torch.no_grad():
         for batch in full:

@@ -239,6 +239,32 @@ def test_what_was_taken_is_answered_before_the_end(engine):
         httpx.get(f"{url}/health")
 
 
+def test_what_would_take_too_long_is_turned_away_in_the_end(engine, monkeypatch):
+    monkeypatch.setattr("lcr_fast.serving.app._GRACE", 1)
+    slow = SlowEngine(engine, 0.7)
+    user, items = ids(engine, 1, 2)
+    with ThreadPoolExecutor(5) as pool:
+        with served(create_app(slow, max_batch=1)) as url:
+
+            def ask(_):
+                return httpx.post(f"{url}/score", json={"user": user, "items": items}, timeout=30)
+
+            answers = [pool.submit(ask, i) for i in range(5)]
+            assert slow.started.wait(5)
+        answers = [answer.result() for answer in answers]
+    assert {answer.status_code for answer in answers} == {200, 503}
+    for answer in answers:
+        if answer.status_code == 503:
+            assert answer.json() == {"error": "the service stops"}
+            assert answer.headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize("port", [-1, 2**16])
+def test_a_port_is_one(engine, port):
+    with pytest.raises(ValueError, match=f"port must be within 0..65535, got {port}"):
+        make_server(create_app(engine), port=port, say=print)
+
+
 def test_a_full_queue_says_so(engine):
     slow = SlowEngine(engine, 0.3)
     user, items = ids(engine, 1, 2)

@@ -105,6 +105,8 @@ def accumulator(x: Tensor) -> torch.dtype:
 
 def unpack(weights, dtype: torch.dtype):
     """Split packed weights: entry [i][x] holds layer or step i of stream x, without those axes."""
+    if not weights[0].shape[0]:  # an exported program that takes nothing apart cannot be read back
+        return []
     first_axis = [w.to(dtype).unbind(0) for w in weights]
     slices = [[w.unbind(0) for w in layer] for layer in zip(*first_axis, strict=True)]
     return [[type(weights)(*(w[x] for w in layer)) for x in (SEARCH, REC)] for layer in slices]

@@ -11,6 +11,7 @@ queue is full or the service is about to stop. Nobody is asked who they are: it 
 loopback interface unless told otherwise, and belongs behind a proxy that does.
 """
 
+import asyncio
 import contextlib
 import logging
 import time
@@ -42,7 +43,7 @@ except ImportError as error:
     ) from None
 
 _LOG = logging.getLogger("lcr_fast")
-_GRACE = 10  # seconds that a stopping service waits for its clients
+_GRACE = 30  # seconds that a stopping service computes what it took; the rest is turned away
 
 
 class _Service:
@@ -108,6 +109,8 @@ class _Service:
                 response = _error(503, "too many requests at once", {"Retry-After": "1"})
             except ClientDisconnect:
                 response = Response(status_code=400)  # nobody reads it
+            except asyncio.CancelledError:  # the server does so when the time to stop is over
+                response = _error(503, "the service stops", {"Retry-After": "1"})
             except Exception:
                 _LOG.exception("%s failed", path)
                 response = _error(500, "the request could not be computed; the log says why")
@@ -184,9 +187,12 @@ def make_server(
 ) -> uvicorn.Server:
     """Make a server for the application: ``run()`` serves until SIGINT or SIGTERM.
 
-    Then it takes no more connections, answers what it took and returns. ``say`` is told where it
-    listens.
+    Then it takes no more connections, answers what it took and returns: with 503 what it has not
+    computed within half a minute. ``say`` is told where it listens. Raises ValueError for a port
+    that is none.
     """
+    if not 0 <= port < 2**16:
+        raise ValueError(f"port must be within 0..{2**16 - 1}, got {port}")
     config = uvicorn.Config(
         app, host=host, port=port, log_level="warning", access_log=False, server_header=False,
         lifespan="on", http="h11", ws="none", loop="asyncio", limit_concurrency=4096,
