@@ -87,8 +87,9 @@ def program(model: LCRSER, *, k: int | None = None) -> ExportedProgram:
 
     With ``k`` it is ``model.recommend(batch, k, exclude)``, ``exclude`` int64 [B, X]. What is
     dynamic, from 0 on: B, C and X, the terms of a query; up to the config's limits the events of
-    either history and the clicks of a search, but where a limit is 1 exactly 1. Ids and lengths are not checked as the model checks
-    them: on the reference an id out of range is an IndexError and a length is not seen.
+    either history and the clicks of a search, but where a limit is 1 exactly 1. Ids and lengths are
+    not checked as the model checks them: on the reference an id out of range is an IndexError and a
+    length is not seen.
     Raises ValueError where text vectors are missing, ``k`` is below 1 or the model has exits.
     """
     _refuse_exits(model)

@@ -70,11 +70,17 @@ def describe(split: Split, users: NDArray, least: int) -> list[str]:
     place = split.of_sample
     tested, validated = (len(np.unique(users[place == number])) for number in (_TEST, _VALID))
     if split.times is not None:
-        return [
+        notes = [
             f"prepare: validation begins at {split.times[0]}, test at {split.times[1]}, for all "
             f"users; {tested:,} users are tested and {validated:,} validated, by their last target "
             f"of either period; {int((place == _LEFT_OUT).sum()):,} other samples are left out"
         ]
+        if split.times[0] == split.times[1]:
+            notes.append(
+                "prepare: validation and test begin at one time, so that nothing is left to "
+                "validate, and nothing can be trained: times are too coarse for these --time-shares"
+            )
+        return notes
     return [
         f"prepare: {tested:,} users are tested and {validated:,} validated; "
         f"{len(np.unique(users)) - tested:,} only train: fewer than {least} samples"

@@ -306,6 +306,14 @@ def test_a_split_by_time_trains_on_nothing_later(make_log, tmp_path):
         prepare(own, tmp_path / "no", split="time", n_negatives=1)
 
 
+def test_times_too_coarse_for_a_split_are_told(make_log, tmp_path):
+    events = [(user, 3 * user + day, 10 * day, True) for user in range(20) for day in range(3)]
+    data = prepare(make_log(events, []), tmp_path / "out", n_negatives=1, split="time")
+    assert data.split_times.tolist() == [20, 20]
+    assert not len(data.split("valid"))
+    assert "validation and test begin at one time, so that nothing is left" in data.summary()
+
+
 def test_leave_one_out_says_how_much_of_training_is_later_than_tests(make_log, tmp_path):
     early = [(1, item, item, True) for item in range(5)]
     late = [(2, item, 100 + item, True) for item in range(6)]
