@@ -211,20 +211,18 @@ def text(value, nullable=False):
     return value if value is None else str(value)
 
 
-def runs_of(value, member):
-    """Cut a text into its longest runs of member letters."""
-    runs, run = [], ""
-    for letter in value.lower() + " ":
-        if member(letter):
-            run += letter
-        elif run:
-            runs.append(run)
+def terms_of(value, han_alone=True):
+    """Cut a text into words of letters and digits with their marks; Han letters stand alone."""
+    words, run = [], ""
+    for letter in unicodedata.normalize("NFC", value.lower()) + " ":
+        kind = unicodedata.category(letter)[0]
+        alone = han_alone and is_han(letter)
+        if run and (kind not in "LNM" or alone or (kind != "M" and han_alone and is_han(run[0]))):
+            words.append(run)
             run = ""
-    return runs
-
-
-def is_word(letter):
-    return unicodedata.category(letter)[0] in "LN"
+        if run or kind in "LN":
+            run += letter
+    return words
 
 
 def is_han(letter):
@@ -301,7 +299,7 @@ def trivago(folder):
             if visit in last:
                 told.click(last[visit], reference, row["time"])
         elif action in ("search for destination", "search for poi") and (
-            words := runs_of(reference, is_word)
+            words := terms_of(reference, han_alone=False)
         ):
             last[visit] = order
             told.search(order, row["user"], row["time"], words)
@@ -379,11 +377,7 @@ def qilin(folder):
         times = [time for _, _, time in results if time is not None]
         if not times:
             continue
-        terms = []
-        for run in runs_of(query or "", is_word):
-            spaced = "".join(f" {letter} " if is_han(letter) else letter for letter in run)
-            terms += spaced.split()
-        told.search(key, user, min(times), terms)
+        told.search(key, user, min(times), terms_of(query or ""))
         for note, click, time in results:
             if click and time is not None:
                 told.click(key, note, time)
@@ -745,11 +739,7 @@ def ubi(folder, targets=("click", "click_through")):
     began = {}
     for key, rows in queries.items():
         time, row, text = min(rows)
-        terms = []
-        for run in runs_of(text, is_word):
-            spaced = "".join(f" {letter} " if is_han(letter) else letter for letter in run)
-            terms += spaced.split()
-        if terms:
+        if terms := terms_of(text):
             began[key] = row, time
             told.search(row, key[0], time, terms)
     for row, action, user, time, query, item in acted:

@@ -233,7 +233,7 @@ def _searches(asked: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, list[str
         "user",
         "time",
         search="request",
-        terms=pl.col("query").fill_null("").str.to_lowercase().str.extract_all(rules.TERM),
+        terms=rules.terms(pl.col("query").fill_null("")),
     )
     clicks = results.filter("click").select("time", search="request", item="note")
     return (

@@ -20,8 +20,10 @@ _NO_ID = ("", "nan", "NaN", "NaT", "None", "null", "NULL", "<NA>")
 _FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 _PER_MS = {"s": (1000, 1), "ms": (1, 1), "us": (1, 1000), "ns": (1, 10**6)}  # times, divided by
 TIME_UNITS = tuple(_PER_MS)
-# A Chinese character is a term of a text, so is a run of other letters and digits.
-TERM = r"\p{Han}|[\p{L}\p{N}--\p{Han}]+"
+# A letter or digit may carry marks: accents, vowel signs. A word is a run of such; as a term, a
+# Chinese character stands alone.
+WORD = r"[\p{L}\p{N}][\p{L}\p{N}\p{M}]*"
+TERM = r"\p{Han}\p{M}*|[\p{L}\p{N}--\p{Han}][\p{L}\p{N}\p{M}--\p{Han}]*"
 _DATE_TIME = r"^[1-9][0-9]{3}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-5][0-9]$"
 _CODE = "(?:0|[1-9][0-9]{0,2})"  # a byte
 _CODES = rf"^\[[ \n]*{_CODE}(?:[ \n,]+{_CODE})*[ \n]*\]$"
@@ -49,6 +51,12 @@ def is_missing(column: pl.Expr, dtype: pl.DataType) -> pl.Expr:
 def is_positive(number: pl.Expr) -> pl.Expr:
     """Tell whether a count or flag is above 0; a missing one (null, NaN) is not."""
     return ((number > 0) & number.is_not_nan()).fill_null(False)
+
+
+def terms(text: pl.Expr, pattern: str = TERM) -> pl.Expr:
+    """Cut a text into its terms, in lower case; a letter is one however its marks are encoded."""
+    # Normalised last: a lower letter may have a code of its own where the capital has none.
+    return text.str.to_lowercase().str.normalize("NFC").str.extract_all(pattern)
 
 
 def _is_text(dtype: pl.DataType) -> bool:

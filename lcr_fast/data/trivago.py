@@ -29,7 +29,6 @@ _FIELDS = {
 _TARGET = "clickout item"
 _TEXT_SEARCHES = ("search for destination", "search for poi")
 _ITEM = "[0-9]+"
-_WORD = r"[\p{L}\p{N}]+"
 
 
 def read(path: str | os.PathLike, *, keep_duplicates: bool = False) -> InteractionLog:
@@ -58,7 +57,7 @@ def read(path: str | os.PathLike, *, keep_duplicates: bool = False) -> Interacti
     ).is_in(["search for item", _TARGET])
     is_item = pl.col("reference").str.contains(f"^{_ITEM}$").fill_null(False)
     text_search = pl.col("action_type").is_in(_TEXT_SEARCHES)
-    typed = pl.col("reference").str.contains(_WORD).fill_null(False)
+    typed = pl.col("reference").str.contains(rules.WORD).fill_null(False)
     rows = rows.with_columns(
         search=pl.when(text_search & typed)
         .then("order")
@@ -87,7 +86,7 @@ def read(path: str | os.PathLike, *, keep_duplicates: bool = False) -> Interacti
         "search",
         "time",
         user="user_id",
-        terms=pl.col("reference").str.to_lowercase().str.extract_all(_WORD),
+        terms=rules.terms(pl.col("reference"), rules.WORD),
     )
     clicks = actions.filter(pl.col("search").is_not_null()).select(
         "search", "time", item="reference"

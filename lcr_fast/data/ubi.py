@@ -189,7 +189,7 @@ def _searches(queries: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
     """Make a search of each query of a user: search, user, query, time, terms; and notes."""
     named = queries.filter(pl.col("query").is_not_null())
     once = named.sort("time", "row").unique(["user", "query"], keep="first", maintain_order=True)
-    terms = pl.col("text").fill_null("").str.to_lowercase().str.extract_all(rules.TERM)
+    terms = rules.terms(pl.col("text").fill_null(""))
     once = once.select("user", "query", "time", search="row", terms=terms)
     searches = once.filter(pl.col("terms").list.len() > 0)
     return searches, [

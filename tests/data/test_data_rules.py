@@ -2,6 +2,7 @@
 
 import datetime
 import gzip
+import json
 import os
 import shutil
 import subprocess
@@ -75,6 +76,40 @@ def test_a_missing_click_is_none():
         False,
         False,
     ]
+
+
+TYPED = {
+    "किताब घर": ["किताब", "घर"],
+    "ภาษาไทย ดีมาก": ["ภาษาไทย", "ดีมาก"],
+    "Cafe\u0301 CAF\u00c9": ["caf\u00e9", "caf\u00e9"],
+    "J\u030c": ["\u01f0"],  # the small one alone has a code of its own
+    "1. a-b \u0301": ["1", "a", "b"],
+}
+WRITTEN = {"红色shoe": ["红", "色", "shoe"], "か\u3099红\U000e0100x": ["が", "红\U000e0100", "x"]}
+
+
+@pytest.mark.parametrize("source", ["trivago", "qilin", "ubi"])
+def test_letters_keep_their_marks_in_terms(tmp_path, source):
+    queries = list(TYPED if source == "trivago" else TYPED | WRITTEN)
+    if source == "trivago":
+        rows = [f"a,s,{n},{n},search for poi,{text}," for n, text in enumerate(queries)]
+        header = "user_id,session_id,timestamp,step,action_type,reference,impressions"
+        (tmp_path / "t.csv").write_text("\n".join([header, *rows, "a,s,99,9,clickout item,7,"]))
+    elif source == "qilin":
+        for name, prefix, time in (("recommendation", "rec", "request"), ("search",) * 3):
+            details = [f"[{{'note_idx': 7, 'click': 1, '{time}_timestamp': {MS // 1000}}}]"]
+            columns = {f"{prefix}_result_details_with_idx": details * len(queries)}
+            frame = pl.DataFrame({"user_idx": [1] * len(queries), "query": queries} | columns)
+            frame.write_csv(tmp_path / f"{name}_train.csv")
+    else:
+        about = {"client_id": "a", "timestamp": MS}
+        asked = [{"query_id": n, "user_query": text} | about for n, text in enumerate(queries)]
+        click = {"action_name": "click", "event_attributes": {"object": {"object_id": 7}}}
+        for name, documents in (("ubi_queries", asked), ("ubi_events", [click])):
+            lines = [json.dumps(document | about) for document in documents]
+            (tmp_path / f"{name}.ndjson").write_text("\n".join(lines))
+    found = read(source, tmp_path).searches.sort("search")["terms"].to_list()
+    assert found == [(TYPED | WRITTEN)[text] for text in queries]
 
 
 def test_unknown_units_are_refused():
