@@ -186,6 +186,11 @@ def an_id(value):
     ends = {letter for letter in value[:1] + value[-1:] if letter.isspace()}
     require(value not in NO_IDS and ends <= set("\x1c\x1d\x1e\x1f"), value)
     require(not re.fullmatch(r"-?[0-9]+\.0+", value), value)
+    return one_line(value)
+
+
+def one_line(value):
+    require(not value or not re.search("[\t\r\n]", value), value)
     return value
 
 
@@ -255,7 +260,7 @@ def kuaisar(folder):
         words = text(row["keyword"], nullable=True)
         listed = r"\[\s*([0-9]+\s*(,\s*[0-9]+\s*)*)?\]"
         require(words is None or re.fullmatch(listed, words), words)
-        session = (user, text(row["search_session_id"]), time, words)
+        session = (user, one_line(text(row["search_session_id"])), time, words)
         if session not in found:
             found[session] = line
             told.search(line, user, time, re.findall("[0-9]+", words or ""))
@@ -276,10 +281,10 @@ def trivago(folder):
         shown = text(row["impressions"], nullable=True)
         require(not shown or re.fullmatch(r"[0-9]+(\|[0-9]+)*", shown), shown)
         typed.append({
-            "user": an_id(row["user_id"]), "session": text(row["session_id"]),
+            "user": an_id(row["user_id"]), "session": one_line(text(row["session_id"])),
             "time": milliseconds(row["timestamp"], "s", least=0), "step": integer(row["step"]),
-            "action": text(row["action_type"]), "shown": shown,
-            "reference": text(row["reference"], nullable=True),
+            "action": one_line(text(row["action_type"])), "shown": shown,
+            "reference": one_line(text(row["reference"], nullable=True)),
         })  # fmt: skip
     rows = list(distinct(typed))
     first = {}
@@ -489,17 +494,17 @@ def _label(value):
 
 def _words(value):
     if isinstance(value, str):
-        require(not value.startswith("["), value)
+        require(not (value.startswith("[") and value.endswith("]")), value)
         value = value.split(" ")
     require(value is None or all(type(word) in (str, int, type(None)) for word in value), value)
-    words = [str(word) for word in value or [] if word not in (None, "")]
+    words = [one_line(str(word)) for word in value or [] if word not in (None, "")]
     require(not any("\x1f" in word for word in words), "a term that separates terms")
     return words
 
 
 def _ids(value):
     if isinstance(value, str):
-        require(not value.startswith("["), value)
+        require(not (value.startswith("[") and value.endswith("]")), value)
         if value in ("nan", "NaN", ""):
             return None
         value = [word for word in value.split(" ") if word]

@@ -89,7 +89,7 @@ def _file(folder: Path, name: str) -> Path:
 
 def _find(folder: Path, name: str) -> Path | None:
     """Find a file of a folder, as it is or gzipped."""
-    files = [file for end in ("", ".gz") for file in folder.glob(name + end) if file.is_file()]
+    files = [file for end in ("", ".gz") for file in folder.glob(name + end)]
     if len(files) > 1:
         raise ValueError(f"{folder} holds {' and '.join(f.name for f in sorted(files))}: keep one")
     return files[0] if files else None

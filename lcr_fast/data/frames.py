@@ -84,7 +84,7 @@ def _paths(path: Path) -> dict[str, Path]:
         return {"events": path}
     paths = {}
     for name in COLUMNS:
-        found = [path / f"{name}{end}" for end in _ENDS if (path / f"{name}{end}").is_file()]
+        found = [path / f"{name}{end}" for end in _ENDS if (path / f"{name}{end}").exists()]
         if name == "events":
             found += sorted(file for file in path.glob("*.inter*") if _ends_with(file, _ATOMIC))
         if len(found) > 1:
@@ -132,9 +132,10 @@ def _share_ids(
 ) -> None:
     """Give the ids of two tables one type: a text file does not say whether "7" is a number.
 
-    Its ids are numbers where all are, unless a Parquet file beside it has text.
+    Its ids are numbers where all are, unless a Parquet file beside it has text. A table without a
+    row says nothing, whatever its type.
     """
-    names = [name for name in ("events", other) if name in paths]
+    names = [name for name in ("events", other) if tables[name].height]
     texts = [name for name in names if not _ends_with(paths[name], ".parquet")]
     typed = [tables[name].schema[column] for name in names if name not in texts]
     number = pl.col(column).cast(pl.Int64, strict=False)
@@ -144,8 +145,9 @@ def _share_ids(
             tables[name] = tables[name].with_columns(number)
             if column == "item" and "impressions" in tables[name].columns:
                 tables[name] = _with_numbers(tables[name], paths[name])
-    if other not in paths:
-        tables[other] = tables[other].cast({column: tables["events"].schema[column]})
+    for empty, full in ((other, "events"), ("events", other)):
+        if not tables[empty].height:
+            tables[empty] = tables[empty].cast({column: tables[full].schema[column]})
 
 
 def _with_numbers(events: pl.DataFrame, path: Path) -> pl.DataFrame:

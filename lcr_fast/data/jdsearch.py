@@ -76,7 +76,7 @@ def _file(path: Path) -> Path:
     if not path.is_dir():
         return path
     for name in _FILES:
-        if (path / name).is_file():
+        if (path / name).exists():
             return path / name
     raise FileNotFoundError(f"{path / _FILES[0]}: not found")
 

@@ -28,7 +28,7 @@ _REC_FIELDS = {
 }
 _SEARCH_FIELDS = {
     "user_id": rules.INTEGER,
-    "search_session_id": rules.TEXT,
+    "search_session_id": rules.LINE,
     "search_session_timestamp": rules.UNIX_MS,
     "keyword": rules.TEXT,
     "item_id": rules.INTEGER,

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from . import rules
-from .table import check, field_error
+from .table import check, field_error, require_file
 
 _CHUNK = 1 << 16  # rows that are held as Python's objects at a time
 _EXACT = 2**53
@@ -120,8 +120,6 @@ def documents(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
     that is no JSON object, such as "ubi_events.ndjson, row 3: not a JSON object: ...".
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found")
     for row, line in lines(path):
         if line.isspace():
             continue
@@ -140,8 +138,10 @@ def documents(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
 def lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield the numbered lines of a UTF-8 text, from 1; ``.gz`` is decompressed.
 
-    Raises ValueError where the file cannot be read or is no UTF-8.
+    Raises FileNotFoundError for a missing file and ValueError where it cannot be read or is no
+    UTF-8, and for a folder.
     """
+    require_file(path)
     row = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:

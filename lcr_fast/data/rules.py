@@ -2,7 +2,8 @@
 
 A rule turns a column into its one type, with null for whatever breaks the rule. Nothing is bent to
 fit: 3.7 and "007" are no integers, "" and "nan" are no ids, infinity is no number. NaN is a missing
-value, as null is.
+value, as null is. No id and no word holds a tab or line break: of a text file it would hold the
+rows behind a quote that was opened and not closed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ _NO_ID = ("", "nan", "NaN", "NaT", "None", "null", "NULL", "<NA>")
 _FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 _PER_MS = {"s": (1000, 1), "ms": (1, 1), "us": (1, 1000), "ns": (1, 10**6)}  # times, divided by
 TIME_UNITS = tuple(_PER_MS)
+BREAK = r"[\t\r\n]"
 # A letter or digit may carry marks: accents, vowel signs. A word is a run of such; as a term, a
 # Chinese character stands alone.
 WORD = r"[\p{L}\p{N}][\p{L}\p{N}\p{M}]*"
@@ -67,6 +69,11 @@ def _text(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
     return column.cast(pl.String) if _is_text(dtype) or dtype.is_integer() else None
 
 
+def _line(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
+    text = _text(column, dtype)
+    return None if text is None else pl.when(~text.str.contains(BREAK)).then(text)
+
+
 def _integer(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
     if dtype.is_integer():
         return column.cast(pl.Int64, strict=False)
@@ -94,7 +101,7 @@ def _id(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
         return _integer(column, dtype)
     text = column.cast(pl.String)
     # A column of integers that was once of floats: "7.0" would be another item than "7".
-    valid = ~text.is_in(_NO_ID) & (text.str.strip_chars() == text)
+    valid = ~text.is_in(_NO_ID) & (text.str.strip_chars() == text) & ~text.str.contains(BREAK)
     return pl.when(valid & ~text.str.contains(r"^-?[0-9]+\.0+$")).then(text)
 
 
@@ -113,7 +120,8 @@ def _listed(column: pl.Expr, dtype: pl.DataType) -> tuple[pl.Expr, pl.DataType] 
     if dtype == pl.String:
         entries = column.str.split(" ").list.eval(pl.element().filter(pl.element() != ""))
         # "[1, 2]" is a list as Python and JSON print it: "[1," would be an entry.
-        return pl.when(~column.str.starts_with("[")).then(entries), pl.String()
+        printed = column.str.starts_with("[") & column.str.ends_with("]")
+        return pl.when(~printed).then(entries), pl.String()
     if isinstance(dtype, pl.Array):
         column, dtype = column.arr.to_list(), pl.List(dtype.inner)
     if not isinstance(dtype, pl.List):
@@ -127,7 +135,8 @@ def _words(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
     listed = _listed(column, dtype)
     if listed is None or (text := _text(pl.element(), listed[1])) is None:
         return None
-    return listed[0].list.eval(text.filter(text.is_not_null() & (text != "")))
+    words = listed[0].list.eval(text.filter(text.is_not_null() & (text != "")))
+    return pl.when(~words.list.eval(pl.element().str.contains(BREAK)).list.any()).then(words)
 
 
 def _ids(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
@@ -159,6 +168,7 @@ def _codes(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
 
 
 TEXT = Rule("text", _text)
+LINE = Rule("text of one line", _line)
 INTEGER = Rule("an integer", _integer)
 NUMBER = Rule("a number", _number)
 ID = Rule("an id", _id)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import polars as pl
 
 from . import progress
-from .rules import Rule, is_missing
+from .rules import BREAK, Rule, is_missing
 
 
 def read_table(
@@ -28,8 +29,8 @@ def read_table(
     dropped, as at the end of a line. A value is null where the rule is broken, which only a missing
     value of a ``nullable`` field may do. ``keep`` filters while the file streams through, so that a
     large file need not fit into memory; rows it drops are checked all the same. Raises
-    FileNotFoundError for a missing file and ValueError for a column that is missing, there twice or
-    of a type without sense, and for a field that breaks its rule, such as
+    FileNotFoundError for a missing file and ValueError for a folder, for a column that is missing,
+    there twice or of a type without sense, and for a field that breaks its rule, such as
     "rec_inter.csv, row 17, field timestamp: expected a number, got 'abc'".
     """
     path = Path(path)
@@ -63,8 +64,18 @@ def read_table(
             first = wrong.sort("row").row(0, named=True)
             row, field = first["row"], next(name for name in fields if first[_flag_of(name)])
             got = raw.select(field).slice(row - 1, 1).collect().item()
-            raise field_error(path, row, field, fields[field].expected, got)
+            error = field_error(path, row, field, fields[field].expected, got)
+            raise ValueError(f"{error}{_reason(path, got)}")
     return table.select("row", *fields)
+
+
+def _reason(path: Path, got: object) -> str:
+    """Say what a value with a tab or line break comes of."""
+    values = got.to_list() if isinstance(got, pl.Series) else [got]
+    if not any(isinstance(value, str) and re.search(BREAK, value) for value in values):
+        return ""
+    quote = "" if is_columnar(path) else ": a quote was probably opened and not closed"
+    return f"; it holds a tab or line break{quote}"
 
 
 def _flag_of(name: str) -> str:
@@ -140,10 +151,17 @@ def is_columnar(path: Path) -> bool:
     return ".parquet" in path.suffixes
 
 
-def scan(path: Path, separator: str = ",", quote_char: str | None = '"') -> pl.LazyFrame:
-    """Open a Parquet file, or a delimited one with every field as text, lazily."""
+def require_file(path: Path) -> None:
+    """Raise FileNotFoundError where nothing is there, and ValueError where a folder is."""
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, expected a file")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found")
+
+
+def scan(path: Path, separator: str = ",", quote_char: str | None = '"') -> pl.LazyFrame:
+    """Open a Parquet file, or a delimited one with every field as text, lazily."""
+    require_file(path)
     if any(0xD800 <= ord(letter) < 0xE000 for letter in str(path)):  # no text for polars
         raise ValueError(f"{path}: the locale lacks letters of this path: set a UTF-8 locale")
     with readable(path):

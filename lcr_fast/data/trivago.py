@@ -19,11 +19,11 @@ from .table import check, read_table, without_repeated
 
 _FIELDS = {
     "user_id": rules.ID,
-    "session_id": rules.TEXT,
+    "session_id": rules.LINE,
     "timestamp": rules.SECONDS,
     "step": rules.INTEGER,
-    "action_type": rules.TEXT,
-    "reference": rules.TEXT,
+    "action_type": rules.LINE,
+    "reference": rules.LINE,
     "impressions": rules.TEXT,
 }
 _TARGET = "clickout item"

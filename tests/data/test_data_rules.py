@@ -4,6 +4,7 @@ import datetime
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -47,6 +48,12 @@ def typed(rule, values, dtype=None):
         (rules.FLAG, [1.0, 0.0, 2.0, NAN], [True, False, None, None]),
         (rules.FLAG, [True, None], [True, None]),
         (rules.WORDS, ["a  b", "", "[1, 2]"], [["a", "b"], [], None]),
+        (rules.WORDS, ["[sale] shoes", "[1]"], [["[sale]", "shoes"], None]),
+        (rules.WORDS, ["a\nb"], [None]),
+        (rules.WORDS, [["c", "a\tb"], ["c"]], [None, ["c"]]),
+        (rules.ID, ["a\tb", "a\nb", "a\rb"], [None] * 3),
+        (rules.IDS, [["a\tb"], ["a"]], [None, ["a"]]),
+        (rules.LINE, ["a b", "a\nb"], ["a b", None]),
         (rules.WORDS, [["a", None, ""], None], [["a"], None]),
         (rules.WORDS, [[1, 2]], [["1", "2"]]),
         (rules.WORDS, [[1.5]], None),
@@ -297,6 +304,65 @@ def test_kuaisar_clicks_stand_in_the_order_of_the_file(tmp_path):
     assert "rec_inter.csv: dropped 1 rows that repeat another exactly" in log.notes
 
 
+UNCLOSED = "got '{}.*'; it holds a tab or line break: a quote was probably opened and not closed"
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "text", "message"),
+    [
+        (
+            "frames", "searches.tsv",
+            f'search\tuser\ttime\tterms\n1\t1\t{MS}\tx\n2\t1\t{MS}\t"nice w18\n'
+            f'3\t1\t{MS}\ta\n4\t1\t{MS}\tmonitor 27"\n',
+            "row 2, field terms: expected a list of words, " + UNCLOSED.format("nice w18"),
+        ),
+        (
+            "frames", "events.csv",
+            f'item,user,time\n"i1,1,{MS}\ni2,1,{MS}\ni3",1,{MS}\n',
+            "row 1, field item: expected an id, " + UNCLOSED.format("i1,1"),
+        ),
+        (
+            "trivago", "t.csv",
+            "user_id,session_id,timestamp,step,action_type,impressions,reference\n"
+            'a,s,1,1,search for poi,,"Rio\na,s,2,2,search for poi,,Old"\n',
+            "row 1, field reference: expected text of one line, " + UNCLOSED.format("Rio"),
+        ),
+        (
+            "kuaisar", "src_inter.csv",
+            "user_id,search_session_timestamp,keyword,item_id,click_cnt,search_session_id\n"
+            f'1,{MS},[4],9,1,"7\n1,{MS},[4],3,0,7"\n',
+            "row 1, field search_session_id: expected text of one line, " + UNCLOSED.format("7"),
+        ),
+    ],
+)  # fmt: skip
+def test_a_quote_that_is_not_closed_swallows_no_rows(tmp_path, source, name, text, message):
+    for file, other in {
+        "frames": {
+            "events.csv": f"user,item,time\n1,i1,{MS}\n",
+            "searches.tsv": f"search\tuser\ttime\tterms\n1\t1\t{MS}\tx\n",
+            "clicks.csv": "search,item,time\n",
+        },
+        "kuaisar": {"rec_inter.csv": f"user_id,item_id,timestamp,click\n1,1,{MS},1\n"},
+    }.get(source, {}).items():
+        (tmp_path / file).write_text(other)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"\A{re.escape(name)}, {message}\Z"):
+        read(source, tmp_path)
+
+
+def test_a_file_that_is_a_folder(tmp_path):
+    for source, name in {
+        "frames": "events.parquet", "kuaisar": "rec_inter.csv", "ubi": "ubi_events.ndjson",
+        "jdsearch": "user_behavior_data.txt", "synerise": "add_to_cart.parquet",
+        "amazon": "reviews_Toys_5.json", "qilin": "recommendation_train.csv",
+    }.items():  # fmt: skip
+        (tmp_path / source / name).mkdir(parents=True)
+        for other in ("searches", "clicks"):
+            (tmp_path / source / f"{other}.parquet").touch()
+        with pytest.raises(ValueError, match=f"{name}: is a folder, expected a file$"):
+            read(source, tmp_path / source)
+
+
 # frames
 
 
@@ -359,6 +425,18 @@ def test_a_recbole_file_stands_for_the_events(tmp_path):
     (tmp_path / "shop.inter").write_text(text.replace("100.5", "1700000000000"))
     with pytest.raises(ValueError, match="row 1, field timestamp:float: expected a time in s"):
         frames.read(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [pl.Null, pl.String, pl.Float64])
+def test_a_table_without_a_row_has_the_ids_of_the_other(tables, tmp_path, dtype):
+    tables["clicks"] = tables["clicks"].clear().cast({"item": dtype, "search": dtype})
+    tables["searches"] = tables["searches"].clear().cast({"user": dtype})
+    log = frames.read(write_tables(tmp_path / "parquet", tables))
+    assert log.events.equals(tables["events"])
+    assert log.clicks.schema["item"] == log.searches.schema["user"] == pl.Int64
+    tables["events"].drop("impressions").write_csv(tmp_path / "parquet" / "events.csv")
+    (tmp_path / "parquet" / "events.parquet").unlink()
+    assert frames.read(tmp_path / "parquet").events["item"].equals(tables["events"]["item"])
 
 
 def test_times_in_another_unit(tables, tmp_path):
