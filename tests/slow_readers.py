@@ -55,7 +55,16 @@ class Told:
         require(time >= self._found[key][0], "a click before its search")
         self._found[key][3].append((time, str(item)))
 
-    def done(self):
+    def done(self, common_clock=True):
+        searched = [(time, clicks) for time, _, _, clicks in self._found.values()]
+        for times in (
+            [time for time, *_ in self._rows],
+            [time for time, _ in searched],
+            [time for _, clicks in searched for time, _ in clicks],
+        ):
+            low, high = ([t for t in times if (t < 10**11) == is_low] for is_low in (True, False))
+            leap = low and high and max(low) * 100 <= min(high)
+            require(not (common_clock and leap), "two magnitudes")
         for _, _, user, event in sorted(self._rows, key=lambda row: row[:2]):
             self.events[user].append(event)
         for time, user, terms, clicks in sorted(self._found.values(), key=lambda s: s[0]):
@@ -356,7 +365,7 @@ def jdsearch(folder, test_query=False):
                 targets.append((user, best, (now + seconds[-1]) * 1000, rest or None))
     for user, item, time, rest in targets:
         told.event(user, item, time, order + user, True, rest)
-    return told.done()
+    return told.done(common_clock=False)
 
 
 def qilin(folder):
@@ -470,11 +479,12 @@ def _frame_rows(path, wanted, optional):
     typed = []
     for line, row in enumerate(rows_of(path, there, optional, separator, quote), 1):
         values = {name: row[names[name]] for name in (*wanted, *optional) if names[name] in row}
+        at = values["time"]
         values = {name: rules[name](value) for name, value in values.items()}
-        typed.append((line, values))
+        typed.append((line, repr((values, at)), values))
     seen = set()
-    for line, values in typed:
-        if (key := repr(values)) not in seen:
+    for line, key, values in typed:
+        if key not in seen:
             seen.add(key)
             yield {"order": line, "target": True, "impressions": None} | values
 

@@ -25,6 +25,7 @@ _ENDS = (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
 _ATOMIC = ".inter"
 _ATOMIC_FIELDS = {"user_id:token": "user", "item_id:token": "item", "timestamp:float": "time"}
 _DEFAULTS = {"order": pl.col("row"), "target": pl.lit(True)}
+_SECONDS = (900_000_000, 2_500_000_000)  # as ms no unix times, but days 10 to 29 of a clock
 _NUMBER, _TERMS = pl.Int64(), pl.List(pl.String)
 _NULLABLE = ("terms", "impressions", "relevant", "topic")
 _RULES = {
@@ -42,9 +43,10 @@ def read(
     Columns are those of ``InteractionLog``; others are ignored. Without a column order the row
     decides where times tie, without target every event is one; empty terms are none. Times are in
     ``time_unit`` ("s", "ms", "us", "ns"; default: ms, and s in an atomic file) or Datetimes. A row
-    that repeats another in all columns read is dropped without ``keep_duplicates``. Raises
-    FileNotFoundError for a missing file and ValueError for one that is unreadable, lacks a column,
-    or where a field is malformed.
+    that repeats another in all columns read, its time as the file has it, is dropped without
+    ``keep_duplicates``. Raises FileNotFoundError for a missing file and ValueError for one that is
+    unreadable, lacks a column, or where a field is malformed, and where no unit is given but all
+    times look like unix seconds.
     """
     path = Path(path)
     paths = _paths(path)
@@ -64,6 +66,8 @@ def read(
             columns = ("row", *COLUMNS[name])
             tables[name] = pl.DataFrame(schema={c: types.get(c, _NUMBER) for c in columns})
             notes.append(f"no {name}: there is no such file")
+    if time_unit is None and unit == "ms":
+        _refuse_seconds(tables, path)
     _share_ids(tables, paths, "user", "searches")
     _share_ids(tables, paths, "item", "clicks")
     _number_searches(tables, paths)
@@ -105,7 +109,7 @@ def _read(name: str, file: Path, unit: str) -> tuple[pl.DataFrame, list[str]]:
     separator = _SEPARATORS.get(Path(file.name.removesuffix(".gz")).suffix, ",")
     quote_char = None if _ends_with(file, _ATOMIC) else '"'
     with readable(file):
-        present = scan(file, separator, quote_char).collect_schema().names()
+        present = scan(file, separator, quote_char).collect_schema()
     columns = (*COLUMNS[name], *OPTIONAL[name])
     names = {column: column for column in columns if column in present}
     names |= {c: c for c in COLUMNS[name] if c not in _DEFAULTS}  # missed where they are
@@ -115,9 +119,13 @@ def _read(name: str, file: Path, unit: str) -> tuple[pl.DataFrame, list[str]]:
         there: rules.time(unit) if column == "time" else _RULES[column]
         for there, column in names.items()
     }
+    time = next(there for there, column in names.items() if column == "time")
+    # Rounding to ms may make two rows one; whole ms stay what they are.
+    whole = unit == "ms" and time in present and present[time].is_integer()
     table = read_table(
         file,
         fields,
+        as_read=() if whole else (time,),
         nullable=tuple(there for there, column in names.items() if column in _NULLABLE),
         separator=separator,
         quote_char=quote_char,
@@ -125,6 +133,16 @@ def _read(name: str, file: Path, unit: str) -> tuple[pl.DataFrame, list[str]]:
     others = [column for column in present if column not in names]
     notes = [f"{file.name}: ignored the columns {', '.join(others)}"] if others else []
     return table, notes
+
+
+def _refuse_seconds(tables: dict[str, pl.DataFrame], path: Path) -> None:
+    """Raise where all times, taken as ms, would be unix seconds of 1998 to 2049."""
+    times = [table["time"] for table in tables.values() if table.height]
+    if times and all(each.is_between(*_SECONDS).all() for each in times):
+        raise ValueError(
+            f"{path}: all times are like {times[0][0]}, as unix seconds are: pass --time-unit s, "
+            "or ms if they are meant"
+        )
 
 
 def _share_ids(

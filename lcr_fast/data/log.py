@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from .rules import ID, MAX_MS
+from .rules import ID, MAX_MS, MIN_UNIX_MS
 
 # Frozen text vectors in chunks: keys [n] and float32 vectors [n, D]. A callable that starts again
 # at each call, so that gigabytes are streamed and never held.
@@ -26,7 +26,8 @@ COLUMNS = {
 OPTIONAL = {"events": ("impressions",), "searches": ("relevant", "topic"), "clicks": ()}
 _INTEGERS = {"events": ("time", "order"), "searches": ("search", "time"), "clicks": ("time",)}
 _LABELS = {"relevant": (pl.Int8, -1, 1), "topic": (pl.Int32, -(2**31), 2**31 - 1)}
-# Unix times in seconds are 1.7e9, in ms 1.7e12: two streams so far apart are in two units.
+# Unix times in seconds are 1.7e9, in ms 1.7e12: two streams so far apart are in two units, and so
+# are the times of one stream where none lies between.
 _UNIT_RATIO, _LEAST_UNIX = 100, 10**8
 
 
@@ -46,7 +47,8 @@ class InteractionLog:
 
     Other columns are dropped. Raises ValueError for a missing column, a null, a column of another
     type, a text that is no id, a time beyond the year 5138, ids of two types, a search key that
-    repeats, a click whose search is missing or later than it, and streams in two units of time.
+    repeats, a click whose search is missing or later than it, and, on a common clock, times in two
+    units, of one stream or two, or 0 for unknown among unix times.
     """
 
     source: str
@@ -77,6 +79,7 @@ class InteractionLog:
                 if column in columns:
                     _check_ids(name, frame[column])
         self._check_types()
+        self._check_magnitudes()
         self._check_keys()
         self._check_units()
 
@@ -120,6 +123,25 @@ class InteractionLog:
             raise ValueError(f"{unknown} clicks name a search that is not in searches")
         if early := clicked.filter(pl.col("time") < pl.col("began")).height:
             raise ValueError(f"{early} clicks precede their search")
+
+    def _check_magnitudes(self) -> None:
+        """Raise where some times of a stream are in unix ms, and none leads up to them.
+
+        A clock of its own may start at 0 and run for years, but not leap. Where each user has a
+        clock, 0 is where it starts.
+        """
+        if not self.common_clock:
+            return
+        for name in COLUMNS:
+            times = getattr(self, name)["time"]
+            unix = times >= MIN_UNIX_MS
+            low, high = times.filter(~unix).max(), times.filter(unix).min()
+            if low is None or high is None or low * _UNIT_RATIO > high:
+                continue
+            raise ValueError(
+                f"{self.source}: {name}.time holds {low} as well as {high}, and nothing between: "
+                "times in two units, or unknown ones"
+            )
 
     def _check_units(self) -> None:
         """Raise where the streams do not overlap and their times are of two magnitudes."""

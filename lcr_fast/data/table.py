@@ -13,6 +13,8 @@ import polars as pl
 from . import progress
 from .rules import BREAK, Rule, is_missing
 
+_AS_READ = " as read"  # behind the name of a field that comes a second time
+
 
 def read_table(
     path: str | os.PathLike,
@@ -20,6 +22,7 @@ def read_table(
     *,
     nullable: tuple[str, ...] = (),
     keep: pl.Expr | None = None,
+    as_read: tuple[str, ...] = (),
     separator: str = ",",
     quote_char: str | None = '"',
 ) -> pl.DataFrame:
@@ -28,9 +31,10 @@ def read_table(
     Columns are found by name. In delimited text one carriage return at the end of any field is
     dropped, as at the end of a line. A value is null where the rule is broken, which only a missing
     value of a ``nullable`` field may do. ``keep`` filters while the file streams through, so that a
-    large file need not fit into memory; rows it drops are checked all the same. Raises
-    FileNotFoundError for a missing file and ValueError for a folder, for a column that is missing,
-    there twice or of a type without sense, and for a field that breaks its rule, such as
+    large file need not fit into memory; rows it drops are checked all the same. Of the fields
+    ``as_read`` the values of the file come too, for ``without_repeated``. Raises FileNotFoundError
+    for a missing file and ValueError for a folder, for a column that is missing, there twice or of
+    a type without sense, and for a field that breaks its rule, such as
     "rec_inter.csv, row 17, field timestamp: expected a number, got 'abc'".
     """
     path = Path(path)
@@ -55,6 +59,7 @@ def read_table(
             frame = rows.with_row_index("row", offset=1).select(
                 pl.col("row").cast(pl.Int64),
                 *(value.alias(name) for name, value in typed.items()),
+                *(pl.col(name).alias(name + _AS_READ) for name in as_read),
                 *(value.alias(_flag_of(name)) for name, value in broken.items()),
             )
             kept = frame if keep is None else frame.filter(keep | bad)
@@ -66,7 +71,7 @@ def read_table(
             got = raw.select(field).slice(row - 1, 1).collect().item()
             error = field_error(path, row, field, fields[field].expected, got)
             raise ValueError(f"{error}{_reason(path, got)}")
-    return table.select("row", *fields)
+    return table.select("row", *fields, *(name + _AS_READ for name in as_read))
 
 
 def _reason(path: Path, got: object) -> str:
@@ -101,8 +106,13 @@ def count_rows(path: str | os.PathLike, separator: str = ",", quote_char: str | 
 def without_repeated(
     rows: pl.DataFrame, path: str | os.PathLike, keep_duplicates: bool = False
 ) -> tuple[pl.DataFrame, list[str]]:
-    """Drop the rows that repeat an earlier one in all but their number; return a note of it."""
+    """Drop the rows that repeat an earlier one in all but their number; return a note of it.
+
+    Values as they were read (see ``read_table``) tell rows apart, and are dropped then.
+    """
     distinct = rows.unique(pl.exclude("row"), keep="first", maintain_order=True)
+    kept = [name for name in rows.columns if not name.endswith(_AS_READ)]
+    rows, distinct = rows.select(kept), distinct.select(kept)
     repeated = rows.height - distinct.height
     if not repeated:
         return rows, []

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -515,6 +516,64 @@ def test_streams_in_two_units_are_refused(make_log, tmp_path, events, searches, 
     data = prepare(log(), tmp_path / "out", n_negatives=0)
     assert "prepare: the streams do not overlap in time: events from" in data.summary()
     assert "0.0% with searches before them (0.0 each)" in data.summary()
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        ([MS // 1000, MS, MS + 5], f"events.time holds {MS // 1000} as well as {MS}, and nothing"),
+        ([0, MS, MS + 5], f"made up: events.time holds 0 as well as {MS}, and nothing between"),
+        ([-1, MS, MS + 5], f"events.time holds -1 as well as {MS}"),
+        ([0, 1, 5, MS], f"events.time holds 5 as well as {MS}"),
+        ([0, MS // 1000, MS], f"events.time holds {MS // 1000} as well as {MS}"),
+        ([-5, 0, 5, 10**6], None),
+        ([day * 86_400_000 for day in range(2000)], None),  # a clock of its own, for years
+    ],
+)
+def test_times_of_two_magnitudes_in_one_stream_are_refused(make_log, times, message):
+    events = [(1, item + 1, time, True) for item, time in enumerate(times)]
+    searches = [(1, time, ["a"], []) for time in times]
+    if message is None:
+        make_log(events, searches)
+        return
+    with pytest.raises(ValueError, match=message):
+        make_log(events, [])
+    with pytest.raises(ValueError, match=message.replace("events", "searches")):
+        make_log([(1, 1, MS, True)], searches)
+    log = make_log([(1, 1, MS, True)], [])
+    frame = pl.DataFrame(events, schema=["user", "item", "time", "target"], orient="row")
+    # Where each user has a clock of his own, 0 is where it starts.
+    replace(log, events=frame.with_columns(order=1), common_clock=False)
+
+
+def test_seconds_are_not_taken_for_ms(tables, tmp_path):
+    seconds = {
+        name: table.with_columns(time=pl.col("time") + MS // 1000) for name, table in tables.items()
+    }
+    folder = write_tables(tmp_path / "s", seconds)
+    told = f"{folder}: all times are like 1700000100, as unix seconds are: pass --time-unit s, or"
+    with pytest.raises(ValueError, match=rf"\A{re.escape(told)} ms if they are meant\Z"):
+        frames.read(folder)
+    assert frames.read(folder, time_unit="ms").events["time"][0] == MS // 1000 + 100
+    assert frames.read(folder, time_unit="s").events["time"][0] == MS + 100_000
+    seconds["clicks"] = seconds["clicks"].with_columns(time=pl.lit(2_500_000_001))
+    frames.read(write_tables(tmp_path / "later", seconds))
+    (tmp_path / "shop.inter").write_text(
+        "user_id:token\titem_id:token\ttimestamp:float\n7\ta\t1700000000\n"
+    )
+    assert frames.read(tmp_path / "shop.inter").events["time"].to_list() == [MS]
+
+
+@pytest.mark.parametrize("end", [".parquet", ".csv"])
+def test_rows_repeat_another_as_the_file_has_them(tables, tmp_path, end):
+    """What rounding to ms makes equal was not."""
+    times = [MS * 1000 + us for us in (0, 100, 200, 200)]
+    events = pl.DataFrame({"user": 1, "item": 1, "time": times})
+    micro = {name: table.with_columns(pl.col("time") * 1000) for name, table in tables.items()}
+    folder = write_tables(tmp_path / "us", micro | {"events": events}, end)
+    log = frames.read(folder, time_unit="us")
+    assert log.events["time"].to_list() == [MS] * 3
+    assert f"events{end}: dropped 1 rows that repeat another exactly" in log.notes
 
 
 # the machine
