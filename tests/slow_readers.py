@@ -746,11 +746,9 @@ def ubi(folder, targets=("click", "click_through")):
     for _, action, user, _, query, item in events:
         if action == "impression" and item is not None and query is not None:
             shown.setdefault((user, query), []).append(item)
-    touched = {(e[2], e[4], e[5]) for e in events if e[1] != "impression" and e[5] is not None}
+    items = {event[5] for event in events if event[5] is not None}
     listed = {key: [i for _, ids in sorted(found) for i in ids] for key, found in results.items()}
-    if any((*key, i) in touched for key, ids in listed.items() if key[1] is not None for i in ids):
-        shown = {k: ids for k, ids in listed.items() if k[1] is not None} | shown
-    shown = {key: list(dict.fromkeys(ids)) for key, ids in shown.items()}
+    listed = {key: ids for key, ids in listed.items() if key[1] is not None and items & set(ids)}
     began = {}
     for key, rows in queries.items():
         time, row, text = min(rows)
@@ -758,10 +756,11 @@ def ubi(folder, targets=("click", "click_through")):
             began[key] = row, time
             told.search(row, key[0], time, terms)
     for row, action, user, time, query, item in acted:
-        among = shown.get((user, query), [])
-        target = action in targets
-        told.event(user, item, time, row, target, among if target and item in among else None)
-        if query is not None and (user, query) in began and (item in among or not among):
+        seen, hits = shown.get((user, query), []), listed.get((user, query), [])
+        among = next((ids for ids in (seen, hits) if action in targets and item in ids), [])
+        told.event(user, item, time, row, action in targets, list(dict.fromkeys(among)) or None)
+        known = [*seen, *hits]
+        if query is not None and (user, query) in began and (item in known or not known):
             search, asked = began[user, query]
             told.click(search, item, max(asked, time))
     return told.done()

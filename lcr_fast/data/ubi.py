@@ -20,15 +20,18 @@ ubi_events   event_attributes.object.object_id            the item; may be missi
 
 The recommendation stream holds every click, view, watch, add_to_cart and purchase of an item,
 whether a search led to it or not; by default clicks are the targets. What was done under a query on
-one of its results is a click of that search too. What was shown with a target, by impression events
-or else the hits of its query, are its impressions.
+one of its results is a click of that search too: on a hit, or on what an impression event saw. The
+impressions of a target are what was seen under its query, or else the hits, whichever holds it.
 
 Traps of the format:
 
 - The list of hits is called query_response_hit_ids; older writers say query_response_object_ids or
   query_response_objects_ids, which are read too.
-- Where object_id_field was not given, the plugin lists internal document numbers as hits. If no
-  item of any event is among its query's hits, they are left aside.
+- Where object_id_field was not given, the plugin lists internal document numbers as hits, of one
+  query but not of another. The hits of a query are left aside, and its results taken for unknown,
+  if none of them is the item of any event of the log, an impression or another: then nothing done
+  under the query is among them either. Hits of a true id that nobody ever saw or touched go too.
+- Impression events tell what scrolled into view and may be lost: a hit without one may be clicked.
 - A query_id sticks to all that a client does until the next search: what is not among the results
   is no click of that search, where the results are known.
 - client_id may live a visit or a year, and is "" where nobody gave one: such rows are dropped. Bots
@@ -97,17 +100,16 @@ def read(
     events, also_lost = _with_user(events, "ubi_events")
     events, repeated = without_repeated(events, "ubi_events", keep_duplicates)
     searches, more = _searches(queries)
-    shown = _results(queries, events)
     acted, told = _acted(events, targets)
-    clicks, skewed = _clicks(acted, searches, shown)
-    notes += [*lost, *also_lost, *more, *told, *repeated]
-    notes.append(
-        f"kept {clicks.height:,} events under a query as clicks of its search, {skewed:,} of them "
-        "dated before it"
-    )
+    shown, aside = _results(queries, events, acted)
+    clicks, clicked = _clicks(acted, searches, shown)
+    notes += [*lost, *also_lost, *more, *told, *aside, *clicked, *repeated]
     found = acted.join(shown, on=["user", "query"], how="left", maintain_order="left")
-    # Hits of another page, or of another kind of id, are not what the target was chosen from.
-    among = pl.col("target") & pl.col("results").list.contains(pl.col("item"))
+    # A list without the target is not what it was chosen from.
+    seen, hits = (
+        pl.when(pl.col("target") & pl.col(name).list.contains(pl.col("item"))).then(name)
+        for name in ("seen", "hits")
+    )
     return InteractionLog(
         "ubi",
         found.select(
@@ -116,7 +118,7 @@ def read(
             "time",
             "target",
             order="row",
-            impressions=pl.when(among).then("results"),
+            impressions=pl.coalesce(seen, hits),
         ),
         searches.select("search", "user", "time", "terms"),
         clicks,
@@ -199,22 +201,31 @@ def _searches(queries: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
     ]
 
 
-def _results(queries: pl.DataFrame, events: pl.DataFrame) -> pl.DataFrame:
-    """List what each query showed: user, query, results; what was seen, or else what was found."""
+def _results(
+    queries: pl.DataFrame, events: pl.DataFrame, acted: pl.DataFrame
+) -> tuple[pl.DataFrame, list[str]]:
+    """List what each query showed: user, query, seen, hits (null where unknown); and a note."""
     key = ["user", "query"]
     there = pl.col("query").is_not_null() & pl.col("item").is_not_null()
-    seen = events.filter(there & (pl.col("action") == _SHOWN)).select(*key, "item", "row")
-    hits = queries.with_columns(item=pl.coalesce(_HITS)).filter(pl.col("item").list.len() > 0)
-    hits = hits.select(*key, "item", "row").explode("item")
-    acted = events.filter(there & (pl.col("action") != _SHOWN)).select(*key, "item")
-    if not hits.join(acted, on=[*key, "item"], how="semi").height:
-        hits = hits.clear()
-    hits = hits.join(seen, on=key, how="anti")
-    return (
-        pl.concat([seen, hits])
-        .group_by(key, maintain_order=True)
-        .agg(results=pl.col("item").unique(maintain_order=True))
+    seen = events.filter(there & (pl.col("action") == _SHOWN)).select(*key, "item")
+    hits = queries.with_columns(item=pl.coalesce(_HITS)).filter(pl.col("query").is_not_null())
+    hits = hits.select(*key, "item").explode("item").filter(pl.col("item").is_not_null())
+    touched = hits.join(events, on="item", how="semi").select(key)
+    aside = hits.join(touched, on=key, how="anti").select(key).unique()
+    aside = aside.join(acted, on=key, how="semi").height
+    hits = hits.join(touched, on=key, how="semi", maintain_order="left")
+    lists = [
+        frame.group_by(key, maintain_order=True).agg(
+            pl.col("item").unique(maintain_order=True).alias(name)
+        )
+        for name, frame in (("seen", seen), ("hits", hits))
+    ]
+    shown = lists[0].join(lists[1], on=key, how="full", coalesce=True)
+    note = (
+        f"left the hits of {aside:,} queries aside, under which something was done: none of them "
+        "is the item of any event (internal document numbers, perhaps)"
     )
+    return shown, [note] if aside else []
 
 
 def _acted(events: pl.DataFrame, targets: Sequence[str]) -> tuple[pl.DataFrame, list[str]]:
@@ -240,14 +251,19 @@ def _acted(events: pl.DataFrame, targets: Sequence[str]) -> tuple[pl.DataFrame, 
 
 def _clicks(
     acted: pl.DataFrame, searches: pl.DataFrame, shown: pl.DataFrame
-) -> tuple[pl.DataFrame, int]:
-    """Give actions under a query on one of its results to its search; and how many were early."""
+) -> tuple[pl.DataFrame, list[str]]:
+    """Give actions under a query on one of its results to its search; and a note."""
     key = ["user", "query"]
     asked = searches.select(*key, "search", began="time")
     under = acted.join(asked, on=key, how="inner", maintain_order="left")
     under = under.join(shown, on=key, how="left", maintain_order="left")
-    result = pl.col("results").is_null() | pl.col("results").list.contains(pl.col("item"))
-    clicks = under.filter(result)
+    seen, hits = (pl.col(name).list.contains(pl.col("item")) for name in ("seen", "hits"))
+    unknown = pl.col("seen").is_null() & pl.col("hits").is_null()
+    clicks = under.filter(unknown | seen.fill_null(False) | hits.fill_null(False))
     early = clicks.filter(pl.col("time") < pl.col("began")).height
     at = pl.max_horizontal("time", "began")
-    return clicks.select("search", "item", time=at), early
+    return clicks.select("search", "item", time=at), [
+        f"kept {clicks.height:,} events under a query as clicks of its search, {early:,} of them "
+        f"dated before it; {under.height - clicks.height:,} are none: their item is not among its "
+        "results"
+    ]

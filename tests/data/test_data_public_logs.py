@@ -190,7 +190,7 @@ EVENTS = [
     event("impression", "ann", 11, "a", "q1"),
     event("impression", "ann", 12, "b", "q1"),
     event("click", "ann", 9, "b", "q1"),  # the browser's clock is late
-    event("purchase", "ann", 15, 3, "q1"),  # a hit, but not among what was seen
+    event("purchase", "ann", 15, 3, "q1"),  # a hit whose impression was lost
     event("click", "ann", 21, "c", "q2"),
     event("add_to_cart", "ann", 25, "c", "q2"),
     event("click", "ann", 26, "y", "q2"),  # the query sticks to it
@@ -233,6 +233,7 @@ def test_ubi(tmp_path):
     first, second = log.searches.sort("time")["search"]
     assert rows_of(log.clicks.sort("time", "item"), "search", "item", "time") == [
         (first, "b", at(10)),
+        (first, "3", at(15)),
         (second, "c", at(21)),
         (second, "c", at(25)),
     ]
@@ -240,7 +241,9 @@ def test_ubi(tmp_path):
     assert "ubi_queries: dropped 1 documents without a client_id" in notes
     assert "kept 2 searches; dropped 1 without a word, 1 without a query_id and 1 whose" in notes
     assert "dropped 1 without an object_id and 4 of other actions" in notes
-    assert "3 events under a query as clicks of its search, 1 of them dated before it" in notes
+    assert "4 events under a query as clicks of its search, 1 of them dated before it" in notes
+    assert "; 1 are none: their item is not among its results" in notes
+    assert "aside" not in notes
 
 
 def test_ubi_in_every_wrapping(tmp_path):
@@ -277,6 +280,46 @@ def test_ubi_leaves_internal_document_numbers_aside(tmp_path):
     log = ubi.read(write_ubi(tmp_path, queries, [event("click", "ann", 12, "sku-9", "q")]))
     assert log.clicks["item"].to_list() == ["sku-9"]
     assert log.events["impressions"].to_list() == [None]
+
+
+def test_ubi_tells_document_numbers_query_by_query(tmp_path):
+    """One query whose hits are items says nothing of another."""
+    queries = [
+        query(f"q{n}", "ann", n, "shoe", query_response_hit_ids=hits)
+        for n, hits in enumerate((["3", "7"], ["3"], ["sku-1", "sku-4"], ["sku-2"], ["5"]))
+    ]
+    events = [
+        event("click", "ann", 10, "sku-1", "q0"),
+        event("click", "ann", 11, "sku-2", "q1"),
+        event("click", "ann", 12, "sku-3", "q2"),  # sku-1 is an item of the log, under q0
+        event("click", "ann", 13, "sku-2", "q3"),
+    ]
+    log = ubi.read(write_ubi(tmp_path, queries, events))
+    assert log.clicks["item"].to_list() == ["sku-1", "sku-2", "sku-2"]
+    assert log.events["impressions"].to_list() == [None, None, None, ["sku-2"]]
+    notes = "\n".join(log.notes)
+    assert "left the hits of 2 queries aside, under which something was done" in notes
+    assert (
+        "kept 3 events under a query as clicks of its search, 0 of them dated before it; 1 are"
+        in notes
+    )
+
+
+def test_ubi_clicks_on_hits_without_an_impression(tmp_path):
+    """Impressions tell what scrolled into view; they may be lost, or come later than the click."""
+    queries = [query("q", "ann", 10, "shoe", query_response_hit_ids=["a", "b", "c"])]
+    events = [
+        event("impression", "ann", 11, "b", "q"),
+        event("impression", "ann", 11, "x", "q"),
+        event("click", "ann", 12, "a", "q"),
+        event("click", "ann", 13, "b", "q"),
+        event("click", "ann", 14, "x", "q"),
+        event("click", "ann", 15, "y", "q"),
+    ]
+    log = ubi.read(write_ubi(tmp_path, queries, events))
+    assert log.clicks["item"].to_list() == ["a", "b", "x"]
+    shown = [["a", "b", "c"], ["b", "x"], ["b", "x"], None]
+    assert log.events["impressions"].to_list() == shown
 
 
 def test_ubi_targets_of_any_name(tmp_path):
