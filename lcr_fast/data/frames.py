@@ -5,7 +5,8 @@ it is loaded, so none is ever read here. Load it where that is acceptable, and w
 
 A folder holds the tables ``events``, ``searches`` and ``clicks``, each as Parquet or as text: .csv,
 or .tsv, also gzipped (.csv.gz). In text the terms of a search and the ids of impressions are
-separated by spaces. RecBole's atomic file, ``NAME.inter``, may stand for the events: then searches
+separated by spaces, so that an id in impressions holds none. RecBole's atomic file, ``NAME.inter``,
+may stand for the events: then searches
 and clicks may be missing.
 """
 
@@ -68,8 +69,10 @@ def read(
             notes.append(f"no {name}: there is no such file")
     if time_unit is None and unit == "ms":
         _refuse_seconds(tables, path)
-    _share_ids(tables, paths, "user", "searches")
-    _share_ids(tables, paths, "item", "clicks")
+    notes += _share_ids(tables, paths, "user", "searches")
+    notes += _share_ids(tables, paths, "item", "clicks")
+    if not _ends_with(paths["events"], ".parquet"):
+        _check_lists(tables["events"], paths["events"])
     _number_searches(tables, paths)
     events, searches, clicks = (tables[name].drop("row") for name in COLUMNS)
     kept = f"kept {events.height:,} events, {searches.height:,} searches, {clicks.height:,} clicks"
@@ -147,18 +150,19 @@ def _refuse_seconds(tables: dict[str, pl.DataFrame], path: Path) -> None:
 
 def _share_ids(
     tables: dict[str, pl.DataFrame], paths: dict[str, Path], column: str, other: str
-) -> None:
+) -> list[str]:
     """Give the ids of two tables one type: a text file does not say whether "7" is a number.
 
     Its ids are numbers where all are, unless a Parquet file beside it has text. A table without a
-    row says nothing, whatever its type.
+    row says nothing, whatever its type. Returns a note where one file's look like numbers alone.
     """
     names = [name for name in ("events", other) if tables[name].height]
     texts = [name for name in names if not _ends_with(paths[name], ".parquet")]
     typed = [tables[name].schema[column] for name in names if name not in texts]
     number = pl.col(column).cast(pl.Int64, strict=False)
     plain = (number.cast(pl.String) == pl.col(column)).fill_null(False).all()
-    if pl.String not in typed and all(tables[name].select(plain).item() for name in texts):
+    plains = [name for name in texts if tables[name].select(plain).item()]
+    if pl.String not in typed and plains == texts:
         for name in texts:
             tables[name] = tables[name].with_columns(number)
             if column == "item" and "impressions" in tables[name].columns:
@@ -166,6 +170,31 @@ def _share_ids(
     for empty, full in ((other, "events"), ("events", other)):
         if not tables[empty].height:
             tables[empty] = tables[empty].cast({column: tables[full].schema[column]})
+    if len(plains) != 1 or len(texts) != 2:
+        return []
+    (text,) = set(texts) - set(plains)
+    return [
+        f"{column}: all ids are numbers in {paths[plains[0]].name}, but not in "
+        f"{paths[text].name}: read as text"
+    ]
+
+
+def _check_lists(events: pl.DataFrame, path: Path) -> None:
+    """Raise where ids that are text cannot be told in the impressions of a text file."""
+    if "impressions" not in events.columns or events.schema["item"] != pl.String:
+        return
+    listed = events.filter(pl.col("impressions").list.len() > 0)
+    if listed.height:
+        one = ~pl.col("item").str.contains(" ", literal=True)
+        expected = "an id without a space, as impressions are listed between spaces (write Parquet)"
+        check(events, one, path, "item", expected)
+    entry = pl.col("entry")
+    joined = listed.select("row", "item", entry="impressions").explode("entry")
+    joined = joined.filter(entry.str.contains(r"[|,;]") & (entry != pl.col("item")))
+    parts = entry.str.replace_all(r"[|,;]", "|").str.split("|")
+    wrong = joined.filter(parts.list.contains(pl.col("item"))).select("row").unique()
+    valid = ~pl.col("row").is_in(wrong["row"].implode())
+    check(listed, valid, path, "impressions", "ids between spaces")
 
 
 def _with_numbers(events: pl.DataFrame, path: Path) -> pl.DataFrame:

@@ -74,6 +74,10 @@ CHANGES = {
     "later than the median": staggered,
     "are no training target": lambda e, s: ([(u, 999 * u + i, t, k) for u, i, t, k in e], s),
     "of the searches have a click": lambda e, s: (e, [(u, t, w, []) for u, t, w, _ in s]),
+    "are the ids of both of one kind": lambda e, s: (
+        e,
+        [(u, t, w, [(item + 1000, at) for item, at in clicked]) for u, t, w, clicked in s],
+    ),
     "one item is the target of": lambda e, s: (
         [(u, i if t < at(50) else 99, t, k) for u, i, t, k in e],
         s,

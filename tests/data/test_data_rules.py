@@ -428,6 +428,48 @@ def test_a_recbole_file_stands_for_the_events(tmp_path):
         frames.read(tmp_path)
 
 
+def with_text_items(folder, items, impressions=None):
+    columns = {"user": 1, "item": items, "time": [MS, MS + 1]}
+    folder.mkdir(exist_ok=True)
+    events = pl.DataFrame(columns | ({"impressions": impressions} if impressions else {}))
+    events.write_csv(folder / "events.csv")
+    (folder / "searches.csv").write_text(f"search,user,time,terms\n1,1,{MS},a\n")
+    (folder / "clicks.csv").write_text(f"search,item,time\n1,7,{MS}\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("items", "impressions", "message"),
+    [
+        (
+            ["a", "b"],
+            ["a c", "c|b|d"],
+            "row 2, field impressions: expected ids between spaces, ",
+        ),
+        (["a", "b"], ["a, c", None], "row 1, field impressions: expected ids between spaces, "),
+        (["a", "b"], ["c", "c;b"], "row 2, field impressions: expected ids between spaces, "),
+        (["a b", "c"], [None, "c d"], "row 1, field item: expected an id without a space, as impr"),
+        (["a|b", "c"], ["a|b d", "d,e"], None),
+        (["a b", "c"], None, None),
+    ],
+)
+def test_lists_of_text_ids_stand_between_spaces(tmp_path, items, impressions, message):
+    folder = with_text_items(tmp_path, items, impressions)
+    if message is None:
+        assert frames.read(folder).events["item"].to_list() == items
+        return
+    with pytest.raises(ValueError, match=rf"\Aevents\.csv, {message}[^\n]*\Z"):
+        frames.read(folder)
+
+
+def test_ids_that_are_numbers_in_one_file_alone_are_told(tmp_path):
+    log = frames.read(with_text_items(tmp_path, ["a", "b"]))
+    told = "item: all ids are numbers in clicks.csv, but not in events.csv: read as text"
+    assert told in log.notes
+    log = frames.read(with_text_items(tmp_path, [1, 2]))
+    assert not any("read as text" in note for note in log.notes)
+
+
 @pytest.mark.parametrize("dtype", [pl.Null, pl.String, pl.Float64])
 def test_a_table_without_a_row_has_the_ids_of_the_other(tables, tmp_path, dtype):
     tables["clicks"] = tables["clicks"].clear().cast({"item": dtype, "search": dtype})
