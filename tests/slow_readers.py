@@ -362,7 +362,7 @@ def jdsearch(folder, test_query=False):
             if any(label > 0 for label in labels):
                 best = shown[labels.index(max(labels))]
                 rest = [item for item, label in zip(shown, labels, strict=True) if label <= 0]
-                targets.append((user, best, (now + seconds[-1]) * 1000, rest or None))
+                targets.append((user, best, (now + seconds[-1]) * 1000, rest and [*rest, best]))
     for user, item, time, rest in targets:
         told.event(user, item, time, order + user, True, rest)
     return told.done(common_clock=False)
@@ -384,7 +384,7 @@ def qilin(folder):
                 bursts[-1][2].append(note)
         for first, _, notes in bursts:
             for note in notes:
-                told.event(user, note, first, order, True, ignored or None)
+                told.event(user, note, first, order, True, ignored and [*ignored, note])
                 order += 1
     asked = _qilin_rows(folder, "search", ("query",), "search", "search_timestamp")
     for key, (user, query, results) in enumerate(asked):

@@ -92,7 +92,7 @@ def prepare(
         begin("histories")
         if k_core:
             log = core_of(log, k_core)
-        arrays, notes, items, queries = _arrays(log, options, vocabulary, begin)
+        arrays, notes, items, queries, lists = _arrays(log, options, vocabulary, begin)
         data = PreparedData(arrays, {})
         begin("negatives")
         for number, name in enumerate(("valid", "test")):
@@ -102,6 +102,7 @@ def prepare(
             "source": log.source,
             "counts": _counts(data),
             "options": options,
+            "lists_of_impressions": lists,
             "notes": [*log.notes, *notes],
         }
 
@@ -126,10 +127,11 @@ def _arrays(
     options: dict[str, Any],
     vocabulary: PreparedData | None,
     begin: Callable[[str], None],
-) -> tuple[dict[str, NDArray], list[str], pl.DataFrame, pl.DataFrame]:
+) -> tuple[dict[str, NDArray], list[str], pl.DataFrame, pl.DataFrame, dict[str, int]]:
     """Make all arrays but the negatives, and notes; return the numbers of items and queries too.
 
-    Queries are named by the key of a search that has them.
+    Queries are named by the key of a search that has them. Last come the counts of the lists of
+    impressions, and of those without their target.
     """
     history = {name: options[name] for name in _HISTORY}
     needed = vocabulary is None or options["split"] == "time"
@@ -155,13 +157,14 @@ def _arrays(
     for name, table in (("user", users), ("item", items)):
         arrays |= _id_table(name, table["text"])
     begin("samples")
-    notes += _add_samples(arrays, events, items, options)
+    more, lists = _add_samples(arrays, events, items, options)
+    notes += more
     if options["split"] == "user" and log.common_clock:
         notes += splits.later_than_tests(arrays["train_times"], arrays["test_times"])
     if vocabulary is not None:
         arrays["known_sizes"] = np.array(vocabulary.sizes, dtype=np.int64)
         notes.append(_vocabulary_note(vocabulary, PreparedData(arrays, {}).sizes))
-    return arrays, notes, items, queries
+    return arrays, notes, items, queries, lists
 
 
 def _check_options(options: dict[str, Any], least: dict[str, int]) -> None:
@@ -413,7 +416,7 @@ def _add_samples(
     events: pl.DataFrame,
     items: pl.DataFrame,
     options: dict[str, Any],
-) -> list[str]:
+) -> tuple[list[str], dict[str, int]]:
     place = np.flatnonzero(events["sample"].to_numpy())
     users = events["u"].to_numpy()[place]
     times = arrays["rec_times"][place]
@@ -441,7 +444,12 @@ def _add_samples(
         data, split, users, times, repeat, items.height, options["n_negatives"]
     )
     notes = splits.describe(split, users, least) + dropped
-    impressions = _impressions(events, items)
+    impressions, lists = _impressions(events, items)
+    if lists["without_target"]:
+        notes.append(
+            f"prepare: {lists['without_target']:,} of {lists['all']:,} lists of impressions lack "
+            "their target; it is put behind them"
+        )
     for number, name in enumerate(SPLITS):
         rows = np.flatnonzero(split.of_sample == number)
         arrays[f"{name}_users"] = users[rows]
@@ -458,7 +466,7 @@ def _add_samples(
             arrays[f"{name}_impression_offsets"] = offsets
             arrays[f"{name}_impressions"] = shown["i"].to_numpy()
     _add_counts(arrays, place[split.of_sample == 0], items.height)
-    return notes
+    return notes, lists
 
 
 def _drop_without_negatives(
@@ -502,20 +510,22 @@ def _drop_without_negatives(
     ]
 
 
-def _impressions(events: pl.DataFrame, items: pl.DataFrame) -> pl.DataFrame:
-    """Distinct items shown with each sample, in the order shown: sample, i, rank.
+def _impressions(events: pl.DataFrame, items: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
+    """Distinct items shown with each sample, in the order shown: sample, i, rank; and counts.
 
     A target that is missing from its own list is put behind it; a list of the target alone ranks
     nothing and is left out. Samples are numbered by their order in ``events``.
     """
     samples = events.filter("sample").with_columns(sample=pl.int_range(pl.len(), dtype=pl.Int64))
     samples = samples.filter(pl.col("impressions").list.len() > 0)
+    there = samples.select(pl.col("impressions").list.contains(pl.col("item")).sum()).item()
+    lists = {"all": samples.height, "without_target": samples.height - there}
     shown = samples.select("sample", item="impressions").explode("item")
     shown = shown.with_columns(rank=pl.int_range(pl.len(), dtype=pl.Int64))
     shown = _number(shown, "item", items, "i").select("sample", "i", "rank")
     target = samples.select("sample", "i", rank=pl.lit(shown.height, pl.Int64))
     both = pl.concat([shown, target]).group_by("sample", "i").agg(pl.col("rank").min())
-    return both.filter(pl.len().over("sample") > 1)
+    return both.filter(pl.len().over("sample") > 1), lists
 
 
 def _add_counts(arrays: dict[str, NDArray], trained: NDArray, n_items: int) -> None:

@@ -6,8 +6,7 @@ it is loaded, so none is ever read here. Load it where that is acceptable, and w
 A folder holds the tables ``events``, ``searches`` and ``clicks``, each as Parquet or as text: .csv,
 or .tsv, also gzipped (.csv.gz). In text the terms of a search and the ids of impressions are
 separated by spaces, so that an id in impressions holds none. RecBole's atomic file, ``NAME.inter``,
-may stand for the events: then searches
-and clicks may be missing.
+may stand for the events: then searches and clicks may be missing.
 """
 
 from __future__ import annotations

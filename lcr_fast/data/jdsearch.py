@@ -34,8 +34,8 @@ def read(
 
     The final test query is a product search, not a recommendation, and is left out. With
     ``test_query`` the product of its highest label (the first of several) becomes a target at the
-    query's time with the candidates nobody acted on as impressions; the query itself stays hidden,
-    for a history is strictly before. A line that repeats another is dropped without
+    query's time with the candidates nobody acted on, and it, as impressions; the query itself stays
+    hidden, for a history is strictly before. A line that repeats another is dropped without
     ``keep_duplicates``, which makes it a user of its own. Raises ValueError naming file, row and
     field where lists are malformed or of unequal length.
     """
@@ -141,6 +141,8 @@ def _test_targets(
     targets = best.agg(item=pl.col("item").get(pl.col("label").arg_max()))
     others = shown.filter(~is_positive(pl.col("label"))).group_by("user", maintain_order=True)
     targets = targets.join(others.agg(impressions="item"), on="user", how="left")
+    shown = pl.col("impressions").list.concat(pl.concat_list("item"))
+    targets = targets.with_columns(impressions=shown)
     return targets.join(asked, on="user").with_columns(
         target=pl.lit(True), order=first_order + pl.col("user")
     )

@@ -1,9 +1,9 @@
 """Reader of Qilin (THUIR/Qilin): Parquet folders, or CSVs with printed NumPy structs.
 
 A clicked result of a recommendation request is an event and a target, the results of the request
-that nobody clicked its impressions. A search row is a search, its clicked results the clicks. The
-train and test parts are read together; ``prepare`` splits by time. ``recent_clicked_note_idxs``
-carries no times and is not read, neither are dqa and user_feat.
+that nobody clicked, and it, its impressions. A search row is a search, its clicked results the
+clicks. The train and test parts are read together; ``prepare`` splits by time.
+``recent_clicked_note_idxs`` carries no times and is not read, neither are dqa and user_feat.
 
 Times: request_timestamp is in ms, search_timestamp in s; both become ms. The stamps of a request
 are the moments its results came into view, milliseconds apart: results of one burst get the time
@@ -214,7 +214,7 @@ def _events(requests: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
     events = clicked.join(ignored, on="request", how="left", maintain_order="left").select(
         "user",
         "time",
-        "impressions",
+        impressions=pl.col("impressions").list.concat(pl.concat_list("note")),
         item="note",
         order=pl.int_range(pl.len(), dtype=pl.Int64),
         target=pl.lit(True),

@@ -19,7 +19,7 @@ _LEAST_UNIX_MS = 10**11  # smaller times are of no calendar
 _BINS = (0, 1, 2, 3, 5, 8, 12, 20, 30, 50, 100)  # lower bounds of history lengths
 # Shares from which on a fact is worth a warning. Rules of thumb, said with the number itself.
 _MANY_REPEATS, _FEW_SEARCHES, _MANY_TIES, _LATE, _UNCOVERED = 0.3, 0.3, 0.02, 0.1, 0.5
-_APART = 0.05
+_APART, _LACKING = 0.05, 0.5
 _FEW_CLICKS, _ONE_ITEM, _FEW_TESTED, _SHORT, _AGAIN, _EASY = 0.1, 0.1, 500, 3, 0.3, 0.5
 
 
@@ -263,6 +263,12 @@ def _warnings(data: PreparedData, values: dict[str, float], split: str) -> Itera
         yield (
             f"only {share:.1%} of the items clicked in searches have events: are the ids of both "
             "of one kind?"
+        )
+    lists = data.manifest.get("lists_of_impressions") or {"all": 0, "without_target": 0}
+    if lists["without_target"] > _LACKING * lists["all"]:
+        yield (
+            f"{lists['without_target'] / lists['all']:.0%} of the lists of impressions lack their "
+            "target, which is put behind them: are their ids those of the items?"
         )
     share = values["targets on the most frequent one"]
     if share > _ONE_ITEM:

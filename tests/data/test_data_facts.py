@@ -100,6 +100,22 @@ def test_many_candidates_are_warned_of(make_log, clear, tmp_path):
     assert "of all items are candidates" in " ".join(facts_of(data).warnings)
 
 
+def test_lists_without_their_target_are_told(make_log, clear, tmp_path):
+    events, searches = clear
+    for name, lacking in (("few", 100), ("most", 200)):
+        shown = [[91] if n < lacking else [event[1], 91] for n, event in enumerate(events)]
+        data = prepare(make_log(events, searches, shown), tmp_path / name, n_negatives=5)
+        lists = data.manifest["lists_of_impressions"]
+        told = f"prepare: {lists['without_target']} of 360 lists of impressions lack their target"
+        assert lists["all"] == 360
+        assert lists["without_target"] == lacking
+        assert told in data.summary()
+        warned = "of the lists of impressions lack their target" in " ".join(
+            facts_of(data).warnings
+        )
+        assert warned == (name == "most")
+
+
 def test_a_split_by_time_leaks_nothing(make_log, clear, tmp_path):
     log = make_log(*staggered(*clear))
     data = prepare(log, tmp_path / "out", n_negatives=5, split="time")

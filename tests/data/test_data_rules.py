@@ -180,7 +180,7 @@ def qilin_folder(tmp_path):
 @pytest.mark.parametrize("nothing", [0.0, NAN, None])
 def test_a_qilin_click_that_is_nan_or_null_is_none(qilin_folder, nothing):
     log = read("qilin", qilin_folder(click=nothing))
-    assert log.events.select("item", "impressions").rows() == [(4, [5]), (6, None)]
+    assert log.events.select("item", "impressions").rows() == [(4, [5, 4]), (6, None)]
     assert log.clicks["item"].to_list() == [4, 6]
 
 
