@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from lcr_fast.precision import tf32
 from lcr_fast.testing import every_op_rounded
 
 Function = Callable[[], Any]
@@ -106,13 +107,9 @@ def rotate(function: Callable[..., Any], input_sets: Iterable[Sequence[Any]]) ->
 @contextlib.contextmanager
 def multiplying_in(precision: str) -> Iterator[None]:
     """Let torch, and what asks it, take TF32 products if named; in halves round every operation."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    try:
-        with every_op_rounded() if precision == "bf16" else contextlib.nullcontext():
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    rounded = every_op_rounded() if precision == "bf16" else contextlib.nullcontext()
+    with tf32(precision == "tf32"), rounded:
+        yield
 
 
 # The heads of the paper's plain reading; the defaults' cost as much but for a bonus of seen items.

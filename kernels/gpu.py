@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lcr_fast.kernels import ptxas
+from lcr_fast.precision import allows_tf32
 
 
 def on_device(x: Tensor) -> AbstractContextManager:
@@ -19,12 +20,12 @@ def on_device(x: Tensor) -> AbstractContextManager:
 def dot_precision(dtype: torch.dtype) -> str:
     """Say how a dtype is multiplied (see products.py).
 
-    Only float32 has a choice, and ``torch.get_float32_matmul_precision()`` makes it: tf32x3 at
-    ``highest``, the default, else tf32.
+    Only float32 has a choice: tf32 where torch allows it (:func:`lcr_fast.precision.allows_tf32`),
+    else tf32x3, the default.
     """
     if dtype != torch.float32:
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if allows_tf32() else "tf32x3"
 
 
 # About how many rows of a float32 product one program sums up. The matrix library cuts no sum, and

@@ -26,6 +26,7 @@ from lcr_fast.data import synthetic
 from lcr_fast.data.build import prepare
 from lcr_fast.data.prepared import PreparedData
 from lcr_fast.model import LCRSER
+from lcr_fast.precision import tf32
 from lcr_fast.training.models import attach_text, fit_config
 
 _WORLD = synthetic.World(n_users=24, n_topics=16, n_targets=14)
@@ -105,10 +106,8 @@ def _fast_interpreter():
 
 @pytest.fixture
 def tf32_allowed():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    yield
-    torch.set_float32_matmul_precision(before)
+    with tf32(True):
+        yield
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ added to the accumulator, and the sum is truncated to float32.
 import contextlib
 
 import numpy as np
-import torch
+
+from lcr_fast.precision import tf32
 
 _DEPTH = 8  # of one instruction
 
@@ -49,7 +50,6 @@ def multiplying(monkeypatch, matmul_precision: str):
     """Let the interpreter multiply float32 so, and torch allow it (``highest`` or ``high``)."""
     from triton.runtime import interpreter
 
-    before = torch.get_float32_matmul_precision()
     exact = interpreter.InterpreterBuilder.create_dot
     precision = {"highest": "tf32x3", "high": "tf32"}[matmul_precision]
 
@@ -60,10 +60,6 @@ def multiplying(monkeypatch, matmul_precision: str):
             total = product(a.data, b.data, precision) + d.data
         return interpreter.TensorHandle(total, d.dtype.scalar)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, tf32(precision == "tf32"):
         patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
-        torch.set_float32_matmul_precision(matmul_precision)
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
+        yield

@@ -24,9 +24,9 @@ in four kernels, for as many users at a time as :data:`SCRATCH_BYTES` allows: th
 trajectories), the states (dh; one program a block of events, over all candidates) and the users
 (du). The weights' gradients are products over all rows, which torch multiplies.
 
-Sums are float32; products take the states' dtype (float32 as
-``torch.get_float32_matmul_precision()`` says), to which weights and vectors are cast as they are
-read. No atomics: each program writes its own partial sums, which are added in a fixed order.
+Sums are float32; products take the states' dtype (float32 as ``gpu.dot_precision`` says), to which
+weights and vectors are cast as they are read. No atomics: each program writes its own partial sums,
+which are added in a fixed order.
 """
 
 from lcr_fast.kernels.scoring.ahead_of_time import variants
