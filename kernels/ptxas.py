@@ -24,6 +24,7 @@ import triton
 from triton import knobs
 from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import ptx_get_version
 from triton.runtime.jit import JITFunction
 
 Release = tuple[int, int]
@@ -59,6 +60,18 @@ def find(path: str, origin: str) -> Ptxas | None:
         return None
     found = re.search(r"release (\d+)\.(\d+), (V\S+)", text)
     return found and Ptxas(path, (int(found[1]), int(found[2])), found[3], origin)
+
+
+@functools.cache
+def architectures(path: str) -> frozenset[str]:
+    """Ask a ptxas for what it assembles, such as ``sm_90a``."""
+    text = subprocess.run([path, "--help"], capture_output=True, text=True).stdout
+    return frozenset(re.findall(r"'(sm_\w+)'", text))
+
+
+def _architecture(capability: int) -> str:
+    """Name the architecture that Triton compiles for."""
+    return f"sm_{capability}{'a' if capability >= 90 else ''}"
 
 
 def _knob(capability: int) -> str:
@@ -124,9 +137,9 @@ def is_known_bad(release: Release, capability: int) -> bool:
 def choose(capability: int) -> Ptxas:
     """Choose the ptxas for a compute capability, such as 90.
 
-    What the user set stands. Else it is the newest at hand whose major release is not beyond the
-    driver's, as a driver need not load what a later major release assembled. Raises
-    :class:`NoPtxasError`.
+    What the user set stands. Else it is the newest at hand that knows the GPU and whose major
+    release is not beyond the driver's, as a driver need not load what a later major release
+    assembled. Raises :class:`NoPtxasError`.
     """
     if chosen := users_choice(capability):
         tool = find(*chosen)
@@ -137,11 +150,17 @@ def choose(capability: int) -> Ptxas:
         return tool
     tools, driver = at_hand(), driver_cuda()
     loadable = [tool for tool in tools if driver is None or tool.release[0] <= driver[0]]
-    good = [tool for tool in loadable if not is_known_bad(tool.release, capability)]
+    needed = _architecture(capability)
+    able = [tool for tool in loadable if needed in architectures(tool.path)]
+    good = [tool for tool in able if not is_known_bad(tool.release, capability)]
     if not good:
         names = ", ".join(map(str, tools)) or "none"
         known = f", and a driver of CUDA {driver[0]}.{driver[1]}" if driver else ""
-        least = f" of release {_FIRST_GOOD[0]}.{_FIRST_GOOD[1]} or later," if loadable else ""
+        least = ""
+        if able:
+            least = f" of release {_FIRST_GOOD[0]}.{_FIRST_GOOD[1]} or later,"
+        elif loadable:
+            least = f" that knows {needed},"
         raise NoPtxasError(
             f"it needs a ptxas{least} whose code the driver can load; at hand: {names}{known}"
         )
@@ -174,8 +193,7 @@ def warning(capability: int) -> str | None:
 
 def _assemble(tool: Ptxas, ptx: str, options: Any, capability: int) -> bytes:
     """Run ptxas as Triton does: PTX -> cubin."""
-    suffix = "a" if capability >= 90 else ""
-    command = [tool.path, "-lineinfo", f"--gpu-name=sm_{capability}{suffix}"]
+    command = [tool.path, "-lineinfo", f"--gpu-name={_architecture(capability)}"]
     if tool.release >= (13, 0):
         command.append("--regAllocOptLevel=2")  # as Triton 3.7, around a defect of these releases
     if not options.enable_fp_fusion:
@@ -237,8 +255,13 @@ def _assembled_by(tool: Ptxas) -> Iterator[None]:
 def compile_with(tool: Ptxas, source: Any, target: GPUTarget, options: dict[str, Any]) -> Any:
     """Do what ``triton.compile`` does, with this ptxas; its version is part of the cache's key.
 
-    The compiled kernel's ``metadata.ptxas`` names it.
+    The compiled kernel's ``metadata.ptxas`` names it. Triton writes PTX of the release of its own
+    ptxas, which an older one cannot read: for that one it is asked for older PTX.
     """
+    of_triton = getattr(knobs.nvidia, _knob(target.arch)).version
+    release = f"{tool.release[0]}.{tool.release[1]}"
+    if options.get("ptx_version") is None and ptx_get_version(release) < ptx_get_version(of_triton):
+        options = options | {"ptx_version": ptx_get_version(release)}
     environment = get_cache_invalidating_env_vars() | {"ptxas": tool.version}
     with _assembled_by(tool):
         return triton.compile(source, target=target, options=options, _env_vars=environment)

@@ -102,6 +102,14 @@ def test_the_check_finds_what_a_bad_ptxas_makes():
     assert re.search(rf"{MISCOMPILED} for sm_90: \d+ garbage descriptors", done.stdout)
 
 
+@pytest.mark.full
+def test_an_older_ptxas_than_triton_writes_for_assembles():
+    older = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    case = r"^lookup\.seen_bonus_fwd-bf16$"
+    done = run_resources("--check", PATH, "--arch", "sm_100", "--only", case, "--ptxas", older)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_a_table_that_was_written_can_be_read():
     text = resources.to_json(TABLE)
     assert resources.from_json(text) == TABLE

@@ -11,6 +11,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton.backends.compiler import GPUTarget
+
 from lcr_fast import ops
 from lcr_fast.kernels import gpu as gpus
 from lcr_fast.kernels import ptxas
@@ -33,7 +35,13 @@ def machine(monkeypatch):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr(ptxas, "at_hand", lambda: list(tools))
         monkeypatch.setattr(ptxas, "driver_cuda", lambda: driver)
+        since = {"sm_90a": (11, 8), "sm_100a": (12, 8), "sm_103a": (12, 9), "sm_80": (11, 0)}
         known = {tool.path: tool for tool in tools}
+        monkeypatch.setattr(
+            ptxas,
+            "architectures",
+            lambda path: {a for a, first in since.items() if known[path].release >= first},
+        )
 
         def find(path: str, origin: str) -> Ptxas | None:
             return known[path]._replace(origin=origin) if path in known else None
@@ -68,6 +76,17 @@ def test_a_bad_one_alone_is_an_obstacle_where_it_is_bad(machine):
     assert "ptxas 13.1 (CUDA toolkit), and a driver of CUDA 12.8" in ptxas.obstacle(90)
     machine()
     assert "at hand: none" in ptxas.obstacle(80)
+
+
+def test_one_that_does_not_know_the_gpu_is_not_taken(machine):
+    machine(OLD, NEWER, NEWEST, driver=(12, 9))
+    assert ptxas.choose(103) == NEWER
+    machine(OLD, NEWEST, driver=(12, 8))
+    assert ptxas.choose(100) == OLD
+    assert ptxas.obstacle(103) == (
+        "it needs a ptxas that knows sm_103a, whose code the driver can load; at hand: ptxas 12.8 "
+        "(Triton's ptxas), ptxas 13.1 (CUDA toolkit), and a driver of CUDA 12.8"
+    )
 
 
 def test_the_users_choice_stands(machine, monkeypatch):
@@ -160,8 +179,23 @@ def test_the_wheels_own_are_found():
     found = {tool.origin: tool for tool in ptxas.at_hand()}
     assert found["Triton's ptxas-blackwell"].release >= (12, 9)
     assert found["Triton's ptxas"].version.startswith("V12.")
+    assert {"sm_80", "sm_90a", "sm_100a"} <= ptxas.architectures(found["Triton's ptxas"].path)
+    assert "sm_103a" in ptxas.architectures(found["Triton's ptxas-blackwell"].path)
     assert ptxas.find("/no/such/ptxas", "nowhere") is None
     assert ptxas.find(sys.executable, "not ptxas") is None
+
+
+def test_an_older_one_is_given_ptx_that_it_reads(monkeypatch):
+    """Triton writes for its own ptxas: at compute capability 100 for a newer one than at 80."""
+    monkeypatch.setattr(ptxas.triton, "compile", lambda source, target, options, **_: options)
+
+    def options(tool: Ptxas, capability: int, **given: int) -> dict:
+        return ptxas.compile_with(tool, None, GPUTarget("cuda", capability, 32), given)
+
+    assert options(OLD, 100) == {"ptx_version": 87}
+    assert options(OLD, 100, ptx_version=86) == {"ptx_version": 86}
+    assert options(OLD, 80) == {}
+    assert options(NEWEST, 100) == {}
 
 
 _COMPILE = """
