@@ -299,13 +299,23 @@ int add_up(const MetricArgs& args, const double* partial, cudaStream_t stream) {
 
 // ---- short rows
 
+// Add up a warp: by one instruction where there is one.
+__device__ unsigned warp_sum(unsigned count) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) count += __shfl_xor_sync(~0u, count, offset);
+  return count;
+#else
+  return __reduce_add_sync(~0u, count);
+#endif
+}
+
 // Add what the threads of a team counted, in one number: 12 bits of each count, and how many saw NaN.
 template <int kTeam>
 __device__ Counts team_sum(Counts counts) {
   static_assert(kShortItems + 1 < 1 << 12 && kTeam <= kWarp);
   unsigned all = counts.greater | counts.at_least << 12 | unsigned{counts.nan} << 24;
   if (kTeam == kWarp) {
-    all = __reduce_add_sync(~0u, all);
+    all = warp_sum(all);
   } else {
     for (int offset = kTeam / 2; offset > 0; offset /= 2) all += __shfl_xor_sync(~0u, all, offset);
   }
@@ -337,8 +347,8 @@ __global__ void __launch_bounds__(kThreads)
 // ---- long rows
 
 __device__ Counts warp_sum(Counts counts) {
-  counts.greater = __reduce_add_sync(~0u, counts.greater);
-  counts.at_least = __reduce_add_sync(~0u, counts.at_least);
+  counts.greater = warp_sum(counts.greater);
+  counts.at_least = warp_sum(counts.at_least);
   counts.nan = __any_sync(~0u, counts.nan);
   return counts;
 }
