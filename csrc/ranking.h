@@ -93,6 +93,9 @@ struct Faults {
 Faults ranking_cpu(const RankingArgs& args, const Parallel& parallel);
 Faults catalogue_cpu(const CatalogueArgs& args, const Parallel& parallel);
 
+// The cudaError_t of asking for a kernel on the current GPU: not 0 where there is no code for it.
+int ranking_cuda_error();
+
 // CUDA. `counts` are zeros [n_rows, 2], which ranking_cuda takes if it keeps counts of rows this
 // long, and `partial` is room for [ranking_partials(n_rows), n_metrics + 1] where the output is sums;
 // `faults` is a device Faults. `stream` is a cudaStream_t. Returns the cudaError_t of the launches; a

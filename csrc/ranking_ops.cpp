@@ -255,6 +255,8 @@ struct Scratch {
   Tensor counts, partial, faults;
 };
 
+int64_t ranking_cuda_error_op() { return ranking_cuda_error(); }
+
 std::tuple<Tensor, Tensor> ranking_metrics_cuda(const Tensor& scores, const OptionalTensor& target,
                                                 const OptionalTensor& relevance,
                                                 const OptionalTensor& counts,
@@ -310,6 +312,10 @@ STABLE_TORCH_LIBRARY_IMPL(lcr_fast, CompositeExplicitAutograd, m) {
   m.impl("cpu_level", TORCH_BOX(&cpu_level_op));
 }
 #ifdef USE_CUDA
+STABLE_TORCH_LIBRARY_FRAGMENT(lcr_fast, m) { m.def("ranking_cuda_error() -> int"); }
+STABLE_TORCH_LIBRARY_IMPL(lcr_fast, CompositeExplicitAutograd, m) {
+  m.impl("ranking_cuda_error", TORCH_BOX(&ranking_cuda_error_op));
+}
 STABLE_TORCH_LIBRARY_IMPL(lcr_fast, CUDA, m) {
   m.impl("ranking_metrics", TORCH_BOX(&ranking_metrics_cuda));
   m.impl("catalogue_metrics", TORCH_BOX(&catalogue_metrics_cuda));

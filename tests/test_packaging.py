@@ -197,7 +197,7 @@ def test_a_toolkit_without_its_library_is_named(tmp_path, named_by):
 def test_what_is_constant_is_not_traced():
     """The mark is Dynamo's own, set without it."""
 
-    @_triton._constant
+    @_triton.constant
     def answer() -> int:
         return threading.get_ident() and 2  # which Dynamo does not trace
 

@@ -119,7 +119,7 @@ def gpu(machine, monkeypatch):
         machine(*tools)
         for function in (gpus.obstacle, gpus.ptxas_warning):
             function.cache_clear()
-        monkeypatch.setattr(_triton, "_has_gpu", lambda: True)
+        monkeypatch.setattr(_triton, "has_gpu", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(gpus, "_capability", lambda index: (major, minor))
         monkeypatch.setattr(gpus, "gpu_of", lambda device: gpus.Gpu(major, 227 << 10))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lcr_fast.metrics import TIES, parse_metric
+from lcr_fast.ops import ranking
 from lcr_fast.ops._extension import extension_error, has_kernel
 from lcr_fast.ops.ranking import (
     catalogue_metrics,
@@ -565,6 +566,22 @@ def test_catalogue_names_bad_rows(backend):
         catalogue_rank(users, items[:, :3], target, backend=backend)
     with pytest.raises(ValueError, match=r"seen must be \[B, S\]"):
         catalogue_rank(users, items, target, seen=target, backend=backend)
+
+
+def test_a_gpu_that_nothing_was_built_for_is_an_obstacle(monkeypatch):
+    errors = {0: 0, 1: 209}
+    monkeypatch.setattr(ranking, "has_gpu", lambda: True)
+    monkeypatch.setattr(ranking, "_error_of", errors.get)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 0))
+    sentences = []
+    for index in errors:
+        monkeypatch.setattr(torch.cuda, "current_device", lambda i=index: i)
+        sentences.append(ranking._obstacle(ranking.RankingCase("cuda")))
+    assert sentences == [
+        None,
+        "the C++ extension has no code for GPU 1, of compute capability 7.0 (CUDA error 209): "
+        "build it with that in TORCH_CUDA_ARCH_LIST",
+    ]
 
 
 @pytest.mark.gpu

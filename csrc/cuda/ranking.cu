@@ -555,6 +555,13 @@ int64_t ranking_partials(int64_t n_rows) { return (n_rows + kRows - 1) / kRows; 
 
 bool ranking_keeps_counts(int64_t n_items) { return n_items > kShortItems; }
 
+int ranking_cuda_error() {
+  cudaFuncAttributes attributes;
+  const int error = cudaFuncGetAttributes(&attributes, sum_kernel);
+  cudaGetLastError();  // no later launch shall find this one
+  return error;
+}
+
 int ranking_cuda(const RankingArgs& args, int64_t* counts, double* partial, Faults* faults,
                  void* stream_pointer) {
   auto* stream = static_cast<cudaStream_t>(stream_pointer);

@@ -18,7 +18,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _F = TypeVar("_F", bound=Callable)
 
 
-def _constant(function: _F) -> _F:
+def constant(function: _F) -> _F:
     """Mark a function as :func:`torch.compiler.assume_constant_result` does.
 
     That one imports all of Dynamo, for longer than everything else that this package needs.
@@ -27,22 +27,22 @@ def _constant(function: _F) -> _F:
     return function
 
 
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
     # The first question is cheap, and answers for every call with CUDA tensors.
     return torch.cuda.is_initialized() or torch.cuda.is_available()
 
 
-@_constant
+@constant
 def current_gpu() -> "Gpu | None":
     """Describe the current GPU; None without one. Needs Triton."""
     from lcr_fast.kernels import gpu
 
-    return gpu.gpu_of(torch.device("cuda", torch.cuda.current_device())) if _has_gpu() else None
+    return gpu.gpu_of(torch.device("cuda", torch.cuda.current_device())) if has_gpu() else None
 
 
-@_constant
+@constant
 def _gpu_obstacle() -> str | None:
-    if not _has_gpu():
+    if not has_gpu():
         return None  # asked of a machine without a GPU
     from lcr_fast.kernels import gpu
 
@@ -68,7 +68,7 @@ def triton_obstacle(device: str) -> str | None:
 
 def ptxas_in_use() -> str | None:
     """Name the ptxas that assembles the kernels for the current GPU; None without one."""
-    if not _has_gpu() or triton_obstacle("cuda") is not None:
+    if not has_gpu() or triton_obstacle("cuda") is not None:
         return None
     from lcr_fast.kernels import gpu
 

@@ -6,12 +6,13 @@ equal it; place and metrics follow from the two counts.
 | tensors | ``auto`` runs |
 |---|---|
 | CPU, extension built | C++ (AVX-512, AVX2 or baseline, chosen at run time) |
-| CUDA, extension built for CUDA, ``target`` | CUDA C++ |
+| CUDA, extension built for CUDA and this GPU, ``target`` | CUDA C++ |
 | anything else, ``relevance`` on CUDA included | the reference |
 
 ``LCR_FAST_CPU=baseline|avx2|avx512|avx512bf16``, read at the first call, forces an instruction set.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from lcr_fast import reference
 from lcr_fast.metrics import RANKING_KINDS, TIES, parse_metric
 from lcr_fast.ops._extension import extension_error
 from lcr_fast.ops._op import Backend, Op
+from lcr_fast.ops._triton import constant, has_gpu
 from lcr_fast.ops._ranking_faults import (
     check_choice,
     check_device,
@@ -85,7 +87,29 @@ def _fake(like: Tensor, leading: Sequence[int], n_metrics: int, output: int) -> 
 def _obstacle(case: RankingCase) -> str | None:
     if case.graded and case.device == "cuda":
         return "it ranks by target, not by relevance, on CUDA tensors"
-    return None
+    return _gpu_obstacle() if case.device == "cuda" else None
+
+
+@functools.cache
+def _error_of(index: int) -> int:
+    """Ask CUDA for a kernel on a GPU."""
+    with torch.cuda.device(index):
+        return torch.ops.lcr_fast.ranking_cuda_error()
+
+
+@constant
+def _gpu_obstacle() -> str | None:
+    """Say why the current GPU cannot run what was built, or None."""
+    if not has_gpu():
+        return None  # asked of a machine without a GPU
+    index = torch.cuda.current_device()
+    if not (error := _error_of(index)):
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    return (
+        f"the C++ extension has no code for GPU {index}, of compute capability {major}.{minor} "
+        f"(CUDA error {error}): build it with that in TORCH_CUDA_ARCH_LIST"
+    )
 
 
 _BACKENDS = [Backend("cpp", "", ("cpu", "cuda"), _obstacle)]

@@ -177,3 +177,9 @@ inline void atomicOr(unsigned long long* place, unsigned long long value) { *pla
 inline void atomicAdd(unsigned long long* place, unsigned long long value) { *place += value; }
 
 inline int cudaGetLastError() { return 0; }
+
+struct cudaFuncAttributes {};
+template <class Kernel>
+int cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
+  return 0;
+}
