@@ -80,6 +80,25 @@ def test_all_heads_are_taken_at_once_where_a_loop_over_them_keeps_too_much():
     assert config("recompute", 128, 128, H100, "tf32") == config("fwd", 128, 128, H100, "tf32")
 
 
+@pytest.mark.parametrize(
+    ("which", "D", "H", "is_without"),
+    [
+        ("fwd", 64, 1, True),
+        ("fwd", 128, 1, True),
+        ("fwd", 32, 2, True),
+        ("recompute", 64, 1, True),
+        ("fwd", 64, 2, False),
+        ("fwd", 128, 2, False),
+        ("bwd", 64, 1, False),
+    ],
+)
+def test_a_forward_pass_over_the_whole_width_does_without_tensor_memory(which, D, H, is_without):
+    for slot in (16, 32, 64):
+        for dtype, precision in ((torch.bfloat16, "ieee"), (torch.float32, "tf32")):
+            chosen = configs.config(which, D, H, slot, dtype, precision, GPUS["sm_100"])
+            assert (chosen.num_warps == 16) == is_without
+
+
 def test_a_gpu_is_described(monkeypatch):
     class Properties:
         major, minor, shared_memory_per_block_optin = 9, 0, 227 << 10

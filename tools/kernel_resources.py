@@ -58,7 +58,7 @@ _INPUT_TYPE = re.compile(r"\.(bf16|f16|tf32|kind::f16|kind::tf32)\b")
 
 UNCOMPILED = "Triton fails"
 TOO_MUCH_TENSOR_MEMORY = "tensor memory exceeded"
-_TENSOR_MEMORY = 512  # columns that a program may have (the PTX manual, tcgen05)
+TENSOR_MEMORY = 512  # columns that a program may have (the PTX manual, tcgen05)
 
 
 class Usage(NamedTuple):
@@ -232,7 +232,7 @@ def measure(name: str, variant: Variant, arch: str, tool: ptxas.Ptxas | None = N
         compiled = compile_variant(variant, arch, tool)
     except RuntimeError:
         return Usage(name, arch, warps, 0, 0, 0, UNCOMPILED, 0, "-")
-    if (getattr(compiled.metadata, "tmem_size", None) or 0) > _TENSOR_MEMORY:
+    if (getattr(compiled.metadata, "tmem_size", None) or 0) > TENSOR_MEMORY:
         return Usage(name, arch, warps, 0, 0, 0, TOO_MUCH_TENSOR_MEMORY, 0, "-")
     cubin, shared = compiled.asm["cubin"], compiled.metadata.shared
     registers, spilled = _dump_resources(cubin)

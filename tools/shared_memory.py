@@ -1,10 +1,12 @@
 """Whether every case that the reasoning kernels serve fits the shared memory of a GPU.
 
+Tensor memory, which compute capability 10 has, is counted too.
+
     python tools/shared_memory.py [--arch sm_89 ...] [--only REGEX]
 
 tools/kernel_resources.py compiles what is common. Here are the corners too: all widths, slots,
 heads and precisions, on GPUs with less shared memory as well. A kernel is only lowered to LLVM, as
-the layout of shared memory is known then: seconds each, an hour or two for all on one core. Prints
+the layout of both memories is known then: seconds each, an hour or two for all on one core. Prints
 a line a kernel; exits with 1 if one asks for more than there is. Needs no GPU, and no
 ``TRITON_INTERPRET``.
 """
@@ -21,7 +23,7 @@ from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 
-from kernel_resources import ast_source
+from kernel_resources import TENSOR_MEMORY, ast_source
 from lcr_fast.kernels.gpu import GPUS, Gpu
 from lcr_fast.kernels.launch import Variant
 from lcr_fast.kernels.reasoning import backward
@@ -57,8 +59,11 @@ def variants(arch: str) -> Iterator[Variant]:
                 yield make_variant(full, which, kernel, call, TRAIN, ARCHS[arch])
 
 
-def shared_bytes(variant: Variant, arch: str) -> int:
-    """Lower a kernel as ``triton.compile`` does, as far as LLVM, and return what it asks for."""
+def memory_of(variant: Variant, arch: str) -> tuple[int, int]:
+    """Lower a kernel as ``triton.compile`` does, as far as LLVM, to tell what it asks for.
+
+    Returns bytes of shared memory, and columns of tensor memory.
+    """
     source = ast_source(variant)
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     backend = make_backend(target)
@@ -77,7 +82,7 @@ def shared_bytes(variant: Variant, arch: str) -> int:
         module = lower(module, metadata)
         if name == "llir":
             break
-    return metadata["shared"]
+    return metadata["shared"], metadata.get("tmem_size") or 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -92,10 +97,12 @@ def main(argv: list[str] | None = None) -> int:
     for arch in arguments.arch:
         for variant in variants(arch):
             if re.search(arguments.only, variant.name):
-                size = shared_bytes(variant, arch)
-                exceeds = size > ARCHS[arch].shared
-                too_much += exceeds
-                end = f", more than {ARCHS[arch].shared}" if exceeds else ""
+                size, columns = memory_of(variant, arch)
+                most = ARCHS[arch].shared
+                end = f", more than {most}" if size > most else ""
+                end += f", {columns} columns of tensor memory" if columns else ""
+                end += f", more than {TENSOR_MEMORY}" if columns > TENSOR_MEMORY else ""
+                too_much += "more than" in end
                 sys.stdout.write(f"{arch} {variant.name}: {size} bytes{end}\n")
                 sys.stdout.flush()
     return int(too_much > 0)
