@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from lcr_fast.ops._dispatch import choose_backend
 from lcr_fast.ops._extension import extension_error, has_kernel
@@ -223,8 +223,11 @@ class Op:
         """Run a fused backend; where a gradient is asked for, its backward pass will be run too.
 
         ``finish`` makes a field's gradient, where it is wanted, of the call and what the backward
-        pass returns for it.
+        pass returns for it. Second derivatives, and those in forward mode (jvp, dual tensors), are
+        the reference's alone: RuntimeError.
         """
+        if forward_ad._current_level >= 0:  # an integer: -1 outside of forward mode
+            self._refuse_tangents(backend, call)
         if not self.gradients:
             return self.run(backend, self.name, *call)
         if torch.is_grad_enabled():
@@ -234,6 +237,14 @@ class Op:
         if not self.saved:
             return self.run(backend, f"{self.name}_fwd", *call)
         return self.run(backend, f"{self.name}_fwd", *call, False)[: len(self.results)]
+
+    def _refuse_tangents(self, backend: str, call: Any) -> None:
+        """Raise RuntimeError where a tensor of a call has a tangent, which would be lost."""
+        if any(forward_ad.unpack_dual(t).tangent is not None for t in _tensors(call)):
+            raise RuntimeError(
+                f"{self.name} on {backend} has no derivatives in forward mode: ask for "
+                "backend='reference'"
+            )
 
 
 class _Recorded(torch.autograd.Function):
@@ -252,27 +263,56 @@ class _Recorded(torch.autograd.Function):
         return results
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *upstream):
-        op, tensors = ctx.op, ctx.saved_tensors
-        n = len(tensors) - len(op.saved)
-        call, saved = _filled(ctx.form, tensors[:n]), tensors[n:]
-        upstream = [gradient.contiguous() for gradient in upstream]
-        returned = op.run(ctx.backend, f"{op.name}_bwd", *upstream, *call, *saved)
-        if len(op.gradients) == 1:
-            returned = (returned,)
-        by_field = dict(zip(op.gradients, returned, strict=True))
-        gradients = [None] * 4  # of what is not a tensor
-        for field, part in zip(ctx.form._fields, ctx.form, strict=True):
-            gradient = by_field.get(field)
-            if isinstance(part, tuple):
-                gradients.extend(part if gradient is None else gradient)
-            elif part is None:
-                if field in ctx.finish:
-                    wanted = ctx.needs_input_grad[len(gradients)]
-                    gradient = ctx.finish[field](call, gradient) if wanted else None
-                gradients.append(gradient)
-        return tuple(gradients)
+        arguments = (ctx.op, ctx.backend, ctx.finish, ctx.form, ctx.needs_input_grad[4:])
+        # With create_graph=True these gradients have a derivative that no backend computes.
+        # AOTAutograd's compiled backward passes refuse it by themselves.
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            gradients = _Gradients.apply(*arguments, *upstream, *ctx.saved_tensors)
+        else:
+            gradients = _gradients(*arguments, *upstream, *ctx.saved_tensors)
+        return (None, None, None, None, *gradients)  # first of what is not a tensor
+
+
+class _Gradients(torch.autograd.Function):
+    """Computes gradients that are part of a graph, and refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx, op, backend, *arguments):
+        ctx.op, ctx.backend = op, backend
+        return _gradients(op, backend, *arguments)
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        raise RuntimeError(
+            f"{ctx.op.name} on {ctx.backend} has no second derivatives: ask for backend='reference'"
+        )
+
+
+def _gradients(
+    op: Op, backend: str, finish: Mapping, form: Any, wanted: Sequence[bool], *tensors: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Run a backward pass: a gradient for each tensor of the call, None where there is none.
+
+    ``tensors`` are the gradients of the results, the tensors of the call, and what was saved.
+    """
+    results, n = len(op.results), len(tensors) - len(op.saved)
+    call, saved = _filled(form, tensors[results:n]), tensors[n:]
+    upstream = [gradient.contiguous() for gradient in tensors[:results]]
+    returned = op.run(backend, f"{op.name}_bwd", *upstream, *call, *saved)
+    if len(op.gradients) == 1:
+        returned = (returned,)
+    by_field = dict(zip(op.gradients, returned, strict=True))
+    gradients: list[Tensor | None] = []
+    for field, part in zip(form._fields, form, strict=True):
+        gradient = by_field.get(field)
+        if isinstance(part, tuple):
+            gradients.extend(part if gradient is None else gradient)
+        elif part is None:
+            if field in finish:
+                gradient = finish[field](call, gradient) if wanted[len(gradients)] else None
+            gradients.append(gradient)
+    return tuple(gradients)
 
 
 def _schema(arguments: Sequence[str], results: Sequence[str]) -> str:
