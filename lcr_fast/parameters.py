@@ -1,6 +1,7 @@
 """Parameters of a model: their shapes and first values, packed as the ops take them."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,13 @@ class Packed(nn.Module):
 
     def weights(self):
         """Return the parameters as the ops take them."""
-        return self.weights_type(**self._parameters)  # not getattr: a module's is slow
+        return self.weights_type(*_tensors(self, self.weights_type._fields))
+
+
+def _tensors(module: nn.Module, names: Iterable[str]) -> list[Tensor]:
+    """List a module's parameters, as their parametrizations and pruning masks make them."""
+    own = module._parameters  # as a rule it has them all, and getattr of a module is slow
+    return [own[name] if name in own else getattr(module, name) for name in names]
 
 
 def _init_linear(weight: Tensor) -> None:
@@ -115,5 +122,7 @@ class Head(nn.Module):
 
     def weights(self) -> ScoringWeights:
         """Return the parameters as the ops take them."""
-        weights, biases = self.mlp_weights.parameters(), self.mlp_biases.parameters()
+        # By their numbers: parameters() would list once what two layers share.
+        layers = [str(i) for i in range(len(self.mlp_weights))]
+        weights, biases = _tensors(self.mlp_weights, layers), _tensors(self.mlp_biases, layers)
         return ScoringWeights(self.target_weight, tuple(weights), tuple(biases), self.dot)

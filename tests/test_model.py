@@ -1,8 +1,12 @@
 """LCRSER as a whole: against the oracle, its facts, recommend, and what it refuses."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.utils.parametrize
+import torch.nn.utils.prune
 
 import oracle
 from lcr_fast import LCRSER, Batch, LCRConfig, reference
@@ -553,6 +557,53 @@ def test_a_table_of_queries_holds_what_their_ids_stand_for():
     model, _ = make_case(query_encoder="terms", query_text_dim=0)
     with pytest.raises(ValueError, match="queries are means of terms and have no text"):
         model.query_table()
+
+
+# -- parameters that are not what they were -------------------------------------------------------
+
+
+def test_layers_may_share_their_weights():
+    """As many layers as the config names, with the scores of a model that holds each twice."""
+    model, batch = make_case(mlp_hidden=(9, 9, 9))
+    for layers in (model.head.mlp_weights, model.head.mlp_biases):
+        layers[2] = layers[1]
+    apart = copy.deepcopy(model)
+    for layers in (apart.head.mlp_weights, apart.head.mlp_biases):
+        layers[2] = torch.nn.Parameter(layers[1].detach().clone())
+    assert len(model.head.weights().mlp_weights) == 4
+    assert torch.equal(model(batch), apart(batch))
+
+
+class Halved(torch.nn.Module):
+    def forward(self, x):
+        return x / 2
+
+
+def parts(model: LCRSER) -> list[tuple[torch.nn.Module, str]]:
+    """List a parameter of each kind of module."""
+    return [
+        (model.encoder, "qkv_weight"),
+        (model.head.mlp_weights, "1"),
+        (model.head.mlp_biases, "0"),
+    ]
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_parametrizations_and_pruning_reach_the_ops(part):
+    model, batch = make_case()
+    plain = model(batch)
+    expected = copy.deepcopy(model)
+    module, name = parts(expected)[part]
+    with torch.no_grad():
+        module.get_parameter(name).div_(2)
+    parametrized = copy.deepcopy(model)
+    torch.nn.utils.parametrize.register_parametrization(*parts(parametrized)[part], Halved())
+    assert torch.equal(parametrized(batch), expected(batch))
+    assert not torch.equal(plain, expected(batch))
+    with torch.no_grad():
+        module.get_parameter(name).zero_()
+    torch.nn.utils.prune.l1_unstructured(*parts(model)[part], amount=1.0)
+    assert torch.equal(model(batch), expected(batch))
 
 
 # -- compile --------------------------------------------------------------------------------------
