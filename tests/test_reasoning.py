@@ -11,8 +11,11 @@ from torch import Tensor
 
 import oracle
 from lcr_fast import LCRConfig, ops, reference
+from lcr_fast.ops._extension import extension_error
+from lcr_fast.ops._op import INTEGERS
+from lcr_fast.ops.adaptive import adaptive_reasoning
 from lcr_fast.ops.noise import Dropout, Noise
-from lcr_fast.reference import Steps, length_mask
+from lcr_fast.reference import Exits, Steps, length_mask
 from lcr_fast.reference.transformer import key_bias
 from lcr_fast.testing import random_streams, random_weights
 from lcr_fast.weights import REC, SEARCH
@@ -470,6 +473,12 @@ def test_ops_refuse_what_does_not_fit(case):
         r"search must be \[\.\.\., L, 6\]": lambda: encode(search[..., :4], rec, n_s, n_r),
         "rec must be floating point": lambda: encode(search, rec.nan_to_num().long(), n_s, n_r),
         "search_lengths must be integers": lambda: encode(search, rec, n_s.double(), n_r),
+        "search_lengths must be integers.*, got torch.bool": lambda: reason(
+            search, rec, n_s.bool(), n_r
+        ),
+        "rec_lengths must be integers .*, got torch.bool": lambda: ops.score(
+            search, rec, n_s, n_r.bool(), items, user, head
+        ),
         "n_heads must divide the width 6, got 4": lambda: encode(
             search, rec, n_s, n_r, n_heads=4
         ),
@@ -490,6 +499,12 @@ def test_ops_refuse_what_does_not_fit(case):
             search[:, None], rec[:, None], n_s, n_r, items, user, head,
             dropout=Dropout(0.1, 0, torch.arange(7)),
         ),
+        r"rows must be int64 \[7\], got torch.int64 \[3\]": lambda: encode(
+            search, rec, n_s, n_r, dropout=Dropout(0.1, 0, torch.arange(3))
+        ),
+        r"rows must be int64 \[7\], got torch.int32 \[7\]": lambda: reason(
+            search, rec, n_s, n_r, dropout=Dropout(0.1, 0, torch.arange(7, dtype=torch.int32))
+        ),
         "n_trajectories must be at least 1": lambda: reason(
             search, rec, n_s, n_r, noise=Noise(0, 1.0, 0, torch.arange(7))
         ),
@@ -508,6 +523,37 @@ def test_ops_refuse_what_does_not_fit(case):
     for message, call in calls.items():
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@torch.no_grad()
+def test_lengths_are_integers_of_any_kind(backend, dtype):
+    if backend == "cpp" and extension_error() is not None:
+        pytest.skip(f"lcr_fast._C is not built: {extension_error()}")
+    generator = torch.Generator().manual_seed(0)
+    encoder, step, head = random_weights(TINY, generator, torch.float32)
+    *streams, n_search, n_rec = random_streams(TINY, 7, generator, torch.float32)
+    items = torch.ones(7, 2, 6)
+    user, steps = items[:, 0], Steps(2, 3)
+    exits = Exits(torch.ones(2 * 6 + 2), torch.zeros(2))
+    options = {"backend": backend}
+
+    def run(n_s, n_r):
+        streams_and_lengths = (*streams, n_s, n_r)
+        yield from ops.encode(*streams_and_lengths, encoder, n_heads=3, **options)
+        rows = torch.arange(len(n_s))
+        for drawn in ({}, {"noise": Noise(2, 1.0, 0, rows)}, {"dropout": Dropout(0.1, 0, rows)}):
+            yield from ops.latent_reasoning(
+                *streams_and_lengths, step, steps, **drawn, **options
+            ).streams
+        yield from adaptive_reasoning(*streams_and_lengths, step, steps, exits, **options)
+        yield ops.score(*streams_and_lengths, items, user, head, **options)
+
+    for given, expected in zip(
+        run(n_search.to(dtype), n_rec.to(dtype)), run(n_search, n_rec), strict=True
+    ):
+        assert torch.equal(given, expected)
 
 
 def test_ops_refuse_more_steps_than_sets_of_weights():

@@ -27,6 +27,9 @@ _TYPES: dict[Any, str] = {
     list[int]: "int[]",
 }
 
+#: What lengths may be; fused ops convert them to int64.
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 class Case(Protocol):
     """All that decides which backends can serve a call."""

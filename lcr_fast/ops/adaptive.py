@@ -94,8 +94,8 @@ def adaptive_reasoning(
     if not (K and whole) or ADAPTIVE_REASONING.choose(backend, case) == "reference":
         return _stepwise(search, rec, search_lengths, rec_lengths, weights, steps, exits, backend)
     call = _Adaptive(
-        search.contiguous(), rec.contiguous(), search_lengths.contiguous(),
-        rec_lengths.contiguous(), tuple(w.contiguous() for w in weights),
+        search.contiguous(), rec.contiguous(), search_lengths.long().contiguous(),
+        rec_lengths.long().contiguous(), tuple(w.contiguous() for w in weights),
         exits.weight.float().contiguous(), exits.bias.float().contiguous(), K, steps.n_heads,
     )  # fmt: skip
     return Adapted(*ADAPTIVE_REASONING("cpp", call))

@@ -63,6 +63,16 @@ def _check_rows(rows: Tensor) -> None:
         raise ValueError(f"rows must be int64 [B], got {rows.dtype} {list(rows.shape)}")
 
 
+def _check_users(what: str, rows: Tensor, states: Tensor) -> None:
+    """Raise ValueError where states are not [B, L, D], or rows do not name their B users."""
+    if states.ndim != 3:
+        raise ValueError(f"{what} needs states [B, L, D], got {list(states.shape)}")
+    if rows.shape != states.shape[:1] or rows.dtype != torch.int64:
+        raise ValueError(
+            f"rows must be int64 [{states.shape[0]}], got {rows.dtype} {list(rows.shape)}"
+        )
+
+
 def seed_tensor(seed: int | Tensor, like: Tensor) -> Tensor:
     """Give a seed as fused ops take it, int64 [] on the device of ``like``.
 
@@ -145,9 +155,11 @@ class Dropout(NamedTuple):
     rows: Tensor  # int64 [B]
 
     def check(self, states: Tensor) -> None:
-        """Raise ValueError on states that are not [B, L, D]: a mask has no trajectory axis."""
-        if states.ndim != 3:
-            raise ValueError(f"dropout needs states [B, L, D], got {list(states.shape)}")
+        """Raise ValueError on states that are not [B, L, D], and on rows that are not theirs.
+
+        A mask has no trajectory axis.
+        """
+        _check_users("dropout", self.rows, states)
 
     def again(self, k: int) -> "Dropout":
         """Give the k-th of other, independent keys of the same rate; 0 is this one."""
@@ -179,15 +191,10 @@ class Noise(NamedTuple):
     rows: Tensor  # int64 [B] names the users for the generator, see lcr_fast.noise
 
     def check(self, states: Tensor) -> None:
-        """Raise ValueError on numbers out of range, and on states that are not [B, L, D]."""
+        """Raise ValueError on numbers out of range, and as :meth:`Dropout.check` does."""
         if self.n_trajectories < 1:
             raise ValueError(f"n_trajectories must be at least 1, got {self.n_trajectories}")
-        if states.ndim != 3:
-            raise ValueError(f"noise needs states [B, L, D], got {list(states.shape)}")
-        if self.rows.shape != states.shape[:1] or self.rows.dtype != torch.int64:
-            raise ValueError(
-                f"rows must be int64 [{len(states)}], got {self.rows.dtype} {list(self.rows.shape)}"
-            )
+        _check_users("noise", self.rows, states)
 
     def added(self, x: Tensor, stream: int) -> Tensor:
         """Give the copies of one stream's states: [B, L, D] -> [B, N, L, D]."""

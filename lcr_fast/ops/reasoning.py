@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lcr_fast import reference
-from lcr_fast.ops._op import Backend, Op, kernel
+from lcr_fast.ops._op import INTEGERS, Backend, Op, kernel
 from lcr_fast.ops._triton import current_gpu, triton_obstacle
 from lcr_fast.ops.noise import (
     ENCODER_SITES,
@@ -213,7 +213,7 @@ def _check_stream(names: tuple[str, str], x: Tensor, lengths: Tensor, dim: int) 
         raise ValueError(f"{name} must be [..., L, {dim}], got {list(x.shape)}")
     if not x.is_floating_point():
         raise ValueError(f"{name} must be floating point, got {x.dtype}")
-    if lengths.is_floating_point() or lengths.ndim != x.ndim - 2:
+    if lengths.dtype not in INTEGERS or lengths.ndim != x.ndim - 2:
         raise ValueError(
             f"{lengths_name} must be integers {list(x.shape[:-2])}, "
             f"got {lengths.dtype} {list(lengths.shape)}"
@@ -288,13 +288,13 @@ def encode(
         )
         return search, rec
     leading = search.shape[:-2]
-    search_lengths = search_lengths.expand(leading).flatten().contiguous()
+    search_lengths = search_lengths.long().expand(leading).flatten().contiguous()
     rows, threshold, seed = dropout_key(dropout, search_lengths)
     call = _Encode(
         search=search.flatten(0, -3).contiguous(),
         rec=rec.flatten(0, -3).contiguous(),
         search_lengths=search_lengths,
-        rec_lengths=rec_lengths.expand(leading).flatten().contiguous(),
+        rec_lengths=rec_lengths.long().expand(leading).flatten().contiguous(),
         rows=rows,
         weights=tuple(w.contiguous() for w in weights),
         n_heads=n_heads,
@@ -415,7 +415,7 @@ def latent_reasoning(
         if target_keys is not None:
             pooled = reference.pool_steps(states, search_lengths, rec_lengths, target_keys)
         return Reasoned(*states.h[-1], pooled)
-    search_lengths = search_lengths.expand(leading).flatten().contiguous()
+    search_lengths = search_lengths.long().expand(leading).flatten().contiguous()
     rows, threshold, seed = dropout_key(dropout, search_lengths)
     if target_keys is None:
         keys = search.new_empty(0)
@@ -425,7 +425,7 @@ def latent_reasoning(
         search=search.flatten(0, -3).contiguous(),
         rec=rec.flatten(0, -3).contiguous(),
         search_lengths=search_lengths,
-        rec_lengths=rec_lengths.expand(leading).flatten().contiguous(),
+        rec_lengths=rec_lengths.long().expand(leading).flatten().contiguous(),
         rows=rows,
         target_keys=keys,
         weights=tuple(w.contiguous() for w in weights),

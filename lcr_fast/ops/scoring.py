@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lcr_fast import reference
-from lcr_fast.ops._op import Backend, Op, kernel
+from lcr_fast.ops._op import INTEGERS, Backend, Op, kernel
 from lcr_fast.ops._triton import triton_obstacle
 from lcr_fast.ops.noise import HEAD_SITES, Dropout, dropout_key
 from lcr_fast.weights import ScoringWeights
@@ -165,7 +165,7 @@ def _check(
         )
     B = search.shape[0]
     for name, lengths in (("search", search_lengths), ("rec", rec_lengths)):
-        if lengths.shape != (B,) or lengths.is_floating_point():
+        if lengths.shape != (B,) or lengths.dtype not in INTEGERS:
             raise ValueError(
                 f"{name}_lengths must be integers [{B}], got {lengths.dtype} {list(lengths.shape)}"
             )
