@@ -271,8 +271,8 @@ def _on_reference(model: LCRSER) -> LCRSER:
     for name in ("search_position", "rec_position"):
         missing = len(getattr(copy, name)) - len(state[name])
         state[name] = F.pad(state[name], (0, 0, 0, missing))
-    copy.to(model.head.target_weight.dtype).load_state_dict(state)
-    return copy
+    copy.copy_state(state)
+    return copy.cpu()
 
 
 def _onnx_program(exported: ExportedProgram, config: LCRConfig) -> torch.onnx.ONNXProgram:

@@ -2,7 +2,7 @@
 
 import math
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -575,6 +575,14 @@ class LCRSER(nn.Module):
         }
         save_tensors(path, _KIND, self.state_dict(), info)
 
+    def copy_state(self, state: Mapping[str, Tensor]) -> None:
+        """Copy tensors by name, each with its dtype and device; others than the model's are left.
+
+        Their shapes are not checked.
+        """
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            tensor.data = state[name].detach().clone()
+
     def extended(self, n_items: int, n_users: int, n_queries: int, n_terms: int) -> "LCRSER":
         """Copy the model with rows for more ids; everything else, text vectors aside, is the same.
 
@@ -595,8 +603,7 @@ class LCRSER(nn.Module):
                 mean = rows[1:].double().sum(0) / max(len(rows) - 1, 1)
                 more = mean.to(rows.dtype).expand(len(tensor) - len(rows), -1)
                 state[name] = torch.cat((rows, more))
-        weight = self.head.target_weight
-        extended.to(weight.device, weight.dtype).load_state_dict(state)
+        extended.copy_state(state)
         extended.exits = self.exits
         return extended.train(self.training)
 
@@ -612,16 +619,14 @@ class LCRSER(nn.Module):
             return self
         made = LCRSER(self.config.replace(item_text_dim=0))
         state = {**self.state_dict(), "item_embedding.weight": self.item_table()}
-        kept = {name: state[name] for name in made.state_dict()}
-        weight = self.head.target_weight
-        made.to(weight.device, weight.dtype).load_state_dict(kept)
+        made.copy_state(state)
         made.query_text, made.exits, made.on_steps = self.query_text, self.exits, self.on_steps
         made.data_fingerprint, made.vocabulary = self.data_fingerprint, self.vocabulary
         return made.train(self.training)
 
     @classmethod
     def load(cls, path: str | Path, *, device: str = "cpu", backend: str | None = None) -> "LCRSER":
-        """Read a model that :meth:`save` wrote, in its dtype and in evaluation mode.
+        """Read a model that :meth:`save` wrote, in its dtypes and in evaluation mode.
 
         Nothing in the file can run code; ``train()`` turns dropout on again. ``backend`` overrides
         the saved one. Raises ValueError, in one sentence, on a missing, damaged or foreign file,
@@ -644,7 +649,11 @@ class LCRSER(nn.Module):
                     f"{path}: tensor {name!r} should have shape {expected.get(name)}, "
                     f"the file has {found.get(name)}"
                 )
-        model.to(tensors["head.target_weight"].dtype).load_state_dict(tensors)
+            if not tensors[name].is_floating_point():
+                raise ValueError(
+                    f"{path}: tensor {name!r} should hold floats, not {tensors[name].dtype}"
+                )
+        model.copy_state(tensors)
         model.data_fingerprint, model.vocabulary = info["data"], info.get("vocabulary")
         if info.get("exits") is not None:
             model.exits = Exits.from_dict(info["exits"])

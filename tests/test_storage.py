@@ -16,6 +16,7 @@ import lcr_fast
 from lcr_fast import LCRSER, LCRConfig, storage
 from lcr_fast.storage import claimed, load_json, load_tensors, replacing, save_json, save_tensors
 from lcr_fast.testing import random_batch, random_model
+from lcr_fast.training.distillation import student_of
 
 CONFIG = LCRConfig(
     n_items=9, n_users=2, n_terms=4, dim=4, steps=2, max_search_len=2, max_rec_len=3,
@@ -55,6 +56,41 @@ def test_round_trip_is_bit_equal(tmp_path, changes, dtype):
         assert state[name].dtype == dtype
         assert torch.equal(state[name], tensor), name
     assert all(p.requires_grad for p in loaded.parameters())
+
+
+def test_tensors_keep_their_own_dtypes(tmp_path):
+    """In a loaded model, an extended one, one for serving and a student."""
+    config = CONFIG.replace(item_text_dim=3)
+    model = random_model(config, torch.Generator().manual_seed(0), torch.float32)
+    model.set_text(item_text=torch.ones(config.n_items + 1, 3))
+    model.head.bfloat16()
+    model.encoder.double()
+    model.save(tmp_path / "model.safetensors")
+    sizes = [n + 1 for n in (config.n_items, config.n_users, config.n_queries, config.n_terms)]
+    made = {
+        "loaded": LCRSER.load(tmp_path / "model.safetensors"),
+        "extended": model.extended(*sizes),
+        "projected": model.projected(),
+        "student": student_of(model, config.steps),
+    }
+    dtypes = {name: t.dtype for name, t in model.state_dict().items()}
+    assert len(set(dtypes.values())) == 3
+    for way, other in made.items():
+        for name, tensor in other.state_dict().items():
+            assert tensor.dtype == dtypes[name], (way, name)
+            assert tensor.data_ptr() != model.state_dict()[name].data_ptr()
+        assert all(p.requires_grad for p in other.parameters())
+    for name, tensor in made["loaded"].state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+
+
+def test_a_file_of_integers_is_no_model(model, tmp_path):
+    path = tmp_path / "model.safetensors"
+    model.head.target_weight.requires_grad_(False)
+    model.head.target_weight.data = model.head.target_weight.long()
+    model.save(path)
+    with pytest.raises(ValueError, match=r"'head\.target_weight' should hold floats, not torch"):
+        LCRSER.load(path)
 
 
 def test_a_loaded_model_scores_and_trains_like_the_saved_one(model, path):

@@ -37,8 +37,7 @@ def student_of(teacher: LCRSER, steps: int) -> LCRSER:
         name: given[name][: len(tensor)] if _of_steps(name) else given[name]
         for name, tensor in student.state_dict().items()
     }
-    weight = teacher.head.target_weight
-    student.to(weight.device, weight.dtype).load_state_dict(state)
+    student.copy_state(state)
     student.data_fingerprint, student.vocabulary = teacher.data_fingerprint, teacher.vocabulary
     return student
 
