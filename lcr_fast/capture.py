@@ -180,6 +180,7 @@ class _Captured:
             )
         if model.exits is not None:
             raise ValueError("a model whose users leave the reasoning early cannot be captured")
+        model.check_padding()
         config, device = model.config, model.head.target_weight.device
         searches = config.max_search_len
         self._sizes: dict[str, tuple[int, ...]] = {
@@ -306,8 +307,8 @@ def capture(
     ``memory_bytes`` tells what the graphs hold. ``graph`` makes what captures, by default a
     :class:`CudaGraph`.
 
-    Raises ValueError for a model that is in training, on no GPU or with exits, RuntimeError where
-    its operations cannot be captured.
+    Raises ValueError for a model that is in training, on no GPU, with exits or with a row 0 that is
+    not 0, RuntimeError where its operations cannot be captured.
     """
     if n_candidates < 1:
         raise ValueError(f"n_candidates must be positive, got {n_candidates}")

@@ -89,8 +89,8 @@ def program(model: LCRSER, *, k: int | None = None) -> ExportedProgram:
     dynamic, from 0 on: B, C and X, the terms of a query; up to the config's limits the events of
     either history and the clicks of a search, but where a limit is 1 exactly 1. Ids and lengths are
     not checked as the model checks them: on the reference an id out of range is an IndexError and a
-    length is not seen.
-    Raises ValueError where text vectors are missing, ``k`` is below 1 or the model has exits.
+    length is not seen. Raises ValueError where text vectors are missing, ``k`` is below 1, the
+    model has exits or row 0 of a table is not 0.
     """
     _refuse_exits(model)
     if k is None:
@@ -113,6 +113,7 @@ def _trace(model: LCRSER, module: nn.Module, exclude: Tensor | None = None) -> E
     if exclude is not None:
         inputs = (*inputs, exclude)
         shapes.append({0: sizes["B"], 1: sizes["X"]})
+    model.check_padding()
     was_training = model.training
     model.eval()
     try:

@@ -33,7 +33,9 @@ class LCRSER(nn.Module):
     """The LCR-SER model (arXiv 2508.04152), phase-1 forward and noisy rollouts.
 
     ``model(batch)`` scores the batch's candidates, [B, C]; candidate 0 (padding) scores -inf.
-    Raises ValueError on ids, lengths or widths that do not fit the config.
+    Row 0 of the item and the query (or term) table stands for padding and is 0: own first values
+    must leave it so. Raises ValueError on ids, lengths or widths that do not fit the config, and
+    where row 0 is not 0.
     """
 
     def __init__(self, config: LCRConfig) -> None:
@@ -169,12 +171,27 @@ class LCRSER(nn.Module):
         items = self.item_vectors(batch.rec_items)
         return search, items + self.rec_position[: items.shape[1]]
 
+    def check_padding(self) -> None:
+        """Raise ValueError if row 0 of the item or query table, which is padding, is not 0.
+
+        Sums over clicks and terms count on it, and every kernel its own way. Training leaves it as
+        it is. On a GPU this synchronises.
+        """
+        for name in ("item_embedding", "query_embedding"):
+            if torch.count_nonzero(getattr(self, name).weight[0]):
+                raise ValueError(
+                    f"row 0 of {name}.weight stands for padding and must be 0: set it to 0 after "
+                    "giving the table values"
+                )
+
     def check(self, batch: Batch) -> None:
         """Raise ValueError, naming the field, if the batch does not fit the config.
 
-        ``forward`` does so by itself for CPU tensors; on a GPU this synchronises, so call it
-        where batches are made.
+        In training mode also where :meth:`check_padding` does. ``forward`` does so by itself for
+        CPU tensors; on a GPU this synchronises, so call it where batches are made.
         """
+        if self.training:  # requests are spared it: models are checked where they come from
+            self.check_padding()
         config = self.config
         for name, limit in config.largest_ids.items():
             ids = getattr(batch, name)
@@ -589,12 +606,14 @@ class LCRSER(nn.Module):
         A new row is the mean of its table's: an item's dot product is then that of the average
         item, so that nothing unseen comes first or last by chance, and an unseen query, term or
         user shifts no state away from where the model was trained. Beside text vectors it is the
-        average correction. Raises ValueError for fewer ids than the model has.
+        average correction. Raises ValueError for fewer ids than the model has, and where
+        :meth:`check_padding` does.
         """
         sizes = {"n_items": n_items, "n_users": n_users, "n_queries": n_queries, "n_terms": n_terms}
         for name, size in sizes.items():
             if size < (known := getattr(self.config, name)):
                 raise ValueError(f"{name} must be at least the model's {known}, got {size}")
+        self.check_padding()
         extended = LCRSER(self.config.replace(**sizes))
         state = self.state_dict()
         for name, tensor in extended.state_dict().items():
@@ -630,7 +649,7 @@ class LCRSER(nn.Module):
 
         Nothing in the file can run code; ``train()`` turns dropout on again. ``backend`` overrides
         the saved one. Raises ValueError, in one sentence, on a missing, damaged or foreign file,
-        NaN weights, an unknown config key or tensors that do not fit.
+        NaN weights, an unknown config key, tensors that do not fit, or padding that is not 0.
         """
         tensors, info = load_tensors(path, _KIND)
         try:
@@ -654,6 +673,10 @@ class LCRSER(nn.Module):
                     f"{path}: tensor {name!r} should hold floats, not {tensors[name].dtype}"
                 )
         model.copy_state(tensors)
+        try:
+            model.check_padding()
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         model.data_fingerprint, model.vocabulary = info["data"], info.get("vocabulary")
         if info.get("exits") is not None:
             model.exits = Exits.from_dict(info["exits"])

@@ -9,10 +9,13 @@ import torch.nn.utils.parametrize
 import torch.nn.utils.prune
 
 import oracle
-from lcr_fast import LCRSER, Batch, LCRConfig, reference
+from graphs import Recorded
+from lcr_fast import LCRSER, Batch, LCRConfig, export, reference
 from lcr_fast.batch import seen_items
+from lcr_fast.capture import capture
 from lcr_fast.ops._extension import extension_error
 from lcr_fast.reference import length_mask
+from lcr_fast.serving.scorer import Scorer
 from lcr_fast.testing import random_batch, random_model
 from lcr_fast.weights import REC, SEARCH
 
@@ -557,6 +560,41 @@ def test_a_table_of_queries_holds_what_their_ids_stand_for():
     model, _ = make_case(query_encoder="terms", query_text_dim=0)
     with pytest.raises(ValueError, match="queries are means of terms and have no text"):
         model.query_table()
+
+
+@pytest.mark.parametrize("table", ["item_embedding", "query_embedding"])
+def test_a_padding_row_that_is_not_zero_is_refused(table, tmp_path):
+    """On the CPU its numbers would be added to every query, in Triton's kernels not."""
+    config = CONFIG.replace(user_embedding=False)
+    model = LCRSER(config)
+    batch = random_batch(config, 3, 4, torch.Generator().manual_seed(0))
+    model(batch)
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and parameter.numel():
+            torch.nn.init.xavier_uniform_(parameter)
+    other = {"item_embedding": model.query_embedding, "query_embedding": model.item_embedding}
+    with torch.no_grad():
+        other[table].weight[0] = 0
+    model.save(tmp_path / "model.safetensors")
+    sizes = (config.n_items, config.n_users, config.n_queries, config.n_terms)
+    ways = {
+        "in training": lambda: model.train()(batch),
+        "loaded": lambda: LCRSER.load(tmp_path / "model.safetensors"),
+        "extended": lambda: model.extended(*sizes),
+        "captured": lambda: capture(model.eval(), (2,), 4, graph=Recorded),
+        "exported": lambda: export.program(model),
+    }
+    if extension_error() is None:
+        ways["a Scorer"] = lambda: Scorer(model.eval())
+    for way in ways.values():
+        with pytest.raises(ValueError, match=rf"row 0 of {table}\.weight stands for padding"):
+            way()
+    with torch.no_grad():
+        getattr(model, table).weight[0] = 0
+    model.save(tmp_path / "model.safetensors")
+    del ways["exported"]  # takes seconds
+    for way in ways.values():
+        way()
 
 
 # -- parameters that are not what they were -------------------------------------------------------

@@ -281,3 +281,11 @@ def test_phase_2_trains_what_it_is_told_to(prepared, make_model, tmp_path, objec
             assert torch.equal(after[f"model.{name}"], before[name]), name
             assert parameter.grad is None, name
         assert parameter.requires_grad, name
+
+
+@pytest.mark.parametrize("of", ["model", "teacher"])
+def test_a_padding_row_that_is_not_zero_is_refused(prepared, make_model, tmp_path, of):
+    models = {name: make_model(prepared) for name in ("model", "teacher")}
+    torch.nn.init.ones_(models[of].item_embedding.weight)
+    with pytest.raises(ValueError, match=r"row 0 of item_embedding\.weight stands for padding"):
+        Trainer(models["model"], prepared, CONFIG, "distill", tmp_path, teacher=models["teacher"])

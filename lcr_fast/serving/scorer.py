@@ -33,8 +33,8 @@ class Scorer(nn.Module):
     default in float32 where that takes at most 64 MiB: 4 bytes for each of ``mlp_hidden[0]`` and
     each item. The scores are the same bits. In bfloat16 fetching it takes the time that the product
     takes. Trained on, the model needs a new Scorer. No gradients. Raises ValueError where one call
-    cannot serve the model or its text vectors are not set, and RuntimeError on ids or lengths out
-    of range.
+    cannot serve the model, its text vectors are not set or row 0 of a table is not 0, and
+    RuntimeError on ids or lengths out of range.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class Scorer(nn.Module):
             raise ValueError(f"a Scorer computes in float32 or bfloat16, not {dtype}")
         if (why := obstacle(model)) is not None:
             raise ValueError(f"one call cannot serve this model: {why}")
+        model.check_padding()
         config, head = model.config, model.head.weights()
         self.dtype, pairs = dtype, dtype == torch.bfloat16
         empty = model.search_position.detach().new_empty(0)

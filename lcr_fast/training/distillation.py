@@ -62,6 +62,7 @@ class Distilled(Supervised):
             raise ValueError("distillation runs in one process, not under torchrun")
         if config.capture and teacher.exits is not None:
             raise ValueError("capture=True needs a teacher whose users all take all steps")
+        teacher.check_padding()
         self.teacher = teacher.requires_grad_(False)
 
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:

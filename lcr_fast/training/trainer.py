@@ -164,8 +164,9 @@ class Trainer:
     With the config's ``capture`` a step on a GPU is replayed as a CUDA graph, which ``graph`` makes
     (:mod:`lcr_fast.training.captured`), by torch's fused AdamW.
 
-    Raises ValueError where the data cannot be trained on, and on a checkpoint of another run or,
-    without ``any_data``, of other data.
+    Raises ValueError where the data cannot be trained on, where row 0 of a table is not 0
+    (:meth:`LCRSER.check_padding`), and on a checkpoint of another run or, without ``any_data``, of
+    other data.
     """
 
     def __init__(
@@ -190,6 +191,7 @@ class Trainer:
         if unknown := count_unknown(model.config, data):
             counts = ", ".join(f"{n:,} {kind}" for kind, n in unknown.items())
             raise ValueError(f"the model has no row for {counts} of the data: extend it first")
+        model.check_padding()
         assign(model, data)
         model.exits = None  # they were chosen for the weights that now change
         # A graph has one shape: that of the longest histories.
