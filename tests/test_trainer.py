@@ -13,7 +13,7 @@ from lcr_fast.training import trainer as module
 from lcr_fast.training.evaluation import rank_model
 from lcr_fast.training.objective import OBJECTIVES
 from lcr_fast.training.trainer import CHECKPOINT, MODEL, Trainer, make_optimizer
-from training_runs import CONFIG, N_UPDATES, run
+from training_runs import CONFIG, N_UPDATES, KilledError, assert_same_run, die_at, run
 
 
 @pytest.mark.parametrize(
@@ -281,6 +281,55 @@ def test_phase_2_trains_what_it_is_told_to(prepared, make_model, tmp_path, objec
             assert torch.equal(after[f"model.{name}"], before[name]), name
             assert parameter.grad is None, name
         assert parameter.requires_grad, name
+
+
+@pytest.mark.parametrize("objective", ["supervised", "grpo"])
+def test_what_is_given_frozen_stays_so(prepared, make_model, tmp_path, objective):
+    """Resumed too, bit for bit; another choice is refused."""
+    frozen = ("reasoning.", "item_embedding", "head.target_weight")
+    config = CONFIG.replace(rl_trainable="all", epochs=1, rl_epochs=1)
+    given = make_model(prepared)
+    before = {name: p.detach().clone() for name, p in given.named_parameters()}
+
+    def make(frozen=frozen) -> LCRSER:
+        model = make_model(prepared)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith(frozen))
+        return model
+
+    model = make()
+    run(make_model, prepared, objective, tmp_path / "whole", config=config, model=model)
+    after = load_tensors(tmp_path / "whole" / CHECKPOINT, "checkpoint")[0]
+    for name, parameter in model.named_parameters():
+        kept = name.startswith(frozen)
+        assert parameter.requires_grad != kept, name
+        if kept or name == "head.seen_bonus":
+            assert kept == torch.equal(after[f"model.{name}"], before[name]), name
+    with pytest.MonkeyPatch.context() as patch:
+        die_at(patch, 2)
+        broken = make()
+        with pytest.raises(KilledError):
+            run(make_model, prepared, objective, tmp_path / "cut", config=config, model=broken)
+    assert not broken.reasoning.norm_bias.requires_grad
+    assert broken.head.seen_bonus.requires_grad
+    run(make_model, prepared, objective, tmp_path / "cut", config=config, model=make(), resume=True)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    with pytest.raises(
+        ValueError, match=r"cannot resume, .*reasoning\.norm_bias.* did not require"
+    ):
+        run(
+            make_model, prepared, objective, tmp_path / "cut", config=config, resume=True,
+            model=make(("item_embedding", "head.target_weight")),
+        )  # fmt: skip
+
+
+def test_nothing_left_to_train_is_refused(prepared, make_model, tmp_path):
+    model = make_model(prepared)
+    for part in (model.reasoning, model.head):
+        part.requires_grad_(False)
+    config = CONFIG.replace(rl_trainable="reasoning")
+    with pytest.raises(ValueError, match="no parameter that grpo trains requires a gradient"):
+        Trainer(model, prepared, config, "grpo", tmp_path)
 
 
 @pytest.mark.parametrize("of", ["model", "teacher"])

@@ -63,7 +63,7 @@ class Distilled(Supervised):
         if config.capture and teacher.exits is not None:
             raise ValueError("capture=True needs a teacher whose users all take all steps")
         teacher.check_padding()
-        self.teacher = teacher.requires_grad_(False)
+        self.teacher = teacher
 
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """List what is trained: everything, or what reads histories.
@@ -94,14 +94,10 @@ class Distilled(Supervised):
             kl = (taught.softmax(-1) * (p - q)).sum(-1).mean()
             terms["distill_kl"] = (config.distill_kl * config.distill_temperature**2, kl)
         if config.distill_states:
-            far = [
-                (mine - its).square().mean()
-                for mine, its in zip(
-                    self._pooled(self.model, streams, batch),
-                    self._pooled(teacher, seen, batch),
-                    strict=True,
-                )
-            ]
+            with torch.no_grad():
+                taught_z = self._pooled(teacher, seen, batch)
+            pooled = self._pooled(self.model, streams, batch)
+            far = [(mine - its).square().mean() for mine, its in zip(pooled, taught_z, strict=True)]
             terms["distill_states"] = (config.distill_states, torch.stack(far).mean())
         return terms
 

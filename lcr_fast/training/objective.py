@@ -507,7 +507,7 @@ class Grpo(_Trajectories):
         the gradient of the silent groups' share of the weighted KL, over the policy's own. Neither
         where the policy has no gradient.
         """
-        parameters = [p for _, p in self.parameters()]
+        parameters = [p for _, p in self.parameters() if p.requires_grad]
         gradients = [
             torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
             for value in (surrogate, log_target, silent_kl)

@@ -161,12 +161,15 @@ class Trainer:
     on CPU with the same number of threads (on which sums of torch's own ops may depend). It may go
     on for longer than it was to: what the config says of when to stop may change.
 
+    Parameters that require no gradient when the model is given are not trained, nor are those that
+    the objective leaves out; at the end each requires one as it did before.
+
     With the config's ``capture`` a step on a GPU is replayed as a CUDA graph, which ``graph`` makes
     (:mod:`lcr_fast.training.captured`), by torch's fused AdamW.
 
-    Raises ValueError where the data cannot be trained on, where row 0 of a table is not 0
-    (:meth:`LCRSER.check_padding`), and on a checkpoint of another run or, without ``any_data``, of
-    other data.
+    Raises ValueError where the data cannot be trained on, where nothing is left to train or row 0
+    of a table is not 0 (:meth:`LCRSER.check_padding`), and on a checkpoint of another run or,
+    without ``any_data``, of other data.
     """
 
     def __init__(
@@ -210,7 +213,11 @@ class Trainer:
         self._device = model.head.target_weight.device
         self._graph = self._chosen_graph(graph)
         self._captured: CapturedStep | None = None
-        trained = self.objective.parameters()
+        #: Whether each parameter was to be trained on entry: so it is left at the end.
+        self._given_flags = {name: p.requires_grad for name, p in model.named_parameters()}
+        trained = [(name, p) for name, p in self.objective.parameters() if p.requires_grad]
+        if not trained:
+            raise ValueError(f"no parameter that {objective} trains requires a gradient")
         self.optimizer, self._names = make_optimizer(
             trained, self.schedule.learning_rate, config.weight_decay, self._graph is not None
         )
@@ -239,11 +246,13 @@ class Trainer:
         """Train to the end and return the model with its last weights, not its best."""
         progress = self.progress
         if not progress.finished:
-            for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(name in self._trained)
-            self._start()
-            while self._goes_on():
-                self._epoch()
+            try:
+                self._require_gradients({name: name in self._trained for name in self._given_flags})
+                self._start()
+                while self._goes_on():
+                    self._epoch()
+            finally:
+                self._require_gradients(self._given_flags)
             self._explain_end(self._is_stale())
             if self.objective.phase == 1 and self.config.select_readout and self.model.config.steps:
                 self._select_readout()
@@ -252,7 +261,11 @@ class Trainer:
         if progress.readout is not None:
             self._read(progress.readout)
         use_rows(self.model, False)
-        return self.model.requires_grad_(True).eval()
+        return self.model.eval()
+
+    def _require_gradients(self, flags: Mapping[str, bool]) -> None:
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(flags[name])
 
     def _goes_on(self) -> bool:
         return self.progress.epoch < self.schedule.epochs and not self._is_stale()
@@ -476,6 +489,7 @@ class Trainer:
             "data": self.model.data_fingerprint,
             "model": self._given.to_dict(),
             "train": self.config.to_dict(),
+            "frozen": sorted(name for name, wanted in self._given_flags.items() if not wanted),
             "progress": asdict(self.progress),
             "n_updates": self.objective.n_updates,
         }
@@ -498,6 +512,15 @@ class Trainer:
                 raise ValueError(
                     f"{path}: cannot resume, the {key} config differs in {', '.join(names)}"
                 )
+
+        differing = set(info.get("frozen", ())) ^ {
+            n for n, on in self._given_flags.items() if not on
+        }
+        if differing:
+            raise ValueError(
+                f"{path}: cannot resume, {', '.join(sorted(differing))} did not require a gradient "
+                "then or does not now"
+            )
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}
