@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from lcr_fast.batch import Batch
 from lcr_fast.config import LCRConfig
-from lcr_fast.model import LCRSER
+from lcr_fast.model import LCRSER, evaluating
 from lcr_fast.serving.scorer import Scorer, obstacle
 from lcr_fast.storage import replacing
 
@@ -114,14 +114,10 @@ def _trace(model: LCRSER, module: nn.Module, exclude: Tensor | None = None) -> E
         inputs = (*inputs, exclude)
         shapes.append({0: sizes["B"], 1: sizes["X"]})
     model.check_padding()
-    was_training = model.training
-    model.eval()
-    try:
-        # Sizes of 0 and 1 are sizes like any other: without this they would be refused.
-        with torch.no_grad(), tracing.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-            return torch.export.export(module, inputs, dynamic_shapes=tuple(shapes))
-    finally:
-        model.train(was_training)
+    # Sizes of 0 and 1 are sizes like any other: without the patch they would be refused.
+    as_any = tracing.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    with evaluating(model), torch.no_grad(), as_any:
+        return torch.export.export(module, inputs, dynamic_shapes=tuple(shapes))
 
 
 def _example(config: LCRConfig) -> Batch:

@@ -1,8 +1,9 @@
 """LCRSER: embed -> encode -> reason -> aggregate and score; thin modules over the ops."""
 
+import contextlib
 import math
 import mmap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -528,14 +529,13 @@ class LCRSER(nn.Module):
         Seen are the items of the batch's histories and of ``exclude``, int64 [B, X] padded with 0
         (histories are truncated; pass what they lost). Returns items [B, k] and scores [B, k]; a
         user with fewer than k unseen items ends in item 0 with score -inf. Memory O(B * k).
+
+        It evaluates: a model in training is put into evaluation mode meanwhile, and so is not for
+        several threads. In evaluation mode nothing is written.
         """
         check_recommendation(batch, k, exclude)
-        was_training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             return self.best_items(self.final_states(batch), batch, k, exclude)
-        finally:
-            self.train(was_training)
 
     def backend_report(self, device: str | None = None) -> str:
         """Say which implementation serves each op of this model, and why; one line an op.
@@ -681,6 +681,22 @@ class LCRSER(nn.Module):
         if info.get("exits") is not None:
             model.exits = Exits.from_dict(info["exits"])
         return model.to(device).eval()
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode, and afterwards each part that trained back into its own.
+
+    Where no part trains nothing is written, so that threads may share the module.
+    """
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def check_recommendation(batch: Batch, k: int, exclude: Tensor | None) -> None:

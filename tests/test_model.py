@@ -429,6 +429,23 @@ def test_recommend_runs_in_eval_mode_and_leaves_the_mode_alone():
     assert not model.training
 
 
+def test_recommend_and_export_leave_the_mode_of_every_part(monkeypatch):
+    model, batch = make_case()
+    model.train()
+    model.encoder.eval()
+    model.head.mlp_weights.eval()
+    modes = {name: part.training for name, part in model.named_modules()}
+    model.recommend(batch, 5)
+    assert modes == {name: part.training for name, part in model.named_modules()}
+    monkeypatch.setattr(torch.export, "export", lambda *_, **__: model.training)
+    assert export.program(model) is False
+    assert modes == {name: part.training for name, part in model.named_modules()}
+    # What evaluates may be shared by threads: nothing is written.
+    model.eval()
+    monkeypatch.setattr(torch.nn.Module, "__setattr__", None)
+    model.recommend(batch, 5)
+
+
 def test_recommend_refuses_bad_arguments():
     model, batch = make_case()
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):
