@@ -70,7 +70,8 @@ class LCRSER(nn.Module):
         )
         self.head = Head(config)
         #: Key of the dropout masks in training mode, an int or int64 [] on the model's device; a
-        #: trainer sets a new one every step.
+        #: trainer sets a new one every step. torch.compile compiles anew for each int, and with
+        #: fullgraph soon refuses: give it a tensor, and overwrite that (``fill_``) or set another.
         self.dropout_seed: int | Tensor = 0
         #: Fingerprint of the prepared data whose ids the model knows; saved with it.
         self.data_fingerprint: str | None = None
