@@ -16,8 +16,9 @@ from torch import Tensor
 class Batch:
     """Histories and candidates of B users, all int64.
 
-    Histories are right-padded with 0, oldest event first, so a mask is always a length; what
-    stands behind a length is never read. Ids start at 1. Any L, T, M and C may be 0.
+    Histories are right-padded, oldest event first, so a mask is always a length. What stands behind
+    a length enters no result but must be an id that the model knows, at best 0: it is looked up.
+    Ids start at 1. Any L, T, M and C may be 0.
     """
 
     user: Tensor  # [B], 0 = unknown
