@@ -4,6 +4,7 @@ What every fused backend owes is in tests/test_encode_fused.py and tests/test_re
 """
 
 import subprocess
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from lcr_fast.ops import ranking
 from lcr_fast.ops._extension import extension_error
 from lcr_fast.testing import (
+    Call,
     EncoderCase,
     ReasoningCase,
     assert_reasoning_parity,
@@ -137,6 +139,67 @@ def test_a_user_alone_has_the_same_bits_in_bfloat16():
         assert torch.equal(results[name], expected[name][users]), name
 
 
+# -- NaN ------------------------------------------------------------------------------------------
+
+# Its low bits must not matter either.
+NAN = torch.tensor(0x7FC00155, dtype=torch.int32).view(torch.float32)
+
+
+def nan_query(bias: Tensor) -> None:
+    bias[..., 0] = NAN
+
+
+def overflow_to(sign: float) -> Callable[[Tensor], None]:
+    """Return what makes each logit an infinity of this sign."""
+
+    def damage(bias: Tensor) -> None:
+        width = bias.shape[-1] // 3
+        bias[..., :width] = 1e25
+        bias[..., width : 2 * width] = sign * 1e25
+
+    return damage
+
+
+LOGITS = {
+    "a NaN in the queries": nan_query,
+    "logits of inf": overflow_to(1.0),
+    "logits of -inf alone": overflow_to(-1.0),
+}
+
+
+def assert_nan_of_the_reference(run: Callable, call: Call, name: str, damage: Callable) -> None:
+    results = []
+    # To torch's attention -inf alone is a mask of everything; to us it is one more overflow.
+    of_reference = LOGITS["logits of inf"] if damage is LOGITS["logits of -inf alone"] else damage
+    for backend, do in (("cpp", damage), ("reference", of_reference)):
+        inputs = call.inputs | {name: call.inputs[name].clone()}
+        do(inputs[name])
+        lengths = tuple(n.clamp(min=1) for n in call.lengths)  # each attends to the other
+        results.append(run(call._replace(inputs=inputs, lengths=lengths), backend))
+    found, expected = results
+    assert any(t.isnan().any() for t in expected.values())
+    for result, t in expected.items():
+        assert torch.equal(found[result].isnan(), t.isnan()), result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("logits", LOGITS)
+def test_logits_that_are_no_numbers_give_nan(logits, dtype):
+    encoder = random_encoder(EncoderCase()).to(dtype)
+    assert_nan_of_the_reference(run_encoder, encoder, "qkv_bias", LOGITS[logits])
+    reasoning = random_reasoning(ReasoningCase()).to(dtype)
+    for name in ("self_qkv_bias", "cross_qkv_bias"):
+        assert_nan_of_the_reference(run_reasoning, reasoning, name, LOGITS[logits])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_target_key_of_nan_pools_to_nan(dtype):
+    call = random_reasoning(ReasoningCase()).to(dtype)
+    assert_nan_of_the_reference(
+        run_reasoning, call, "target_keys", lambda keys: keys[0, 1, :1].copy_(NAN)
+    )
+
+
 # -- threads and processes ------------------------------------------------------------------------
 
 
@@ -219,6 +282,10 @@ for name in t.REASONING:
 for name in ("D=33 H=1", "trajectories"):
     t.test_reasoning_parity_in_bfloat16(name)
 t.test_encoder_parity("D=20 H=5", torch.bfloat16)
+for dtype in (torch.float32, torch.bfloat16):
+    for logits in t.LOGITS:
+        t.test_logits_that_are_no_numbers_give_nan(logits, dtype)
+    t.test_a_target_key_of_nan_pools_to_nan(dtype)
 t.test_a_call_leaves_nothing_behind_in_the_scratch()
 """
 

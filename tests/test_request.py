@@ -10,6 +10,7 @@ from lcr_fast.ops import ranking
 from lcr_fast.ops._extension import extension_error
 from lcr_fast.serving.scorer import DTYPES, Scorer, fastest, obstacle
 from lcr_fast.testing import assert_parity, random_batch, random_model
+from test_cpu_reasoning import LOGITS
 
 pytestmark = pytest.mark.skipif(
     extension_error() is not None, reason=f"lcr_fast._C is not built: {extension_error()}"
@@ -150,6 +151,9 @@ print(hashlib.sha256(packed.numpy()).hexdigest())
 for batch in t.batches(model.config):
     print(hashlib.sha256(scorer(batch).numpy()).hexdigest())
 t.test_bfloat16_is_as_accurate_as_the_reference_in_bfloat16({"dim": 33, "n_heads": 1})
+for dtype in t.DTYPES:
+    for logits in t.LOGITS:
+        t.test_logits_that_are_no_numbers_give_nan_scores(logits, dtype)
 print(scorer.describe())
 """
 
@@ -176,6 +180,21 @@ def test_nan_weights_give_nan(dtype):
         model.head.weights().mlp_weights[0].fill_(torch.nan)
     batch = next(batches(model.config))
     assert Scorer(model, dtype=dtype)(batch)[batch.candidates > 0].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("logits", LOGITS)
+def test_logits_that_are_no_numbers_give_nan_scores(logits, dtype):
+    for part, name in (("encoder", "qkv_bias"), ("reasoning", "cross_qkv_bias")):
+        model = make()
+        batch = next(batches(model.config))
+        batch = batch.replace(  # so that each history attends to the other
+            search_lengths=batch.search_lengths.clamp(min=1),
+            rec_lengths=batch.rec_lengths.clamp(min=1),
+        )
+        with torch.no_grad():
+            LOGITS[logits](getattr(getattr(model, part).weights(), name))
+            assert Scorer(model, dtype=dtype)(batch)[batch.candidates > 0].isnan().all()
 
 
 def test_what_a_scorer_says_of_itself():

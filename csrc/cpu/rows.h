@@ -17,7 +17,7 @@ template <int kRows>
 LCR_TARGET void softmax_group(float* x, int64_t row, int64_t n, float scale) {
   const int64_t tail = (n - 1) / kLanes * kLanes;  // where the last vector starts
   const IntVec live = first_lanes(n - tail);
-  const Vec lowest = splat(-3.402823466e38f);
+  const Vec lowest = splat(-__builtin_inff());  // of which a row of nothing else makes NaN
   float peak[kRows];
   Vec sum[kRows], last[kRows];
 #pragma GCC unroll 4

@@ -230,7 +230,8 @@ LCR_TARGET void add_bias(const float* y, const float* bias, int64_t ld, int64_t 
 LCR_TARGET void relu_bwd(const float* x, float kept, int64_t ld, int64_t rows, int64_t n,
                          float* d) {
   for (int64_t h = 0; h < rows; ++h)
-    for (int64_t c = 0; c < n; ++c) d[h * ld + c] = x[h * ld + c] > 0 ? d[h * ld + c] * kept : 0.0f;
+    for (int64_t c = 0; c < n; ++c)  // NaN passes
+      d[h * ld + c] = x[h * ld + c] <= 0 ? 0.0f : d[h * ld + c] * kept;
 }
 
 LCR_TARGET void dropout(const DropoutKey& key, int64_t row, int64_t site, int64_t first, float* x,

@@ -118,12 +118,13 @@ LCR_INLINE float max_lanes(Vec v) {
 }
 
 // exp(x) within 1 ulp for x in [-87, 88]; below, the smallest normal number, and no infinities.
+// NaN stays NaN: through both bounds, and through 2^n, which is multiplied with.
 //
 // x = n ln 2 + r with |r| <= ln 2 / 2, ln 2 in two parts so that r is exact; e^r by its Taylor
 // polynomial of degree 7, whose error at that r is 5e-9; 2^n by its exponent bits.
 LCR_INLINE Vec exp(Vec x) {
-  x = maximum(x, splat(-87.0f));
-  x = select(x < 88.0f, x, splat(88.0f));
+  x = maximum(splat(-87.0f), x);
+  x = select(x > 88.0f, splat(88.0f), x);
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const Vec shifted = fma(x, splat(1.44269504089f), splat(kRound));
   const Vec n = shifted - kRound;
@@ -135,8 +136,8 @@ LCR_INLINE Vec exp(Vec x) {
   p = fma(p, r, splat(0.5f));
   p = fma(p, r, splat(1.0f));
   p = fma(p, r, splat(1.0f));
-  const IntVec power = (IntVec)shifted << 23;  // the low bits of `shifted` hold n
-  return (Vec)((IntVec)p + power);
+  const IntVec power = ((IntVec)shifted + 127) << 23;  // the low bits of `shifted` hold n
+  return p * (Vec)power;
 }
 
 // Pairs of rows `kStep` apart exchange their off-diagonal blocks of `kStep` lanes.

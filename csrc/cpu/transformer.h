@@ -238,7 +238,7 @@ LCR_TARGET void feed_forward(const Dims& dims, const Block& block, int first, in
   add_norm_bwd(dims, block, norm, m, dout, dupdate, tape);
   linear_bwd(block, first + 1, m, dupdate, dims.stride, hidden, dims.ffn_stride, dhidden, false);
   for (int64_t j = 0; j < m * dims.ffn_stride; j += kLanes)
-    store(dhidden + j, select(load(hidden + j) > 0.0f, load(dhidden + j), Vec{}));
+    store(dhidden + j, select(load(hidden + j) <= 0.0f, Vec{}, load(dhidden + j)));  // NaN passes
   linear_bwd(block, first, m, dhidden, dims.ffn_stride, x, dims.stride, dout, true);
 }
 
