@@ -128,6 +128,17 @@ def test_without_a_compiler_a_build_says_so_or_is_left_out(tmp_path, build, code
 
 
 @pytest.mark.full
+def test_the_kernels_of_cpus_compile_for_arm(tmp_path):
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    sources = sorted((ROOT / "csrc/cpu").glob("*.cpp"))
+    if compiler is None or not sources:
+        pytest.skip("needs the sources and a compiler for ARM")
+    command = [compiler, "-std=c++20", "-O0", "-Wall", "-Werror", "-c", *map(str, sources)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.full
 def test_an_extension_is_built_again_if_anything_has_changed(tmp_path):
     """And not otherwise: an install compiles in a new folder each time."""
     pytest.importorskip("setuptools")

@@ -11,10 +11,16 @@ namespace {
 
 constexpr int kLanes = 8;  // counters side by side, so that the compiler vectorises the rounds
 
+// One function for several instruction sets, where the dynamic linker can choose.
+#if defined(__x86_64__) && defined(__GLIBC__)
+#define LCR_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define LCR_CLONES
+#endif
+
 // The words of the counters (first, first + 1, ...; position, source, row).
-__attribute__((target_clones("avx512f", "avx2", "default"))) void words_from(
-    uint32_t first, uint32_t position, uint32_t source, uint32_t row, uint64_t seed,
-    uint32_t (&words)[4][kLanes]) {
+LCR_CLONES void words_from(uint32_t first, uint32_t position, uint32_t source, uint32_t row,
+                           uint64_t seed, uint32_t (&words)[4][kLanes]) {
   uint32_t counter[4][kLanes];
   for (uint32_t i = 0; i < kLanes; ++i) {
     counter[0][i] = first + i;
