@@ -92,7 +92,7 @@ Faults catalogue(const CatalogueArgs& args, const Parallel& parallel) {
         pack<kType>(args, user < last && !absent(user) ? args.target[user] : -1, slot,
                     packed.data());
       }
-      dots(&users[first * dim], packed.data(), kPanel, dim, scores.data());
+      dots(users.data() + first * dim, packed.data(), kPanel, dim, scores.data());
       for (int64_t user = first; user < last; ++user) {
         const int64_t i = user - first;
         threshold[user] = scores[i * kPanel + i];
@@ -117,9 +117,10 @@ Faults catalogue(const CatalogueArgs& args, const Parallel& parallel) {
         scores.resize(kUsers * std::max(width, int64_t{kPanel}));
         for (int64_t slot = 0; slot < width; ++slot)
           pack<kType>(args, slot < n_seen ? seen[slot] : -1, slot, packed.data());
-        dots(&users[first * dim], packed.data(), width, dim, scores.data());
+        dots(users.data() + first * dim, packed.data(), width, dim, scores.data());
         int64_t counts[2] = {0, 0};
-        count(&scores[(user - first) * width], nullptr, n_seen, threshold[user], mode, counts);
+        count(scores.data() + (user - first) * width, nullptr, n_seen, threshold[user], mode,
+              counts);
         totals[2 * user] -= counts[0];
         totals[2 * user + 1] -= counts[1];
       }
@@ -135,13 +136,12 @@ Faults catalogue(const CatalogueArgs& args, const Parallel& parallel) {
       for (int64_t slot = 0; slot < width; ++slot)
         pack<kType>(args, slot < n ? first + slot : -1, slot, packed.data());
       for (int64_t tile = 0; tile < n_tiles; ++tile) {
-        dots(&users[tile * kUsers * dim], packed.data(), width, dim, scores.data());
+        dots(users.data() + tile * kUsers * dim, packed.data(), width, dim, scores.data());
         for (int64_t user = tile * kUsers; user < std::min(n_users, (tile + 1) * kUsers); ++user) {
           if (absent(user)) continue;
           int64_t counts[2] = {0, 0};
-          if (count(&scores[(user - tile * kUsers) * width], nullptr, n, threshold[user], mode,
-                    counts))
-            faults.nan.note(user);
+          const T* row = scores.data() + (user - tile * kUsers) * width;
+          if (count(row, nullptr, n, threshold[user], mode, counts)) faults.nan.note(user);
           if (counts[0]) totals[2 * user].fetch_add(counts[0], std::memory_order_relaxed);
           if (counts[1]) totals[2 * user + 1].fetch_add(counts[1], std::memory_order_relaxed);
         }

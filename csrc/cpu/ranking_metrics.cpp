@@ -76,7 +76,7 @@ MetricScorer::MetricScorer(const MetricArgs& args) : args_(args) {
     table_places_ = std::min(kTablePlaces, args.n_items);
     table_.resize(table_places_ * args.n_metrics);
     for (int64_t i = 0; i < table_places_; ++i)
-      one_target_direct({i, 1}, &table_[i * args.n_metrics]);
+      one_target_direct({i, 1}, table_.data() + i * args.n_metrics);
   }
 }
 

@@ -30,7 +30,7 @@ class MetricScorer {
 
   // The values, in a table or in `space`.
   const double* one_target(Place place, double* space) const {
-    if (place.above < table_places_) return &table_[place.above * args_.n_metrics];
+    if (place.above < table_places_) return table_.data() + place.above * args_.n_metrics;
     one_target_direct(place, space);
     return space;
   }
