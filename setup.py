@@ -1,8 +1,8 @@
 """Build lcr_fast._C, the C++/CUDA extension; all else about the package is in pyproject.toml.
 
 The CPU operators are built, and the CUDA ones too where the installed torch is a CUDA build and
-nvcc is found; LCR_FAST_BUILD=cpu|cuda overrides that. LCR_FAST_BUILD=none builds nothing, which
-needs no compiler: everything then runs on the slower reference.
+an nvcc is found that fits it; LCR_FAST_BUILD=cpu|cuda overrides that. LCR_FAST_BUILD=none builds
+nothing, which needs no compiler: everything then runs on the slower reference.
 
 A second install of the same sources by the same tools takes what the first one built.
 """
@@ -40,6 +40,7 @@ try:
         BuildExtension,
         CppExtension,
         CUDAExtension,
+        _check_cuda_version,
         get_cxx_compiler,
     )
 except ImportError as error:
@@ -53,6 +54,7 @@ TORCH_API = "0x020a000000000000"  # torch 2.10: the first with torch::stable::pa
 CUDA_ARCHS = "8.0;9.0+PTX"
 BUILT = Path("lcr_fast/_C.abi3.so")
 STAMP = Path("build/extension.sha256")  # of what BUILT was built of, and of itself
+CHOICE = os.environ.get("LCR_FAST_BUILD", "auto")
 # What the compilers are told beside the arguments below.
 _ENVIRONMENT = (
     "CC", "CXX", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CPATH", "LIBRARY_PATH",
@@ -61,32 +63,37 @@ _ENVIRONMENT = (
 )  # fmt: skip
 
 
-def _stamp() -> str:
+def _nvcc() -> str | None:
+    """Return the toolkit's nvcc; images to run CUDA hold its libraries alone."""
+    return shutil.which(f"{CUDA_HOME}/bin/nvcc") if CUDA_HOME else None
+
+
+def _stamp(sources: list[str]) -> str:
     """Digest everything that an extension is built of, and what has been built."""
     compilers = [shlex.split(get_cxx_compiler())]
-    if CUDA_HOME is not None and (nvcc := shutil.which(f"{CUDA_HOME}/bin/nvcc")):
+    if nvcc := _nvcc():
         compilers.append([nvcc])
     parts = [sys.version, torch.__version__, *(os.environ.get(name, "") for name in _ENVIRONMENT)]
+    parts += sources  # with CUDA's or without
     for command in compilers:
         found = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
         parts += [*command, found.stdout]
     digest = hashlib.sha256("\0".join(parts).encode())
-    sources = (path for path in Path("csrc").rglob("*") if path.is_file())
-    for path in sorted([Path("setup.py"), BUILT, *sources]):
+    files = (path for path in Path("csrc").rglob("*") if path.is_file())
+    for path in sorted([Path("setup.py"), BUILT, *files]):
         digest.update(f"\0{path}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 
 
 def extensions() -> list:
     """Describe what to build: nothing, or lcr_fast._C for the CPU or for both devices."""
-    choice = os.environ.get("LCR_FAST_BUILD", "auto")
-    if choice not in ("auto", "cpu", "cuda", "none"):
-        raise SystemExit(f"LCR_FAST_BUILD must be auto, cpu, cuda or none, got {choice!r}")
-    return [] if choice == "none" else [extension(with_cuda(choice))]
+    if CHOICE not in ("auto", "cpu", "cuda", "none"):
+        raise SystemExit(f"LCR_FAST_BUILD must be auto, cpu, cuda or none, got {CHOICE!r}")
+    return [] if CHOICE == "none" else [extension(with_cuda())]
 
 
-class Build(BuildExtension):
-    """Look for a compiler, and for CUDA's library, first: torch would end in a traceback."""
+class BuildExt(BuildExtension):
+    """Look for compilers, and for CUDA's library, first: torch would end in a traceback."""
 
     def build_extensions(self) -> None:
         command = [*shlex.split(get_cxx_compiler()), "-std=c++20", "-fsyntax-only", "-xc++", "-"]
@@ -98,41 +105,59 @@ class Build(BuildExtension):
                 "one (such as g++ 11 or clang 14), name it by CXX, or set LCR_FAST_BUILD=none to "
                 "run everything on the slower reference"
             ) from None
-        for of_cuda in (e for e in self.extensions if "cudart" in e.libraries):
-            folders = [f"-L{folder}" for folder in of_cuda.library_dirs]
-            command = [*shlex.split(get_cxx_compiler()), "-shared", "-xc++", "-", *folders]
-            link = [*command, "-lcudart", "-o", os.devnull]
-            if subprocess.run(link, input=b"", capture_output=True, check=False).returncode:
-                raise SystemExit(
-                    f"lcr_fast: CUDA's toolkit seems to be in {CUDA_HOME}, as nvcc is, but its "
-                    "library cudart does not link from there: set CUDA_HOME to the toolkit's "
-                    "folder, or LCR_FAST_BUILD=cpu to build without the CUDA operators"
-                )
-        if BUILT.is_file() and STAMP.is_file() and STAMP.read_text() == _stamp():
-            for of_ours in self.extensions:
-                path = Path(self.get_ext_fullpath(of_ours.name))
-                path.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(BUILT, path)
+        (ours,) = self.extensions
+        if "cudart" in ours.libraries and (why := self.cuda_obstacle(ours.library_dirs)):
+            if CHOICE == "cuda":
+                raise SystemExit(f"lcr_fast: {why}, or LCR_FAST_BUILD=cpu")
+            self.warn(f"lcr_fast is built without its CUDA operators: {why}")
+            vars(ours).update(vars(extension(cuda=False)))
+        if BUILT.is_file() and STAMP.is_file() and STAMP.read_text() == _stamp(ours.sources):
+            path = Path(self.get_ext_fullpath(ours.name))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(BUILT, path)
             return
         super().build_extensions()
+
+    def cuda_obstacle(self, folders: list[str]) -> str | None:
+        """Say why CUDA's operators cannot be built by what is there, if so, and what to do."""
+        said = subprocess.run([_nvcc(), "--version"], capture_output=True, text=True, check=False)
+        release = re.search(r"release ((\d+)\.\d+)", said.stdout)
+        if release and release[2] != torch.version.cuda.split(".")[0]:
+            return (
+                f"nvcc in {CUDA_HOME} is of CUDA {release[1]}, torch {torch.__version__} of CUDA "
+                f"{torch.version.cuda}: install beside a torch of CUDA {release[2]} with "
+                "--no-build-isolation, or set CUDA_HOME to the toolkit of another nvcc"
+            )
+        try:
+            _check_cuda_version(*self._check_abi())
+        except RuntimeError as error:  # of the compiler's version
+            return f"{str(error).rstrip('.')}: name another one by CXX"
+        command = [*shlex.split(get_cxx_compiler()), "-shared", "-xc++", "-"]
+        link = [*command, *(f"-L{folder}" for folder in folders), "-lcudart", "-o", os.devnull]
+        if subprocess.run(link, input=b"", capture_output=True, check=False).returncode:
+            return (
+                f"CUDA's toolkit seems to be in {CUDA_HOME}, as nvcc is, but its library cudart "
+                "does not link from there: set CUDA_HOME to the toolkit's folder"
+            )
+        return None
 
     def run(self) -> None:
         """Build, and note of what an extension in the source tree was built."""
         super().run()
         if self.extensions and self.inplace and BUILT.is_file():
             STAMP.parent.mkdir(exist_ok=True)
-            STAMP.write_text(_stamp())
+            STAMP.write_text(_stamp(self.extensions[0].sources))
 
 
-def with_cuda(choice: str) -> bool:
+def with_cuda() -> bool:
     """Whether to build the CUDA operators."""
-    available = torch.version.cuda is not None and CUDA_HOME is not None
-    if choice == "cuda" and not available:
+    available = torch.version.cuda is not None and _nvcc() is not None
+    if CHOICE == "cuda" and not available:
         raise SystemExit(
             f"LCR_FAST_BUILD=cuda needs a CUDA build of torch (torch.version.cuda is "
-            f"{torch.version.cuda}) and nvcc (CUDA_HOME is {CUDA_HOME})"
+            f"{torch.version.cuda}) and nvcc (in bin of CUDA_HOME, which is {CUDA_HOME})"
         )
-    return available and choice != "cpu"
+    return available and CHOICE != "cpu"
 
 
 def extension(cuda: bool):
@@ -157,14 +182,13 @@ def extension(cuda: bool):
         "depends": sorted(map(str, [*csrc.rglob("*.h"), exports])),
         "extra_link_args": [f"-Wl,--version-script={exports}"] if sys.platform == "linux" else [],
     }
-    cuda_sources = sorted(map(str, csrc.glob("cuda/*.cu")))
-    if not cuda_sources or not cuda:
+    if not cuda:
         return CppExtension("lcr_fast._C", sources, extra_compile_args={"cxx": cxx}, **common)
     # Without a visible GPU torch cannot guess the architectures.
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
     return CUDAExtension(
         "lcr_fast._C",
-        [*sources, *cuda_sources],
+        [*sources, *sorted(map(str, csrc.glob("cuda/*.cu")))],
         extra_compile_args={
             "cxx": [*cxx, "-DUSE_CUDA"],
             "nvcc": ["-O3", f"-Xcompiler={','.join(host)}"],
@@ -175,6 +199,6 @@ def extension(cuda: bool):
 
 setup(
     ext_modules=extensions(),
-    cmdclass={"build_ext": Build},
+    cmdclass={"build_ext": BuildExt},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

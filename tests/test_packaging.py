@@ -138,30 +138,69 @@ def test_the_kernels_of_cpus_compile_for_arm(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+# -- building, of a package of one source a device ------------------------------------------------
+
+PYPROJECT = """
+[project]
+name = "lcr-fast"
+version = "0"
+[tool.setuptools]
+packages = ["lcr_fast"]
+"""
+# setup.py as where torch is of CUDA 13.0.
+WITH_CUDA = """
+import sys, torch
+torch.version.cuda, torch._C._cuda_getDeviceCount = "13.0", lambda: 0
+sys.argv[0] = "setup.py"
+exec(compile(open("setup.py").read(), "setup.py", "exec"))
+"""
+
+
+@pytest.fixture
+def tree(tmp_path) -> Path:
+    pytest.importorskip("setuptools", minversion="77")
+    tree = tmp_path / "tree"
+    (tree / "csrc/cuda").mkdir(parents=True)
+    (tree / "lcr_fast").mkdir()
+    for name in ("setup.py", "MANIFEST.in", "csrc/exports.map"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, tree / name)
+    (tree / "pyproject.toml").write_text(PYPROJECT)
+    (tree / "lcr_fast/__init__.py").touch()
+    (tree / "csrc/one.cpp").write_text('extern "C" int PyInit__C() { return 1; }')
+    (tree / "csrc/cuda/one.cu").touch()
+    return tree
+
+
+def setup_py(tree: Path, *arguments: str, code: str | None = None, **environment: str):
+    command = ("setup.py",) if code is None else ("-c", code)
+    return subprocess.run(
+        [sys.executable, *command, *arguments],
+        cwd=tree,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def executable(path: Path, script: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
 @pytest.mark.full
-def test_an_extension_is_built_again_if_anything_has_changed(tmp_path):
+def test_an_extension_is_built_again_if_anything_has_changed(tree):
     """And not otherwise: an install compiles in a new folder each time."""
-    pytest.importorskip("setuptools")
-    csrc = tmp_path / "csrc"
-    csrc.mkdir()
-    (tmp_path / "lcr_fast").mkdir()
-    shutil.copy(ROOT / "setup.py", tmp_path)
-    shutil.copy(ROOT / "csrc/exports.map", csrc)
-    (csrc / "one.cpp").write_text('extern "C" int PyInit__C() { return 1; }')
-    built = tmp_path / "lcr_fast/_C.abi3.so"
+    built = tree / "lcr_fast/_C.abi3.so"
 
     def is_compiled(name: str, **environment: str) -> bool:
-        subprocess.run(
-            [
-                *(sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"),
-                *("--build-temp", name),
-            ],
-            cwd=tmp_path,
-            env=os.environ | {"LCR_FAST_BUILD": "cpu", **environment},
-            capture_output=True,
-            check=True,
-        )
-        return any((tmp_path / name).rglob("*.o"))
+        command = ("--quiet", "build_ext", "--inplace", "--build-temp", name)
+        done = setup_py(tree, *command, **{"LCR_FAST_BUILD": "cpu"} | environment)
+        assert done.returncode == 0, done.stderr
+        return any((tree / name).rglob("*.o"))
 
     assert is_compiled("first")
     first = built.read_bytes()
@@ -169,46 +208,75 @@ def test_an_extension_is_built_again_if_anything_has_changed(tmp_path):
     assert built.read_bytes() == first
     assert is_compiled("other flags", CXXFLAGS="-O1")
     assert is_compiled("the first flags")
-    (csrc / "one.cpp").write_text('extern "C" int PyInit__C() { return 2; }')
+    (tree / "csrc/one.cpp").write_text('extern "C" int PyInit__C() { return 2; }')
     assert is_compiled("another source")
     assert built.read_bytes() != first
     built.write_bytes(first)
     assert is_compiled("another extension in its place")
 
 
+# What nvcc and the host's compiler say of their versions, and what is said of that.
+OBSTACLES = {
+    "no nvcc": (None, None, None, "in bin of CUDA_HOME, which is {home}"),
+    "nvcc of another CUDA": (
+        *("12.4", None),
+        *2 * ("nvcc in {home} is of CUDA 12.4, torch {torch} of CUDA 13.0: install beside",),
+    ),
+    "a compiler newer than nvcc": (
+        *("13.0", "99.0.0"),
+        *2 * ("greater than the maximum required version by CUDA 13.0.",),
+    ),
+    "no cudart": (
+        *("13.0", None),
+        *2 * ("toolkit seems to be in {home}, as nvcc is, but its library cudart does not link",),
+    ),
+}
+
+
 @pytest.mark.full
-@pytest.mark.skipif(torch.version.cuda is None, reason="needs a CUDA build of torch")
-@pytest.mark.parametrize("named_by", ["CUDA_HOME", "a wrapper of nvcc"])
-def test_a_toolkit_without_its_library_is_named(tmp_path, named_by):
-    pytest.importorskip("setuptools")
+@pytest.mark.parametrize("build", ["auto", "cuda"])
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+def test_what_cannot_be_built_for_cuda_is_built_for_cpus_unless_asked_for(
+    tree, tmp_path, obstacle, build
+):
     link = ["c++", "-shared", "-xc++", "-", "-lcudart", "-o", os.devnull]
     if subprocess.run(link, input=b"", capture_output=True, check=False).returncode == 0:
         pytest.skip("cudart links from anywhere here")
-    environment = dict(os.environ, CUDA_HOME=str(tmp_path))
-    if named_by != "CUDA_HOME":
-        wrapper = tmp_path / "elsewhere" / "bin" / "nvcc"
-        wrapper.parent.mkdir(parents=True)
-        wrapper.write_text(f"#!/bin/sh\necho '#$ _HERE_={tmp_path}/bin' >&2\n")
-        wrapper.chmod(0o755)
-        environment |= {"CUDA_HOME": "", "PATH": f"{wrapper.parent}:{os.environ['PATH']}"}
-        environment.pop("CUDA_PATH", None)
-    done = subprocess.run(
-        [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(tmp_path)],
-        cwd=ROOT,
-        env=environment | {"LCR_FAST_BUILD": "cuda"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert f"seems to be in {tmp_path}, as nvcc is, but its library" in done.stderr, done.stderr
+    nvcc, compiler, *messages = OBSTACLES[obstacle]
+    home = tmp_path / "toolkit"
+    (home / "include").mkdir(parents=True)
+    environment = {"CUDA_HOME": str(home), "LCR_FAST_BUILD": build}
+    if nvcc is not None:
+        executable(home / "bin/nvcc", f"echo release {nvcc}, V{nvcc}.1")
+    if compiler is not None:
+        script = f'case "$*" in *-dumpfullversion*) echo {compiler};; *) exec c++ "$@";; esac'
+        environment["CXX"] = str(executable(tmp_path / "c++", script))
+    done = setup_py(tree, "--quiet", "build_ext", "--inplace", code=WITH_CUDA, **environment)
     assert "Traceback" not in done.stderr
+    assert done.returncode == (build == "cuda"), done.stderr
+    assert (tree / "lcr_fast/_C.abi3.so").exists() == (build == "auto")
+    if message := messages[build == "cuda"]:
+        assert message.format(home=home, torch=torch.__version__) in done.stderr
+    if build == "auto" and message:
+        assert "lcr_fast is built without its CUDA operators: " in done.stderr
+
+
+@pytest.mark.full
+def test_a_toolkit_is_where_a_wrapper_of_nvcc_leads(tree, tmp_path):
+    home = tmp_path / "toolkit"
+    executable(home / "bin/nvcc", "echo release 12.4, V12.4.1")
+    wrapper = executable(tmp_path / "elsewhere/bin/nvcc", f"echo '#$ _HERE_={home}/bin' >&2")
+    path = f"{wrapper.parent}:{os.environ['PATH']}"
+    environment = {"CUDA_HOME": "", "CUDA_PATH": "", "PATH": path, "LCR_FAST_BUILD": "cuda"}
+    done = setup_py(tree, "build_ext", code=WITH_CUDA, **environment)
+    assert done.returncode == 1
+    assert f"nvcc in {home} is of CUDA 12.4" in done.stderr
 
 
 def test_what_is_constant_is_not_traced():
     """The mark is Dynamo's own, set without it."""
 
-    @_triton.constant
+    @_triton._constant
     def answer() -> int:
         return threading.get_ident() and 2  # which Dynamo does not trace
 
