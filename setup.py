@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build import build
 
 
 def name_toolkit() -> None:
@@ -92,6 +93,14 @@ def extensions() -> list:
     return [] if CHOICE == "none" else [extension(with_cuda())]
 
 
+class BuildAll(build):
+    """Run build_ext without extensions too: it removes what an earlier install has left."""
+
+    sub_commands = tuple(
+        (name, None if name == "build_ext" else of) for name, of in build.sub_commands
+    )
+
+
 class BuildExt(BuildExtension):
     """Look for compilers, and for CUDA's library, first: torch would end in a traceback."""
 
@@ -144,7 +153,12 @@ class BuildExt(BuildExtension):
     def run(self) -> None:
         """Build, and note of what an extension in the source tree was built."""
         super().run()
-        if self.extensions and self.inplace and BUILT.is_file():
+        if not self.inplace:
+            return
+        if not self.extensions:  # what stays would be loaded
+            BUILT.unlink(missing_ok=True)
+            STAMP.unlink(missing_ok=True)
+        elif BUILT.is_file():
             STAMP.parent.mkdir(exist_ok=True)
             STAMP.write_text(_stamp(self.extensions[0].sources))
 
@@ -199,6 +213,6 @@ def extension(cuda: bool):
 
 setup(
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildExt},
+    cmdclass={"build": BuildAll, "build_ext": BuildExt},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -215,6 +215,15 @@ def test_an_extension_is_built_again_if_anything_has_changed(tree):
     assert is_compiled("another extension in its place")
 
 
+@pytest.mark.full
+def test_nothing_built_remains_of_an_earlier_install(tree):
+    install = "from setuptools import build_meta; build_meta.build_editable('.')"
+    for build in ("cpu", "none"):
+        done = setup_py(tree, code=install, LCR_FAST_BUILD=build)
+        assert done.returncode == 0, done.stderr
+        assert (tree / "lcr_fast/_C.abi3.so").exists() == (build == "cpu")
+
+
 # What nvcc and the host's compiler say of their versions, and what is said of that.
 OBSTACLES = {
     "no nvcc": (None, None, None, "in bin of CUDA_HOME, which is {home}"),
