@@ -165,11 +165,13 @@ class BuildExt(BuildExtension):
 
 def with_cuda() -> bool:
     """Whether to build the CUDA operators."""
-    available = torch.version.cuda is not None and _nvcc() is not None
+    sources = any(Path("csrc/cuda").glob("*.cu"))
+    available = torch.version.cuda is not None and _nvcc() is not None and sources
     if CHOICE == "cuda" and not available:
         raise SystemExit(
             f"LCR_FAST_BUILD=cuda needs a CUDA build of torch (torch.version.cuda is "
-            f"{torch.version.cuda}) and nvcc (in bin of CUDA_HOME, which is {CUDA_HOME})"
+            f"{torch.version.cuda}), nvcc (in bin of CUDA_HOME, which is {CUDA_HOME}) and the "
+            f"sources (csrc/cuda holds {'them' if sources else 'none'})"
         )
     return available and CHOICE != "cpu"
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import textwrap
 import threading
 from pathlib import Path
@@ -224,6 +225,16 @@ def test_nothing_built_remains_of_an_earlier_install(tree):
         assert (tree / "lcr_fast/_C.abi3.so").exists() == (build == "cpu")
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("build", ["cpu", "none"])
+def test_all_sources_are_distributed_whatever_is_built(tree, build):
+    done = setup_py(tree, "--quiet", "sdist", LCR_FAST_BUILD=build)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next((tree / "dist").iterdir())) as files:
+        names = {name.partition("/")[2] for name in files.getnames()}
+    assert {"csrc/one.cpp", "csrc/cuda/one.cu", "csrc/exports.map"} <= names
+
+
 # What nvcc and the host's compiler say of their versions, and what is said of that.
 OBSTACLES = {
     "no nvcc": (None, None, None, "in bin of CUDA_HOME, which is {home}"),
@@ -280,6 +291,16 @@ def test_a_toolkit_is_where_a_wrapper_of_nvcc_leads(tree, tmp_path):
     done = setup_py(tree, "build_ext", code=WITH_CUDA, **environment)
     assert done.returncode == 1
     assert f"nvcc in {home} is of CUDA 12.4" in done.stderr
+
+
+@pytest.mark.full
+def test_cuda_is_not_built_without_its_source(tree, tmp_path):
+    (tree / "csrc/cuda/one.cu").unlink()
+    executable(tmp_path / "bin/nvcc", "echo release 13.0, V13.0.1")
+    environment = {"CUDA_HOME": str(tmp_path), "LCR_FAST_BUILD": "cuda"}
+    done = setup_py(tree, "build_ext", code=WITH_CUDA, **environment)
+    assert done.returncode == 1
+    assert "the sources (csrc/cuda holds none)" in done.stderr
 
 
 def test_what_is_constant_is_not_traced():
