@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class Packed(nn.Module):
 
 def _tensors(module: nn.Module, names: Iterable[str]) -> list[Tensor]:
     """List a module's parameters, as their parametrizations and pruning masks make them."""
-    own = module._parameters  # as a rule it has them all, and getattr of a module is slow
+    own: dict[str, Any] = module._parameters  # it has them all as a rule, and getattr is slow
     return [own[name] if name in own else getattr(module, name) for name in names]
 
 
