@@ -7,6 +7,7 @@ anyway: results have the bits of the model on the padded batch.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
@@ -38,28 +39,39 @@ class Graph(Protocol):
 
 
 class CudaGraph:
-    """A CUDA graph, and the memory of what it computes between."""
+    """A CUDA graph of ``device``, and the memory of what it computes between.
 
-    def __init__(self) -> None:
+    It makes its GPU current: streams and graphs are of the current one, so that on another a
+    capture would record nothing.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._graph = torch.cuda.CUDAGraph()
 
     def run(self, function: Callable[[], _Result]) -> _Result:
         """Run ``function`` on a stream of its own, as a capture has one."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            result = function()
-        torch.cuda.current_stream().wait_stream(stream)
-        return result
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                result = function()
+            torch.cuda.current_stream().wait_stream(stream)
+            return result
 
     def capture(self, function: Callable[[], _Result]) -> _Result:
         """Record ``function``."""
-        with torch.cuda.graph(self._graph):
+        # torch's own stream for captures is of the GPU that was current at the first one.
+        with (
+            torch.cuda.device(self._device),
+            torch.cuda.graph(self._graph, stream=torch.cuda.Stream()),
+        ):
             return function()
 
     def replay(self) -> None:
-        """Launch it on the current stream."""
-        self._graph.replay()
+        """Launch it on its GPU's current stream."""
+        with torch.cuda.device(self._device):
+            self._graph.replay()
 
     @property
     def memory_bytes(self) -> int:
@@ -113,7 +125,7 @@ class Staged:
         """Fill the tensors; zeros pad what is smaller."""
         self._values.copy_(self._lay_out(values), non_blocking=True)
         if self._is_read is not None:
-            self._is_read.record()
+            self._is_read.record(torch.cuda.current_stream(self._values.device))  # the copy's
 
 
 class _Bucket:
@@ -313,7 +325,9 @@ def capture(
     if n_candidates < 1:
         raise ValueError(f"n_candidates must be positive, got {n_candidates}")
     with _explained(model, graph):
-        return CapturedModel(model, model, batch_sizes, n_candidates, max_terms, graph or CudaGraph)
+        return CapturedModel(
+            model, model, batch_sizes, n_candidates, max_terms, graph or _graph_of(model)
+        )
 
 
 def capture_recommender(
@@ -327,7 +341,11 @@ def capture_recommender(
     Its ``recommend`` gives the bits of the model's own on the padded batch.
     """
     with _explained(model, graph):
-        return CapturedRecommender(model, batch_sizes, max_terms, graph or CudaGraph)
+        return CapturedRecommender(model, batch_sizes, max_terms, graph or _graph_of(model))
+
+
+def _graph_of(model: LCRSER) -> Callable[[], Graph]:
+    return functools.partial(CudaGraph, model.head.target_weight.device)
 
 
 @contextlib.contextmanager

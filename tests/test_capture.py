@@ -1,13 +1,19 @@
 """Captured models: which bucket computes what, and what is refused; on a GPU, the bits."""
 
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from unittest.mock import Mock
+
 import pytest
 import torch
 
 from graphs import Recorded
 from lcr_fast.batch import Batch
-from lcr_fast.capture import Staged, capture, capture_recommender
+from lcr_fast.capture import CudaGraph, Staged, capture, capture_recommender
+from lcr_fast.cli.arguments import set_threads
 from lcr_fast.config import LCRConfig
 from lcr_fast.model import LCRSER
+from lcr_fast.serving.engine import Engine
 from lcr_fast.testing import random_batch
 
 CONFIG = LCRConfig(
@@ -202,3 +208,50 @@ def test_recommendations_by_replay_have_the_bits_of_the_padded_batch(dtype):
         plain = model.recommend(padded.to("cuda"), 9, whole)
         for found, expected in zip(captured.recommend(batch, 9, exclude), plain, strict=True):
             assert torch.equal(found, expected[:n_users])
+
+
+def test_a_graph_is_made_and_replayed_on_its_own_gpu(monkeypatch):
+    current, used = [0], []
+
+    @contextmanager
+    def device(wanted):
+        current.append(wanted.index)
+        yield
+        current.pop()
+
+    def note(what, result=None):
+        return lambda *_, **__: (used.append((what, current[-1])), result)[1]
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Mock(replay=note("replay")))
+    monkeypatch.setattr(torch.cuda, "Stream", note("stream", Mock()))
+    monkeypatch.setattr(torch.cuda, "current_stream", note("current", Mock()))
+    monkeypatch.setattr(torch.cuda, "stream", note("run", nullcontext()))
+    monkeypatch.setattr(torch.cuda, "graph", note("capture", nullcontext()))
+    graph = CudaGraph(torch.device("cuda", 1))
+    assert graph.run(lambda: current[-1]) == 1
+    assert graph.capture(lambda: current[-1]) == 1
+    graph.replay()
+    assert {what for what, _ in used} == {"stream", "current", "run", "capture", "replay"}
+    assert {index for _, index in used} == {1}
+    assert current == [0]
+
+
+def test_the_device_asked_for_is_made_current(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name in ("cuda:1", "cuda", "cpu"):
+        set_threads(SimpleNamespace(threads=None, device=name))
+    assert chosen == [torch.device("cuda", 1)]
+
+
+@pytest.mark.parametrize("name", ["score", "recommend"])
+def test_a_server_computes_on_the_models_gpu(monkeypatch, name):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device", lambda d: nullcontext(entered.append(d)))
+    engine = SimpleNamespace(_device=torch.device("cuda", 1))
+    with pytest.raises((AttributeError, ValueError)):  # it is no engine
+        getattr(Engine, name)(engine, [])
+    assert entered == [engine._device]

@@ -224,6 +224,9 @@ def set_threads(arguments: argparse.Namespace) -> None:
             raise ValueError(
                 f"--device {arguments.device}: this torch sees {n} GPUs, from cuda:0 on"
             )
+        if device.index is not None:
+            # What can serve is asked of the current GPU.
+            torch.cuda.set_device(device)
 
 
 def open_model(arguments: argparse.Namespace, path: Path) -> "tuple[LCRSER, PreparedData]":

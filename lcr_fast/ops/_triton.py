@@ -55,7 +55,8 @@ def _gpu_obstacle() -> str | None:
 def triton_obstacle(device: str) -> str | None:
     """Why no Triton kernel can serve tensors of a device (``cpu``, ``cuda``), or None.
 
-    CPU tensors are served under Triton's interpreter. The GPU is the current one.
+    CPU tensors are served under Triton's interpreter. The GPU is the current one: who uses another
+    of another kind calls ``torch.cuda.set_device`` first, as ``--device cuda:N`` does.
     """
     if device == "cpu" and not INTERPRETED:
         return "it needs CUDA tensors"

@@ -1,9 +1,10 @@
 """Engine: scores and recommendations for users of prepared data, in the data's own ids."""
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from lcr_fast.model import LCRSER
 from lcr_fast.serving.scorer import Scorer, fastest
 from lcr_fast.training.evaluation import make_batcher, padded_seen
 
+_F = TypeVar("_F", bound=Callable)
 _END_OF_TIME = np.iinfo(np.int64).max
 
 
@@ -35,6 +37,18 @@ class RecommendRequest(NamedTuple):
 
     user: int
     k: int
+
+
+def _on_its_gpu(method: _F) -> _F:
+    """Make the model's GPU current: in another thread it is GPU 0 again."""
+
+    @functools.wraps(method)
+    def run(self: "Engine", requests: Any) -> Any:
+        gpu = self._device.type == "cuda"
+        with torch.cuda.device(self._device) if gpu else contextlib.nullcontext():
+            return method(self, requests)
+
+    return run  # type: ignore[return-value]
 
 
 class Engine:
@@ -90,6 +104,7 @@ class Engine:
             raise UnknownIdError(f"item {text!r} is not in the model: it came after its training")
         return number
 
+    @_on_its_gpu
     @torch.inference_mode()
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
         """Score the items of each request, in their order. Raises ValueError on a NaN score."""
@@ -105,6 +120,7 @@ class Engine:
         rows = zip(requests, scores.tolist(), strict=True)
         return [row[: len(request.items)] for request, row in rows]
 
+    @_on_its_gpu
     @torch.inference_mode()
     def recommend(self, requests: Sequence[RecommendRequest]) -> list[list[tuple[str, float]]]:
         """Find the best items of each request, with their scores; fewer where all else is seen."""

@@ -234,7 +234,7 @@ class Trainer:
             return None
         if graph is None and self._device.type != "cuda":
             raise ValueError(f"capture=True needs a model on a GPU, this one is on {self._device}")
-        return graph or CudaGraph
+        return graph or functools.partial(CudaGraph, self._device)
 
     def run(self) -> LCRSER:
         """Train to the end, restore the best weights into the model and return it."""
