@@ -20,7 +20,6 @@ _EXACT = 2**53  # the floats up to here hold every integer
 _NO_ID = ("", "nan", "NaN", "NaT", "None", "null", "NULL", "<NA>")
 _FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 _PER_MS = {"s": (1000, 1), "ms": (1, 1), "us": (1, 1000), "ns": (1, 10**6)}  # times, divided by
-TIME_UNITS = tuple(_PER_MS)
 BREAK = r"[\t\r\n]"
 # A letter or digit may carry marks: accents, vowel signs. A word is a run of such; as a term, a
 # Chinese character stands alone.

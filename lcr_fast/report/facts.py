@@ -215,6 +215,8 @@ def duration(ms: float) -> str:
 
 def _warnings(data: PreparedData, values: dict[str, float], split: str) -> Iterator[str]:
     """Say what of the data makes which results mean little."""
+    if not len(data.split("valid")):
+        yield "there is no validation sample, by which an epoch is chosen: no model can be trained"
     n = len(data.split(split))
     if not n:
         yield f"there is no {split} sample: nothing can be evaluated"

@@ -32,6 +32,15 @@ def clear():
     return events, searches
 
 
+@pytest.mark.parametrize("n_days", [3, 4])
+def test_data_that_nothing_can_be_trained_on_is_warned_of(make_log, tmp_path, n_days):
+    events = [(u, 4 * u + day, 10 * day, True) for u in range(20) for day in range(n_days)]
+    data = prepare(make_log(events, []), tmp_path / "out", n_negatives=1, min_targets=2)
+    assert len(data.split("valid")) == (20 if n_days == 4 else 0)  # the first day has no history
+    warned = [w for w in facts_of(data).warnings if w.startswith("there is no validation sample")]
+    assert len(warned) == (n_days == 3)
+
+
 def test_facts_can_be_counted(shop, tmp_path):
     found = facts_of(prepare(shop, tmp_path / "out", n_negatives=1, min_targets=2))
     named = values(found)
@@ -129,7 +138,10 @@ def test_data_without_searches_or_test_samples(make_log, clear, tmp_path):
     assert values(told)["targets with a search before them"] == 0
     assert "| span of searches" in fact_table(told)
     data = prepare(make_log(*clear), tmp_path / "untested", n_negatives=5, min_targets=99)
-    assert facts_of(data).warnings == ["there is no test sample: nothing can be evaluated"]
+    assert facts_of(data).warnings == [
+        "there is no validation sample, by which an epoch is chosen: no model can be trained",
+        "there is no test sample: nothing can be evaluated",
+    ]
 
 
 def test_the_command(make_log, clear, tmp_path, capsys):
