@@ -141,8 +141,8 @@ def _test_targets(
     targets = best.agg(item=pl.col("item").get(pl.col("label").arg_max()))
     others = shown.filter(~is_positive(pl.col("label"))).group_by("user", maintain_order=True)
     targets = targets.join(others.agg(impressions="item"), on="user", how="left")
-    shown = pl.col("impressions").list.concat(pl.concat_list("item"))
-    targets = targets.with_columns(impressions=shown)
+    with_target = pl.col("impressions").list.concat(pl.concat_list("item"))
+    targets = targets.with_columns(impressions=with_target)
     return targets.join(asked, on="user").with_columns(
         target=pl.lit(True), order=first_order + pl.col("user")
     )

@@ -211,8 +211,8 @@ def _results(
     hits = queries.with_columns(item=pl.coalesce(_HITS)).filter(pl.col("query").is_not_null())
     hits = hits.select(*key, "item").explode("item").filter(pl.col("item").is_not_null())
     touched = hits.join(events, on="item", how="semi").select(key)
-    aside = hits.join(touched, on=key, how="anti").select(key).unique()
-    aside = aside.join(acted, on=key, how="semi").height
+    unknown = hits.join(touched, on=key, how="anti").select(key).unique()
+    aside = unknown.join(acted, on=key, how="semi").height
     hits = hits.join(touched, on=key, how="semi", maintain_order="left")
     lists = [
         frame.group_by(key, maintain_order=True).agg(

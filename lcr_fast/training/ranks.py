@@ -271,7 +271,8 @@ def _differences(pairs: Sequence[tuple[Ranks, Ranks]], columns: list[NDArray]) -
     n_metrics = columns[0].shape[1]
     there = [(first, v) for (first, _), v in zip(pairs, columns, strict=True) if len(v)]
     if not there:
-        return [Difference(*[math.nan] * 3, 0, math.nan, math.nan, 0)] * n_metrics
+        nothing = math.nan
+        return [Difference(nothing, nothing, nothing, 0, nothing, nothing, 0)] * n_metrics
     of_samples: dict[str, list[NDArray]] = {}
     for first, values in there:
         of_samples.setdefault(first.samples, []).append(values)
