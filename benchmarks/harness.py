@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from lcr_fast.precision import tf32
-from lcr_fast.testing import every_op_rounded
+from lcr_fast.testing import every_op_rounded, tf32
 
 Function = Callable[[], Any]
 

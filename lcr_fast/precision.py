@@ -1,11 +1,11 @@
 """Whether float32 products may be TF32's, by torch's settings."""
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 
+from lcr_fast.dynamo import constant
 
+
+@constant  # torch.compile cannot trace it, and compiles again where the answer changes
 def allows_tf32() -> bool:
     """Whether torch may multiply float32 on a GPU in TF32.
 
@@ -17,18 +17,3 @@ def allows_tf32() -> bool:
     ``torch.backends.fp32_precision = "tf32"``, and ``ieee`` or ``none``, the default, elsewhere.
     """
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-# torch.compile cannot trace the question; it compiles again where the answer changes.
-allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@contextlib.contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """Let torch, and what asks it, multiply float32 in TF32, or not."""
-    before = allows_tf32()
-    torch.set_float32_matmul_precision("high" if allowed else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision("high" if before else "highest")

@@ -15,6 +15,7 @@ from lcr_fast.batch import Batch
 from lcr_fast.config import LCRConfig
 from lcr_fast.model import LCRSER
 from lcr_fast.ops.noise import Dropout, Noise
+from lcr_fast.precision import allows_tf32
 from lcr_fast.reference import Steps, Streams, length_mask
 from lcr_fast.weights import EncoderWeights, ReasoningWeights, ScoringWeights
 
@@ -63,6 +64,17 @@ def assert_parity(
             f"{name}: {kind} error {error:.3e} exceeds {budget:.3e} "
             f"(the eager reference has {norm(e_eager):.3e})"
         )
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Let torch, and what asks it, multiply float32 in TF32, or not."""
+    before = allows_tf32()
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("high" if before else "highest")
 
 
 @contextlib.contextmanager

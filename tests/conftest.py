@@ -26,10 +26,10 @@ from lcr_fast.data import synthetic
 from lcr_fast.data.build import prepare
 from lcr_fast.data.prepared import PreparedData
 from lcr_fast.model import LCRSER
-from lcr_fast.precision import tf32
+from lcr_fast.testing import tf32
 from lcr_fast.training.models import attach_text, fit_config
 
-_WORLD = synthetic.World(n_users=24, n_topics=16, n_targets=14)
+WORLD = synthetic.World(n_users=24, n_topics=16, n_targets=14)
 _MODEL = LCRConfig(
     dim=8, steps=2, max_search_len=4, max_rec_len=5, max_clicks=2, mlp_hidden=(8,),
     user_embedding=True,
@@ -138,7 +138,7 @@ def run_code() -> Iterator[RunCode]:
 @pytest.fixture(scope="session")
 def prepared_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared") / "data"
-    prepare(synthetic.generate(_WORLD), folder)
+    prepare(synthetic.generate(WORLD), folder)
     return folder
 
 

@@ -8,7 +8,7 @@ import contextlib
 
 import numpy as np
 
-from lcr_fast.precision import tf32
+from lcr_fast.testing import tf32
 
 _DEPTH = 8  # of one instruction
 

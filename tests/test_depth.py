@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
-from conftest import _WORLD as WORLD
+from conftest import WORLD
 
 from command_line import read_csv, run
 from lcr_fast.data import synthetic

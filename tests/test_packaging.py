@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lcr_fast import LCRSER, LCRConfig, ops
-from lcr_fast.ops import _triton
+from lcr_fast.dynamo import constant
 
 ROOT = Path(__file__).parents[1]
 
@@ -306,7 +306,7 @@ def test_cuda_is_not_built_without_its_source(tree, tmp_path):
 def test_what_is_constant_is_not_traced():
     """The mark is Dynamo's own, set without it."""
 
-    @_triton.constant
+    @constant
     def answer() -> int:
         return threading.get_ident() and 2  # which Dynamo does not trace
 

@@ -5,7 +5,8 @@ import warnings
 import pytest
 import torch
 
-from lcr_fast.precision import allows_tf32, tf32
+from lcr_fast.precision import allows_tf32
+from lcr_fast.testing import tf32
 
 
 @pytest.fixture(autouse=True)

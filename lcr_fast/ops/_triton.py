@@ -1,11 +1,11 @@
 """Whether the Triton kernels can serve at all: installed, on a GPU, compiled correctly."""
 
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 
+from lcr_fast.dynamo import constant
 from lcr_fast.ops._dispatch import say_once
 
 if TYPE_CHECKING:
@@ -13,18 +13,6 @@ if TYPE_CHECKING:
 
 # Looked up once: torch.compile cannot trace the question.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-_F = TypeVar("_F", bound=Callable)
-
-
-def constant(function: _F) -> _F:
-    """Mark a function as :func:`torch.compiler.assume_constant_result` does.
-
-    That one imports all of Dynamo, for longer than everything else that this package needs.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 def has_gpu() -> bool:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lcr_fast import reference
+from lcr_fast.dynamo import constant
 from lcr_fast.metrics import RANKING_KINDS, TIES, parse_metric
 from lcr_fast.ops._extension import extension_error
 from lcr_fast.ops._op import Backend, Op
@@ -32,7 +33,7 @@ from lcr_fast.ops._ranking_faults import (
     indices,
     raise_first,
 )
-from lcr_fast.ops._triton import constant, has_gpu
+from lcr_fast.ops._triton import has_gpu
 
 DEFAULT_METRICS = ("hr@1", "hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr")
 CPU_LEVELS = ("baseline", "avx2", "avx512", "avx512bf16")

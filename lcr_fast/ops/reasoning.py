@@ -250,6 +250,11 @@ def _check_heads(dim: int, n_heads: int) -> None:
         raise ValueError(f"n_heads must divide the width {dim}, got {n_heads}")
 
 
+def _flat(lengths: Tensor, leading: torch.Size) -> Tensor:
+    """Give every user's length as kernels take them: int64 [the product of ``leading``]."""
+    return lengths.long().expand(leading).flatten().contiguous()
+
+
 def encode(
     search: Tensor,
     rec: Tensor,
@@ -288,13 +293,13 @@ def encode(
         )
         return search, rec
     leading = search.shape[:-2]
-    search_lengths = search_lengths.long().expand(leading).flatten().contiguous()
+    search_lengths = _flat(search_lengths, leading)
     rows, threshold, seed = dropout_key(dropout, search_lengths)
     call = _Encode(
         search=search.flatten(0, -3).contiguous(),
         rec=rec.flatten(0, -3).contiguous(),
         search_lengths=search_lengths,
-        rec_lengths=rec_lengths.long().expand(leading).flatten().contiguous(),
+        rec_lengths=_flat(rec_lengths, leading),
         rows=rows,
         weights=tuple(w.contiguous() for w in weights),
         n_heads=n_heads,
@@ -415,7 +420,7 @@ def latent_reasoning(
         if target_keys is not None:
             pooled = reference.pool_steps(states, search_lengths, rec_lengths, target_keys)
         return Reasoned(*states.h[-1], pooled)
-    search_lengths = search_lengths.long().expand(leading).flatten().contiguous()
+    search_lengths = _flat(search_lengths, leading)
     rows, threshold, seed = dropout_key(dropout, search_lengths)
     if target_keys is None:
         keys = search.new_empty(0)
@@ -425,7 +430,7 @@ def latent_reasoning(
         search=search.flatten(0, -3).contiguous(),
         rec=rec.flatten(0, -3).contiguous(),
         search_lengths=search_lengths,
-        rec_lengths=rec_lengths.long().expand(leading).flatten().contiguous(),
+        rec_lengths=_flat(rec_lengths, leading),
         rows=rows,
         target_keys=keys,
         weights=tuple(w.contiguous() for w in weights),
