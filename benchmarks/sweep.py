@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 import harness
 import work
 from lcr_fast import ops
-from lcr_fast.kernels import gpu, scoring
+from lcr_fast.kernels import scoring, weight_gradients
 from lcr_fast.kernels.reasoning import config as reasoning_config
 from lcr_fast.kernels.reasoning.scratch import layout, products
 from lcr_fast.kernels.scoring import config as scoring_config
@@ -48,10 +48,14 @@ STEPS, N_CANDIDATES, N_ITEMS = 5, 100, 20_000
 HEAD = (200, 80, 1)
 
 
-class Parts(NamedTuple):
-    """In what parts the rows of a weight gradient in float32 are summed."""
+class Sums(NamedTuple):
+    """How weight gradients in float32 are summed: fields of the kernel's CONFIG, in its order."""
 
     part_rows: int
+    rows: int  # of a chunk
+    block: int
+    warps: int
+    stages: int
 
 
 class Job(NamedTuple):
@@ -61,7 +65,7 @@ class Job(NamedTuple):
     kind: str
     dim: int
     size: int  # events of each stream
-    config: Config | Tiles | Parts
+    config: Config | Tiles | Sums
 
     def __str__(self) -> str:
         config = ", ".join(f"{n}={v}" for n, v in self.config._asdict().items())
@@ -101,8 +105,10 @@ def jobs() -> Iterator[Job]:
                     tiles = Tiles(candidates, 32, hidden, warps, stages)
                     yield Job("score", kind, dim, 30, tiles)
             if kind != "half":
-                for rows in (64, 128, 256, 512, 1024, 2048):
-                    yield Job("products", kind, dim, 30, Parts(rows))
+                for part_rows, (rows, stages) in itertools.product(
+                    (256, 512, 1024), ((32, 1), (32, 2), (32, 3), (64, 1), (64, 2))
+                ):
+                    yield Job("products", kind, dim, 30, Sums(part_rows, rows, 64, 4, stages))
 
 
 # -- the calls ------------------------------------------------------------------------------------
@@ -196,8 +202,9 @@ def _configured(job: Job) -> Any:
             return job.config if is_asked else forward(which, *call)
 
         return mock.patch.object(reasoning_config, "config", choose)
-    if isinstance(job.config, Parts):
-        return mock.patch.object(gpu, "_PART_ROWS", job.config.part_rows)
+    if isinstance(job.config, Sums):
+        names = weight_gradients.CONFIG
+        return mock.patch.dict(names, zip(names, job.config, strict=True))
     tiles = {key: (job.config,) * len(scoring_config.DIMS) for key in scoring_config.TILES}
     return mock.patch.object(scoring_config, "TILES", tiles)
 

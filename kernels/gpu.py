@@ -1,7 +1,6 @@
 """What the kernels ask of a GPU, and what their launchers share."""
 
 import functools
-import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -26,42 +25,6 @@ def dot_precision(dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         return "ieee"
     return "tf32" if allows_tf32() else "tf32x3"
-
-
-# About how many rows of a float32 product one program sums up. The matrix library cuts no sum, and
-# a product of 64 columns with 64 is one program's: so they took 81 of 107 ms of an H200's step.
-_PART_ROWS = 512
-
-
-@functools.cache
-def _part_rows(rows: int, wanted: int) -> int:
-    """Give the divisor of ``rows`` nearest to what is wanted, or that where none is near."""
-    divisors = [n for n in range(wanted // 4, 4 * wanted + 1) if rows % n == 0]
-    nearest = min(divisors, key=lambda n: abs(math.log(n / wanted)), default=wanted)
-    return max(min(nearest, rows), 1)
-
-
-def columns_product(dy: Tensor, x: Tensor) -> Tensor:
-    """dY^T X in float32 for [..., rows, out] and [..., rows, in] of one dtype: [..., out, in].
-
-    A weight gradient sums over all rows of a batch. torch's float32 products do that in float32; a
-    tensor core truncates every partial sum, whose error grows with the rows. In float32 the sums of
-    parts of the rows are added in a tree, which fills a GPU and is closer than row to row; rows
-    that make no whole part are a product of their own.
-    """
-    if x.dtype == torch.float32:
-        rows = x.shape[-2]
-        n = _part_rows(rows, _PART_ROWS)
-        whole = rows - rows % n
-        dy_parts, x_parts = (t[..., :whole, :].unflatten(-2, (whole // n, n)) for t in (dy, x))
-        product = (dy_parts.transpose(-1, -2) @ x_parts).sum(-3)
-        if whole < rows:
-            product += dy[..., whole:, :].transpose(-1, -2) @ x[..., whole:, :]
-        return product
-    dy = dy.transpose(-1, -2)
-    if x.is_cuda:
-        return (torch.bmm if x.ndim == 3 else torch.mm)(dy, x, out_dtype=torch.float32)
-    return dy.float() @ x.float()
 
 
 class Gpu(NamedTuple):

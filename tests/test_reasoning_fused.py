@@ -194,47 +194,6 @@ def test_pieces_fit_scratch_and_are_even(monkeypatch, n_users, n_steps, expected
     assert few.users * few.steps <= 50
 
 
-@pytest.mark.parametrize(
-    ("n_rows", "expected"),
-    [(0, 1), (63, 63), (512, 512), (1021, 1021), (9000, 500), (61_440, 512), (2 * 4099, 512)],
-)
-def test_parts_of_a_sum_are_near_512_rows_and_even_where_they_can_be(n_rows, expected):
-    from lcr_fast.kernels.gpu import _PART_ROWS, _part_rows
-
-    assert _part_rows(n_rows, _PART_ROWS) == expected
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("n_rows", [0, 1, 63, 1021, 9000, 2 * 4099])
-@pytest.mark.parametrize("leading", [(), (2,), (2, 3)], ids=str)
-def test_products_of_columns_sum_parts_of_the_rows(leading, n_rows):
-    from lcr_fast.kernels.gpu import columns_product
-
-    generator = torch.Generator().manual_seed(n_rows)
-    rows = torch.rand(*leading, n_rows, 96, generator=generator).to("cuda" if GPU else "cpu")
-    dy, x = rows[..., 16:64], rows[..., 64:]
-    found = columns_product(dy, x)
-    exact = dy.double().transpose(-1, -2) @ x.double()
-    assert found.shape == (*leading, 48, 32)
-    # Of positive numbers every partial sum is rounded by its part of the whole. 1,021, a prime, is
-    # one part; twice a prime leaves rows that make none.
-    bound = 2**-19 if n_rows == 1021 else 2**-21
-    assert ((found - exact).abs() <= bound * exact).all()
-
-
-@pytest.mark.gpu
-def test_gradients_of_biases_are_summed_in_a_tree():
-    """A product with ones would add row to row, and the error grow with the batch."""
-    from lcr_fast.kernels.reasoning.scratch import layout, products
-
-    of = layout(32, 32)
-    device = "cuda" if GPU else "cpu"
-    scratch = torch.rand(2, 4500, of.columns.width, device=device)
-    of_biases = products([scratch.unsqueeze(0)], of, shared=True)[0][0, 0, :, 0].double()
-    exact = scratch.double().sum((0, 1))[of.gradients]
-    assert ((of_biases / exact - 1).abs() < 2**-21).all()
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)

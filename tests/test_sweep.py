@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 import sweep
-from lcr_fast.kernels import gpu
+from lcr_fast.kernels import weight_gradients
 from lcr_fast.kernels.gpu import GPUS
 from lcr_fast.kernels.reasoning import config as reasoning_config
 from lcr_fast.kernels.scoring import config as scoring_config
@@ -38,15 +38,12 @@ def test_tiles_are_the_asked_ones():
     assert scoring_config.config(*case)["num_warps"] == 4
 
 
-def test_parts_of_rows_are_the_asked_ones(monkeypatch):
-    found = []
-    monkeypatch.setattr(gpu, "_part_rows", lambda rows, wanted: found.append(wanted) or rows)
-    monkeypatch.setattr(torch, "randn", lambda *size, device: torch.zeros(size))
-    with sweep._configured(job := sweep.Job("products", "tf32", 32, 3, sweep.Parts(64))):
-        sweep._products(job, 4)()
-    assert set(found) == {64}
-    gpu.columns_product(torch.ones(5, 2), torch.ones(5, 2))
-    assert found[-1] == gpu._PART_ROWS != 64
+def test_sums_are_tiled_as_asked():
+    asked = sweep.Sums(256, 64, 128, 8, 1)
+    before = dict(weight_gradients.CONFIG)
+    with sweep._configured(sweep.Job("products", "tf32", 64, 30, asked)):
+        assert tuple(weight_gradients.CONFIG.values()) == asked
+    assert before == weight_gradients.CONFIG
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -17,12 +17,15 @@ from lcr_fast.kernels.reasoning.backward import (
 )
 from lcr_fast.kernels.reasoning.config import READ_SHARED, constants, slots
 from lcr_fast.kernels.reasoning.forward import ForwardStream, latent_reasoning_fwd_kernel
+from lcr_fast.kernels.reasoning.scratch import layout
 from lcr_fast.kernels.reasoning.weights import (
     AttentionWeights,
     FfnWeights,
     NormWeights,
     StepWeights,
 )
+from lcr_fast.kernels.weight_gradients import columns_product_kernel
+from lcr_fast.kernels.weight_gradients import constants as product_constants
 
 _INT64 = ("lengths", "user_rows", "noise_seed", "dropout_seed")
 
@@ -146,3 +149,10 @@ def variants(arch: str) -> Iterator[Variant]:
             ]
         for which, name, kernel, switches in launched:
             yield make_variant(f"{name}-{suffix}", which, kernel, call, switches, GPUS[arch])
+    for dim, precision in ((64, "tf32"), (64, "tf32x3"), (128, "tf32x3")):
+        of = layout(dim, dim)
+        compiled = product_constants(
+            of.matrix_columns, of.columns.width, of.columns.width, precision
+        )
+        name = f"columns_product-fp32-{precision}-d{dim}"
+        yield describe(name, columns_product_kernel, torch.float32, {}, compiled)

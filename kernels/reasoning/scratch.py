@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lcr_fast.kernels.gpu import columns_product
+from lcr_fast.kernels.weight_gradients import Columns, half_product, products_of_columns, split
 from lcr_fast.weights import EncoderWeights, ReasoningWeights
 
 
@@ -99,8 +99,7 @@ class Matrix(NamedTuple):
 
     weight: str  # fields of ReasoningWeights or EncoderWeights
     bias: str
-    dy: slice
-    x: slice
+    columns: Columns
 
 
 class Layout(NamedTuple):
@@ -108,6 +107,10 @@ class Layout(NamedTuple):
 
     columns: ScratchColumns
     matrices: list[Matrix]
+
+    @property
+    def matrix_columns(self) -> list[Columns]:
+        return [matrix.columns for matrix in self.matrices]
 
     @property
     def gradients(self) -> slice:
@@ -138,42 +141,34 @@ def layout(D: int, F: int, sublayers: int = 3) -> Layout:
         parts += [("ffn_in", C.dhidden, F, C.c, D), ("ffn_out", C.ffn_dy, D, C.hidden, F)]
     return Layout(
         C,
-        [
-            Matrix(f"{name}_weight", f"{name}_bias", slice(dy, dy + out), slice(x, x + width))
-            for name, dy, out, x, width in parts
-        ],
+        [Matrix(f"{name}_weight", f"{name}_bias", Columns(*columns)) for name, *columns in parts],
     )
 
 
 def products(factors: Sequence[Tensor], of: Layout, shared: bool) -> list[Tensor]:
-    """Multiply gradients with their operands, summed over rows: float32.
+    """Multiply gradients with their operands, summed over rows: float32, one for each factor.
 
-    ``factors``, [streams, steps, rows, columns], are one of both streams or one of each, whose
-    products then stand one behind the other. A product is [streams, P, out, in], where P is 1 if
-    the steps share their weights, else the number of steps. Halves multiply all columns of dY with
-    all of X at once, in parts of the rows: a sixth of that is read, but it fills a GPU, which
-    narrow sums over 100,000 rows do not, and the ones in X make the biases' gradients in passing.
-    float32, which takes no tensor cores here, has the biases' sums, then a product for each matrix.
-    (A product with ones adds row to row, a sum in a tree: over 9,000 rows with a tenth of the
-    error.)
+    ``factors``, [streams, steps, rows, columns], are one of both streams or one of each. P is 1 if
+    the steps share their weights, else the number of steps. float32 has the sums of each matrix,
+    [streams, P, sums]. Halves multiply all columns of dY with all of X at once, in parts of the
+    rows, [streams, P, columns of dY, columns of X]: a sixth of that is read, but it fills a GPU,
+    which narrow sums over 100,000 rows do not, and the ones in X make the biases' gradients in
+    passing.
     """
-    return [made for scratch in factors for made in _products(scratch, of, shared)]
+    return [_products(scratch, of, shared) for scratch in factors]
 
 
-def _products(scratch: Tensor, of: Layout, shared: bool) -> list[Tensor]:
+def _products(scratch: Tensor, of: Layout, shared: bool) -> Tensor:
     if shared:  # one sum over all steps
         scratch = scratch.view(len(scratch), 1, -1, scratch.shape[-1])
     streams, sets, rows, width = scratch.shape
-    if scratch.dtype != torch.float32:
-        parts = next(n for n in (8, 5, 4, 3, 2, 1) if rows % n == 0)
-        batch = scratch.view(streams * sets * parts, -1, width)
-        product = columns_product(batch[..., of.gradients], batch[..., of.operands])
-        return [product.view(streams, sets, parts, *product.shape[1:]).sum(2)]
-    of_biases = scratch[..., of.gradients].sum(-2).unsqueeze(-1)
-    return [
-        of_biases,
-        *(columns_product(scratch[..., m.dy], scratch[..., m.x]) for m in of.matrices),
-    ]
+    if scratch.dtype == torch.float32:
+        members = scratch.view(streams * sets, rows, width)
+        return products_of_columns(members, members, of.matrix_columns).view(streams, sets, -1)
+    parts = next(n for n in (8, 5, 4, 3, 2, 1) if rows % n == 0)
+    batch = scratch.view(streams * sets * parts, -1, width)
+    product = half_product(batch[..., of.gradients], batch[..., of.operands])
+    return product.view(streams, sets, parts, *product.shape[1:]).sum(2)
 
 
 def add_up(sums: dict[Any, list[Tensor]], key: Any, made: list[Tensor]) -> None:
@@ -195,18 +190,26 @@ def write_gradients(
 
     ``first`` is the first set of weights that it is of.
     """
-    if len(made[0]) < streams.stop - streams.start:  # of one stream, then of the other
-        half = len(made) // 2
-        made = [torch.cat(pair) for pair in zip(made[:half], made[half:], strict=True)]
-    sets = slice(first, first + made[0].shape[1])
-    for i, (weight, bias, dy, x) in enumerate(of.matrices):
-        out = slice(dy.start - of.gradients.start, dy.stop - of.gradients.start)
-        values = made[0][:, :, out, x] if len(made) == 1 else made[1 + i]
-        for name, value in ((weight, values), (bias, made[0][:, :, out, 0])):
+    of_both = torch.cat(list(made)) if len(made) > 1 else made[0]
+    sets = slice(first, first + of_both.shape[1])
+    for matrix, values in zip(of.matrices, _of_matrices(of_both, of), strict=True):
+        for name, value in zip(matrix[:2], values, strict=True):
             into, value = getattr(gradients, name)[sets, streams], value.transpose(0, 1)
-            if weight == "cross_qkv_weight":  # keys and values are those of the other's queries
-                D = x.stop - x.start
+            if matrix.weight == "cross_qkv_weight":  # keys and values are of the other's queries
+                D = matrix.columns.width
                 into[:, :, :D] = value[:, :, :D]
                 into[:, :, D:] = value[:, :, D:].flip(1)
             else:
                 into.copy_(value)
+
+
+def _of_matrices(made: Tensor, of: Layout) -> list[tuple[Tensor, Tensor]]:
+    """View products as the gradients of each matrix and its bias, [streams, P, ...]."""
+    if made.ndim == 3:
+        return split(made, of.matrix_columns)
+    found = []
+    for dy, out, x, width in of.matrix_columns:
+        dy -= of.gradients.start
+        of_rows = made[:, :, dy : dy + out]
+        found.append((of_rows[..., x : x + width], of_rows[..., of.columns.ones]))
+    return found

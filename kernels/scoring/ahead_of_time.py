@@ -18,6 +18,8 @@ from lcr_fast.kernels.scoring.catalogue import score_rank_kernel, score_topk_ker
 from lcr_fast.kernels.scoring.config import USER_CONFIG, catalogue_config, config, constants
 from lcr_fast.kernels.scoring.forward import score_fwd_kernel
 from lcr_fast.kernels.scoring.tile import HeadShape, Mlp, Stream
+from lcr_fast.kernels.weight_gradients import Columns, columns_product_kernel
+from lcr_fast.kernels.weight_gradients import constants as product_constants
 
 _INT64 = ("ids", "user_rows", "seed", "exclude", "ceiling", "target", "best", "ahead")
 _FLOAT32 = ("softmax", "sums", "bonus")
@@ -45,7 +47,7 @@ def variants(arch: str) -> Iterator[Variant]:
     for variant in _variants_of_one_head(arch):
         yield variant
         head = variant.constexprs.get("HEAD")
-        if variant.constexprs["D"] == 64 and head is not None and not head.DOT:
+        if variant.constexprs.get("D") == 64 and head is not None and not head.DOT:
             name = variant.name.replace("-", "-mlp_dot-", 1)
             both = head._replace(DOT=True, HAS_USER=False)
             yield variant._replace(name=name, constexprs=variant.constexprs | {"HEAD": both})
@@ -90,3 +92,7 @@ def _variants_of_one_head(arch: str) -> Iterator[Variant]:
         if precision != "tf32":
             call = {"D": 64, "H1": 200, "H2": 80, **USER_CONFIG}
             yield variant(f"user_bwd-no-dot-{kind}-d64", user_bwd_kernel, compiled=call)
+        if precision == "tf32x3":
+            layer = Columns(0, 200, 0, 3 * 64)  # of rows as wide
+            call = product_constants([layer], layer.out, layer.width, precision)
+            yield variant(f"columns_product-{kind}-d64", columns_product_kernel, compiled=call)

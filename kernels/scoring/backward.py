@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lcr_fast.kernels.core.noise import Dropout, dropout_arguments
 from lcr_fast.kernels.core.product import product
-from lcr_fast.kernels.gpu import columns_product, gpu_of, on_device
+from lcr_fast.kernels.gpu import gpu_of, on_device
 from lcr_fast.kernels.launch import launch
 from lcr_fast.kernels.ptxas import kernel
 from lcr_fast.kernels.scoring.config import USER_CONFIG, config, constants, mlp_of
@@ -24,6 +24,7 @@ from lcr_fast.kernels.scoring.tile import (
     target_keys,
     third_layer_weights,
 )
+from lcr_fast.kernels.weight_gradients import product_of_rows
 
 
 @triton.jit
@@ -475,10 +476,10 @@ def score_bwd(
                     stream, candidates[:, x * dim :], dinputs[:, (1 - x) * dim :], softmax[x],
                     dstates, *numbers, **of_attention,
                 )  # fmt: skip
-            made = [columns_product(dkeys, candidates[:, 2 * dim :])]
+            made = [product_of_rows(dkeys, candidates[:, 2 * dim :])]
             if h1:
                 of_rows = (part.sum(0) for part in sums.split((h1, h2, h2), 1))
-                made += [columns_product(dt1, inputs), columns_product(dt2, hidden), *of_rows]
+                made += [product_of_rows(dt1, inputs), product_of_rows(dt2, hidden), *of_rows]
             if totals:
                 torch._foreach_add_(totals, made)
             else:
@@ -495,7 +496,7 @@ def score_bwd(
     if of_mlp:
         dw1, dw2, db1, db2, dw3 = of_mlp
         if head.HAS_USER:
-            of_user = columns_product(dt1_sums.to(dtype), user.to(dtype))
+            of_user = product_of_rows(dt1_sums.to(dtype), user.to(dtype))
             dw1 = torch.cat((dw1, of_user), 1)
         dmlp_weights = [dw1, dw2, dw3.unsqueeze(0)]
         dmlp_biases = [db1, db2, dscores.sum(dtype=torch.float32).view(1)]

@@ -1,0 +1,172 @@
+"""Gradients of weights in float32: products of columns, summed over all rows of a batch.
+
+    dW[o, i] = sum over rows of dY[row, o] X[row, i];   db[o] = sum over rows of dY[row, o]
+
+A matrix library gives a product of 64 columns with 64 to one program, however many rows it sums,
+and adds row to row. Here a program sums a tile of a product over a *part* of the rows, and torch
+adds up the parts. A tensor core truncates where it adds, which in a long chain is a bias: its
+chains are a chunk of rows long, and chunks are added in float32, rounded.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lcr_fast.kernels.core.product import product
+from lcr_fast.kernels.gpu import dot_precision, on_device
+from lcr_fast.kernels.launch import launch
+from lcr_fast.kernels.ptxas import kernel
+
+
+class Columns(NamedTuple):
+    """Where dY and X of a matrix [out, width] stand in their rows."""
+
+    dy: int  # the first column
+    out: int
+    x: int  # the first column
+    width: int
+
+
+# Not timed: chosen by the machine code of sm_90 (docs/fused-kernel.md).
+CONFIG = {"PART_ROWS": 512, "ROWS": 32, "BLOCK": 64, "num_warps": 4, "num_stages": 2}
+
+
+@triton.constexpr_function
+def begin(matrices: tuple[Columns, ...], block: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Give the first tile, and the first sum, of each matrix; behind the last their numbers."""
+    tiles = [triton.cdiv(m.out, block) * triton.cdiv(m.width, block) for m in matrices]
+    sums = [m.out * (m.width + 1) for m in matrices]  # of dW, then of db
+    return tuple(itertools.accumulate(tiles, initial=0)), tuple(
+        itertools.accumulate(sums, initial=0)
+    )
+
+
+@kernel(do_not_specialize=["n_rows"])
+def columns_product_kernel(
+    dy_ptr,  # [members, n_rows], a row every DY_STRIDE
+    x_ptr,  # [members, n_rows], a row every X_STRIDE
+    sums_ptr,  # [parts, members, dW and db of all matrices, one behind the other]
+    n_rows,
+    MATRICES: tl.constexpr,  # of Columns
+    DY_STRIDE: tl.constexpr,
+    X_STRIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PART_ROWS: tl.constexpr,
+    ROWS: tl.constexpr,  # of a chunk
+    BLOCK: tl.constexpr,  # columns of a tile, of dY and of X
+):
+    """One program: a tile of one matrix, for a part of the rows of one member of the batch."""
+    BEGIN: tl.constexpr = begin(MATRICES, BLOCK)
+    FIRST_TILE: tl.constexpr = BEGIN[0]
+    FIRST_SUM: tl.constexpr = BEGIN[1]
+    N: tl.constexpr = len(MATRICES)
+    n_tiles: tl.constexpr = FIRST_TILE[N]
+    n_sums: tl.constexpr = FIRST_SUM[N]
+    tile = tl.program_id(0) % n_tiles
+    part = tl.program_id(0) // n_tiles
+    member = tl.program_id(1).to(tl.int64)
+    # Which matrix the tile is of: each is asked, as a tuple takes no index that is not constant.
+    dy_column, n_out, x_column, n_in, first_tile, first_sum = 0, 0, 0, 0, 0, 0
+    for i in tl.static_range(N):
+        here = tile >= FIRST_TILE[i]
+        dy_column = tl.where(here, MATRICES[i][0], dy_column)
+        n_out = tl.where(here, MATRICES[i][1], n_out)
+        x_column = tl.where(here, MATRICES[i][2], x_column)
+        n_in = tl.where(here, MATRICES[i][3], n_in)
+        first_tile = tl.where(here, FIRST_TILE[i], first_tile)
+        first_sum = tl.where(here, FIRST_SUM[i], first_sum)
+    across = tl.cdiv(n_in, BLOCK)
+    out = (tile - first_tile) // across * BLOCK + tl.arange(0, BLOCK)
+    first_column = (tile - first_tile) % across * BLOCK
+    column = first_column + tl.arange(0, BLOCK)
+    is_out, is_column = out < n_out, column < n_in
+
+    first = part * PART_ROWS
+    rows = tl.arange(0, ROWS)
+    row = member * n_rows + first
+    dy_ptrs = dy_ptr + row * DY_STRIDE + (rows[:, None] * DY_STRIDE + (dy_column + out)[None, :])
+    x_ptrs = x_ptr + row * X_STRIDE + (rows[:, None] * X_STRIDE + (x_column + column)[None, :])
+    dw = tl.zeros([BLOCK, BLOCK], tl.float32)
+    dy_sums = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(first, min(first + PART_ROWS, n_rows), ROWS):
+        is_row = start + rows < n_rows
+        dy = tl.load(dy_ptrs, mask=is_row[:, None] & is_out[None, :], other=0.0)
+        x = tl.load(x_ptrs, mask=is_row[:, None] & is_column[None, :], other=0.0)
+        dw = product(tl.trans(dy), x, PRECISION, dw)
+        dy_sums += dy
+        dy_ptrs += ROWS * DY_STRIDE
+        x_ptrs += ROWS * X_STRIDE
+    member_sums_ptr = sums_ptr + (part * tl.num_programs(1) + member) * n_sums + first_sum
+    tl.store(
+        member_sums_ptr + out[:, None] * n_in + column[None, :],
+        dw,
+        mask=is_out[:, None] & is_column[None, :],
+    )
+    is_bias = is_out & (first_column == 0)
+    tl.store(member_sums_ptr + n_out * n_in + out, tl.sum(dy_sums, 0), mask=is_bias)
+
+
+def constants(
+    matrices: Sequence[Columns], dy_stride: int, x_stride: int, precision: str
+) -> dict[str, Any]:
+    """Compile-time arguments and launch options."""
+    return {
+        "MATRICES": tuple(matrices),
+        "DY_STRIDE": dy_stride,
+        "X_STRIDE": x_stride,
+        "PRECISION": precision,
+        **CONFIG,
+    }
+
+
+def products_of_columns(dy: Tensor, x: Tensor, matrices: Sequence[Columns]) -> Tensor:
+    """Sum dY X and dY over the rows, for every matrix: float32 [members, sums].
+
+    ``dy`` and ``x`` are float32 [members, rows, columns], or one tensor; rows follow one another
+    from member to member. :func:`split` tells the sums apart.
+    """
+    members, rows, _ = dy.shape
+    columns = tuple(matrices)
+    tiles, sums = (first[-1] for first in begin(columns, CONFIG["BLOCK"]))
+    parts = triton.cdiv(rows, CONFIG["PART_ROWS"])
+    of_parts = dy.new_empty(parts, members, sums)
+    if of_parts.numel():
+        with on_device(dy):
+            launch(
+                columns_product_kernel, (parts * tiles, members), dy, x, of_parts, rows,
+                **constants(columns, dy.stride(1), x.stride(1), dot_precision(dy.dtype)),
+            )  # fmt: skip
+    return of_parts[0] if parts == 1 else of_parts.sum(0)
+
+
+def split(sums: Tensor, matrices: Sequence[Columns]) -> list[tuple[Tensor, Tensor]]:
+    """View [..., sums] as (dW [..., out, width], db [..., out]) of each matrix."""
+    found = []
+    for m, of_matrix in zip(
+        matrices, sums.split([m.out * (m.width + 1) for m in matrices], -1), strict=True
+    ):
+        dw, db = of_matrix.split((m.out * m.width, m.out), -1)
+        found.append((dw.unflatten(-1, (m.out, m.width)), db))
+    return found
+
+
+def product_of_rows(dy: Tensor, x: Tensor) -> Tensor:
+    """Sum dY X over [rows, out] and [rows, width] of one dtype, whose columns are contiguous."""
+    if dy.dtype != torch.float32:
+        return half_product(dy, x)
+    whole = Columns(0, dy.shape[1], 0, x.shape[1])
+    ((dw, _),) = split(products_of_columns(dy[None], x[None], [whole])[0], [whole])
+    return dw
+
+
+def half_product(dy: Tensor, x: Tensor) -> Tensor:
+    """dY^T X in float32 for halves [..., rows, out] and [..., rows, in]: [..., out, in]."""
+    dy = dy.transpose(-1, -2)
+    if x.is_cuda:
+        return (torch.bmm if x.ndim == 3 else torch.mm)(dy, x, out_dtype=torch.float32)
+    return dy.float() @ x.float()
