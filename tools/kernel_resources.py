@@ -306,14 +306,19 @@ def from_json(text: str) -> Table:
 _PAGE = """\
 # Resources of the Triton kernels
 
-Compiled ahead of time, without a GPU, by `python tools/kernel_resources.py`: {compiled_by}.
-A kernel is compiled in variants, of dtype, width, history length and switches; what each needs is
-in [kernel-resources.json](kernel-resources.json). Below are the worst of a kernel's variants, for
-sm_80, sm_90 and sm_100: registers and spilled bytes are a thread's, with how many variants spill;
-shared memory is a program's, of which it may have 163 KiB on sm_80 and 227 KiB on the others;
-programs are those that fit one multiprocessor. Products are on tensor cores (mma, wgmma, tcgen05).
-Descriptors name the operands of wgmma in shared memory; none may be garbage on any path. Spilled
-bytes are an observation: what is fastest was timed on a GPU.
+Registers, spills and memory of every kernel, compiled ahead of time, without a GPU, by
+`python tools/kernel_resources.py`: {compiled_by}. A kernel is compiled in variants of dtype, width,
+history length and switches; [kernel-resources.json](kernel-resources.json) has a row for each.
+
+The table shows the worst variant of each kernel, for sm_80 / sm_90 / sm_100; one number alone is
+sm_90's, where only it has the kernel.
+
+- Registers and spilled bytes are a thread's; in brackets is how many variants spill. What is
+  fastest was timed on a GPU, spills or not.
+- Shared memory is a program's, which may have 163 KiB on sm_80 and 227 KiB on the others.
+- Programs / SM are those that fit one multiprocessor.
+- Products are those on tensor cores (mma, wgmma, tcgen05). In the JSON file descriptors name the
+  operands of wgmma in shared memory; none may be garbage on any path.
 
 """
 
