@@ -32,31 +32,32 @@ class Columns(NamedTuple):
     width: int
 
 
-# Not timed: chosen by the machine code of sm_90 (docs/fused-kernel.md).
+# Not timed: chosen by the machine code of sm_90 (docs/fused-kernel.md). PART_ROWS are the most.
 CONFIG = {"PART_ROWS": 512, "ROWS": 32, "BLOCK": 64, "num_warps": 4, "num_stages": 2}
+_PROGRAMS = 1024  # that fill a large GPU: fewer rows than make so many are cut into smaller parts
 
 
 @triton.constexpr_function
 def begin(matrices: tuple[Columns, ...], block: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Give the first tile, and the first sum, of each matrix; behind the last their numbers."""
-    tiles = [triton.cdiv(m.out, block) * triton.cdiv(m.width, block) for m in matrices]
-    sums = [m.out * (m.width + 1) for m in matrices]  # of dW, then of db
-    return tuple(itertools.accumulate(tiles, initial=0)), tuple(
-        itertools.accumulate(sums, initial=0)
-    )
+    sizes = [(out, width) for _, out, _, width in matrices]
+    tiles = [triton.cdiv(out, block) * triton.cdiv(width, block) for out, width in sizes]
+    sums = [out * (width + 1) for out, width in sizes]  # of dW, then of db
+    first_tiles, first_sums = (tuple(itertools.accumulate(n, initial=0)) for n in (tiles, sums))
+    return first_tiles, first_sums
 
 
-@kernel(do_not_specialize=["n_rows"])
+@kernel(do_not_specialize=["n_rows", "part_rows"])
 def columns_product_kernel(
     dy_ptr,  # [members, n_rows], a row every DY_STRIDE
     x_ptr,  # [members, n_rows], a row every X_STRIDE
     sums_ptr,  # [parts, members, dW and db of all matrices, one behind the other]
     n_rows,
+    part_rows,  # a multiple of ROWS
     MATRICES: tl.constexpr,  # of Columns
     DY_STRIDE: tl.constexpr,
     X_STRIDE: tl.constexpr,
     PRECISION: tl.constexpr,
-    PART_ROWS: tl.constexpr,
     ROWS: tl.constexpr,  # of a chunk
     BLOCK: tl.constexpr,  # columns of a tile, of dY and of X
 ):
@@ -86,14 +87,14 @@ def columns_product_kernel(
     column = first_column + tl.arange(0, BLOCK)
     is_out, is_column = out < n_out, column < n_in
 
-    first = part * PART_ROWS
+    first = part * part_rows
     rows = tl.arange(0, ROWS)
     row = member * n_rows + first
     dy_ptrs = dy_ptr + row * DY_STRIDE + (rows[:, None] * DY_STRIDE + (dy_column + out)[None, :])
     x_ptrs = x_ptr + row * X_STRIDE + (rows[:, None] * X_STRIDE + (x_column + column)[None, :])
     dw = tl.zeros([BLOCK, BLOCK], tl.float32)
     dy_sums = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(first, min(first + PART_ROWS, n_rows), ROWS):
+    for start in range(first, min(first + part_rows, n_rows), ROWS):
         is_row = start + rows < n_rows
         dy = tl.load(dy_ptrs, mask=is_row[:, None] & is_out[None, :], other=0.0)
         x = tl.load(x_ptrs, mask=is_row[:, None] & is_column[None, :], other=0.0)
@@ -124,6 +125,12 @@ def constants(
     }
 
 
+def _part_rows(rows: int, tiles: int) -> int:
+    """Choose the rows of a part: the same on every GPU, as the sums' bits depend on it."""
+    chunks = triton.cdiv(rows * tiles, _PROGRAMS * CONFIG["ROWS"])
+    return min(max(chunks, 2) * CONFIG["ROWS"], CONFIG["PART_ROWS"])
+
+
 def products_of_columns(dy: Tensor, x: Tensor, matrices: Sequence[Columns]) -> Tensor:
     """Sum dY X and dY over the rows, for every matrix: float32 [members, sums].
 
@@ -133,12 +140,13 @@ def products_of_columns(dy: Tensor, x: Tensor, matrices: Sequence[Columns]) -> T
     members, rows, _ = dy.shape
     columns = tuple(matrices)
     tiles, sums = (first[-1] for first in begin(columns, CONFIG["BLOCK"]))
-    parts = triton.cdiv(rows, CONFIG["PART_ROWS"])
+    part_rows = _part_rows(rows, tiles * members)
+    parts = triton.cdiv(rows, part_rows)
     of_parts = dy.new_empty(parts, members, sums)
     if of_parts.numel():
         with on_device(dy):
             launch(
-                columns_product_kernel, (parts * tiles, members), dy, x, of_parts, rows,
+                columns_product_kernel, (parts * tiles, members), dy, x, of_parts, rows, part_rows,
                 **constants(columns, dy.stride(1), x.stride(1), dot_precision(dy.dtype)),
             )  # fmt: skip
     return of_parts[0] if parts == 1 else of_parts.sum(0)

@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 from lcr_fast.kernels.reasoning.scratch import layout, products
 from lcr_fast.kernels.weight_gradients import (
     Columns,
+    _part_rows,
     product_of_rows,
     products_of_columns,
     split,
@@ -43,6 +44,13 @@ def test_sums_are_those_of_each_matrix_and_bias(members, n_rows):
         of_x = x[..., first_x : first_x + width].double()
         assert_exact_to(2**-21, dw, of_dy.transpose(-1, -2) @ of_x)
         assert_exact_to(2**-21, db, of_dy.sum(-2))
+
+
+@pytest.mark.parametrize(
+    ("rows", "tiles", "expected"), [(0, 1, 64), (6400, 12, 96), (3840, 20, 96), (30_720, 20, 512)]
+)
+def test_parts_are_as_small_as_fill_a_gpu(rows, tiles, expected):
+    assert _part_rows(rows, tiles) == expected
 
 
 @pytest.mark.gpu
