@@ -487,7 +487,7 @@ def _drop_without_negatives(
     # Whoever has seen few items at all need not be looked at closer.
     much = np.diff(data.seen_offsets)[users] + 1 > n_items - wanted
     rows = np.flatnonzero((split.of_sample >= 0) & much)
-    offsets, _ = data.seen_before(users[rows], times[rows])
+    offsets, _ = data.seen.before(users[rows], times[rows])
     free = n_items - np.diff(offsets) - ~repeat[rows]
     few = free < wanted[rows]
     rows, free = rows[few], free[few]

@@ -169,11 +169,7 @@ def _neighbours(values: NDArray, offsets: NDArray) -> tuple[NDArray[np.bool_], N
 
 
 def _lengths(data: PreparedData, split: str) -> dict[str, NDArray[np.int64]]:
-    samples = data.split(split)
-    return {
-        "events": samples.rec_end - data.rec_offsets[samples.users],
-        "searches": samples.search_end - data.search_offsets[samples.users],
-    }
+    return dict(zip(("events", "searches"), data.history_lengths(split), strict=True))
 
 
 def _histogram(title: str, lengths: NDArray) -> Histogram:

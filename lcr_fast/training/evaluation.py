@@ -1,7 +1,7 @@
 """Ranking evaluation: three candidate sets, kinds of targets, the score that selects models."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from lcr_fast.training.scorers import CatalogueScore, Score, Scorer, model_score
 
 PROTOCOLS = ("sampled", "catalogue", "impressions")
 _CATALOGUE_BLOCK = 2048
+_BATCH = 256
 CATALOGUE_SECONDS = 120
 # Pairs of a user and an item that a model of width 64 scores in a second on two cores. Not timed
 # when it is used: all models of a table, on any machine, rank the same users.
@@ -62,7 +63,7 @@ def rank_targets(
     protocol: str,
     *,
     device: torch.device | str = "cpu",
-    batch_size: int = 256,
+    batch_size: int = _BATCH,
     backend: str = "auto",
     rows: NDArray[np.int64] | None = None,
 ) -> NDArray[np.int64]:
@@ -120,6 +121,22 @@ def rank_targets(
     return share.united(ranks)
 
 
+def sample_batches(
+    model: LCRSER, batcher: Batcher, rows: NDArray | None = None, *, negatives: bool = False
+) -> Iterator[Batch]:
+    """Yield samples, all or the ``rows`` [n], in batches on the model's device.
+
+    Their candidates are the target alone, in column 0, or its stored ``negatives`` too.
+    """
+    samples = batcher.samples
+    rows = np.arange(len(samples)) if rows is None else rows
+    stored = samples.negatives if negatives else None
+    for start in range(0, len(rows), _BATCH):
+        some = rows[start : start + _BATCH]
+        chosen = with_target(samples.items[some], None if stored is None else stored[some])
+        yield batcher.gather(some, *chosen).to(model.head.target_weight.device)
+
+
 def with_target(targets: NDArray, negatives: NDArray | None) -> tuple[NDArray, NDArray]:
     """Put the target in column 0 before its negatives: candidates [b, C], target columns [b]."""
     column = targets[:, None]
@@ -155,7 +172,7 @@ def _shown(samples: Samples, rows: NDArray) -> tuple[NDArray, NDArray, NDArray]:
 
 def padded_seen(data: PreparedData, users: NDArray, times: NDArray) -> NDArray[np.int64]:
     """List what each user [b] has seen before a time [b]: item ids [b, X], padded with 0."""
-    offsets, items = data.seen_before(users, times)
+    offsets, items = data.seen.before(users, times)
     count = np.diff(offsets)
     columns = np.arange(count.max(initial=0))
     valid = columns < count[:, None]
