@@ -17,6 +17,7 @@ from fused_reasoning import (
     draw,
     forward,
     leave_out,
+    precisions_of,
     require,
 )
 from lcr_fast import ops
@@ -286,15 +287,7 @@ def test_parity_where_tf32_is_allowed(monkeypatch, tf32_allowed):
     require("triton", DEFAULT)
     from lcr_fast.kernels.reasoning import launch as kernels
 
-    precisions = []
-
-    def constants(*of_call):
-        compiled = reasoning_constants(*of_call)
-        precisions.append(compiled["SHAPE"].PRECISION)
-        return compiled
-
-    reasoning_constants = kernels.constants
-    monkeypatch.setattr(kernels, "constants", constants)
+    precisions = precisions_of(monkeypatch, kernels)
     call = draw("triton", CASES["dropout"])
     assert_reasoning_parity(run_reasoning(call, "triton"), reasoning_baseline(call))
     assert precisions == ["tf32"] * 3  # forward, recomputation, backward
