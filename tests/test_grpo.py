@@ -91,9 +91,10 @@ def test_advantages_of_eight_binary_rewards(successes, positive, negative):
     )
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0, 0.1])
-@pytest.mark.parametrize("n", [1, 2, 3, 8])
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 1 / 3, 1 / math.log2(3)])
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 8])
 def test_equal_rewards_and_one_trajectory_have_no_advantage(value, n):
+    """Exact zeros, also where the mean of equal rewards is rounded."""
     for scale in (True, False):
         assert not group_advantages(torch.full((2, n), value), scale).any()
 
@@ -107,6 +108,7 @@ def test_advantages_match_the_oracle_and_sum_to_zero(scale):
         expected = oracle.advantages(given.tolist(), scale)
         assert row.tolist() == pytest.approx(expected, rel=1e-12)
     assert advantages.sum(-1).abs().max() < 1e-12
+    assert group_advantages(torch.tensor([1, 0])).dtype == torch.float32
     assert not advantages.requires_grad
 
 
