@@ -13,6 +13,7 @@ from tqdm import tqdm
 from lcr_fast.batch import Batch
 from lcr_fast.data.batching import Batcher
 from lcr_fast.data.prepared import PreparedData, Samples
+from lcr_fast.data.segments import padded
 from lcr_fast.model import LCRSER
 from lcr_fast.ops.ranking import target_rank
 from lcr_fast.training import distributed
@@ -163,10 +164,7 @@ def _shown(samples: Samples, rows: NDArray) -> tuple[NDArray, NDArray, NDArray]:
     start, end = samples.impression_offsets[rows], samples.impression_offsets[rows + 1]
     known = end > start
     rows, start, count = rows[known], start[known], (end - start)[known]
-    columns = np.arange(count.max(initial=0))
-    valid = columns < count[:, None]
-    places = np.where(valid, start[:, None] + columns, 0)
-    candidates = np.where(valid, samples.impressions[places], 0) if len(rows) else places
+    candidates, _ = padded(samples.impressions, start, count, count.max(initial=1))
     return rows, candidates, (candidates == samples.items[rows, None]).argmax(1)
 
 
@@ -174,11 +172,7 @@ def padded_seen(data: PreparedData, users: NDArray, times: NDArray) -> NDArray[n
     """List what each user [b] has seen before a time [b]: item ids [b, X], padded with 0."""
     offsets, items = data.seen.before(users, times)
     count = np.diff(offsets)
-    columns = np.arange(count.max(initial=0))
-    valid = columns < count[:, None]
-    if not valid.any():
-        return np.zeros(valid.shape, dtype=np.int64)
-    return np.where(valid, items[np.where(valid, offsets[:-1, None] + columns, 0)], 0)
+    return padded(items, offsets[:-1], count, count.max(initial=0))[0]
 
 
 def _catalogue_rank(score: Score, batch: Batch, seen: Tensor, n_items: int) -> Tensor:
