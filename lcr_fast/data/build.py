@@ -18,7 +18,7 @@ from .folder import require_free, write_folder
 from .log import TERM_END, InteractionLog, Vectors
 from .negatives import KINDS, NegativeSampler
 from .prepared import SPLITS, PreparedData, Sizes
-from .segments import lower_bound, offsets_of
+from .segments import lower_bound, offsets_of, owners
 from .splits import Split
 
 _HISTORY = ("min_history", "min_rec_history", "min_search_history")
@@ -539,8 +539,7 @@ def _add_counts(arrays: dict[str, NDArray], trained: NDArray, n_items: int) -> N
     A training target may carry the held-out target's own time; it counts too.
     """
     end = PreparedData(arrays, {}).train_end
-    owner = np.repeat(np.arange(len(end)), np.diff(arrays["rec_offsets"]))
-    known = arrays["rec_times"] < end[owner]
+    known = arrays["rec_times"] < end[owners(arrays["rec_offsets"])]
     known[trained] = True
     items = arrays["rec_items"]
     for name, counted in (("item_count", items[known]), ("train_target_count", items[trained])):

@@ -49,7 +49,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .folder import PreparedDataError, open_folder
-from .segments import lower_bound, ranges
+from .segments import lower_bound, owners, ranges
 
 SPLITS = ("train", "valid", "test")
 
@@ -339,7 +339,7 @@ class PreparedData:
                     arrays[name] = np.where(arrays[name] <= n_items, arrays[name], 0)
             offsets = f"{split}_impression_offsets"
             if offsets in arrays:
-                row = np.repeat(np.arange(len(arrays[offsets]) - 1), np.diff(arrays[offsets]))
+                row = owners(arrays[offsets])
                 kept = arrays[f"{split}_impressions"] <= n_items
                 kept &= arrays[f"{split}_items"][row] > 0
                 n_shown = np.bincount(row[kept], minlength=len(arrays[offsets]) - 1)
