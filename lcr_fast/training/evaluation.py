@@ -16,6 +16,7 @@ from lcr_fast.data.prepared import PreparedData, Samples
 from lcr_fast.data.segments import padded
 from lcr_fast.model import LCRSER
 from lcr_fast.ops.ranking import target_rank
+from lcr_fast.reference.scoring import listed
 from lcr_fast.training import distributed
 from lcr_fast.training.baselines import TITLES, Baselines
 from lcr_fast.training.ranks import Ranks, samples_digest, weighted_metric
@@ -184,21 +185,11 @@ def _catalogue_rank(score: Score, batch: Batch, seen: Tensor, n_items: int) -> T
     hidden = torch.cat((seen, target), 1)
     for first in range(1, n_items + 1, _CATALOGUE_BLOCK):
         ids = torch.arange(first, min(first + _CATALOGUE_BLOCK, n_items + 1), device=batch.device)
-        scores = _mask_items(score(ids.unsqueeze(0)).clone(), hidden, first)
+        scores = score(ids.unsqueeze(0)).masked_fill(listed(ids, hidden), -torch.inf)
         if scores.isnan().any():
             raise ValueError("the model's scores hold NaN")
         ahead += ((scores >= target_score) & (scores > -torch.inf)).sum(1)
     return ahead + 1
-
-
-def _mask_items(scores: Tensor, items: Tensor, first_id: int) -> Tensor:
-    """Set ``items`` [B, X] to -inf in ``scores`` [B, c] of the ids first_id, first_id + 1, ..."""
-    column = items - first_id
-    outside = (column < 0) | (column >= scores.shape[1])
-    # A spare last column takes what lies outside this block.
-    padded = torch.cat((scores, scores.new_zeros(len(scores), 1)), 1)
-    padded.scatter_(1, column.masked_fill(outside, scores.shape[1]), -torch.inf)
-    return padded[:, :-1]
 
 
 def strata(data: PreparedData, split: str) -> dict[str, NDArray[np.bool_]]:
