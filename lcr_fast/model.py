@@ -311,7 +311,7 @@ class LCRSER(nn.Module):
         share = self.config.readout
         if share == 1 or not self.config.steps:
             return h
-        search, rec = (_like(a, b).lerp(b, share) for a, b in zip(h0, h, strict=True))
+        search, rec = (_align(a, b).lerp(b, share) for a, b in zip(h0, h, strict=True))
         return search, rec
 
     def target_keys(self, vectors: Tensor) -> Tensor:
@@ -343,7 +343,7 @@ class LCRSER(nn.Module):
                     reference.attention_probabilities(
                         a[x],
                         memory,
-                        _align(lengths[1 - x], a),
+                        _align(lengths[1 - x], a[x]),
                         weights.cross_qkv_weight[p, x],
                         weights.cross_qkv_bias[p, x],
                         config.n_heads,
@@ -728,11 +728,6 @@ def _masked_mean(vectors: Tensor, valid: Tensor) -> Tensor:
     return vectors.sum(-2) / valid.sum(-1, keepdim=True).clamp(min=1)
 
 
-def _align(x: Tensor, h: Streams) -> Tensor:
+def _align(x: Tensor, states: Tensor) -> Tensor:
     """Insert a trajectory axis after the first where the states have one."""
-    return x.unsqueeze(1) if h[0].ndim == 4 else x
-
-
-def _like(first: Tensor, last: Tensor) -> Tensor:
-    """Insert a trajectory axis into h^(0) where h^(K) has one."""
-    return first.unsqueeze(1) if last.ndim == 4 else first
+    return x.unsqueeze(1) if states.ndim == 4 else x

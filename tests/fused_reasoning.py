@@ -9,6 +9,7 @@ first users of a call are the corners, among them each empty stream.
 """
 
 from collections.abc import Collection, Iterable
+from types import ModuleType
 
 import pytest
 import torch
@@ -72,6 +73,20 @@ def leave_out(cases: Iterable, redundant: Collection) -> list:
     """Parametrise with ``cases``, on Triton without the redundant ones unless all tests run."""
     full = pytest.mark.full("triton")
     return [pytest.param(case, marks=[full] if case in redundant else []) for case in cases]
+
+
+def precisions_of(monkeypatch, kernels: ModuleType) -> list[str]:
+    """Note how what a module of launchers compiles multiplies, in the order of its launches."""
+    precisions = []
+    constants = kernels.constants
+
+    def noting(*of_call):
+        compiled = constants(*of_call)
+        precisions.append(compiled["SHAPE"].PRECISION)
+        return compiled
+
+    monkeypatch.setattr(kernels, "constants", noting)
+    return precisions
 
 
 def forward(call: Call, backend: str, **switches) -> op_layer.Reasoned:

@@ -10,7 +10,7 @@ import torch
 from graphs import Recorded
 from lcr_fast.batch import Batch
 from lcr_fast.capture import CudaGraph, Staged, capture, capture_recommender
-from lcr_fast.cli.arguments import set_threads
+from lcr_fast.cli.arguments import apply_run_options
 from lcr_fast.config import LCRConfig
 from lcr_fast.model import LCRSER
 from lcr_fast.serving.engine import Engine
@@ -243,7 +243,7 @@ def test_the_device_asked_for_is_made_current(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     for name in ("cuda:1", "cuda", "cpu"):
-        set_threads(SimpleNamespace(threads=None, device=name))
+        apply_run_options(SimpleNamespace(threads=None, device=name))
     assert chosen == [torch.device("cuda", 1)]
 
 

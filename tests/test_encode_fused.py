@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 import tensor_core
-from fused_reasoning import CONFIGS, DEVICES, GPU, HALVES, assert_same_bits, leave_out, take
+from fused_reasoning import (
+    CONFIGS,
+    DEVICES,
+    GPU,
+    HALVES,
+    assert_same_bits,
+    leave_out,
+    precisions_of,
+    take,
+)
 from lcr_fast.ops import reasoning as op_layer
 from lcr_fast.reference import length_mask
 from lcr_fast.testing import (
@@ -152,15 +161,7 @@ def test_parity_where_tf32_is_allowed(monkeypatch, tf32_allowed):
     require("triton")
     from lcr_fast.kernels.encoding import launch as kernels
 
-    precisions = []
-
-    def constants(*of_call):
-        compiled = encoder_constants(*of_call)
-        precisions.append(compiled["SHAPE"].PRECISION)
-        return compiled
-
-    encoder_constants = kernels.constants
-    monkeypatch.setattr(kernels, "constants", constants)
+    precisions = precisions_of(monkeypatch, kernels)
     call = draw("triton", EncoderCase(n_layers=1, n_users=FEW))
     assert_parity(call, "triton")
     assert precisions == ["tf32"] * 3  # forward, recomputation, backward

@@ -137,6 +137,15 @@ def test_ranks_equal_the_sorted_lists(data, model, monkeypatch, scorer, protocol
         assert 0 < (ranks == 0).sum() < len(ranks)
 
 
+def test_a_batch_of_users_without_impressions_has_no_ranks(data):
+    batcher = make_batcher(data, "test", None)
+    alone, together = (
+        rank_targets(hashed_scorer(5), batcher, "impressions", batch_size=n) for n in (1, 24)
+    )
+    assert alone.tolist() == together.tolist()
+    assert 0 in alone
+
+
 def test_a_repeated_target_is_ranked_in_the_catalogue(data):
     """Seen items are masked, the target never: the best score gives rank 1 to a repeat too."""
     batcher = make_batcher(data, "test", None)

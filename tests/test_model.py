@@ -182,20 +182,6 @@ def test_padded_ids_change_no_bit(name):
     assert torch.equal(model(batch.replace(**changed)), model(batch))
 
 
-def test_shorter_padding_changes_nothing():
-    """Histories of one event each, in a batch as wide as the longest and on their own."""
-    model, batch = make_case()
-    one = batch.rows(slice(4, 5))
-    cut = one.replace(
-        rec_items=one.rec_items[:, :1],
-        **{
-            name: getattr(one, name)[:, :1]
-            for name in ("search_queries", "search_terms", "search_clicks")
-        },
-    )
-    torch.testing.assert_close(model(cut), model(one), rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("field", ["search_terms", "search_clicks"])
 def test_unknown_terms_and_clicks_count_for_nothing_anywhere(field):
     model, batch = make_case()
@@ -211,17 +197,6 @@ def test_clicks_beyond_max_clicks_are_not_read():
     model, batch = make_case()
     more = torch.nn.functional.pad(batch.search_clicks, (0, 1), value=5)
     assert torch.equal(model(batch.replace(search_clicks=more)), model(batch))
-
-
-def test_candidates_may_be_permuted_and_candidate_0_scores_minus_infinity():
-    model, batch = make_case(n_candidates=5)
-    batch.candidates[:, 2] = 0
-    scores = model(batch)
-    assert (scores[:, 2] == -torch.inf).all()
-    assert torch.isfinite(scores[:, [0, 1, 3, 4]]).all()
-    order = torch.tensor([3, 2, 0, 4, 1])
-    permuted = model(batch.replace(candidates=batch.candidates[:, order]))
-    torch.testing.assert_close(permuted, scores[:, order], rtol=1e-12, atol=1e-12)
 
 
 def test_the_sum_of_both_heads_starts_as_the_dot_product():
@@ -262,29 +237,6 @@ def test_candidates_gain_by_standing_in_the_histories_that_are_read():
     # 5 and 8 stand behind a length, 7 is the second click of a search.
     gained = model.config.dim * torch.tensor([[2.0, 2.5, 0.0, 0.5, 0.0, 0.0]])
     torch.testing.assert_close(scores[0.5, 2.0] - scores[0.0, 0.0], gained.to(scores[0.0, 0.0]))
-
-
-def test_tied_streams_may_be_swapped():
-    """Searches that are clicks alone, positions and weights tied: the streams are the same."""
-    model, batch = make_case(score="dot", seen_bonus=False, max_search_len=4, max_clicks=1)
-    with torch.no_grad():
-        for part in (model.encoder, model.reasoning):
-            for p in part.parameters():
-                p[:, 1] = p[:, 0]
-        model.head.target_weight[1] = model.head.target_weight[0]
-        model.rec_position.copy_(model.search_position)
-    batch = batch.replace(search_terms=torch.zeros_like(batch.search_terms))
-    swapped = batch.replace(
-        rec_items=batch.search_clicks[..., 0],
-        rec_lengths=batch.search_lengths,
-        search_clicks=batch.rec_items.unsqueeze(-1),
-        search_lengths=batch.rec_lengths,
-    )
-    states, other = model.states(batch), model.states(swapped)
-    for pair, pair_b in zip((*states.h, *states.a), (*other.h, *other.a), strict=True):
-        for x in (SEARCH, REC):
-            torch.testing.assert_close(pair[x], pair_b[1 - x], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(model(swapped), model(batch), rtol=1e-12, atol=1e-12)
 
 
 def test_a_batch_may_be_split_in_training_too():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import oracle
-from lcr_fast import noise, ops
+from lcr_fast import noise
 from lcr_fast.ops._extension import extension_error
 from lcr_fast.ops.noise import dropout_masks, normal_noise, seed_tensor
 
@@ -258,7 +258,3 @@ def test_opcheck():
     rows, seed = torch.arange(3), torch.tensor(5)
     torch.library.opcheck(torch.ops.lcr_fast.normal_noise.default, (rows, seed, 2, 1, 3, 6))
     torch.library.opcheck(torch.ops.lcr_fast.dropout_masks.default, (rows, seed, 0, 2, 3, 6, 99))
-
-
-def test_public_name():
-    assert ops.normal_noise is normal_noise

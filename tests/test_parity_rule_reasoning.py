@@ -343,9 +343,9 @@ def check(case: str, seed: int, dtype: torch.dtype, *edits: tuple[str, str]) -> 
     assert_reasoning_parity(results, baseline)
 
 
-@pytest.mark.parametrize("bug", [*WRONG_RESULTS, *WRONG_GRADIENTS])
+@pytest.mark.parametrize("bug", WRONG_RESULTS)
 def test_the_rule_finds(bug):
-    case, old, new = (WRONG_RESULTS | WRONG_GRADIENTS)[bug]
+    case, old, new = WRONG_RESULTS[bug]
     with pytest.raises(AssertionError, match=r"error|non-finite"):
         check(case, 0, torch.float32, (old, new))
 
@@ -360,10 +360,10 @@ def test_the_rule_finds_in_half_precision(bug):
 
 
 @pytest.mark.parametrize("bug", WRONG_GRADIENTS)
-def test_a_wrong_gradient_has_right_results(bug):
-    """Otherwise the test of the results would find it, and say nothing about gradients."""
+def test_the_rule_finds_in_gradients_alone(bug):
+    """Where results were wrong too, it would say nothing about gradients."""
     case, old, new = WRONG_GRADIENTS[bug]
-    with pytest.raises(AssertionError, match=r"^d"):
+    with pytest.raises(AssertionError, match=r"^d.*(error|non-finite)"):
         check(case, 0, torch.float32, (old, new))
 
 

@@ -458,35 +458,6 @@ def test_compiles_without_graph_breaks(device, backend):
         torch.testing.assert_close(fast, eager)
 
 
-@pytest.mark.parametrize(
-    ("successes", "up", "down"),
-    [
-        (1, 2.47417, -0.35345),
-        (2, 1.61984, -0.53995),
-        (4, 0.93524, -0.93524),
-        (0, 0.0, 0.0),
-        (8, 0.0, 0.0),
-    ],
-)
-def test_group_advantages_of_binary_rewards(successes, up, down):
-    rewards = (torch.arange(8) < successes).float()
-    advantages = group_advantages(rewards)
-    expected = torch.where(rewards > 0, up, down)
-    torch.testing.assert_close(advantages, expected, rtol=0, atol=1e-5)
-
-
-def test_group_advantages_are_defined_and_sum_to_nothing():
-    assert group_advantages(torch.rand(3, 1)).tolist() == [[0]] * 3
-    # Equal rewards whose mean is rounded: exact zeros all the same.
-    for reward in (1 / math.log2(3), 0.1, 1 / 3):
-        assert not group_advantages(torch.full((7,), reward)).any()
-    rewards = torch.rand(50, 8, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(
-        group_advantages(rewards).sum(-1), torch.zeros(50), rtol=0, atol=1e-5
-    )
-    assert group_advantages(torch.tensor([1, 0])).dtype == torch.float32
-
-
 @st.composite
 def catalogues(draw):
     """Vectors of small integers, whose products are exact in every order of summation."""

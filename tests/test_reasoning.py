@@ -234,106 +234,11 @@ def test_padding_content_changes_no_bit(switches, filler):
 
 
 @torch.no_grad()
-def test_extra_padding_changes_nothing(case):
-    weights, streams, lengths, items, user = case
-    longer = tuple(
-        torch.nn.functional.pad(x, (0, 0, 0, n), value=torch.nan)
-        for x, n in zip(streams, (4, 1), strict=True)
-    )
-    short = run_all(TINY, weights, streams, lengths, items, user)
-    for a, b in zip(short, run_all(TINY, weights, longer, lengths, items, user), strict=True):
-        b, extra = (b, None) if a.ndim == 2 else (b[:, : a.shape[1]], b[:, a.shape[1] :])
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-        assert extra is None or not extra.any()
-
-
-@torch.no_grad()
-def test_a_user_alone_equals_the_user_in_a_batch(case):
-    weights, streams, lengths, items, user = case
-    together = run_all(TINY, weights, streams, lengths, items, user)
-    for b in range(7):
-        one = slice(b, b + 1)
-        alone = run_all(
-            TINY,
-            weights,
-            tuple(x[one] for x in streams),
-            tuple(n[one] for n in lengths),
-            items[one],
-            user[one],
-        )
-        for a, t in zip(alone, together, strict=True):
-            torch.testing.assert_close(a[0], t[b], rtol=1e-12, atol=1e-12)
-
-
-@torch.no_grad()
-def test_candidates_may_be_permuted(case):
-    (_, _, head), streams, lengths, items, user = case
-    order = torch.tensor([2, 0, 3, 1])
-    scores = reference.score(*streams, *lengths, items, user, head)
-    permuted = reference.score(*streams, *lengths, items[:, order], user, head)
-    torch.testing.assert_close(permuted, scores[:, order], rtol=1e-12, atol=1e-12)
-
-
-@torch.no_grad()
 def test_shared_candidates_equal_repeated_ones(case):
     (_, _, head), streams, lengths, items, user = case
     shared = reference.score(*streams, *lengths, items[:1], user, head)
     repeated = reference.score(*streams, *lengths, items[:1].expand(7, -1, -1), user, head)
     torch.testing.assert_close(shared, repeated, rtol=1e-12, atol=1e-12)
-
-
-@torch.no_grad()
-def test_k_shared_steps_are_k_calls_of_one_step():
-    (_, weights, _), streams, lengths = make_case(TINY)
-    at_once = reference.latent_reasoning(*streams, *lengths, weights, Steps(3, 3))
-    h = streams
-    for k in range(3):
-        one = reference.latent_reasoning(*h, *lengths, weights, Steps(1, 3))
-        h = one.h[1]
-        for x in (SEARCH, REC):
-            assert torch.equal(one.a[0][x], at_once.a[k][x])
-            assert torch.equal(h[x], at_once.h[k + 1][x])
-
-
-@torch.no_grad()
-def test_without_steps_the_states_are_the_encoders(case):
-    (_, weights, _), streams, lengths, _, _ = case
-    states = reference.latent_reasoning(*streams, *lengths, weights, Steps(0, 3))
-    assert not states.a
-    for x in (SEARCH, REC):
-        assert torch.equal(states.h[0][x], streams[x].nan_to_num())
-
-
-@pytest.mark.parametrize("memory", ["post_msa", "step_input", "initial"])
-@torch.no_grad()
-def test_with_tied_weights_swapped_streams_give_swapped_states(memory):
-    (_, weights, _), (search, rec), (n_s, n_r) = make_case(TINY)
-    tied = type(weights)(*(w[:, :1].expand_as(w) for w in weights))
-    run = functools.partial(
-        reference.latent_reasoning, weights=tied, steps=Steps(2, 3, cross_memory=memory)
-    )
-    states, swapped = run(search, rec, n_s, n_r), run(rec, search, n_r, n_s)
-    for pair, other in zip((*states.h, *states.a), (*swapped.h, *swapped.a), strict=True):
-        torch.testing.assert_close(pair[SEARCH], other[REC], rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(pair[REC], other[SEARCH], rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("x", [SEARCH, REC])
-@torch.no_grad()
-def test_an_empty_stream_leaves_the_other_without_cross_attention(x):
-    """Whatever the weights of the cross-attention are, its bias included."""
-    (_, weights, _), streams, lengths = make_case(TINY)
-    lengths = list(lengths)
-    lengths[1 - x] = torch.zeros_like(lengths[1 - x])
-    others = weights._replace(
-        cross_qkv_weight=weights.cross_qkv_weight + 1,
-        cross_out_bias=weights.cross_out_bias - 2,
-    )
-    a, b = (
-        reference.latent_reasoning(*streams, *lengths, w, Steps(2, 3)) for w in (weights, others)
-    )
-    assert torch.isfinite(a.h[2][x]).all()
-    assert torch.equal(a.h[2][x], b.h[2][x])
 
 
 # -- gradients ----------------------------------------------------------------------------------

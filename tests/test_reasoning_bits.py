@@ -74,12 +74,6 @@ def test_strided_inputs_give_the_bits_of_contiguous_ones(backend, bit_call):
     assert_same_bits(results_of(backend, bit_call), run_reasoning(strided, backend))
 
 
-@pytest.mark.full("triton")
-def test_lengths_may_be_int32(backend, bit_call):
-    narrow = bit_call._replace(lengths=tuple(n.int() for n in bit_call.lengths))
-    assert_same_bits(results_of(backend, bit_call), run_reasoning(narrow, backend))
-
-
 def test_every_element_is_written(backend, bit_call):
     """Memory that torch.empty hands out holds NaN here."""
     torch.use_deterministic_algorithms(True)

@@ -36,10 +36,8 @@ constexpr MatrixA transposed(const float* data, int64_t row) { return {data, 1, 
 constexpr MatrixB packed(const float* data, int64_t k) { return {data, kPanel, k * kPanel}; }
 constexpr MatrixB row_major(const float* data, int64_t row) { return {data, row, kPanel}; }
 
-// Floats that pack() writes for B [K, N].
-constexpr int64_t packed_size(int64_t k, int64_t n) { return round_up(n, kPanel) * k; }
-
-// Pack B, whose element (k, n) is at b[k * row + n * col], with zeros behind column N.
+// Pack B [K, N], whose element (k, n) is at b[k * row + n * col], with zeros behind column N: in
+// all round_up(N, kPanel) * K floats.
 // Weights [out, in] of a linear layer: row 1, col in, K = in, N = out; for its backward with
 // respect to the input, row in, col 1, K = out, N = in.
 [[maybe_unused]] LCR_TARGET void pack(const float* b, int64_t row, int64_t col, int64_t k,

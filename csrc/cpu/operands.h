@@ -126,7 +126,7 @@ LCR_TARGET MatrixB row_operand(int64_t k, int64_t n, const float* x, int64_t x_r
   return row_major(scratch, row);
 }
 
-// B = W^T of a linear layer W [n, k], in panels. Takes at most packed_size(k, n) floats.
+// B = W^T of a linear layer W [n, k], in panels. Takes at most as many floats as pack().
 [[maybe_unused]] LCR_TARGET void pack_operand(const float* w, int64_t k, int64_t n, float* out) {
   for (int64_t n0 = 0; n0 < n; n0 += kPanel, out += inner_size(k) * kPanel) {
     const int64_t width = n - n0 < kPanel ? n - n0 : kPanel;

@@ -7,9 +7,9 @@ from lcr_fast.cli.arguments import (
     Commands,
     add_command,
     add_model_arguments,
+    apply_run_options,
     check_new,
     open_model,
-    set_threads,
 )
 from lcr_fast.config import TrainConfig
 
@@ -49,7 +49,7 @@ def add(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from lcr_fast.training.adaptive import adapt
 
-    set_threads(arguments)
+    apply_run_options(arguments)
     check_new(arguments.out)
     TrainConfig(valid_metric=arguments.metric)
     loss = arguments.loss

@@ -73,7 +73,7 @@ def add_any_data(parser: argparse.ArgumentParser, help: str) -> None:
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Add what computes: :func:`set_threads` checks two of them."""
+    """Add what computes: :func:`apply_run_options` checks and sets it, but for the backend."""
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument(
         "--backend",
@@ -202,8 +202,8 @@ def check_unoccupied(folder: Path, *, resume: bool) -> None:
         raise ValueError(f"{folder} is not empty: continue with --resume, or name another")
 
 
-def set_threads(arguments: argparse.Namespace) -> None:
-    """Set --threads; raise ValueError where they or --device cannot be had."""
+def apply_run_options(arguments: argparse.Namespace) -> None:
+    """Set --threads and make --device current; ValueError where one of them cannot be had."""
     import torch
 
     if arguments.threads is not None:

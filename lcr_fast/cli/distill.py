@@ -9,11 +9,11 @@ from lcr_fast.cli.arguments import (
     add_command,
     add_config_options,
     add_run_options,
+    apply_run_options,
     check_unoccupied,
     given_fields,
     open_model,
     say,
-    set_threads,
 )
 from lcr_fast.config import TrainConfig
 
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     from lcr_fast.experiments.distill import distill, distillation_table
     from lcr_fast.storage import claimed
 
-    set_threads(arguments)
+    apply_run_options(arguments)
     train = TrainConfig(**given_fields(arguments, TrainConfig))
     out = arguments.out
     check_unoccupied(out, resume=arguments.resume)

@@ -9,10 +9,10 @@ from lcr_fast.cli.arguments import (
     add_csv,
     add_model_arguments,
     add_protocols,
+    apply_run_options,
     check_file,
     open_model,
     ranking_options,
-    set_threads,
 )
 
 
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     from lcr_fast.training.evaluation import rank_model
     from lcr_fast.training.identity import describe_unknown
 
-    set_threads(arguments)
+    apply_run_options(arguments)
     check_file("--csv", arguments.csv)
     if min(arguments.k) < 1:
         raise ValueError(f"-k must be at least 1, got {min(arguments.k)}")

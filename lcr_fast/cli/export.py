@@ -10,7 +10,7 @@ from lcr_fast.cli.arguments import (
     add_command,
     add_dtype,
     add_run_options,
-    set_threads,
+    apply_run_options,
 )
 
 
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     from lcr_fast.model import LCRSER
     from lcr_fast.training.models import load_model
 
-    set_threads(arguments)
+    apply_run_options(arguments)
     options: dict[str, Any] = {"device": arguments.device, "backend": arguments.backend}
     if arguments.data:
         data = PreparedData.open(arguments.data)

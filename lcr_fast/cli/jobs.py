@@ -12,10 +12,10 @@ from lcr_fast.cli.arguments import (
     add_catalogue_users,
     add_config_options,
     add_run_options,
+    apply_run_options,
     check_unoccupied,
     given_fields,
     say,
-    set_threads,
 )
 from lcr_fast.config import LCRConfig, TrainConfig
 
@@ -98,7 +98,7 @@ def open_job(
     from lcr_fast.training.evaluation import PROTOCOLS
     from lcr_fast.training.models import fit_config
 
-    set_threads(arguments)
+    apply_run_options(arguments)
     configs = merged_configs(arguments, defaults)
     # Fails where the backend cannot serve it, before a file is written.
     LCRSER(configs["model"]).backend_report(arguments.device)

@@ -9,9 +9,9 @@ from lcr_fast.cli.arguments import (
     add_capture,
     add_command,
     add_model_arguments,
+    apply_run_options,
     captured,
     open_model,
-    set_threads,
 )
 
 
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     from lcr_fast.training.adaptive import StepCount
     from lcr_fast.training.identity import describe_unknown
 
-    set_threads(arguments)
+    apply_run_options(arguments)
     model, data = open_model(arguments, arguments.model)
     model = model.projected()
     batch_size = 256

@@ -9,10 +9,10 @@ from lcr_fast.cli.arguments import (
     add_command,
     add_dtype,
     add_model_arguments,
+    apply_run_options,
     captured,
     open_model,
     say,
-    set_threads,
 )
 
 
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     from lcr_fast.serving.engine import Engine
     from lcr_fast.training.identity import describe_unknown
 
-    set_threads(arguments)
+    apply_run_options(arguments)
     model, data = open_model(arguments, arguments.model)
     if unknown := describe_unknown(model.config, data):
         print(unknown, file=sys.stderr)

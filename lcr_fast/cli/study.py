@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lcr_fast.cli.arguments import Commands, add_command, set_threads
+from lcr_fast.cli.arguments import Commands, add_command, apply_run_options
 from lcr_fast.cli.jobs import (
     SYNTHETIC_DEFAULTS,
     add_job_options,
@@ -28,14 +28,24 @@ QUICK_USERS = 150
 
 
 def add(commands: Commands) -> None:
-    from lcr_fast.experiments.grid import MAPS
-    from lcr_fast.experiments.paper import STEPS
-    from lcr_fast.experiments.rl import AXES, REWARDS
-
     parser = commands.add_parser(
         "study", help="train many models over seeds: what phase 2 does, the paper's figures"
     )
     studies = parser.add_subparsers(dest="study", required=True, metavar="STUDY")
+    for add_study in (_add_rl, _add_paper, _add_grid, _add_latency, _add_strata):
+        each = add_study(studies)
+        each.add_argument("--seeds", type=int, help="number of seeds, from --seed on; default: 3")
+        each.add_argument(
+            "--quick",
+            action="store_true",
+            help="one seed, one short epoch, few users if synthetic: to see that it runs",
+        )
+        add_job_options(each, STUDY_DEFAULTS)
+
+
+def _add_rl(studies: Commands) -> argparse.ArgumentParser:
+    from lcr_fast.experiments.rl import AXES, REWARDS
+
     rl = add_command(
         studies,
         "rl",
@@ -58,6 +68,25 @@ def add(commands: Commands) -> None:
         metavar="NAME[=V,V,...]",
         help="fields of phase 2 to vary one at a time, with the values to try",
     )
+    return rl
+
+
+def _run_rl(arguments: argparse.Namespace) -> None:
+    from lcr_fast.experiments.rl import parse_axis, run_rl_study
+
+    n_seeds = _n_seeds(arguments)
+    for reward in arguments.rewards:
+        TrainConfig(reward=reward)
+    axes = [parse_axis(axis) for axis in arguments.axes]
+    if not (axes or arguments.rewards):
+        raise ValueError("nothing to study: name a reward or an axis")
+    with _open_job(arguments, "rl") as job:
+        print_results(job, run_rl_study(job, n_seeds, arguments.rewards, axes))
+
+
+def _add_paper(studies: Commands) -> argparse.ArgumentParser:
+    from lcr_fast.experiments.paper import STEPS
+
     paper = add_command(
         studies,
         "paper",
@@ -75,6 +104,22 @@ def add(commands: Commands) -> None:
         metavar="K",
         help="numbers of reasoning steps to compare",
     )
+    return paper
+
+
+def _run_paper(arguments: argparse.Namespace) -> None:
+    from lcr_fast.experiments.paper import run_paper_study
+
+    n_seeds = _n_seeds(arguments)
+    for steps in arguments.all_steps:
+        LCRConfig(steps=steps)
+    with _open_job(arguments, "paper") as job:
+        print_results(job, run_paper_study(job, n_seeds, arguments.all_steps))
+
+
+def _add_grid(studies: Commands) -> argparse.ArgumentParser:
+    from lcr_fast.experiments.grid import MAPS
+
     grid = add_command(
         studies,
         "grid",
@@ -87,7 +132,19 @@ def add(commands: Commands) -> None:
     grid.add_argument(
         "--maps", nargs="+", choices=tuple(MAPS), default=list(MAPS), help="which maps to make"
     )
-    latency = add_command(
+    return grid
+
+
+def _run_grid(arguments: argparse.Namespace) -> None:
+    from lcr_fast.experiments.grid import run_grid_study
+
+    n_seeds = _n_seeds(arguments)
+    with _open_job(arguments, "grid") as job:
+        print_results(job, run_grid_study(job, n_seeds, arguments.maps))
+
+
+def _add_latency(studies: Commands) -> argparse.ArgumentParser:
+    return add_command(
         studies,
         "latency",
         _run_latency,
@@ -96,6 +153,17 @@ def add(commands: Commands) -> None:
         "K = 0; set their NDCG against the time of a forward, and rules for leaving early against "
         "the best fixed number of steps, as many steps at random, and an oracle.",
     )
+
+
+def _run_latency(arguments: argparse.Namespace) -> None:
+    from lcr_fast.experiments.latency import run_latency_study
+
+    n_seeds = _n_seeds(arguments)
+    with _open_job(arguments, "depth") as job:
+        print_results(job, run_latency_study(job, n_seeds))
+
+
+def _add_strata(studies: Commands) -> argparse.ArgumentParser:
     strata = add_command(
         studies,
         "strata",
@@ -124,53 +192,7 @@ def add(commands: Commands) -> None:
         action="store_true",
         help="also on a synthetic world whose searches have nothing to do with the events",
     )
-    for each in (rl, paper, grid, latency, strata):
-        each.add_argument("--seeds", type=int, help="number of seeds, from --seed on; default: 3")
-        each.add_argument(
-            "--quick",
-            action="store_true",
-            help="one seed, one short epoch, few users if synthetic: to see that it runs",
-        )
-        add_job_options(each, STUDY_DEFAULTS)
-
-
-def _run_rl(arguments: argparse.Namespace) -> None:
-    from lcr_fast.experiments.rl import parse_axis, run_rl_study
-
-    n_seeds = _n_seeds(arguments)
-    for reward in arguments.rewards:
-        TrainConfig(reward=reward)
-    axes = [parse_axis(axis) for axis in arguments.axes]
-    if not (axes or arguments.rewards):
-        raise ValueError("nothing to study: name a reward or an axis")
-    with _open_job(arguments, "rl") as job:
-        print_results(job, run_rl_study(job, n_seeds, arguments.rewards, axes))
-
-
-def _run_paper(arguments: argparse.Namespace) -> None:
-    from lcr_fast.experiments.paper import run_paper_study
-
-    n_seeds = _n_seeds(arguments)
-    for steps in arguments.all_steps:
-        LCRConfig(steps=steps)
-    with _open_job(arguments, "paper") as job:
-        print_results(job, run_paper_study(job, n_seeds, arguments.all_steps))
-
-
-def _run_grid(arguments: argparse.Namespace) -> None:
-    from lcr_fast.experiments.grid import run_grid_study
-
-    n_seeds = _n_seeds(arguments)
-    with _open_job(arguments, "grid") as job:
-        print_results(job, run_grid_study(job, n_seeds, arguments.maps))
-
-
-def _run_latency(arguments: argparse.Namespace) -> None:
-    from lcr_fast.experiments.latency import run_latency_study
-
-    n_seeds = _n_seeds(arguments)
-    with _open_job(arguments, "depth") as job:
-        print_results(job, run_latency_study(job, n_seeds))
+    return strata
 
 
 def _run_strata(arguments: argparse.Namespace) -> None:
@@ -179,7 +201,7 @@ def _run_strata(arguments: argparse.Namespace) -> None:
     from lcr_fast.experiments.strata import run_strata_of_runs, run_strata_study
 
     if arguments.runs:
-        set_threads(arguments)
+        apply_run_options(arguments)
         data = PreparedData.open(arguments.data) if arguments.data else None
         with out_folder(arguments, "study-strata") as out:
             table = run_strata_of_runs(arguments.runs, out, data, any_data=arguments.any_data)

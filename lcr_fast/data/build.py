@@ -6,7 +6,7 @@ import itertools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -18,7 +18,7 @@ from .folder import require_free, write_folder
 from .log import TERM_END, InteractionLog, Vectors
 from .negatives import KINDS, NegativeSampler
 from .prepared import SPLITS, PreparedData, Sizes
-from .segments import lower_bound, offsets_of
+from .segments import lower_bound, offsets_of, owners
 from .splits import Split
 
 _HISTORY = ("min_history", "min_rec_history", "min_search_history")
@@ -92,26 +92,26 @@ def prepare(
         begin("histories")
         if k_core:
             log = core_of(log, k_core)
-        arrays, notes, items, queries, lists = _arrays(log, options, vocabulary, begin)
-        data = PreparedData(arrays, {})
+        made = _make(log, options, vocabulary, begin)
+        data = PreparedData(made.arrays, {})
         begin("negatives")
         for number, name in enumerate(("valid", "test")):
             rng = np.random.default_rng([seed, number])
-            arrays[f"{name}_negatives"] = _negatives(data, rng, name, negatives, n_negatives)
+            made.arrays[f"{name}_negatives"] = _negatives(data, rng, name, negatives, n_negatives)
         manifest = {
             "source": log.source,
             "counts": _counts(data),
             "options": options,
-            "lists_of_impressions": lists,
-            "notes": [*log.notes, *notes],
+            "lists_of_impressions": made.lists,
+            "notes": [*log.notes, *made.notes],
         }
 
         def fill(folder: Path) -> None:
-            for name, array in arrays.items():
+            for name, array in made.arrays.items():
                 np.save(folder / f"{name}.npy", array, allow_pickle=False)
             for name, vectors, ids, n_rows in (
-                ("item_text", log.item_text, items, data.n_items + 1),
-                ("query_text", log.query_text, queries, data.n_queries + 1),
+                ("item_text", log.item_text, made.items, data.n_items + 1),
+                ("query_text", log.query_text, made.queries, data.n_queries + 1),
             ):
                 ours = None if vocabulary is None else vocabulary.arrays.get(name)
                 if vectors is not None or ours is not None:
@@ -122,17 +122,22 @@ def prepare(
     return PreparedData.open(folder, verify=False)
 
 
-def _arrays(
+class _Made(NamedTuple):
+    """What is made of a log: all arrays but the negatives, and what is said of them."""
+
+    arrays: dict[str, NDArray]
+    notes: list[str]
+    items: pl.DataFrame  # value, number: of an item's id
+    queries: pl.DataFrame  # value, number: of the key of a search that has the query
+    lists: dict[str, int]  # of impressions: all, and those without their target
+
+
+def _make(
     log: InteractionLog,
     options: dict[str, Any],
     vocabulary: PreparedData | None,
     begin: Callable[[str], None],
-) -> tuple[dict[str, NDArray], list[str], pl.DataFrame, pl.DataFrame, dict[str, int]]:
-    """Make all arrays but the negatives, and notes; return the numbers of items and queries too.
-
-    Queries are named by the key of a search that has them. Last come the counts of the lists of
-    impressions, and of those without their target.
-    """
+) -> _Made:
     history = {name: options[name] for name in _HISTORY}
     needed = vocabulary is None or options["split"] == "time"
     events = _with_samples(log, history, needed=needed)
@@ -164,7 +169,7 @@ def _arrays(
     if vocabulary is not None:
         arrays["known_sizes"] = np.array(vocabulary.sizes, dtype=np.int64)
         notes.append(_vocabulary_note(vocabulary, PreparedData(arrays, {}).sizes))
-    return arrays, notes, items, queries, lists
+    return _Made(arrays, notes, items, queries, lists)
 
 
 def _check_options(options: dict[str, Any], least: dict[str, int]) -> None:
@@ -487,7 +492,7 @@ def _drop_without_negatives(
     # Whoever has seen few items at all need not be looked at closer.
     much = np.diff(data.seen_offsets)[users] + 1 > n_items - wanted
     rows = np.flatnonzero((split.of_sample >= 0) & much)
-    offsets, _ = data.seen_before(users[rows], times[rows])
+    offsets, _ = data.seen.before(users[rows], times[rows])
     free = n_items - np.diff(offsets) - ~repeat[rows]
     few = free < wanted[rows]
     rows, free = rows[few], free[few]
@@ -534,8 +539,7 @@ def _add_counts(arrays: dict[str, NDArray], trained: NDArray, n_items: int) -> N
     A training target may carry the held-out target's own time; it counts too.
     """
     end = PreparedData(arrays, {}).train_end
-    owner = np.repeat(np.arange(len(end)), np.diff(arrays["rec_offsets"]))
-    known = arrays["rec_times"] < end[owner]
+    known = arrays["rec_times"] < end[owners(arrays["rec_offsets"])]
     known[trained] = True
     items = arrays["rec_items"]
     for name, counted in (("item_count", items[known]), ("train_target_count", items[trained])):

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .prepared import PreparedData
+from .segments import owners
 
 
 class TrainingPairs(NamedTuple):
@@ -25,11 +26,9 @@ def training_pairs(data: PreparedData) -> TrainingPairs:
     An item followed by itself makes no pair.
     """
     end = data.train_end
-    every_user = np.arange(data.n_users + 1)
-    searcher = np.repeat(every_user, np.diff(data.search_offsets))
-    search = np.repeat(np.arange(len(searcher)), np.diff(data.click_offsets))
-    known = data.click_times < end[searcher[search]]
-    owner = np.repeat(every_user, np.diff(data.rec_offsets))
+    search = owners(data.click_offsets)
+    known = data.click_times < end[owners(data.search_offsets)[search]]
+    owner = owners(data.rec_offsets)
     # The later event of a pair is the one that must be known.
     follows = (owner[1:] == owner[:-1]) & (data.rec_items[1:] != data.rec_items[:-1])
     follows &= data.rec_times[1:] < end[owner[1:]]

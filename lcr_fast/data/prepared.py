@@ -49,7 +49,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .folder import PreparedDataError, open_folder
-from .segments import lower_bound, ranges
+from .segments import lower_bound, owners, ranges
 
 SPLITS = ("train", "valid", "test")
 
@@ -300,6 +300,12 @@ class PreparedData:
             np.minimum.at(end, samples.users, samples.times)
         return end
 
+    def history_lengths(self, split: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Count the events and the searches before each target of a split: [n] each."""
+        samples = self.split(split)
+        events = samples.rec_end - self.rec_offsets[samples.users]
+        return events, samples.search_end - self.search_offsets[samples.users]
+
     def query(self, number: int) -> str:
         """Return the terms of a query as one text."""
         start, end = self.query_term_offsets[number : number + 2]
@@ -333,7 +339,7 @@ class PreparedData:
                     arrays[name] = np.where(arrays[name] <= n_items, arrays[name], 0)
             offsets = f"{split}_impression_offsets"
             if offsets in arrays:
-                row = np.repeat(np.arange(len(arrays[offsets]) - 1), np.diff(arrays[offsets]))
+                row = owners(arrays[offsets])
                 kept = arrays[f"{split}_impressions"] <= n_items
                 kept &= arrays[f"{split}_items"][row] > 0
                 n_shown = np.bincount(row[kept], minlength=len(arrays[offsets]) - 1)
@@ -344,14 +350,6 @@ class PreparedData:
         arrays["item_id_offsets"] = arrays["item_id_offsets"][: n_items + 2]
         arrays["item_id_bytes"] = arrays["item_id_bytes"][: arrays["item_id_offsets"][-1]]
         return PreparedData(arrays, self.manifest)
-
-    def has_seen(self, users: NDArray, items: NDArray, times: NDArray) -> NDArray[np.bool_]:
-        """Tell whether the users saw the items strictly before the times; all three broadcast."""
-        return self.seen.has(users, items, times)
-
-    def seen_before(self, users: NDArray, times: NDArray) -> tuple[NDArray, NDArray]:
-        """List what each user saw strictly before its time: offsets [n + 1], int64 items [..]."""
-        return self.seen.before(users, times)
 
     def summary(self) -> str:
         """Describe the data in a few lines: sizes, samples a split, and the notes."""
@@ -371,7 +369,7 @@ class PreparedData:
         if not len(samples):
             return f"{name}: no samples"
         covered = self.train_target_count[samples.items] > 0
-        searches = samples.search_end - self.search_offsets[samples.users]
+        _, searches = self.history_lengths(name)
         text = (
             f"{name}: {len(samples):,} samples, {samples.repeat.mean():.1%} repeats, "
             f"{covered.mean():.1%} of the targets are training targets, "

@@ -15,6 +15,11 @@ def offsets_of(rows: Array, n_rows: int) -> Array:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
+def owners(offsets: Array) -> Array:
+    """Give the row of every value: the inverse of :func:`offsets_of`."""
+    return np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+
+
 def ranges(start: Array, length: Array) -> Array:
     """Concatenate ``arange(start[i], start[i] + length[i])`` for all i: int64 [sum of lengths]."""
     total = int(length.sum())

@@ -97,10 +97,10 @@ def _typed(path: Path, name: str, rule: Rule, dtype: pl.DataType) -> pl.Expr:
     return typed
 
 
-def count_rows(path: str | os.PathLike, separator: str = ",", quote_char: str | None = '"') -> int:
+def count_rows(path: Path) -> int:
     """Count the rows of a file without its header."""
-    with readable(Path(path)):
-        return scan(Path(path), separator, quote_char).select(pl.len()).collect().item()
+    with readable(path):
+        return scan(path).select(pl.len()).collect().item()
 
 
 def without_repeated(

@@ -152,12 +152,7 @@ def finish(out: Path, cells: Cells, title: str, parts: list[str], rows: list[dic
     """Write ``cells.csv``, ``results.csv`` and ``results.md``; return the tables."""
     n = len(cells.seeds)
     spread = "one seed, so no interval" if n == 1 else f"mean [95 % t-interval] over {n} seeds"
-    candidates = protocol_titles(n_negatives(cells.job))["sampled"]
+    candidates = protocol_titles(cells.job.n_negatives)["sampled"]
     cells.write(out / "cells.csv")
     write_rows(out / "results.csv", rows)
     return write_tables(out, [f"{title}, test, {candidates}; {spread}.", *parts])
-
-
-def n_negatives(job: Job) -> int:
-    """Return how many negatives a test target has."""
-    return job.data.test_negatives.shape[1]

@@ -118,6 +118,11 @@ class Job:
         """How test users are ranked: options of :func:`evaluation.rank_split`."""
         return {"protocols": list(self.protocols), "catalogue_users": self.catalogue_users}
 
+    @property
+    def n_negatives(self) -> int:
+        """How many stored negatives a test target has."""
+        return self.data.test_negatives.shape[1]
+
     def of_seed(self, seed: int, **changes: Any) -> "Job":
         """Return the job of another seed, in a folder of its own in this one's."""
         train = self.train.replace(seed=seed)

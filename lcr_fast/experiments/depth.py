@@ -131,11 +131,10 @@ def stop_by(seeds: Sequence[SeedModels], rules: Sequence[str], **goal: float) ->
 
 def heading(job: Job, n_seeds: int, title: str) -> str:
     """Say above the tables of a study what they measure, and how."""
-    n = job.data.test_negatives.shape[1]
     seeds = "one seed" if n_seeds == 1 else f"each user's mean over {n_seeds} seeds"
     by_seed = "" if n_seeds == 1 else ", seeds [Student's t over the seeds' means]"
     return (
-        f"{title}: test NDCG@5, {protocol_titles(n)['sampled']}; {seeds}, "
+        f"{title}: test NDCG@5, {protocol_titles(job.n_negatives)['sampled']}; {seeds}, "
         f"[95 % bootstrap interval over users]{by_seed}."
     )
 

@@ -84,12 +84,12 @@ def run_grid_study(job: Job, n_seeds: int, names: Sequence[str]) -> str:
         for (row, column), cell in cells.items()
     ])  # fmt: skip
     plots.heat_maps([(MAPS[name], cells) for name, cells in found.items()], job.out / "maps.png")
-    n = job.data.test_negatives.shape[1]
+    candidates = protocol_titles(job.n_negatives)["sampled"]
     seeds = "one seed" if n_seeds == 1 else f"means over {n_seeds} seeds"
     by_seed = "" if n_seeds == 1 else "; seeds: Student's t over the seeds' means"
     head = (
-        f"Stability, test NDCG@5, {protocol_titles(n)['sampled']}; {seeds}. In brackets the 95 % "
-        "interval of the difference to the map's best place: bootstrap over users of each user's "
+        f"Stability, test NDCG@5, {candidates}; {seeds}. In brackets the 95 % interval of the "
+        "difference to the map's best place: bootstrap over users of each user's "
         f"mean over the seeds{by_seed}. Bold: the interval over users does not lie below 0."
     )
     tables = [

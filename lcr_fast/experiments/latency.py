@@ -1,5 +1,6 @@
 """Study of accuracy against steps and time: fixed, adaptive and distilled depth."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -110,9 +111,7 @@ def _timed(seed: SeedModels, K: int) -> dict[str, LCRSER]:
     head = adaptive.fit_confidence(seed.valid)
     choice = adaptive.choose(seed.valid, METRIC, SERVED, loss=LOSS, confidence=head)
     deep = seed.models["deep"]
-    stopping = LCRSER(deep.config).to(deep.head.target_weight.device)
-    stopping.load_state_dict(deep.state_dict())
-    stopping.set_text(deep.item_text, deep.query_text)
+    stopping = copy.copy(deep)  # the same tensors
     stopping.exits = choice.exits(seed.valid, head)
     names = ["base", *(f"k{k}" for k in range(1, K + 1)), "distilled"]
     return {name: seed.models[name] for name in names} | {"adaptive": stopping.eval()}

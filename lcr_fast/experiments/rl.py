@@ -19,7 +19,6 @@ from lcr_fast.experiments.cells import (
     finish,
     interval_of,
     mean_text,
-    n_negatives,
     text_of,
 )
 from lcr_fast.experiments.comparison import Job
@@ -100,7 +99,7 @@ def run_rl_study(
             for variant in titles
         }
         plots.intervals(name, values, series, titles, job.out / f"{name}.png")
-    legend = _LEGEND.format(n_negatives=n_negatives(job))
+    legend = _LEGEND.format(n_negatives=job.n_negatives)
     return finish(job.out, cells, "Phase 2", [*parts, legend], rows)
 
 

@@ -31,7 +31,7 @@ from lcr_fast.model import LCRSER
 from lcr_fast.reference.transformer import zero_padding
 from lcr_fast.training.adaptive import SERVED
 from lcr_fast.training.diversity import tail_items
-from lcr_fast.training.evaluation import make_batcher, with_target
+from lcr_fast.training.evaluation import make_batcher, sample_batches
 from lcr_fast.training.models import fit_config, load_model
 from lcr_fast.training.ranks import RANKS, Ranks, samples_digest, spread, weighted_metric
 from lcr_fast.training.trainer import MODEL
@@ -48,7 +48,7 @@ def user_strata(model: LCRSER, data: PreparedData, split: str = "test") -> dict[
     read that the data knows to be noise.
     """
     samples = data.split(split)
-    searches = samples.search_end - data.search_offsets[samples.users]
+    _, searches = data.history_lengths(split)
     found = {"all: all": np.ones(len(samples), dtype=bool)}
     for kind, values in _similarities(model, data, split).items():
         known = values[~np.isnan(values)]
@@ -70,12 +70,8 @@ def user_strata(model: LCRSER, data: PreparedData, split: str = "test") -> dict[
 @torch.inference_mode()
 def _similarities(model: LCRSER, data: PreparedData, split: str) -> dict[str, NDArray]:
     """Cosine of both histories' mean vectors, NaN without one of them: [n] by kind."""
-    batcher = make_batcher(data, split, model)
     found: dict[str, list[NDArray]] = {}
-    for start in range(0, len(batcher), 256):
-        rows = np.arange(start, min(start + 256, len(batcher)))
-        batch = batcher.gather(rows, *with_target(batcher.samples.items[rows], None))
-        batch = batch.to(model.head.target_weight.device)
+    for batch in sample_batches(model, make_batcher(data, split, model)):
         queries = model.query_vectors(batch.search_queries, batch.search_terms)
         kinds = {"similarity": (queries, model.item_vectors(batch.rec_items))}
         texts = model.query_text, model.item_text

@@ -117,7 +117,7 @@ def _catalogue_scores(
         )  # fmt: skip
 
 
-def _listed(ids: Tensor, exclude: Tensor) -> Tensor:
+def listed(ids: Tensor, exclude: Tensor) -> Tensor:
     """Mark which of the ids [c] each user excludes: [B, X] -> bool [B, c]."""
     column = exclude - ids[0]
     outside = (column < 0) | (column >= len(ids))
@@ -150,7 +150,7 @@ def score_topk(
         search, rec, search_lengths, rec_lengths, items, user, weights
     ):
         bad = bad | scores.isnan().any(1, keepdim=True)
-        scores = scores.masked_fill(_listed(ids, exclude), -torch.inf)
+        scores = scores.masked_fill(listed(ids, exclude), -torch.inf)
         # Stable: earlier columns, which hold lower ids, win ties.
         merged, order = torch.cat((top, scores), 1).sort(dim=1, descending=True, stable=True)
         pool = torch.cat((top_ids, ids.expand(B, -1)), 1)
@@ -187,6 +187,6 @@ def score_rank(
     of_target = of_target + bonus.unsqueeze(1)
     ahead = torch.zeros_like(target)
     for ids, scores in _catalogue_scores(*arguments):
-        competes = ~_listed(ids, torch.cat((exclude, goal), 1)) & (scores > -torch.inf)
+        competes = ~listed(ids, torch.cat((exclude, goal), 1)) & (scores > -torch.inf)
         ahead += (competes & (scores >= of_target)).sum(1)
     return (ahead + 1).masked_fill(bad, -1)

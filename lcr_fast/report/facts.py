@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 
 from lcr_fast.data.prepared import SPLITS, PreparedData
-from lcr_fast.data.segments import ranges
+from lcr_fast.data.segments import owners, ranges
 from lcr_fast.training.analysis import searched
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
@@ -130,11 +130,9 @@ def _overlaps(data: PreparedData, split: str) -> Iterator[Fact]:
     clicked, read = (np.unique(items) for items in (data.click_items, data.rec_items))
     shared = len(np.intersect1d(clicked, read, assume_unique=True))
     yield _share("streams", "items clicked in searches that have events", shared, len(clicked))
-    every = np.arange(data.n_users + 1)
-    searcher = np.repeat(every, np.diff(data.search_offsets))
     pairs = (
-        _pairs(data, np.repeat(searcher, np.diff(data.click_offsets)), data.click_items),
-        _pairs(data, np.repeat(every, np.diff(data.rec_offsets)), data.rec_items),
+        _pairs(data, owners(data.search_offsets)[owners(data.click_offsets)], data.click_items),
+        _pairs(data, owners(data.rec_offsets), data.rec_items),
     )
     both = len(np.intersect1d(*pairs, assume_unique=True))
     yield _share(
@@ -169,11 +167,7 @@ def _neighbours(values: NDArray, offsets: NDArray) -> tuple[NDArray[np.bool_], N
 
 
 def _lengths(data: PreparedData, split: str) -> dict[str, NDArray[np.int64]]:
-    samples = data.split(split)
-    return {
-        "events": samples.rec_end - data.rec_offsets[samples.users],
-        "searches": samples.search_end - data.search_offsets[samples.users],
-    }
+    return dict(zip(("events", "searches"), data.history_lengths(split), strict=True))
 
 
 def _histogram(title: str, lengths: NDArray) -> Histogram:

@@ -74,10 +74,8 @@ def look_at_users(model: LCRSER, data: PreparedData, n: int = 6, split: str = "t
     model.eval()
     batcher = make_batcher(data, split, model)
     samples = batcher.samples
-    both = samples.rec_end > batcher.data.rec_offsets[samples.users]
-    both &= samples.search_end > batcher.data.search_offsets[samples.users]
-    both &= samples.items > 0
-    rows = np.flatnonzero(both)[:_CHOSEN_AMONG]
+    events, searches = batcher.data.history_lengths(split)
+    rows = np.flatnonzero((events > 0) & (searches > 0) & (samples.items > 0))[:_CHOSEN_AMONG]
     if samples.negatives is None or not samples.negatives.shape[1] or not len(rows) or n < 1:
         return []
     ranks = np.concatenate(

@@ -18,7 +18,7 @@ from lcr_fast.data.prepared import PreparedData
 from lcr_fast.model import LCRSER
 from lcr_fast.ops.ranking import target_rank
 from lcr_fast.reference import Exits, exit_features
-from lcr_fast.training.evaluation import make_batcher, with_target
+from lcr_fast.training.evaluation import make_batcher, sample_batches
 from lcr_fast.training.ranks import weighted_metric
 
 SERVED = ("fixed", "change", "curvature", "confidence")
@@ -59,24 +59,19 @@ class Depths(NamedTuple):
 
 
 @torch.inference_mode()
-def read_depths(
-    model: LCRSER, data: PreparedData, split: str = "valid", batch_size: int = 256
-) -> Depths:
+def read_depths(model: LCRSER, data: PreparedData, split: str = "valid") -> Depths:
     """Rank a split's targets after every number of steps, the model's readout being what it is.
 
     Users whose target the model does not know are left out.
     """
     model.eval()
     batcher = make_batcher(data, split, model)
-    samples, device = batcher.samples, model.head.target_weight.device
+    samples = batcher.samples
     known = np.flatnonzero(samples.items > 0)
     if not len(known) or samples.negatives is None:
         raise ValueError(f"the data has no {split} targets that the model can rank")
     parts: list[list[NDArray]] = []
-    for start in range(0, len(known), batch_size):
-        rows = known[start : start + batch_size]
-        batch = batcher.gather(rows, *with_target(samples.items[rows], samples.negatives[rows]))
-        batch = batch.to(device)
+    for batch in sample_batches(model, batcher, known, negatives=True):
         states = model.states(batch)
         h0 = states.h[0]
         lists = [model.score(model.read(h0, h), batch).float() for h in states.h]

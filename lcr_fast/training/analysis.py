@@ -12,7 +12,7 @@ from lcr_fast.data.prepared import PreparedData
 from lcr_fast.model import LCRSER
 from lcr_fast.objectives import distance
 from lcr_fast.reference import pool_steps
-from lcr_fast.training.evaluation import PROTOCOLS, make_batcher, rank_model, with_target
+from lcr_fast.training.evaluation import PROTOCOLS, make_batcher, rank_model, sample_batches
 from lcr_fast.training.ranks import differences
 from lcr_fast.weights import REC, SEARCH
 
@@ -31,8 +31,8 @@ def exchanged_searches(data: PreparedData, split: str = "test", seed: int = 0) -
 
 def searched(data: PreparedData, split: str) -> NDArray[np.bool_]:
     """Mark the samples of a split whose history has a search: [n]."""
-    samples = data.split(split)
-    return samples.search_end > data.search_offsets[samples.users]
+    _, searches = data.history_lengths(split)
+    return searches > 0
 
 
 def search_effects(
@@ -69,7 +69,8 @@ def state_distances(model: LCRSER, data: PreparedData, split: str = "test") -> d
     sums: dict[str, Tensor] = {}
     n_users = 0
     model.eval()
-    for batch, states in _states_of(model, data, split):
+    for batch in sample_batches(model, make_batcher(data, split, model)):
+        states = model.states(batch)
         both = (batch.search_lengths > 0) & (batch.rec_lengths > 0)
         target = model.item_vectors(batch.candidates[:, 0])
         lengths = (batch.search_lengths, batch.rec_lengths)
@@ -111,7 +112,8 @@ def relevance_share(model: LCRSER, data: PreparedData, split: str = "test") -> R
     batcher = make_batcher(data, split, model)
     totals = np.zeros(3)
     n = 0
-    for batch, states in _states_of(model, data, split):
+    for batch in sample_batches(model, batcher):
+        states = model.states(batch)
         truth = batcher.relevant(batch.row.cpu().numpy(), batch.search_queries.shape[1])
         relevant = torch.from_numpy(truth == 1).to(batch.device)  # [B, L_s]
         noise = torch.from_numpy(truth == 0).to(batch.device)
@@ -134,13 +136,3 @@ def relevance_share(model: LCRSER, data: PreparedData, split: str = "test") -> R
         n += int(keep.sum())
     chance, at_target, cross = totals / n if n else np.full(3, np.nan)
     return RelevanceShare(float(chance), float(at_target), float(cross), n)
-
-
-def _states_of(model: LCRSER, data: PreparedData, split: str, batch_size: int = 256):
-    batcher = make_batcher(data, split, model)
-    device = model.head.target_weight.device
-    for start in range(0, len(batcher), batch_size):
-        rows = np.arange(start, min(start + batch_size, len(batcher)))
-        candidates, columns = with_target(batcher.samples.items[rows], None)
-        batch = batcher.gather(rows, candidates, columns).to(device)
-        yield batch, model.states(batch)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from lcr_fast.batch import Batch
 from lcr_fast.data.prepared import PreparedData
-from lcr_fast.data.segments import lower_bound, offsets_of, ranges
+from lcr_fast.data.segments import lower_bound, offsets_of, owners, ranges
 
 MU = 1.0
 
@@ -231,7 +231,7 @@ class Baselines:
     def _known_events(self) -> tuple[NDArray, NDArray]:
         """Events of the training period, in order, and their users."""
         data = self.data
-        users = _owners(data.rec_offsets)
+        users = owners(data.rec_offsets)
         known = np.flatnonzero(data.rec_times < data.train_end[users])
         return known, users[known]
 
@@ -245,8 +245,8 @@ class Baselines:
         )
         under = search > start
         searches, items = search[under] - 1, data.rec_items[events[under]]
-        clicked = _owners(data.click_offsets)
-        known = data.click_times < data.train_end[_owners(data.search_offsets)[clicked]]
+        clicked = owners(data.click_offsets)
+        known = data.click_times < data.train_end[owners(data.search_offsets)[clicked]]
         # Some logs give a click as an event too: a search counts once for an item.
         size = len(self._prior)
         keys = np.unique(
@@ -263,14 +263,14 @@ class Baselines:
     def _query_terms(self) -> _Counts:
         """The distinct terms of every query."""
         data = self.data
-        queries = _owners(data.query_term_offsets)
+        queries = owners(data.query_term_offsets)
         ones = np.ones(len(queries))
         return _Counts.of(queries, data.query_terms, ones, data.n_queries + 1)
 
     @cached_property
     def _after_term(self) -> _Counts:
         pairs, terms = self._after_query, self._query_terms
-        queries = _owners(pairs.offsets)
+        queries = owners(pairs.offsets)
         length = np.diff(terms.offsets)[queries]
         place = np.repeat(np.arange(len(queries)), length)
         contexts = terms.items[ranges(terms.offsets[queries], length)]
@@ -283,11 +283,6 @@ class Baselines:
         follows = users[1:] == users[:-1]
         before, after = items[:-1][follows], items[1:][follows]
         return _Counts.of(before, after, np.ones(len(after)), len(self._prior))
-
-
-def _owners(offsets: NDArray) -> NDArray:
-    """Row of every value of a ragged array."""
-    return np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
 
 
 def _smoothed(counts: _Counts, contexts: NDArray) -> tuple[NDArray, NDArray, NDArray, NDArray]:

@@ -33,18 +33,10 @@ def student_of(teacher: LCRSER, steps: int) -> LCRSER:
         raise ValueError(f"steps must be within 0..{config.steps}, the teacher's, got {steps}")
     student = LCRSER(config.replace(steps=steps, readout=1.0))
     given = teacher.state_dict()
-    state = {
-        name: given[name][: len(tensor)] if _of_steps(name) else given[name]
-        for name, tensor in student.state_dict().items()
-    }
-    student.copy_state(state)
+    sizes = {name: len(tensor) for name, tensor in student.state_dict().items()}
+    student.copy_state({name: given[name][:size] for name, size in sizes.items()})  # by step
     student.data_fingerprint, student.vocabulary = teacher.data_fingerprint, teacher.vocabulary
     return student
-
-
-def _of_steps(name: str) -> bool:
-    """Tell the tensors whose first axis counts steps, or sets of their weights."""
-    return name.startswith(("reasoning.", "step_embedding"))
 
 
 class Distilled(Supervised):

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from lcr_fast import grpo
 from lcr_fast.data.prepared import PreparedData
 from lcr_fast.model import LCRSER
-from lcr_fast.training.evaluation import make_batcher, padded_seen, with_target
+from lcr_fast.training.evaluation import make_batcher, padded_seen, sample_batches
 
 TAIL_SHARE = 0.8  # of the items, the least popular ones
 # Most (user, item) pairs scored for the lists; beyond it a fixed random sample of users gets one.
@@ -35,7 +35,7 @@ def tail_items(data: PreparedData) -> NDArray[np.bool_]:
 
 @torch.inference_mode()
 def list_diversity(
-    model: LCRSER, data: PreparedData, split: str = "test", k: int = 10, batch_size: int = 256
+    model: LCRSER, data: PreparedData, split: str = "test", k: int = 10
 ) -> Diversity:
     """Measure the ranking distribution's entropy, and coverage of top-k lists of the catalogue.
 
@@ -51,10 +51,9 @@ def list_diversity(
     n_lists = max(_LIST_PAIRS // data.n_items, 1)
     listed[np.random.default_rng(0).permutation(len(samples))[:n_lists]] = True
     entropy, shown = 0.0, np.zeros(data.n_items + 1, dtype=np.int64)
-    for start in range(0, len(samples), batch_size):
-        rows = np.arange(start, min(start + batch_size, len(samples)))
-        batch = batcher.gather(rows, *with_target(samples.items[rows], samples.negatives[rows]))
-        entropy += float(grpo.entropy(model(batch.to(device)).double()).sum())
+    for batch in sample_batches(model, batcher, negatives=True):
+        entropy += float(grpo.entropy(model(batch).double()).sum())
+        rows = batch.row.cpu().numpy()
         rows = rows[listed[rows]]
         if len(rows):
             users, times = samples.users[rows], samples.times[rows]

@@ -1,7 +1,7 @@
 """Ranking evaluation: three candidate sets, kinds of targets, the score that selects models."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,10 @@ from tqdm import tqdm
 from lcr_fast.batch import Batch
 from lcr_fast.data.batching import Batcher
 from lcr_fast.data.prepared import PreparedData, Samples
+from lcr_fast.data.segments import padded
 from lcr_fast.model import LCRSER
 from lcr_fast.ops.ranking import target_rank
+from lcr_fast.reference.scoring import listed
 from lcr_fast.training import distributed
 from lcr_fast.training.baselines import TITLES, Baselines
 from lcr_fast.training.ranks import Ranks, samples_digest, weighted_metric
@@ -22,6 +24,7 @@ from lcr_fast.training.scorers import CatalogueScore, Score, Scorer, model_score
 
 PROTOCOLS = ("sampled", "catalogue", "impressions")
 _CATALOGUE_BLOCK = 2048
+_BATCH = 256
 CATALOGUE_SECONDS = 120
 # Pairs of a user and an item that a model of width 64 scores in a second on two cores. Not timed
 # when it is used: all models of a table, on any machine, rank the same users.
@@ -62,7 +65,7 @@ def rank_targets(
     protocol: str,
     *,
     device: torch.device | str = "cpu",
-    batch_size: int = 256,
+    batch_size: int = _BATCH,
     backend: str = "auto",
     rows: NDArray[np.int64] | None = None,
 ) -> NDArray[np.int64]:
@@ -120,6 +123,22 @@ def rank_targets(
     return share.united(ranks)
 
 
+def sample_batches(
+    model: LCRSER, batcher: Batcher, rows: NDArray | None = None, *, negatives: bool = False
+) -> Iterator[Batch]:
+    """Yield samples, all or the ``rows`` [n], in batches on the model's device.
+
+    Their candidates are the target alone, in column 0, or its stored ``negatives`` too.
+    """
+    samples = batcher.samples
+    rows = np.arange(len(samples)) if rows is None else rows
+    stored = samples.negatives if negatives else None
+    for start in range(0, len(rows), _BATCH):
+        some = rows[start : start + _BATCH]
+        chosen = with_target(samples.items[some], None if stored is None else stored[some])
+        yield batcher.gather(some, *chosen).to(model.head.target_weight.device)
+
+
 def with_target(targets: NDArray, negatives: NDArray | None) -> tuple[NDArray, NDArray]:
     """Put the target in column 0 before its negatives: candidates [b, C], target columns [b]."""
     column = targets[:, None]
@@ -146,22 +165,15 @@ def _shown(samples: Samples, rows: NDArray) -> tuple[NDArray, NDArray, NDArray]:
     start, end = samples.impression_offsets[rows], samples.impression_offsets[rows + 1]
     known = end > start
     rows, start, count = rows[known], start[known], (end - start)[known]
-    columns = np.arange(count.max(initial=0))
-    valid = columns < count[:, None]
-    places = np.where(valid, start[:, None] + columns, 0)
-    candidates = np.where(valid, samples.impressions[places], 0) if len(rows) else places
+    candidates, _ = padded(samples.impressions, start, count, count.max(initial=1))
     return rows, candidates, (candidates == samples.items[rows, None]).argmax(1)
 
 
 def padded_seen(data: PreparedData, users: NDArray, times: NDArray) -> NDArray[np.int64]:
     """List what each user [b] has seen before a time [b]: item ids [b, X], padded with 0."""
-    offsets, items = data.seen_before(users, times)
+    offsets, items = data.seen.before(users, times)
     count = np.diff(offsets)
-    columns = np.arange(count.max(initial=0))
-    valid = columns < count[:, None]
-    if not valid.any():
-        return np.zeros(valid.shape, dtype=np.int64)
-    return np.where(valid, items[np.where(valid, offsets[:-1, None] + columns, 0)], 0)
+    return padded(items, offsets[:-1], count, count.max(initial=0))[0]
 
 
 def _catalogue_rank(score: Score, batch: Batch, seen: Tensor, n_items: int) -> Tensor:
@@ -173,21 +185,11 @@ def _catalogue_rank(score: Score, batch: Batch, seen: Tensor, n_items: int) -> T
     hidden = torch.cat((seen, target), 1)
     for first in range(1, n_items + 1, _CATALOGUE_BLOCK):
         ids = torch.arange(first, min(first + _CATALOGUE_BLOCK, n_items + 1), device=batch.device)
-        scores = _mask_items(score(ids.unsqueeze(0)).clone(), hidden, first)
+        scores = score(ids.unsqueeze(0)).masked_fill(listed(ids, hidden), -torch.inf)
         if scores.isnan().any():
             raise ValueError("the model's scores hold NaN")
         ahead += ((scores >= target_score) & (scores > -torch.inf)).sum(1)
     return ahead + 1
-
-
-def _mask_items(scores: Tensor, items: Tensor, first_id: int) -> Tensor:
-    """Set ``items`` [B, X] to -inf in ``scores`` [B, c] of the ids first_id, first_id + 1, ..."""
-    column = items - first_id
-    outside = (column < 0) | (column >= scores.shape[1])
-    # A spare last column takes what lies outside this block.
-    padded = torch.cat((scores, scores.new_zeros(len(scores), 1)), 1)
-    padded.scatter_(1, column.masked_fill(outside, scores.shape[1]), -torch.inf)
-    return padded[:, :-1]
 
 
 def strata(data: PreparedData, split: str) -> dict[str, NDArray[np.bool_]]:

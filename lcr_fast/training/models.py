@@ -12,12 +12,7 @@ OTHER_DATA = "it is of other prepared data (--any-data uses it all the same)"
 
 def fit_config(data: PreparedData, config: LCRConfig) -> LCRConfig:
     """Fill in the sizes that the data determines: ids and text widths."""
-    sizes = {
-        "n_items": data.n_items,
-        "n_users": data.n_users,
-        "n_queries": data.n_queries,
-        "n_terms": data.n_terms,
-    }
+    sizes = {f"n_{kind}": n for kind, n in data.sizes._asdict().items()}
     for kind in ("item", "query"):
         vectors = data.arrays.get(f"{kind}_text")
         sizes[f"{kind}_text_dim"] = 0 if vectors is None else vectors.shape[1]

@@ -171,7 +171,7 @@ class Supervised(Objective):
         if self.config.negatives == "in_batch":
             # Another user's target, unless this user has seen it: 0 is padding.
             others = np.broadcast_to(targets, (len(rows), len(rows))).copy()
-            seen = self.batcher.data.has_seen(users[:, None], others, times[:, None])
+            seen = self.batcher.data.seen.has(users[:, None], others, times[:, None])
             others[seen | (others == targets[:, None])] = 0
             negatives = others
         else:

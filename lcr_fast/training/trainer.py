@@ -100,8 +100,8 @@ def _fewest_unseen(data: PreparedData) -> tuple[int, str]:
     for start in range(0, len(samples), _CHECK_BLOCK):
         rows = slice(start, start + _CHECK_BLOCK)
         users, items, times = samples.users[rows], samples.items[rows], samples.times[rows]
-        offsets, _ = data.seen_before(users, times)
-        counts.append(np.diff(offsets) + ~data.has_seen(users, items, times))  # and the target
+        offsets, _ = data.seen.before(users, times)
+        counts.append(np.diff(offsets) + ~data.seen.has(users, items, times))  # and the target
     taken = np.concatenate(counts)
     most = int(taken.argmax())
     return data.n_items - int(taken[most]), data.users[int(samples.users[most])]

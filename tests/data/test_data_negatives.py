@@ -39,7 +39,7 @@ def test_never_seen_never_the_target_or_a_clear_refusal(data, seed, time, n, kin
     assert drawn.shape == (2, n)
     assert drawn.dtype == np.int64
     assert ((drawn >= 1) & (drawn <= 30) & (drawn != target)).all()
-    assert not data.has_seen(np.array([user]), drawn[1], np.array([time])).any()
+    assert not data.seen.has(np.array([user]), drawn[1], np.array([time])).any()
     if distinct:
         assert all(len(set(row)) == n for row in drawn.tolist())
 

@@ -93,7 +93,7 @@ def test_histories_hold_exactly_what_lies_strictly_before_the_target(
             target = data.items[int(samples.items[row])]
             past = set(rec) | {str(item) for _, clicks in told for item in clicks}
             assert bool(samples.repeat[row]) == (target in past)
-            _, seen = data.seen_before(samples.users[[row]], samples.times[[row]])
+            _, seen = data.seen.before(samples.users[[row]], samples.times[[row]])
             assert set(by_id(data.items, seen)) == past
     assert n_samples == len(eligible)
 
@@ -213,7 +213,7 @@ def test_stored_negatives_are_new_to_the_user(shop, tmp_path):
     for split in ("valid", "test"):
         s = data.split(split)
         assert s.negatives.shape == (2, 7)
-        assert not data.has_seen(s.users[:, None], s.negatives, s.times[:, None]).any()
+        assert not data.seen.has(s.users[:, None], s.negatives, s.times[:, None]).any()
         assert (s.negatives != s.items[:, None]).all()
         assert all(len(set(row)) == 7 for row in s.negatives.tolist())
     assert data.split("train").negatives is None

@@ -134,7 +134,7 @@ def test_real_trivago(real_data, tmp_path):
         samples = data.split(split)
         assert samples.negatives.shape == (len(samples), 99)
         users, times = samples.users[:, None], samples.times[:, None]
-        assert not data.has_seen(users, samples.negatives, times).any()
+        assert not data.seen.has(users, samples.negatives, times).any()
         assert 0.4 < samples.repeat.mean() < 0.6
     for split in ("train", "valid", "test"):
         samples = data.split(split)

@@ -278,7 +278,7 @@ def test_unknown_targets_and_candidates_are_left_out_of_ranks(old, new, make_old
     for row in rows:
         target, seen = (
             samples.items[row],
-            new.seen_before(samples.users[[row]], samples.times[[row]]),
+            new.seen.before(samples.users[[row]], samples.times[[row]]),
         )
         lists = {
             "sampled": samples.negatives[row],

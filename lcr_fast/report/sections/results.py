@@ -10,7 +10,6 @@ from lcr_fast.training.ranks import differences
 from .. import charts
 from ..charts import Row
 from ..contents import Page, colour
-from ..facts import Facts
 from ..html import Html, join, table, tag
 
 _METRIC = "ndcg@5"
@@ -85,11 +84,9 @@ def summary(page: Page) -> Html:
         tiles.append((sizes["searches"], "searches"))
     drawn = [tag("div", tag("b", value), tag("span", what), class_="tile") for value, what in tiles]
     about = f"NDCG@5, {page.protocols[protocol]}."
-    warned = [tag("p", f"{text}.", class_="warning") for text in (page.facts or _NO_FACTS).warnings]
+    warnings = page.facts.warnings if page.facts else []
+    warned = [tag("p", f"{text}.", class_="warning") for text in warnings]
     return join(tag("p", about, class_="quiet"), tag("div", drawn, class_="tiles"), warned)
-
-
-_NO_FACTS = Facts("", [], [], [], [])
 
 
 def by_protocol(page: Page) -> Html:
@@ -145,15 +142,13 @@ def against_base(page: Page) -> Html | None:
                 and not page.run.ranks.groups.get("repeat", base.groups["all"] & False).any()
             ):
                 continue
-            rows = _rows(compared, protocol, group, "+")
-            near = [row for row in rows if row.colour != "count"]
-            if near:
+            if rows := _rows(compared, protocol, group, "+"):
                 kind = "all targets" if group == "all" else "new targets"
                 parts.append(
                     tag(
                         "div",
                         tag("h3", f"{_SHORT[protocol]}, {kind}"),
-                        charts.intervals(near, zero=True, sign="+"),
+                        charts.intervals(rows, zero=True, sign="+"),
                         class_="card",
                         title=title,
                     )
@@ -175,7 +170,7 @@ def searches(page: Page) -> Html | None:
     parts = [
         tag(
             "div",
-            tag("h3", f"{_SHORT[protocol]}"),
+            tag("h3", _SHORT[protocol]),
             charts.intervals(rows, zero=True, sign="+"),
             class_="card",
         )
