@@ -43,7 +43,9 @@ def read_table(
         schema = raw.collect_schema()
         for name in fields:
             if name not in schema:
-                raise ValueError(f"{path.name}: column {name} is missing")
+                raise ValueError(
+                    f"{path.name}: column {name} is missing among {_shown(', '.join(schema))}"
+                )
             if f"{name}_duplicated_0" in schema:  # as polars renames what is there again
                 raise ValueError(f"{path.name}: column {name} is there twice")
         typed = {name: _typed(path, name, rule, schema[name]) for name, rule in fields.items()}
@@ -89,7 +91,8 @@ def _flag_of(name: str) -> str:
 
 def _typed(path: Path, name: str, rule: Rule, dtype: pl.DataType) -> pl.Expr:
     column = pl.col(name)
-    if dtype == pl.Null:  # nothing is there, of any type
+    # Nothing is there, of any type; or text that repeats.
+    if dtype == pl.Null or isinstance(dtype, pl.Categorical | pl.Enum):
         column, dtype = column.cast(pl.String), pl.String()
     typed = rule.typed(column, dtype)
     if typed is None:
@@ -127,12 +130,14 @@ def field_error(
     """Name the file, the row (from 1, without the header) and the field that is malformed."""
     if isinstance(got, pl.Series):
         got = got.to_list()
-    shown = (
-        "nothing" if got is None else repr(got if len(str(got)) <= 80 else f"{str(got)[:80]}...")
-    )
+    shown = "nothing" if got is None else _shown(got)
     return ValueError(
         f"{Path(path).name}, row {row}, field {field}: expected {expected}, got {shown}"
     )
+
+
+def _shown(value: object) -> str:
+    return repr(value if len(str(value)) <= 80 else f"{str(value)[:80]}...")
 
 
 def check(
@@ -153,6 +158,8 @@ def readable(path: Path) -> Iterator[None]:
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         # A damaged Parquet file makes polars panic.
         reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if reason.startswith(("CSV malformed", "could not parse")):
+            reason += "; quotes may only enclose whole fields, and are doubled within"
         raise ValueError(f"{path.name}: cannot be read: {reason}") from None
 
 

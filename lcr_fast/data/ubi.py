@@ -261,9 +261,10 @@ def _clicks(
     unknown = pl.col("seen").is_null() & pl.col("hits").is_null()
     clicks = under.filter(unknown | seen.fill_null(False) | hits.fill_null(False))
     early = clicks.filter(pl.col("time") < pl.col("began")).height
+    astray = acted["query"].count() - under.height
     at = pl.max_horizontal("time", "began")
     return clicks.select("search", "item", time=at), [
         f"kept {clicks.height:,} events under a query as clicks of its search, {early:,} of them "
         f"dated before it; {under.height - clicks.height:,} are none: their item is not among its "
-        "results"
+        f"results; {astray:,} more have the query_id of no search of their user that was kept"
     ]

@@ -22,10 +22,14 @@ NAN = float("nan")
 MS = 1_700_000_000_000
 
 
-def typed(rule, values, dtype=None):
-    column = pl.Series("x", values, dtype=dtype, strict=False)
+def typed(rule, values):
+    column = values if isinstance(values, pl.Series) else pl.Series("x", values, strict=False)
     expression = rule.typed(pl.col("x"), column.dtype)
     return None if expression is None else column.to_frame().select(expression)["x"].to_list()
+
+
+def single(values):
+    return pl.Series("x", values, dtype=pl.Float32)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +49,8 @@ def typed(rule, values, dtype=None):
         (rules.ID, ["3.14", "007"], ["3.14", "007"]),
         (rules.ID, [5.0, 3.7, NAN], [5, None, None]),
         (rules.ID, [False], None),
+        (rules.ID, ["NA", r"\N", "NAN"], [None, None, "NAN"]),
+        (rules.ID, single([2**24, 2**24 + 2]), [2**24, None]),
         (rules.FLAG, ["True", "0", "1.0", "yes", ""], [True, False, True, None, None]),
         (rules.FLAG, [1.0, 0.0, 2.0, NAN], [True, False, None, None]),
         (rules.FLAG, [True, None], [True, None]),
@@ -69,6 +75,7 @@ def typed(rule, values, dtype=None):
         (rules.time("s"), [1.5, 2.0**63, NAN], [1500, None, None]),
         (rules.time("s"), [datetime.datetime(1970, 1, 2)], [86_400_000]),
         (rules.time("ms"), [True], None),
+        (rules.time("s"), single([1_700_000_000, 7]), None),
     ],
 )
 def test_a_rule_keeps_values_and_drops_what_would_change(rule, values, expected):
@@ -130,7 +137,15 @@ def test_unknown_units_are_refused():
     [
         ("row,x\n5,7\n", None),
         ("x,x\n5,7\n", "t.csv: column x is there twice"),
-        ("y\n5\n", "t.csv: column x is missing"),
+        ("y;z\n5;6\n", "t.csv: column x is missing among 'y;z'$"),
+        (
+            'x\n5\n6" y\n',
+            "t.csv: cannot be read: CSV malformed.*; quotes may only enclose whole fields",
+        ),
+        (
+            'x\n"5" y\n',
+            "t.csv: cannot be read: could not parse.*; quotes may only enclose whole fiel",
+        ),
         ("x\n5\n6.5\n", "t.csv, row 2, field x: expected an integer, got '6.5'"),
         ("x,y\n5,1\n6,7,8\n", "t.csv: cannot be read: found more fields than defined"),
         ('x,y\n5,1\n6,"7', "t.csv: cannot be read: "),
@@ -482,6 +497,25 @@ def test_a_table_without_a_row_has_the_ids_of_the_other(tables, tmp_path, dtype)
     assert frames.read(tmp_path / "parquet").events["item"].equals(tables["events"]["item"])
 
 
+@pytest.mark.parametrize("shown", [None, [], pl.Series([[]] * 14, dtype=pl.List(pl.String))])
+def test_impressions_without_an_entry_are_of_any_type(tables, tmp_path, shown):
+    tables["events"] = tables["events"].with_columns(impressions=pl.lit(shown))
+    log = frames.read(write_tables(tmp_path / "f", tables))
+    assert log.events.schema["impressions"] == pl.List(pl.Int64)
+
+
+def test_text_that_repeats_is_text(tables, tmp_path):
+    plain = tables["searches"].with_columns(pl.col("terms").list.join(" "))
+    flags = tables["events"].with_columns(pl.col("target").cast(pl.String))
+    read_back = []
+    for dtype in (pl.String, pl.Categorical):
+        tables["searches"] = plain.with_columns(pl.col("terms").cast(dtype))
+        tables["events"] = flags.with_columns(pl.col("target").cast(dtype))
+        read_back.append(frames.read(write_tables(tmp_path / str(dtype), tables)))
+    assert read_back[0].searches.equals(read_back[1].searches)
+    assert read_back[0].events.equals(read_back[1].events)
+
+
 def test_times_in_another_unit(tables, tmp_path):
     micro = {name: table.with_columns(pl.col("time") * 1000) for name, table in tables.items()}
     log = frames.read(write_tables(tmp_path / "us", micro), time_unit="us")
@@ -528,6 +562,11 @@ def test_times_in_another_unit(tables, tmp_path):
             "row 2, field search: expected a key of its own, got '1'",
         ),
         ("clicks", {"search": pl.lit("x")}, "row 1, field search: expected the key of a search"),
+        (
+            "clicks",
+            {"time": pl.col("time") // 1000},
+            "clicks.parquet, row 1, field time: expected a time in ms, not before its search's",
+        ),
         ("clicks", {"time": pl.lit(None)}, "row 1, field time: expected a time in ms, got nothing"),
     ],
 )
