@@ -239,7 +239,8 @@ def _acted(events: pl.DataFrame, targets: Sequence[str]) -> tuple[pl.DataFrame, 
     if not acted["target"].any():
         raise ValueError(
             f"ubi: no event on an item is a {' or '.join(targets) or 'target'} (--targets); "
-            f"actions are {named}"
+            f"actions are {named}, and {events['item'].count():,} of {events.height:,} events have "
+            "an event_attributes.object.object_id"
         )
     return acted, [
         f"actions: {named}",

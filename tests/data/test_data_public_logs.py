@@ -327,7 +327,8 @@ def test_ubi_targets_of_any_name(tmp_path):
     folder = write_ubi(tmp_path, events=[event("order", "ann", 40, "c", "q2")])
     told = complaint(ubi, folder)
     assert told == (
-        "ubi: no event on an item is a click or click_through (--targets); actions are order (1)"
+        "ubi: no event on an item is a click or click_through (--targets); actions are order (1), "
+        "and 1 of 1 events have an event_attributes.object.object_id"
     )
     assert ubi.read(folder, targets=["order"]).events["target"].to_list() == [True]
 
