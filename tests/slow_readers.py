@@ -221,7 +221,7 @@ def milliseconds(value, unit="ms", least=-MAX_MS):
     value = number(value)
     times, divided = {"s": (1000, 1), "ms": (1, 1), "us": (1, 1000), "ns": (1, 10**6)}[unit]
     if isinstance(value, float):
-        value = round(value * times / divided)
+        value = math.floor(value * times / divided + 0.5)
     else:
         value = (value * times + divided // 2) // divided
     require(least <= value <= MAX_MS, value)

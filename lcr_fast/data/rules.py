@@ -209,7 +209,8 @@ def time(unit: str, *, least_ms: int = -MAX_MS, expected: str | None = None) -> 
         number = pl.when(number.is_between(least, most)).then(number)
         if whole:
             return (number * times + divided // 2) // divided
-        return (number * times / divided).round().cast(pl.Int64)
+        # A half goes up, as of whole numbers: one instant in two types is one time.
+        return (number * times / divided + 0.5).floor().cast(pl.Int64)
 
     return Rule(expected or f"a time in {unit}", typed)
 

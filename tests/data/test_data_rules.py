@@ -71,6 +71,8 @@ def single(values):
         (rules.UNIX_MS, ["1700000000000.6", "1700000000", "1e400", "nan"], [MS + 1] + [None] * 3),
         (rules.SECONDS, ["0", "-1", "1700000000000", "9223372036854775807"], [0] + [None] * 3),
         (rules.time("us"), [MS * 1000 + 500, 10**17 + 1], [MS + 1, None]),
+        (rules.time("us"), [MS * 1000.0 + 500, 10.0**17 + 100], [MS + 1, None]),
+        (rules.time("s"), ["1700000000.0005", "-0.0005"], [MS + 1, 0]),
         (rules.time("ns"), [MS * 10**6, 2**63 - 1], [MS, None]),
         (rules.time("s"), [1.5, 2.0**63, NAN], [1500, None, None]),
         (rules.time("s"), [datetime.datetime(1970, 1, 2)], [86_400_000]),
