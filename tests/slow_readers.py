@@ -18,8 +18,12 @@ from pathlib import Path
 import polars as pl
 
 MAX_MS = 10**14
-NO_IDS = ("", "nan", "NaN", "NaT", "None", "null", "NULL", "<NA>")
+NO_IDS = ("", "nan", "NaN", "NaT", "None", "null", "NULL", "<NA>", "NA", "\\N")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+
+
+class Single(float):
+    """A float of 32 bits: nobody knows which number it was before, beyond 2**24."""
 
 
 class RefusedError(Exception):
@@ -138,7 +142,12 @@ def rows_of(path, wanted, optional=(), separator=",", quote='"'):
             there = pl.read_parquet_schema(path)
             require(set(wanted) <= there.keys(), "a column is missing")
             columns = [*wanted, *(column for column in optional if column in there)]
-            yield from pl.read_parquet(path, columns=columns).to_dicts()
+            singles = {c for c in columns if there[c] == pl.Float32}
+            for row in pl.read_parquet(path, columns=columns).to_dicts():
+                yield {
+                    c: Single(value) if c in singles and value is not None else value
+                    for c, value in row.items()
+                }
         except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
             raise RefusedError(error) from None
         return
@@ -169,7 +178,8 @@ def integer(value):
         require(re.fullmatch("0|-?[1-9][0-9]*", value), value)
         value = int(value)
     if isinstance(value, float):
-        require(value.is_integer() and abs(value) <= 2**53, value)
+        most = 2**24 if isinstance(value, Single) else 2**53
+        require(value.is_integer() and abs(value) <= most, value)
         value = int(value)
     require(type(value) is int and -(2**63) <= value < 2**63, value)
     return value
@@ -207,10 +217,11 @@ def milliseconds(value, unit="ms", least=-MAX_MS):
     if isinstance(value, datetime.datetime):
         since = value.replace(tzinfo=None) - datetime.datetime(1970, 1, 1)
         value, unit = since // datetime.timedelta(microseconds=1), "us"
+    require(not isinstance(value, Single), value)
     value = number(value)
     times, divided = {"s": (1000, 1), "ms": (1, 1), "us": (1, 1000), "ns": (1, 10**6)}[unit]
     if isinstance(value, float):
-        value = round(value * times / divided)
+        value = math.floor(value * times / divided + 0.5)
     else:
         value = (value * times + divided // 2) // divided
     require(least <= value <= MAX_MS, value)

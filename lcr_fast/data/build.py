@@ -103,6 +103,7 @@ def prepare(
             "counts": _counts(data),
             "options": options,
             "lists_of_impressions": made.lists,
+            "common_clock": log.common_clock,
             "notes": [*log.notes, *made.notes],
         }
 

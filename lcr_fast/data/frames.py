@@ -211,10 +211,12 @@ def _number_searches(tables: dict[str, pl.DataFrame], paths: dict[str, Path]) ->
     if "searches" in paths:
         distinct = pl.col("search").is_first_distinct()
         check(searches, distinct, paths["searches"], "search", "a key of its own")
-    numbers = searches.select("search", number="row")
+    numbers = searches.select("search", number="row", began="time")
     known = clicks.join(numbers, on="search", how="left", maintain_order="left")
     if "clicks" in paths:
         found = pl.col("number").is_not_null()
         check(known, found, paths["clicks"], "search", "the key of a search")
+        late = pl.col("time") >= pl.col("began")
+        check(known, late, paths["clicks"], "time", "a time in ms, not before its search's")
     tables["searches"] = searches.with_columns(search="row")
-    tables["clicks"] = known.with_columns(search="number").drop("number")
+    tables["clicks"] = known.with_columns(search="number").drop("number", "began")

@@ -98,8 +98,11 @@ class InteractionLog:
                 raise ValueError(f"{name} is {first} in {frames[0]}, but {second} in {frames[1]}")
         if "impressions" in self.events.columns:
             shown, ids = self.events["impressions"], self.events["item"].dtype
-            fits = isinstance(shown.dtype, pl.List) and shown.dtype.inner in (ids, pl.Null)
-            _require("events", shown, fits or shown.dtype == pl.Null, f"a column of lists of {ids}")
+            fits = shown.dtype == pl.Null or (
+                isinstance(shown.dtype, pl.List)
+                and (shown.dtype.inner == ids or not shown.list.len().sum())  # of no entry, no type
+            )
+            _require("events", shown, fits, f"a column of lists of {ids}")
             self.events = self.events.cast({"impressions": pl.List(ids)})
             if ids == pl.String:
                 _check_ids("events", self.events["impressions"].explode().drop_nulls())

@@ -1,9 +1,10 @@
-"""What a field may hold, whatever the file: one rule each for ids, times, numbers and flags.
+r"""What a field may hold, whatever the file: one rule each for ids, times, numbers and flags.
 
 A rule turns a column into its one type, with null for whatever breaks the rule. Nothing is bent to
 fit: 3.7 and "007" are no integers, "" and "nan" are no ids, infinity is no number. NaN is a missing
-value, as null is. No id and no word holds a tab or line break: of a text file it would hold the
-rows behind a quote that was opened and not closed.
+value, as null is; what databases and R write for one, \N and NA, is no id. No id and no word holds
+a tab or line break: of a text file it would hold the rows behind a quote that was opened and not
+closed.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import polars as pl
 MAX_MS = 10**14  # the year 5138; times in us or ns lie beyond it
 MIN_UNIX_MS = 10**11  # unix times in seconds lie below it
 _MAX_INT = 2**63 - 10**6  # of Int64, with room to round ns
-_EXACT = 2**53  # the floats up to here hold every integer
-_NO_ID = ("", "nan", "NaN", "NaT", "None", "null", "NULL", "<NA>")
+_EXACT, _EXACT_32 = 2**53, 2**24  # the floats of 64 and 32 bits up to here hold every integer
+_NO_ID = ("", "nan", "NaN", "NaT", "None", "null", "NULL", "<NA>", "NA", r"\N")
 _FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 _PER_MS = {"s": (1000, 1), "ms": (1, 1), "us": (1, 1000), "ns": (1, 10**6)}  # times, divided by
 BREAK = r"[\t\r\n]"
@@ -77,7 +78,8 @@ def _integer(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
     if dtype.is_integer():
         return column.cast(pl.Int64, strict=False)
     if dtype.is_float():
-        exact = (column == column.floor()) & (column.abs() <= _EXACT)
+        most = _EXACT_32 if dtype == pl.Float32 else _EXACT
+        exact = (column == column.floor()) & (column.abs() <= most)
         return pl.when(exact).then(column).cast(pl.Int64, strict=False)
     if dtype == pl.String:
         # "007" and "+7" are told from "7": as ids they are three.
@@ -183,7 +185,8 @@ def time(unit: str, *, least_ms: int = -MAX_MS, expected: str | None = None) -> 
     """Make the rule of times in a unit ("s", "ms", "us", "ns"): Int64 ms, rounded, within range.
 
     The range is ``least_ms`` to ``MAX_MS``, so that a time in a finer unit breaks the rule. A
-    Datetime column has a unit of its own.
+    Datetime column has a unit of its own; of Float32, which holds a unix time in s to two minutes,
+    there is no time.
     """
     if unit not in _PER_MS:
         raise ValueError(f"the unit of times must be one of {', '.join(_PER_MS)}, got {unit!r}")
@@ -193,6 +196,8 @@ def time(unit: str, *, least_ms: int = -MAX_MS, expected: str | None = None) -> 
         if isinstance(dtype, pl.Datetime):
             times, divided = _PER_MS[dtype.time_unit]
             column, dtype = column.cast(pl.Int64), pl.Int64()
+        if dtype == pl.Float32:
+            return None
         whole = dtype.is_integer()
         number = column.cast(pl.Int64, strict=False) if whole else _number(column, dtype)
         if number is None:
@@ -204,7 +209,8 @@ def time(unit: str, *, least_ms: int = -MAX_MS, expected: str | None = None) -> 
         number = pl.when(number.is_between(least, most)).then(number)
         if whole:
             return (number * times + divided // 2) // divided
-        return (number * times / divided).round().cast(pl.Int64)
+        # A half goes up, as of whole numbers: one instant in two types is one time.
+        return (number * times / divided + 0.5).floor().cast(pl.Int64)
 
     return Rule(expected or f"a time in {unit}", typed)
 

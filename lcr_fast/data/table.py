@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import polars as pl
@@ -39,11 +40,13 @@ def read_table(
     """
     path = Path(path)
     raw = scan(path, separator, quote_char)
-    with readable(path):
+    with readable(path, partial(_odd_line, path, separator, quote_char)):
         schema = raw.collect_schema()
         for name in fields:
             if name not in schema:
-                raise ValueError(f"{path.name}: column {name} is missing")
+                raise ValueError(
+                    f"{path.name}: column {name} is missing among {_shown(', '.join(schema))}"
+                )
             if f"{name}_duplicated_0" in schema:  # as polars renames what is there again
                 raise ValueError(f"{path.name}: column {name} is there twice")
         typed = {name: _typed(path, name, rule, schema[name]) for name, rule in fields.items()}
@@ -89,7 +92,8 @@ def _flag_of(name: str) -> str:
 
 def _typed(path: Path, name: str, rule: Rule, dtype: pl.DataType) -> pl.Expr:
     column = pl.col(name)
-    if dtype == pl.Null:  # nothing is there, of any type
+    # Nothing is there, of any type; or text that repeats.
+    if dtype == pl.Null or isinstance(dtype, pl.Categorical | pl.Enum):
         column, dtype = column.cast(pl.String), pl.String()
     typed = rule.typed(column, dtype)
     if typed is None:
@@ -127,12 +131,14 @@ def field_error(
     """Name the file, the row (from 1, without the header) and the field that is malformed."""
     if isinstance(got, pl.Series):
         got = got.to_list()
-    shown = (
-        "nothing" if got is None else repr(got if len(str(got)) <= 80 else f"{str(got)[:80]}...")
-    )
+    shown = "nothing" if got is None else _shown(got)
     return ValueError(
         f"{Path(path).name}, row {row}, field {field}: expected {expected}, got {shown}"
     )
+
+
+def _shown(value: object) -> str:
+    return repr(value if len(str(value)) <= 80 else f"{str(value)[:80]}...")
 
 
 def check(
@@ -146,14 +152,42 @@ def check(
 
 
 @contextlib.contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Turn what polars raises about a file into a ValueError of one sentence."""
+def readable(path: Path, more: Callable[[bool], str] = lambda quoted_amiss: "") -> Iterator[None]:
+    """Turn what polars raises about a file into a ValueError of one sentence.
+
+    ``more`` ends it where a text has a row of too many fields, or a quote (True) amiss.
+    """
     try:
         yield
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         # A damaged Parquet file makes polars panic.
         reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if reason.startswith(("CSV malformed", "could not parse")):
+            reason += "; quotes may only enclose whole fields, and are doubled within" + more(True)
+        elif reason.startswith("found more fields"):
+            reason += more(False)
         raise ValueError(f"{path.name}: cannot be read: {reason}") from None
+
+
+def _odd_line(path: Path, separator: str, quote_char: str | None, quoted_amiss: bool) -> str:
+    """Show the first line of a text with more fields than names, or where a quote stands amiss."""
+    n_names = len(scan(path, separator, quote_char).collect_schema())
+    bare, q = f"[^{separator}]*", quote_char
+    field = bare if q is None else f"(?:{q}(?:[^{q}]|{q}{q})*{q}|[^{q}{separator}]*)"
+    lines = pl.scan_csv(
+        path, separator="\x1e", quote_char=None, has_header=False, infer_schema=False,
+        new_columns=["line"], truncate_ragged_lines=True,
+    )  # fmt: skip
+    if quoted_amiss:
+        odd = ~pl.col("line").str.contains(rf"^{field}(?:{separator}{field})*\r?$")
+    else:
+        odd = pl.col("line").str.contains(f"^(?:{field}{separator}){{{n_names}}}")
+    numbered = lines.select("line").with_row_index("number", offset=1)
+    try:
+        number, line = numbered.filter(odd).head(1).collect().row(0)
+    except pl.exceptions.PolarsError:  # no such line, or bytes that are no text
+        return ""
+    return f" (line {number}: {_shown(line)})"
 
 
 def is_columnar(path: Path) -> bool:

@@ -239,7 +239,8 @@ def _acted(events: pl.DataFrame, targets: Sequence[str]) -> tuple[pl.DataFrame, 
     if not acted["target"].any():
         raise ValueError(
             f"ubi: no event on an item is a {' or '.join(targets) or 'target'} (--targets); "
-            f"actions are {named}"
+            f"actions are {named}, and {events['item'].count():,} of {events.height:,} events have "
+            "an event_attributes.object.object_id"
         )
     return acted, [
         f"actions: {named}",
@@ -261,9 +262,10 @@ def _clicks(
     unknown = pl.col("seen").is_null() & pl.col("hits").is_null()
     clicks = under.filter(unknown | seen.fill_null(False) | hits.fill_null(False))
     early = clicks.filter(pl.col("time") < pl.col("began")).height
+    astray = acted["query"].count() - under.height
     at = pl.max_horizontal("time", "began")
     return clicks.select("search", "item", time=at), [
         f"kept {clicks.height:,} events under a query as clicks of its search, {early:,} of them "
         f"dated before it; {under.height - clicks.height:,} are none: their item is not among its "
-        "results"
+        f"results; {astray:,} more have the query_id of no search of their user that was kept"
     ]

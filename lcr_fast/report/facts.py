@@ -116,13 +116,19 @@ def _targets(data: PreparedData, split: str) -> Iterator[Fact]:
         yield Fact(split, f"{name} before a target, median", text, middle)
     trained, tested = data.train_times, samples.times
     late = (trained > np.median(tested)).sum() if n else 0
-    yield _share(split, "training samples later than the median target", late, len(trained))
+    compared = len(trained) if _common_clock(data) else 0
+    yield _share(split, "training samples later than the median target", late, compared)
     if samples.negatives is not None and n:
         stored = samples.negatives.shape[1]
         yield _share(split, "items that are candidates of a target", stored + 1, data.n_items)
     if samples.impression_offsets is not None:
         shown = np.diff(samples.impression_offsets)
         yield _share(split, "targets with the items shown", (shown > 0).sum(), n)
+
+
+def _common_clock(data: PreparedData) -> bool:
+    """Tell whether times of different users compare."""
+    return data.manifest.get("common_clock", True)
 
 
 def _overlaps(data: PreparedData, split: str) -> Iterator[Fact]:
@@ -283,7 +289,7 @@ def _warnings(data: PreparedData, values: dict[str, float], split: str) -> Itera
     share = values.get("items that are candidates of a target", 0)
     if share > _EASY:
         yield f"{share:.0%} of all items are candidates: sampled and full ranking are nearly one"
-    if len(data.search_times) and (
+    if (_common_clock(data) and len(data.search_times)) and (
         data.rec_times.min() > data.search_times.max()
         or data.search_times.min() > data.rec_times.max()
     ):

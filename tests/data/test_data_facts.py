@@ -1,11 +1,13 @@
 """Facts of prepared data: right on a log that one can count; what misleads is warned of."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from lcr_fast import cli
 from lcr_fast.data.build import prepare
+from lcr_fast.data.prepared import PreparedData
 from lcr_fast.report.facts import fact_table, facts_of
 
 MINUTE, START = 60_000, 1_700_000_000_000
@@ -129,6 +131,21 @@ def test_a_split_by_time_leaks_nothing(make_log, clear, tmp_path):
     log = make_log(*staggered(*clear))
     data = prepare(log, tmp_path / "out", n_negatives=5, split="time")
     assert values(facts_of(data))["training samples later than the median target"] == 0
+
+
+def test_clocks_of_their_own_are_not_compared(make_log, tmp_path):
+    events = [(user, 5 * user + n, 100 * user + n, True) for user in range(5) for n in range(5)]
+    log = make_log(events, [(0, 9_000, ["w"], [])])
+    warned = []
+    for name, common in (("common", True), ("own", False)):
+        data = prepare(replace(log, common_clock=common), tmp_path / name, n_negatives=1)
+        found = facts_of(PreparedData.open(tmp_path / name))
+        assert data.manifest["common_clock"] is common
+        warned.append("\n".join(found.warnings))
+    for told in ("later than the median test target", "do not overlap in time"):
+        assert told in warned[0]
+        assert told not in warned[1]
+    assert math.isnan(values(found)["training samples later than the median target"])
 
 
 def test_data_without_searches_or_test_samples(make_log, clear, tmp_path):

@@ -149,7 +149,8 @@ def test_synerise_of_another_schema(shop, tmp_path):
     path = shop / "search_query.parquet"
     queries = pl.read_parquet(path)
     queries.drop("query").write_parquet(path)
-    assert complaint(synerise, shop) == "search_query.parquet: column query is missing"
+    told = "search_query.parquet: column query is missing among 'client_id, timestamp'"
+    assert complaint(synerise, shop) == told
     lists = queries["query"].str.extract_all("[0-9]+").cast(pl.List(pl.Int64))
     queries.with_columns(lists).write_parquet(path)
     assert synerise.read(shop).searches["terms"][0].to_list() == ["0:1", "1:255", "2:3"]
@@ -242,7 +243,7 @@ def test_ubi(tmp_path):
     assert "kept 2 searches; dropped 1 without a word, 1 without a query_id and 1 whose" in notes
     assert "dropped 1 without an object_id and 4 of other actions" in notes
     assert "4 events under a query as clicks of its search, 1 of them dated before it" in notes
-    assert "; 1 are none: their item is not among its results" in notes
+    assert "; 1 are none: their item is not among its results; 1 more have the query_id" in notes
     assert "aside" not in notes
 
 
@@ -326,7 +327,8 @@ def test_ubi_targets_of_any_name(tmp_path):
     folder = write_ubi(tmp_path, events=[event("order", "ann", 40, "c", "q2")])
     told = complaint(ubi, folder)
     assert told == (
-        "ubi: no event on an item is a click or click_through (--targets); actions are order (1)"
+        "ubi: no event on an item is a click or click_through (--targets); actions are order (1), "
+        "and 1 of 1 events have an event_attributes.object.object_id"
     )
     assert ubi.read(folder, targets=["order"]).events["target"].to_list() == [True]
 

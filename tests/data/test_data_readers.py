@@ -114,7 +114,9 @@ def test_trivago_malformed(tmp_path):
         trivago, path
     )
     write_trivago(path, TRIVAGO.replace("impressions", "shown"))
-    assert complaint(trivago, path) == "t.csv: column impressions is missing"
+    assert complaint(trivago, path).startswith(
+        "t.csv: column impressions is missing among 'user_id, session_id, "
+    )
     path.write_text("")
     assert complaint(trivago, path).startswith("t.csv: cannot be read: ")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and then nothing")

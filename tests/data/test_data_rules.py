@@ -22,10 +22,14 @@ NAN = float("nan")
 MS = 1_700_000_000_000
 
 
-def typed(rule, values, dtype=None):
-    column = pl.Series("x", values, dtype=dtype, strict=False)
+def typed(rule, values):
+    column = values if isinstance(values, pl.Series) else pl.Series("x", values, strict=False)
     expression = rule.typed(pl.col("x"), column.dtype)
     return None if expression is None else column.to_frame().select(expression)["x"].to_list()
+
+
+def single(values):
+    return pl.Series("x", values, dtype=pl.Float32)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +49,8 @@ def typed(rule, values, dtype=None):
         (rules.ID, ["3.14", "007"], ["3.14", "007"]),
         (rules.ID, [5.0, 3.7, NAN], [5, None, None]),
         (rules.ID, [False], None),
+        (rules.ID, ["NA", r"\N", "NAN"], [None, None, "NAN"]),
+        (rules.ID, single([2**24, 2**24 + 2]), [2**24, None]),
         (rules.FLAG, ["True", "0", "1.0", "yes", ""], [True, False, True, None, None]),
         (rules.FLAG, [1.0, 0.0, 2.0, NAN], [True, False, None, None]),
         (rules.FLAG, [True, None], [True, None]),
@@ -65,10 +71,13 @@ def typed(rule, values, dtype=None):
         (rules.UNIX_MS, ["1700000000000.6", "1700000000", "1e400", "nan"], [MS + 1] + [None] * 3),
         (rules.SECONDS, ["0", "-1", "1700000000000", "9223372036854775807"], [0] + [None] * 3),
         (rules.time("us"), [MS * 1000 + 500, 10**17 + 1], [MS + 1, None]),
+        (rules.time("us"), [MS * 1000.0 + 500, 10.0**17 + 100], [MS + 1, None]),
+        (rules.time("s"), ["1700000000.0005", "-0.0005"], [MS + 1, 0]),
         (rules.time("ns"), [MS * 10**6, 2**63 - 1], [MS, None]),
         (rules.time("s"), [1.5, 2.0**63, NAN], [1500, None, None]),
         (rules.time("s"), [datetime.datetime(1970, 1, 2)], [86_400_000]),
         (rules.time("ms"), [True], None),
+        (rules.time("s"), single([1_700_000_000, 7]), None),
     ],
 )
 def test_a_rule_keeps_values_and_drops_what_would_change(rule, values, expected):
@@ -130,11 +139,23 @@ def test_unknown_units_are_refused():
     [
         ("row,x\n5,7\n", None),
         ("x,x\n5,7\n", "t.csv: column x is there twice"),
-        ("y\n5\n", "t.csv: column x is missing"),
+        ("y;z\n5;6\n", "t.csv: column x is missing among 'y;z'$"),
+        (
+            'x\n5\n6" y\n',
+            r"t.csv: cannot be read: CSV malformed.*; quotes may only .*\(line 3: '6\" y'\)$",
+        ),
+        (
+            'x\n"5" y\n',
+            r"t.csv: cannot be read: could not parse.*; quotes may only .*\(line 2: '\"5\" y'\)$",
+        ),
         ("x\n5\n6.5\n", "t.csv, row 2, field x: expected an integer, got '6.5'"),
-        ("x,y\n5,1\n6,7,8\n", "t.csv: cannot be read: found more fields than defined"),
+        ('x,y\n5,1\n"6\n",7,8\n', "t.csv: cannot be read: found more fields than defined"),
+        (
+            'x,y\n"5\n",1\n6,"7,8",9\n',
+            r"t.csv: cannot be read: found more fields .* \(line 4: '6,\"7,8\",9'\)$",
+        ),
         ('x,y\n5,1\n6,"7', "t.csv: cannot be read: "),
-        ("x\n5\n6,7\n", "t.csv: cannot be read: found more fields than defined"),
+        ("x\n5\n6,7\n", r"t.csv: cannot be read: found more fields .* \(line 3: '6,7'\)$"),
     ],
 )
 def test_tables_name_what_is_wrong(tmp_path, text, message):
@@ -482,6 +503,25 @@ def test_a_table_without_a_row_has_the_ids_of_the_other(tables, tmp_path, dtype)
     assert frames.read(tmp_path / "parquet").events["item"].equals(tables["events"]["item"])
 
 
+@pytest.mark.parametrize("shown", [None, [], pl.Series([[]] * 14, dtype=pl.List(pl.String))])
+def test_impressions_without_an_entry_are_of_any_type(tables, tmp_path, shown):
+    tables["events"] = tables["events"].with_columns(impressions=pl.lit(shown))
+    log = frames.read(write_tables(tmp_path / "f", tables))
+    assert log.events.schema["impressions"] == pl.List(pl.Int64)
+
+
+def test_text_that_repeats_is_text(tables, tmp_path):
+    plain = tables["searches"].with_columns(pl.col("terms").list.join(" "))
+    flags = tables["events"].with_columns(pl.col("target").cast(pl.String))
+    read_back = []
+    for dtype in (pl.String, pl.Categorical):
+        tables["searches"] = plain.with_columns(pl.col("terms").cast(dtype))
+        tables["events"] = flags.with_columns(pl.col("target").cast(dtype))
+        read_back.append(frames.read(write_tables(tmp_path / str(dtype), tables)))
+    assert read_back[0].searches.equals(read_back[1].searches)
+    assert read_back[0].events.equals(read_back[1].events)
+
+
 def test_times_in_another_unit(tables, tmp_path):
     micro = {name: table.with_columns(pl.col("time") * 1000) for name, table in tables.items()}
     log = frames.read(write_tables(tmp_path / "us", micro), time_unit="us")
@@ -528,6 +568,11 @@ def test_times_in_another_unit(tables, tmp_path):
             "row 2, field search: expected a key of its own, got '1'",
         ),
         ("clicks", {"search": pl.lit("x")}, "row 1, field search: expected the key of a search"),
+        (
+            "clicks",
+            {"time": pl.col("time") // 1000},
+            "clicks.parquet, row 1, field time: expected a time in ms, not before its search's",
+        ),
         ("clicks", {"time": pl.lit(None)}, "row 1, field time: expected a time in ms, got nothing"),
     ],
 )
