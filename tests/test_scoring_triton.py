@@ -218,6 +218,18 @@ def test_triton_reads_no_padding_and_keeps_only_its_inputs():
 
 
 @on_triton
+def test_triton_reads_no_other_user_behind_a_length_that_is_too_large():
+    case = kernel_case()
+    expected = case.run("triton")
+    sizes = (case.tensors[name].shape[1] for name in ("search", "rec"))
+    case.lengths = [
+        lengths + 3 * (lengths == size) for lengths, size in zip(case.lengths, sizes, strict=True)
+    ]
+    for name, value in case.run("triton").items():
+        assert torch.equal(value, expected[name]), name
+
+
+@on_triton
 def test_triton_registered_ops():
     check_registered_ops("triton", Case(n_users=1, mlp_hidden=(6, 5)).to(DEVICE))
 
