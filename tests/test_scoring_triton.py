@@ -290,3 +290,12 @@ def test_small_gpus_get_small_tiles():
     large = configs.config("score_fwd", *case, gpus.GPUS["sm_80"])
     small = configs.config("score_fwd", *case, gpus.Gpu(8, 99 << 10))
     assert (large["CANDIDATES"], small["CANDIDATES"]) == (64, 16)
+
+
+@pytest.mark.parametrize(("major", "expected"), [(9, 64), (10, 32), (11, 32)])
+def test_the_catalogue_does_without_tensor_memory(major, expected):
+    configs = pytest.importorskip("lcr_fast.kernels.scoring.config")
+    gpus = pytest.importorskip("lcr_fast.kernels.gpu")
+    gpu = gpus.Gpu(major, 227 << 10)
+    chosen = configs.catalogue_config(64, 50, torch.bfloat16, "ieee", gpu)
+    assert chosen["CANDIDATES"] == expected
