@@ -33,6 +33,11 @@ class Gpu(NamedTuple):
     major: int  # compute capability
     shared: int  # bytes that a program may have
 
+    @property
+    def has_tensor_memory(self) -> bool:
+        """Whether Triton multiplies by tcgen05, whose sums take tensor memory."""
+        return self.major in (10, 11)
+
 
 # What is compiled ahead of time, by the CUDA programming guide's table of compute capabilities.
 GPUS = {

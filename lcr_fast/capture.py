@@ -315,9 +315,9 @@ def capture(
     """Capture ``model(batch)`` for serving, for each of ``batch_sizes``, on the model's GPU.
 
     ``max_terms`` is the most terms of a query, 16 being a batcher's own limit. Weights may change
-    in place and are read anew; a model that moves must be captured again. The result's
-    ``memory_bytes`` tells what the graphs hold. ``graph`` makes what captures, by default a
-    :class:`CudaGraph`.
+    in place and are read anew; a model that moves must be captured again. Calls share the graphs'
+    memory: they must follow each other, on one CUDA stream. The result's ``memory_bytes`` tells
+    what the graphs hold. ``graph`` makes what captures, by default a :class:`CudaGraph`.
 
     Raises ValueError for a model that is in training, on no GPU, with exits or with a row 0 that is
     not 0, RuntimeError where its operations cannot be captured.

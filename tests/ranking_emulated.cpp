@@ -243,7 +243,7 @@ int main() {
     for (int i = 0; i < 3; ++i) rank(next(3, n_items));
   rank(next(0, 10));
   rank(next(10, 0));
-  for (int64_t n_items : {1, 63, 64, 65, 200})
+  for (int64_t n_items : {0, 1, 63, 64, 65, 200})
     for (int64_t n_rows : {1, 65})
       for (int64_t dim : {1, 16, 20})
         for (int64_t n_seen : {0, 40}) rank_catalogue(next(n_rows, n_items), dim, n_seen);

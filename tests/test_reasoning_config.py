@@ -13,9 +13,10 @@ from lcr_fast.kernels.reasoning import config as configs
 SMALL = Gpu(8, 99 << 10)  # such as sm_86 and sm_89
 A100, H100 = GPUS["sm_80"], GPUS["sm_90"]
 NEWER = Gpu(12, 99 << 10)
+THOR = Gpu(11, 227 << 10)
 
 
-@pytest.mark.parametrize("gpu", [SMALL, A100, H100, NEWER], ids=str)
+@pytest.mark.parametrize("gpu", [SMALL, A100, H100, NEWER, THOR], ids=str)
 @pytest.mark.parametrize("which", ["fwd", "recompute", "bwd"])
 @pytest.mark.parametrize(
     ("dtype", "precision"),
@@ -95,8 +96,9 @@ def test_all_heads_are_taken_at_once_where_a_loop_over_them_keeps_too_much():
 def test_a_forward_pass_over_the_whole_width_does_without_tensor_memory(which, D, H, is_without):
     for slot in (16, 32, 64):
         for dtype, precision in ((torch.bfloat16, "ieee"), (torch.float32, "tf32")):
-            chosen = configs.config(which, D, H, slot, dtype, precision, GPUS["sm_100"])
-            assert (chosen.num_warps == 16) == is_without
+            for gpu in (GPUS["sm_100"], THOR):
+                chosen = configs.config(which, D, H, slot, dtype, precision, gpu)
+                assert (chosen.num_warps == 16) == is_without
 
 
 def test_a_gpu_is_described(monkeypatch):

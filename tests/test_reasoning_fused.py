@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -215,6 +216,23 @@ def test_parity_with_the_rounding_of_tensor_cores(monkeypatch, case):
     call = draw("triton", CASES[case])
     with tensor_core.multiplying(monkeypatch, "highest"):
         assert_reasoning_parity(run_reasoning(call, "triton"), reasoning_baseline(call))
+
+
+@pytest.mark.parametrize("name", ["ffn_in_weight", "ffn_in_bias"])
+def test_a_nan_before_a_relu_is_not_dropped(backend, name, monkeypatch):
+    """As the maximum of a GPU would, unlike that of Triton's interpreter."""
+    if backend == "triton" and not GPU:
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        def maximum(self, a, b):
+            return self.binary_op(a, b, np.fmax)
+
+        monkeypatch.setattr(InterpreterBuilder, "create_maxnumf", maximum)
+    call = draw(backend, ReasoningCase(steps=1, n_users=4))
+    call.inputs[name].view(-1)[0] = math.nan  # of the search stream
+    found = forward(call, backend)
+    for x, length in zip(found.search, call.lengths[SEARCH], strict=True):
+        assert x[:length].isnan().all()
 
 
 # Configurations of the Triton kernels, and a case.

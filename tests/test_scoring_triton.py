@@ -218,6 +218,18 @@ def test_triton_reads_no_padding_and_keeps_only_its_inputs():
 
 
 @on_triton
+def test_triton_reads_no_other_user_behind_a_length_that_is_too_large():
+    case = kernel_case()
+    expected = case.run("triton")
+    sizes = (case.tensors[name].shape[1] for name in ("search", "rec"))
+    case.lengths = [
+        lengths + 3 * (lengths == size) for lengths, size in zip(case.lengths, sizes, strict=True)
+    ]
+    for name, value in case.run("triton").items():
+        assert torch.equal(value, expected[name]), name
+
+
+@on_triton
 def test_triton_registered_ops():
     check_registered_ops("triton", Case(n_users=1, mlp_hidden=(6, 5)).to(DEVICE))
 
@@ -278,3 +290,12 @@ def test_small_gpus_get_small_tiles():
     large = configs.config("score_fwd", *case, gpus.GPUS["sm_80"])
     small = configs.config("score_fwd", *case, gpus.Gpu(8, 99 << 10))
     assert (large["CANDIDATES"], small["CANDIDATES"]) == (64, 16)
+
+
+@pytest.mark.parametrize(("major", "expected"), [(9, 64), (10, 32), (11, 32)])
+def test_the_catalogue_does_without_tensor_memory(major, expected):
+    configs = pytest.importorskip("lcr_fast.kernels.scoring.config")
+    gpus = pytest.importorskip("lcr_fast.kernels.gpu")
+    gpu = gpus.Gpu(major, 227 << 10)
+    chosen = configs.catalogue_config(64, 50, torch.bfloat16, "ieee", gpu)
+    assert chosen["CANDIDATES"] == expected

@@ -1,6 +1,6 @@
 """Whether every case that the reasoning kernels serve fits the shared memory of a GPU.
 
-Tensor memory, which compute capability 10 has, is counted too.
+Tensor memory, which compute capabilities 10 and 11 have, is counted too.
 
     python tools/shared_memory.py [--arch sm_89 ...] [--only REGEX]
 
@@ -31,7 +31,11 @@ from lcr_fast.kernels.reasoning.ahead_of_time import TRAIN, Call, make_variant
 from lcr_fast.kernels.reasoning.config import obstacle
 from lcr_fast.kernels.reasoning.forward import latent_reasoning_fwd_kernel
 
-ARCHS = GPUS | {"sm_89": Gpu(8, 99 << 10), "sm_120": Gpu(12, 99 << 10)}
+ARCHS = GPUS | {
+    "sm_89": Gpu(8, 99 << 10),
+    "sm_110": Gpu(11, 227 << 10),
+    "sm_120": Gpu(12, 99 << 10),
+}
 PRECISIONS = {"ieee": torch.bfloat16, "tf32": torch.float32, "tf32x3": torch.float32}
 _KERNELS = {
     "fwd": ("fwd", latent_reasoning_fwd_kernel),

@@ -536,10 +536,11 @@ void launch_catalogue(const CatalogueArgs& args, int64_t* counts, Faults* faults
                       cudaStream_t stream) {
   const int64_t user_tiles = (args.metric.n_rows + kTile - 1) / kTile;
   const int64_t item_tiles = (args.metric.n_items + kTile - 1) / kTile;
-  if (user_tiles == 0 || item_tiles == 0) return;
-  // Enough blocks to fill a large GPU a few times, each with as many tiles as that leaves.
+  if (user_tiles == 0) return;
+  // Enough blocks to fill a large GPU a few times, each with as many tiles as that leaves. Without
+  // an item there is one nevertheless, as any target is a fault then.
   const int64_t columns =
-      std::clamp<int64_t>(4096 / user_tiles, 1, std::min<int64_t>(item_tiles, 65535));
+      std::clamp<int64_t>(4096 / user_tiles, 1, std::clamp<int64_t>(item_tiles, 1, 65535));
   const dim3 grid(static_cast<unsigned>(user_tiles), static_cast<unsigned>(columns));
   catalogue_kernel<T><<<grid, kThreads, 0, stream>>>(args, counts, faults);
   if (args.seen != nullptr && args.n_seen > 0) {

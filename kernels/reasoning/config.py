@@ -124,10 +124,10 @@ _CONFIGS: dict[tuple[str, str, int, int, int | None], Config] = {
     },
     ("bwd", "tf32x3", 128, 32, None): Config(4, parked=True),
 }
-# On compute capability 10 float32 in two parts, long histories, wide gradients and a forward pass
-# that takes the whole width at a time (one head, or width 32) exceed tensor memory; 16 warps do
-# without, and need as much shared memory as on capability 8. Not told that a thread may have 128
-# registers, ptxas 13.1 gives it 32 and spills the rest.
+# Where there is tensor memory, float32 in two parts, long histories, wide gradients and a forward
+# pass that takes the whole width at a time (one head, or width 32) exceed it; 16 warps do without,
+# and need as much shared memory as on capability 8. Not told that a thread may have 128 registers,
+# ptxas 13.1 gives it 32 and spills the rest.
 _WITHOUT_TENSOR_MEMORY = Config(16, parked=True, registers=128)
 # Most bytes of one tile of heads, both parts of a tf32x3 product counted, by the shared memory that
 # a program may have, for which products fit it whole.
@@ -170,7 +170,7 @@ def config(
         # A loop over heads keeps both streams' states there.
         chosen = chosen._replace(block_heads=D)
     exceeds = is_long or (chosen.heads(D, H) == D if which == "fwd" else is_wide)
-    if gpu.major == 10 and (kind == "tf32x3" or exceeds):
+    if gpu.has_tensor_memory and (kind == "tf32x3" or exceeds):
         chosen, shared = _WITHOUT_TENSOR_MEMORY, min(shared, 163 << 10)
     for rows in (max(slot, chosen.rows), max(slot, 32)):
         if _fits(which, chosen.heads(D, H), rows, number_bytes, shared):

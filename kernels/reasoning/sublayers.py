@@ -381,6 +381,12 @@ def attention_bwd(
 
 
 @triton.jit
+def _relu(x):
+    """Unlike tl.maximum by default, on a GPU, it lets a NaN through."""
+    return tl.maximum(x, 0.0, tl.PropagateNan.ALL)
+
+
+@triton.jit
 def ffn(
     x,  # [M, D]
     weights,  # FfnWeights of one stream and step
@@ -400,7 +406,7 @@ def ffn(
     for start in tl.range(0, F, BLOCK_F, disable_licm=True):
         unit = start + tl.arange(0, BLOCK_F)
         hidden = linear(x, weights.in_weight, weights.in_bias, unit, D, PRECISION)  # [M, BLOCK_F]
-        hidden = rounded(tl.maximum(hidden, 0.0), x.dtype)
+        hidden = rounded(_relu(hidden), x.dtype)
         out_weight = load_block_transposed(weights.out_weight, column, unit, F, x.dtype)
         y = product(hidden, out_weight, PRECISION, y)
     return y + tl.load(weights.out_bias + column).to(tl.float32)[None, :]
@@ -429,7 +435,7 @@ def ffn_bwd(
         unit = start + tl.arange(0, BLOCK_F)
         x = unpark(x, x_at, D, PARKED)
         hidden = linear(x, weights.in_weight, weights.in_bias, unit, D, PRECISION)  # [M, BLOCK_F]
-        hidden = tl.maximum(hidden, 0.0).to(x.dtype)
+        hidden = _relu(hidden).to(x.dtype)
         store_tile(columns(hidden_at, start), hidden, BLOCK_F)
         out_weight = load_block(weights.out_weight, column, unit, F, x.dtype)  # [D, BLOCK_F]
         dy = unpark(dy, dy_at, D, PARKED)

@@ -17,6 +17,7 @@ from lcr_fast.kernels.scoring.tile import (
     first_layer,
     hidden_keep,
     load_events,
+    load_length,
     load_vectors,
     relu,
     second_layer,
@@ -90,8 +91,8 @@ def head_bwd_kernel(
     H1: tl.constexpr = HEAD.H1
     H2: tl.constexpr = HEAD.H2
 
-    search_length = tl.load(search.lengths + b).to(tl.int32)
-    rec_length = tl.load(rec.lengths + b).to(tl.int32)
+    search_length = load_length(search, b)
+    rec_length = load_length(rec, b)
     ids = tl.load(ids_ptr + b * ids_stride + c, mask=inside, other=0)
     e = load_vectors(items_ptr, ids, inside, 0, D, D, DTYPE)  # [P, D]
     keys = target_keys(items_ptr, ids, inside, target_weight_ptr, D, KEY_BLOCK, DTYPE, PRECISION)
@@ -275,13 +276,13 @@ def candidate_bwd_kernel(
     _store(candidates_ptr + 2 * D, i, axis, 3 * D, e, inside, D)
     de = _dkeys(
         e, search.states + b * n_trajectories * search.size * D,
-        tl.load(search.lengths + b).to(tl.int32), search.size, target_weight_ptr,
+        load_length(search, b), search.size, target_weight_ptr,
         candidates_ptr, dkeys_ptr, dinputs_ptr + D, softmax_ptr, inside,
         n_trajectories, n_candidates, n_rows, D, EVENTS, PRECISION,
     )  # fmt: skip
     de += _dkeys(
         e, rec.states + b * n_trajectories * rec.size * D,
-        tl.load(rec.lengths + b).to(tl.int32), rec.size, target_weight_ptr + D * D,
+        load_length(rec, b), rec.size, target_weight_ptr + D * D,
         candidates_ptr + D, dkeys_ptr + D, dinputs_ptr, softmax_ptr + 3 * n_rows, inside,
         n_trajectories, n_candidates, n_rows, D, EVENTS, PRECISION,
     )  # fmt: skip
@@ -313,7 +314,7 @@ def state_bwd_kernel(
     block, bn_local = pid % n_blocks, pid // n_blocks
     b_local = bn_local // n_trajectories
     bn = first_user * n_trajectories + bn_local
-    length = tl.load(stream.lengths + first_user + b_local).to(tl.int32)
+    length = load_length(stream, first_user + b_local)
     first_event = block.to(tl.int32) * EVENTS
     events = first_event + tl.arange(0, EVENTS)
     valid = events < length

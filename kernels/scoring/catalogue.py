@@ -22,6 +22,7 @@ from lcr_fast.kernels.scoring.tile import (
     Mlp,
     Stream,
     attend,
+    load_length,
     load_vectors,
     score_tile,
     target_keys,
@@ -109,8 +110,8 @@ def score_topk_kernel(
 ):
     pid = tl.program_id(0).to(tl.int64)
     b, split = pid % n_users, pid // n_users
-    search_length = tl.minimum(tl.load(search.lengths + b), search.size).to(tl.int32)
-    rec_length = tl.minimum(tl.load(rec.lengths + b), rec.size).to(tl.int32)
+    search_length = load_length(search, b)
+    rec_length = load_length(rec, b)
     ceiling = tl.load(ceiling_ptr + b)
     slots = tl.arange(0, K_TILE)
     # Distinct, as one slot at a time is replaced; slots beyond k never are.
@@ -182,8 +183,8 @@ def score_rank_kernel(
 ):
     pid = tl.program_id(0).to(tl.int64)
     b, split = pid % n_users, pid // n_users
-    search_length = tl.minimum(tl.load(search.lengths + b), search.size).to(tl.int32)
-    rec_length = tl.minimum(tl.load(rec.lengths + b), rec.size).to(tl.int32)
+    search_length = load_length(search, b)
+    rec_length = load_length(rec, b)
     target = tl.load(target_ptr + b).to(tl.int32)
     bonus = tl.load(bonus_ptr + b)
     goal = tl.zeros([1], tl.float32)

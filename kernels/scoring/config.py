@@ -123,7 +123,7 @@ def catalogue_config(
     """Choose those of the kernels that read the whole catalogue."""
     n_items = 1 << 20  # a catalogue is large
     chosen = config("catalogue", dim, n_items, n_events, dtype, precision, gpu)
-    if gpu.major == 10:
+    if gpu.has_tensor_memory:
         # Triton 3.7 fails on this loop with tcgen05, which takes tiles from 64 rows on.
         chosen["CANDIDATES"] = min(chosen["CANDIDATES"], 32)
     return chosen

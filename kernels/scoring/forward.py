@@ -9,7 +9,14 @@ from lcr_fast.kernels.gpu import gpu_of, on_device
 from lcr_fast.kernels.launch import launch
 from lcr_fast.kernels.ptxas import kernel
 from lcr_fast.kernels.scoring.config import PROGRAMS, config, constants, mlp_of
-from lcr_fast.kernels.scoring.tile import Stream, attend, load_vectors, score_tile, target_keys
+from lcr_fast.kernels.scoring.tile import (
+    Stream,
+    attend,
+    load_length,
+    load_vectors,
+    score_tile,
+    target_keys,
+)
 
 
 @kernel(do_not_specialize=["n_run", "threshold"])
@@ -45,8 +52,8 @@ def score_fwd_kernel(
     c = tile.to(tl.int32) * CANDIDATES + tl.arange(0, CANDIDATES)
     DTYPE: tl.constexpr = search.states.dtype.element_ty
 
-    search_length = tl.load(search.lengths + b).to(tl.int32)
-    rec_length = tl.load(rec.lengths + b).to(tl.int32)
+    search_length = load_length(search, b)
+    rec_length = load_length(rec, b)
     row = tl.load(user_rows_ptr + b) if HEAD.DROPOUT else b
     inside = c < n_candidates
     ids = tl.load(ids_ptr + b * ids_stride + c, mask=inside, other=0)

@@ -84,6 +84,12 @@ def target_keys(
 
 
 @triton.jit
+def load_length(stream, b):
+    """Events of a user, int32: all of them where the length says more, as in the reference."""
+    return tl.minimum(tl.load(stream.lengths + b), stream.size).to(tl.int32)
+
+
+@triton.jit
 def load_events(states_ptr, events, length, D: tl.constexpr):
     # The mask is the length, not the padded size: padding may hold NaN.
     offsets = events[:, None] * D + tl.arange(0, D)[None, :]
