@@ -36,7 +36,8 @@ class LCRSER(nn.Module):
     ``model(batch)`` scores the batch's candidates, [B, C]; candidate 0 (padding) scores -inf.
     Row 0 of the item and the query (or term) table stands for padding and is 0: own first values
     must leave it so. Raises ValueError on ids, lengths or widths that do not fit the config, and
-    where row 0 is not 0.
+    where row 0 is not 0. Under ``torch.autocast`` float32 states are cast to its dtype, which is
+    that of the scores too; weights stay float32.
     """
 
     def __init__(self, config: LCRConfig) -> None:
@@ -734,5 +735,5 @@ def _align(x: Tensor, h: Streams) -> Tensor:
 
 
 def _like(first: Tensor, last: Tensor) -> Tensor:
-    """Insert a trajectory axis into h^(0) where h^(K) has one."""
-    return first.unsqueeze(1) if last.ndim == 4 else first
+    """Give h^(0) the trajectory axis and the dtype that h^(K) has."""
+    return (first.unsqueeze(1) if last.ndim == 4 else first).to(last.dtype)

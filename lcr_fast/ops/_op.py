@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 from lcr_fast.ops._dispatch import choose_backend
 from lcr_fast.ops._extension import extension_error, has_kernel
+from lcr_fast.precision import without_autocast
 
 _LIBRARY = torch.library.Library("lcr_fast", "FRAGMENT")
 # What the fields of a call are in a schema.
@@ -302,7 +303,8 @@ def _gradients(
     results, n = len(op.results), len(tensors) - len(op.saved)
     call, saved = _filled(form, tensors[results:n]), tensors[n:]
     upstream = [gradient.contiguous() for gradient in tensors[:results]]
-    returned = op.run(backend, f"{op.name}_bwd", *upstream, *call, *saved)
+    with without_autocast(upstream[0].device.type):  # torch's products of a launcher too
+        returned = op.run(backend, f"{op.name}_bwd", *upstream, *call, *saved)
     if len(op.gradients) == 1:
         returned = (returned,)
     by_field = dict(zip(op.gradients, returned, strict=True))
