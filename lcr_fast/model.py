@@ -229,7 +229,7 @@ class LCRSER(nn.Module):
     @ranged("encode")
     def encode(self, batch: Batch) -> Streams:
         """Encode both histories: h^(0), [B, L_s, D] and [B, L_r, D]."""
-        if not batch.user.is_cuda and not torch.compiler.is_compiling():
+        if batch.user.is_cpu and not torch.compiler.is_compiling():
             self.check(batch)
         return reasoning.encode(
             *self.embed(batch),
@@ -706,7 +706,11 @@ def check_recommendation(batch: Batch, k: int, exclude: Tensor | None) -> None:
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     B = batch.user.shape[0]
-    if exclude is not None and (exclude.ndim != 2 or exclude.shape[0] != B):
+    if exclude is None:
+        return
+    if not isinstance(exclude, Tensor):
+        raise ValueError(f"exclude must be int64 [{B}, X], got {type(exclude).__name__}")
+    if exclude.ndim != 2 or exclude.shape[0] != B:
         raise ValueError(f"exclude must be int64 [{B}, X], got {list(exclude.shape)}")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 from torch.autograd import forward_ad
 
 from lcr_fast.ops._dispatch import choose_backend
@@ -137,7 +137,7 @@ class Op:
             built = {device for device in built if has_kernel(name, device)}
             if built and not backend.launchers:
                 defined = getattr(torch.ops.lcr_fast, name).default._schema
-                if defined != torch._C.parse_schema(f"lcr_fast::{name}{schema}"):
+                if defined != _C.parse_schema(f"lcr_fast::{name}{schema}"):
                     self._outdated.add(backend.name)
                     built = set()
             if built:
@@ -227,8 +227,8 @@ class Op:
         """Run a fused backend; where a gradient is asked for, its backward pass will be run too.
 
         ``finish`` makes a field's gradient, where it is wanted, of the call and what the backward
-        pass returns for it. Second derivatives, and those in forward mode (jvp, dual tensors), are
-        the reference's alone: RuntimeError.
+        pass returns for it. Second derivatives, those in forward mode (jvp, dual tensors) and those
+        of ``torch.func`` are the reference's alone: RuntimeError.
         """
         if forward_ad._current_level >= 0:  # an integer: -1 outside of forward mode
             self._refuse_tangents(backend, call)
@@ -237,6 +237,11 @@ class Op:
         if torch.is_grad_enabled():
             tensors = _tensors(call)
             if any(t.requires_grad for t in tensors):
+                if not torch.compiler.is_compiling() and _C._are_functorch_transforms_active():
+                    raise RuntimeError(
+                        f"{self.name} on {backend} has no gradients within torch.func: ask for "
+                        "backend='reference'"
+                    )
                 return _Recorded.apply(self, backend, finish or {}, _form(call), *tensors)
         if not self.saved:
             return self.run(backend, f"{self.name}_fwd", *call)
