@@ -664,6 +664,15 @@ def test_parametrizations_and_pruning_reach_the_ops(part):
 # -- compile --------------------------------------------------------------------------------------
 
 
+def test_a_loader_pins_a_batch(monkeypatch):
+    _, batch = make_case()
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pinned.append(t) or t.clone())
+    found = torch.utils.data._utils.pin_memory.pin_memory(batch)
+    assert isinstance(found, Batch)
+    assert len(pinned) == len(vars(batch))
+
+
 def test_shapes_are_found_on_the_meta_device():
     model, batch = make_case()
     meta = model.float().to("meta").train()
