@@ -70,6 +70,10 @@ class Batch:
         """Copy every tensor to ``device``."""
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
+    def pin_memory(self) -> "Batch":
+        """Copy every tensor to pinned memory, as ``DataLoader(pin_memory=True)`` asks for it."""
+        return self._map(Tensor.pin_memory)
+
     def rows(self, index: Tensor | slice) -> "Batch":
         """Select users by a slice, a boolean mask [B] or indices."""
         return self._map(lambda t: t[index])

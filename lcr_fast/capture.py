@@ -360,9 +360,16 @@ def _explained(model: LCRSER, graph: Callable[[], Graph] | None) -> Iterator[Non
 
 @contextlib.contextmanager
 def capturing(what: str) -> Iterator[None]:
-    """Say in one sentence why ``what`` could not be captured: RuntimeError."""
+    """Say in one sentence why ``what`` could not be captured: RuntimeError.
+
+    What ``torch.autocast`` keeps of weights meanwhile is not used: a graph would go on reading it.
+    """
+    keeps = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
     try:
         yield
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise RuntimeError(f"{what} cannot be captured: {reason}") from error
+    finally:
+        torch.set_autocast_cache_enabled(keeps)

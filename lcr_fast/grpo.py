@@ -2,6 +2,7 @@
 
 Shapes: scores [B, N, C] of N trajectories over a user's C candidates, target int64 [B]. The
 policy is pi(i | u, n) = softmax_i(y(i; n) / tau); -inf scores (padding) have probability 0.
+Probabilities are in float32 at least, of scores in halves too.
 """
 
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lcr_fast.metrics import parse_metric, parse_reward
 from lcr_fast.ops.ranking import group_advantages, ranking_metrics
+from lcr_fast.precision import high
 from lcr_fast.profiling import ranged
 
 __all__ = [
@@ -85,6 +87,7 @@ def list_log_probability(scores: Tensor, actions: Tensor) -> Tensor:
     sum_j [ s(a_j) - logsumexp(s over what a_1 .. a_{j-1} leave) ], the Plackett-Luce model; for
     k = 1 it is log softmax(s)[a]. Places taken by padding (score -inf) count 0.
     """
+    scores = high(scores)
     floor = torch.finfo(scores.dtype).min / 2
     chosen = scores.gather(-1, actions)  # [B, N, k]
     padding = torch.isneginf(chosen)
@@ -113,7 +116,7 @@ def kl_divergence(
         return log_ratio.exp() - log_ratio - 1
     if kind != "exact":
         raise ValueError(f"kind must be exact or k3, got {kind!r}")
-    log_p, log_ref = scores.log_softmax(-1), reference_scores.log_softmax(-1)
+    log_p, log_ref = (high(s).log_softmax(-1) for s in (scores, reference_scores))
     # -inf - -inf is not a number; such a candidate has probability 0.
     difference = (log_p - log_ref).masked_fill(torch.isneginf(scores), 0.0)
     return (log_p.exp() * difference).sum(-1)
@@ -140,5 +143,5 @@ def clip_fraction(log_prob: Tensor, old_log_prob: Tensor, clip: float) -> Tensor
 
 def entropy(scores: Tensor) -> Tensor:
     """Entropy of softmax(scores) in nats over the last axis: 0 for a policy that never doubts."""
-    log_p = scores.log_softmax(-1)
+    log_p = high(scores).log_softmax(-1)
     return -(log_p.exp() * log_p.masked_fill(torch.isneginf(log_p), 0.0)).sum(-1)

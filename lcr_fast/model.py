@@ -36,7 +36,8 @@ class LCRSER(nn.Module):
     ``model(batch)`` scores the batch's candidates, [B, C]; candidate 0 (padding) scores -inf.
     Row 0 of the item and the query (or term) table stands for padding and is 0: own first values
     must leave it so. Raises ValueError on ids, lengths or widths that do not fit the config, and
-    where row 0 is not 0.
+    where row 0 is not 0. Under ``torch.autocast`` float32 states are cast to its dtype, which is
+    that of the scores too; weights stay float32.
     """
 
     def __init__(self, config: LCRConfig) -> None:
@@ -228,7 +229,7 @@ class LCRSER(nn.Module):
     @ranged("encode")
     def encode(self, batch: Batch) -> Streams:
         """Encode both histories: h^(0), [B, L_s, D] and [B, L_r, D]."""
-        if not batch.user.is_cuda and not torch.compiler.is_compiling():
+        if batch.user.is_cpu and not torch.compiler.is_compiling():
             self.check(batch)
         return reasoning.encode(
             *self.embed(batch),
@@ -311,7 +312,8 @@ class LCRSER(nn.Module):
         share = self.config.readout
         if share == 1 or not self.config.steps:
             return h
-        search, rec = (_align(a, b).lerp(b, share) for a, b in zip(h0, h, strict=True))
+        # Under autocast h^(K) may be in halves where h^(0) is not.
+        search, rec = (_align(a, b).to(b.dtype).lerp(b, share) for a, b in zip(h0, h, strict=True))
         return search, rec
 
     def target_keys(self, vectors: Tensor) -> Tensor:
@@ -705,7 +707,11 @@ def check_recommendation(batch: Batch, k: int, exclude: Tensor | None) -> None:
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     B = batch.user.shape[0]
-    if exclude is not None and (exclude.ndim != 2 or exclude.shape[0] != B):
+    if exclude is None:
+        return
+    if not isinstance(exclude, Tensor):
+        raise ValueError(f"exclude must be int64 [{B}, X], got {type(exclude).__name__}")
+    if exclude.ndim != 2 or exclude.shape[0] != B:
         raise ValueError(f"exclude must be int64 [{B}, X], got {list(exclude.shape)}")
 
 

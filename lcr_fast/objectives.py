@@ -1,9 +1,13 @@
-"""Phase-1 objectives: ranking losses and the target-aware contrastive loss (TCL)."""
+"""Phase-1 objectives: ranking losses and the target-aware contrastive loss (TCL).
+
+They are in float32 at least, of halves and under ``torch.autocast`` too.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lcr_fast.precision import high, without_autocast
 from lcr_fast.profiling import ranged
 from lcr_fast.reference import Streams
 from lcr_fast.weights import REC, SEARCH
@@ -22,7 +26,7 @@ def rank_loss(scores: Tensor, target: Tensor, kind: str = "bce") -> Tensor:
 
     Our reading: the paper's summary names a ranking loss only. Raises ValueError on another kind.
     """
-    column = target.unsqueeze(-1)
+    scores, column = high(scores), target.unsqueeze(-1)
     positive = scores.gather(-1, column)  # [B, 1]
     negative = scores.scatter(-1, column, -torch.inf)  # softplus(-inf) = 0 leaves the positive out
     n_negative = torch.isfinite(negative).sum(-1)
@@ -52,7 +56,8 @@ def alignment(
     The factor gives the products the scale of scores, where an encoded vector has norm sqrt(D).
     Our reading, after the same authors' UniSAR, which aligns queries with clicked items.
     """
-    logits = left @ right.T * left.shape[-1] ** 0.5
+    with without_autocast(left.device.type):
+        logits = high(left) @ high(right).T * left.shape[-1] ** 0.5
     same = (left_ids.unsqueeze(1) == left_ids) | (right_ids.unsqueeze(1) == right_ids)
     same.fill_diagonal_(False)
     return -logits.masked_fill(same, -torch.inf).log_softmax(-1).diagonal().mean()
@@ -89,6 +94,7 @@ def tcl(
     through the second distance. A stream without events counts as m, without gradient, where the
     other has some. 0 where nothing counts (K = 0, or no user has an event).
     """
+    target, pooled = high(target), high(pooled)
     before, after = distance(target[:, None, None, None], pooled, kind).unbind(2)  # [B, K, 2]
     if detach_negative:
         before = before.detach()

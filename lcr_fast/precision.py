@@ -1,8 +1,16 @@
-"""Whether float32 products may be TF32's, by torch's settings."""
+"""What torch's settings ask of products: TF32 for float32, and halves by torch.autocast."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 from lcr_fast.dynamo import constant
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 @constant  # torch.compile cannot trace it, and compiles again where the answer changes
@@ -17,3 +25,41 @@ def allows_tf32() -> bool:
     ``torch.backends.fp32_precision = "tf32"``, and ``ieee`` or ``none``, the default, elsewhere.
     """
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def high(x: Tensor) -> Tensor:
+    """Give losses and log-probabilities float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def is_autocast(device: str) -> bool:
+    """Tell whether ``torch.autocast`` is on for a type of device."""
+    return device != "meta" and torch.is_autocast_enabled(device)  # which raises for meta
+
+
+def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Leave ``torch.autocast`` for a while: products are in the dtypes that they are given."""
+    if is_autocast(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
+def autocasts(op: _F) -> _F:
+    """Let an op, which takes both streams first, follow ``torch.autocast``.
+
+    Its float32 states are cast to autocast's dtype, which is then that of its results on every
+    backend; weights, vectors of items and users, and gradients of what was given, keep theirs.
+    Within, autocast is off: what a backend adds up in float32 stays so.
+    """
+
+    @functools.wraps(op)
+    def call(search: Tensor, rec: Tensor, *args: Any, **kwargs: Any) -> Any:
+        device = search.device.type
+        if not is_autocast(device):
+            return op(search, rec, *args, **kwargs)
+        low = torch.get_autocast_dtype(device)
+        search, rec = (x.to(low) if x.dtype == torch.float32 else x for x in (search, rec))
+        with without_autocast(device):
+            return op(search, rec, *args, **kwargs)
+
+    return cast(_F, call)

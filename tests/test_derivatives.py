@@ -94,3 +94,22 @@ def test_forward_mode_is_refused(name, frozen):
         with refused, torch.no_grad():
             function(dual)
     assert torch.equal(plain, function(x))
+
+
+def test_gradients_of_torch_func_are_the_references():
+    model, batch = make_case("cpp")
+    weights = dict(model.named_parameters())
+    valid = batch.candidates > 0
+
+    def loss(weights: dict[str, Tensor], of: LCRSER) -> Tensor:
+        scores = torch.func.functional_call(of, weights, (batch,))
+        return scores.masked_fill(~valid, 0.0).square().sum()
+
+    with pytest.raises(RuntimeError, match=r"encode on cpp has no gradients within torch\.func"):
+        torch.func.grad(loss)(weights, model)
+    reference, _ = make_case("reference")
+    found = torch.func.grad(loss)(weights, reference)
+    loss(dict(reference.named_parameters()), reference).backward()
+    for name, p in reference.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(found[name], p.grad)

@@ -402,7 +402,7 @@ def test_recommend_refuses_bad_arguments():
     model, batch = make_case()
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):
         model.recommend(batch, 0)
-    for exclude in (torch.ones(7, dtype=torch.int64), torch.ones(2, 3, dtype=torch.int64)):
+    for exclude in (torch.ones(7, dtype=torch.int64), torch.ones(2, 3, dtype=torch.int64), [[1]]):
         with pytest.raises(ValueError, match=r"exclude must be int64 \[7, X\]"):
             model.recommend(batch, 3, exclude)
 
@@ -614,6 +614,25 @@ def test_parametrizations_and_pruning_reach_the_ops(part):
 
 
 # -- compile --------------------------------------------------------------------------------------
+
+
+def test_a_loader_pins_a_batch(monkeypatch):
+    _, batch = make_case()
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pinned.append(t) or t.clone())
+    found = torch.utils.data._utils.pin_memory.pin_memory(batch)
+    assert isinstance(found, Batch)
+    assert len(pinned) == len(vars(batch))
+
+
+def test_shapes_are_found_on_the_meta_device():
+    model, batch = make_case()
+    meta = model.float().to("meta").train()
+    meta.dropout_seed = torch.tensor(0, device="meta")
+    scores = meta(batch.to("meta"))
+    assert scores.device.type == "meta"
+    assert scores.shape == batch.candidates.shape
+    scores.sum().backward()
 
 
 def test_forward_compiles_without_graph_breaks():

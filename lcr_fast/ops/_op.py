@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 from torch.autograd import forward_ad
 
 from lcr_fast.ops._dispatch import choose_backend
 from lcr_fast.ops._extension import extension_error, has_kernel
+from lcr_fast.precision import without_autocast
 
 _LIBRARY = torch.library.Library("lcr_fast", "FRAGMENT")
 # What the fields of a call are in a schema.
@@ -136,7 +137,7 @@ class Op:
             built = {device for device in built if has_kernel(name, device)}
             if built and not backend.launchers:
                 defined = getattr(torch.ops.lcr_fast, name).default._schema
-                if defined != torch._C.parse_schema(f"lcr_fast::{name}{schema}"):
+                if defined != _C.parse_schema(f"lcr_fast::{name}{schema}"):
                     self._outdated.add(backend.name)
                     built = set()
             if built:
@@ -226,8 +227,8 @@ class Op:
         """Run a fused backend; where a gradient is asked for, its backward pass will be run too.
 
         ``finish`` makes a field's gradient, where it is wanted, of the call and what the backward
-        pass returns for it. Second derivatives, and those in forward mode (jvp, dual tensors), are
-        the reference's alone: RuntimeError.
+        pass returns for it. Second derivatives, those in forward mode (jvp, dual tensors) and those
+        of ``torch.func`` are the reference's alone: RuntimeError.
         """
         if forward_ad._current_level >= 0:  # an integer: -1 outside of forward mode
             self._refuse_tangents(backend, call)
@@ -236,6 +237,11 @@ class Op:
         if torch.is_grad_enabled():
             tensors = _tensors(call)
             if any(t.requires_grad for t in tensors):
+                if not torch.compiler.is_compiling() and _C._are_functorch_transforms_active():
+                    raise RuntimeError(
+                        f"{self.name} on {backend} has no gradients within torch.func: ask for "
+                        "backend='reference'"
+                    )
                 return _Recorded.apply(self, backend, finish or {}, _form(call), *tensors)
         if not self.saved:
             return self.run(backend, f"{self.name}_fwd", *call)
@@ -302,7 +308,8 @@ def _gradients(
     results, n = len(op.results), len(tensors) - len(op.saved)
     call, saved = _filled(form, tensors[results:n]), tensors[n:]
     upstream = [gradient.contiguous() for gradient in tensors[:results]]
-    returned = op.run(backend, f"{op.name}_bwd", *upstream, *call, *saved)
+    with without_autocast(upstream[0].device.type):  # torch's products of a launcher too
+        returned = op.run(backend, f"{op.name}_bwd", *upstream, *call, *saved)
     if len(op.gradients) == 1:
         returned = (returned,)
     by_field = dict(zip(op.gradients, returned, strict=True))

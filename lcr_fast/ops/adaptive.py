@@ -18,6 +18,7 @@ from lcr_fast.ops.reasoning import (
     cpp_obstacle,
     latent_reasoning,
 )
+from lcr_fast.precision import autocasts
 from lcr_fast.reference import Exits, Steps, exit_features, exit_scores
 from lcr_fast.reference.transformer import zero_padding
 from lcr_fast.weights import ReasoningWeights
@@ -59,6 +60,7 @@ class Adapted(NamedTuple):
 
 
 @torch.no_grad()
+@autocasts
 def adaptive_reasoning(
     search: Tensor,
     rec: Tensor,

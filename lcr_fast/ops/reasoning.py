@@ -25,6 +25,7 @@ from lcr_fast.ops.noise import (
     dropout_key,
     seed_tensor,
 )
+from lcr_fast.precision import autocasts
 from lcr_fast.reference import States, Steps, Streams
 from lcr_fast.weights import REC, SEARCH, EncoderWeights, ReasoningWeights
 
@@ -255,6 +256,7 @@ def _flat(lengths: Tensor, leading: torch.Size) -> Tensor:
     return lengths.long().expand(leading).flatten().contiguous()
 
 
+@autocasts
 def encode(
     search: Tensor,
     rec: Tensor,
@@ -338,6 +340,7 @@ def case_of(search: Tensor, rec: Tensor, weights: ReasoningWeights, steps: Steps
     )  # fmt: skip
 
 
+@autocasts
 def latent_states(
     search: Tensor,
     rec: Tensor,
@@ -361,6 +364,7 @@ def latent_states(
     )
 
 
+@autocasts
 def latent_reasoning(
     search: Tensor,
     rec: Tensor,

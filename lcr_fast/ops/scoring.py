@@ -18,6 +18,7 @@ from lcr_fast import reference
 from lcr_fast.ops._op import INTEGERS, Backend, Op, kernel
 from lcr_fast.ops._triton import triton_obstacle
 from lcr_fast.ops.noise import HEAD_SITES, Dropout, dropout_key
+from lcr_fast.precision import autocasts
 from lcr_fast.weights import ScoringWeights
 
 # -- who serves -----------------------------------------------------------------------------------
@@ -239,6 +240,7 @@ def _gradient_of_vectors(call: _Score, dcandidates: Tensor) -> Tensor:
     return (dcandidates.sum(0) if shared else dcandidates).reshape(call.items.shape)
 
 
+@autocasts
 def score(
     search: Tensor,
     rec: Tensor,
@@ -365,6 +367,7 @@ def _raise_nan(bad: Tensor) -> None:
 
 
 @torch.no_grad()
+@autocasts
 def score_topk(
     search: Tensor,
     rec: Tensor,
@@ -407,6 +410,7 @@ def score_topk(
 
 
 @torch.no_grad()
+@autocasts
 def score_rank(
     search: Tensor,
     rec: Tensor,

@@ -17,8 +17,9 @@ from lcr_fast.batch import Batch
 from lcr_fast.config import TrainConfig
 from lcr_fast.data.batching import Batcher
 from lcr_fast.model import LCRSER
+from lcr_fast.precision import high
 from lcr_fast.reference import Streams
-from lcr_fast.training.objective import Supervised, high
+from lcr_fast.training.objective import Supervised
 from lcr_fast.weights import REC, SEARCH
 
 

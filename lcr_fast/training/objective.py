@@ -24,6 +24,7 @@ from lcr_fast.data.pairs import training_pairs
 from lcr_fast.model import LCRSER
 from lcr_fast.noise import gumbel_noise
 from lcr_fast.objectives import alignment, rank_loss, tcl
+from lcr_fast.precision import high
 from lcr_fast.reference import Streams
 from lcr_fast.training import distributed
 from lcr_fast.training.evaluation import with_target
@@ -57,11 +58,6 @@ class Inputs(NamedTuple):
 
     h0: Streams
     candidates: Tensor  # [B, C, D] item vectors
-
-
-def high(x: Tensor) -> Tensor:
-    """Give losses and log-probabilities float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Objective:
