@@ -3,10 +3,11 @@
 The way in for one's own logs, and for prepared pickles of other projects: a pickle runs code when
 it is loaded, so none is ever read here. Load it where that is acceptable, and write its tables out.
 
-A folder holds the tables ``events``, ``searches`` and ``clicks``, each as Parquet or as text: .csv,
-or .tsv, also gzipped (.csv.gz). In text the terms of a search and the ids of impressions are
-separated by spaces, so that an id in impressions holds none. RecBole's atomic file, ``NAME.inter``,
-may stand for the events: then searches and clicks may be missing.
+A folder holds the tables ``events``, ``searches`` and ``clicks``, each as Parquet (a file, or a
+folder of parts) or as text: .csv, or .tsv, also gzipped (.csv.gz). In text the terms of a search
+and the ids of impressions are separated by spaces, so that an id in impressions holds none.
+RecBole's atomic file, ``NAME.inter``, may stand for the events: then searches and clicks may be
+missing.
 """
 
 from __future__ import annotations

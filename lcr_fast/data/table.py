@@ -204,11 +204,22 @@ def require_file(path: Path) -> None:
 
 
 def scan(path: Path, separator: str = ",", quote_char: str | None = '"') -> pl.LazyFrame:
-    """Open a Parquet file, or a delimited one with every field as text, lazily."""
-    require_file(path)
+    """Open a Parquet file, or a delimited one with every field as text, lazily.
+
+    A folder that is named like a Parquet file holds its parts, as Spark writes them: they are one
+    table, in the order of their names. ValueError where it holds none.
+    """
+    is_parts = is_columnar(path) and path.is_dir()
+    if not is_parts:
+        require_file(path)
     if any(0xD800 <= ord(letter) < 0xE000 for letter in str(path)):  # no text for polars
         raise ValueError(f"{path}: the locale lacks letters of this path: set a UTF-8 locale")
     with readable(path):
+        if is_parts:
+            parts = sorted(path.rglob("*.parquet"))
+            if not parts:
+                raise ValueError(f"{path}: is a folder without Parquet files")
+            return pl.scan_parquet(parts, hive_partitioning=False)
         if is_columnar(path):
             return pl.scan_parquet(path)
         return pl.scan_csv(path, separator=separator, quote_char=quote_char, infer_schema=False)

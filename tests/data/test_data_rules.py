@@ -381,8 +381,22 @@ def test_a_file_that_is_a_folder(tmp_path):
         (tmp_path / source / name).mkdir(parents=True)
         for other in ("searches", "clicks"):
             (tmp_path / source / f"{other}.parquet").touch()
-        with pytest.raises(ValueError, match=f"{name}: is a folder, expected a file$"):
+        expected = " without Parquet files" if name.endswith(".parquet") else ", expected a file"
+        with pytest.raises(ValueError, match=f"{name}: is a folder{expected}$"):
             read(source, tmp_path / source)
+
+
+def test_a_parquet_folder_is_one_table_of_its_parts(tmp_path):
+    """As Spark writes one: rows count on from part to part, in the order of their names."""
+    folder = tmp_path / "events.parquet"
+    for day, users in (("day=2", [5]), ("day=1", [1, 2])):
+        (folder / day).mkdir(parents=True)
+        pl.DataFrame({"user": users}).write_parquet(folder / day / "part-0.snappy.parquet")
+    (folder / "_SUCCESS").touch()
+    assert read_table(folder, {"user": rules.ID}).rows() == [(1, 1), (2, 2), (3, 5)]
+    pl.DataFrame({"user": [6, 3.7]}).write_parquet(folder / "day=2" / "part-1.parquet")
+    with pytest.raises(ValueError, match=r"events\.parquet: cannot be read: .*mismatch"):
+        read_table(folder, {"user": rules.ID})
 
 
 # frames
