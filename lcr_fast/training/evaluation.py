@@ -107,7 +107,9 @@ def rank_targets(
                 seen = torch.from_numpy(
                     padded_seen(batcher.data, samples.users[rows], samples.times[rows])
                 ).to(device)
-                if isinstance(score, CatalogueScore):
+                # What another user clicked has its bonus here, and is not excluded.
+                own_searches = batcher.search_of is None
+                if own_searches and isinstance(score, CatalogueScore):
                     rank = score.target_rank(batch.candidates[:, 0], seen)
                 else:
                     rank = _catalogue_rank(score, batch, seen, batcher.data.n_items)
