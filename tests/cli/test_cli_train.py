@@ -180,6 +180,7 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has 
         (["--config", '{"model": {"dims": 8}}'], "no field 'dims'; did you mean 'dim'?"),
         (["--config", '{"train": {"epoch": 8}}'], "no field 'epoch'; did you mean 'epochs'?"),
         (["--config", '{"model": {"dim": "8"}}'], "dim must be an integer, got '8'"),
+        (["--config", '{"model": {"item_text_dim": 0}}'], "decides item_text_dim, leave it out"),
         (["--config", '{"models": {}}'], "models"),
         (["--config", "[]"], "list"),
         (["--config", '{"model": [1]}'], "model"),
