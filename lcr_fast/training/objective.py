@@ -27,6 +27,7 @@ from lcr_fast.objectives import alignment, rank_loss, tcl
 from lcr_fast.reference import Streams
 from lcr_fast.training import distributed
 from lcr_fast.training.evaluation import with_target
+from lcr_fast.training.ranks import weighted_metric
 from lcr_fast.training.rows import flat
 
 _LOG = logging.getLogger("lcr_fast")
@@ -399,6 +400,17 @@ class Grpo(_Trajectories):
 
     @classmethod
     def capture_obstacle(cls, config: TrainConfig) -> str | None:
+    def idle(self) -> str | None:
+        if (reason := super().idle()) is not None:
+            return reason
+        config = self.config
+        if config.n_trajectories == 1:
+            return "with n_trajectories 1 a user's trajectory has no other to earn more than"
+        n = 1 + min(config.rl_negatives, self.batcher.data.n_items - 1)
+        if not np.ptp(weighted_metric(np.arange(1, n + 1), config.reward)):
+            return f"the reward {config.reward} is the same for every list of {n} candidates"
+        return None
+
         if (obstacle := super().capture_obstacle(config)) is not None:
             return obstacle
         if config.silent_groups == "resample":
