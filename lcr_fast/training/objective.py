@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lcr_fast import grpo
 from lcr_fast.batch import Batch
-from lcr_fast.config import TrainConfig
+from lcr_fast.config import LCRConfig, TrainConfig
 from lcr_fast.data.batching import Batcher
 from lcr_fast.data.negatives import NegativeSampler
 from lcr_fast.data.pairs import training_pairs
@@ -139,6 +139,12 @@ class Objective:
         return False
 
 
+def check_deep_supervision(model: LCRConfig, train: TrainConfig) -> None:
+    """Raise ValueError where every step is to be supervised and none stands alone."""
+    if train.deep_supervision and model.steps and model.cross_memory == "initial":
+        raise ValueError("deep_supervision goes step by step, cross_memory=initial does not")
+
+
 class Supervised(Objective):
     """Phase 1: ranking loss, of every step too, TCL and alignment (:mod:`lcr_fast.objectives`)."""
 
@@ -146,8 +152,7 @@ class Supervised(Objective):
 
     def __init__(self, model: LCRSER, batcher: Batcher, config: TrainConfig) -> None:
         super().__init__(model, batcher, config)
-        if config.deep_supervision and model.config.cross_memory == "initial":
-            raise ValueError("deep_supervision goes step by step, cross_memory=initial does not")
+        check_deep_supervision(model.config, config)
         self.pairs = training_pairs(batcher.data)
 
     @property
@@ -395,11 +400,6 @@ class Grpo(_Trajectories):
         for _, parameter in self._own(self.reference):
             parameter.requires_grad_(False)
 
-    def reference_state(self) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in self._own(self.reference)}
-
-    @classmethod
-    def capture_obstacle(cls, config: TrainConfig) -> str | None:
     def idle(self) -> str | None:
         if (reason := super().idle()) is not None:
             return reason
@@ -411,6 +411,11 @@ class Grpo(_Trajectories):
             return f"the reward {config.reward} is the same for every list of {n} candidates"
         return None
 
+    def reference_state(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self._own(self.reference)}
+
+    @classmethod
+    def capture_obstacle(cls, config: TrainConfig) -> str | None:
         if (obstacle := super().capture_obstacle(config)) is not None:
             return obstacle
         if config.silent_groups == "resample":
