@@ -29,7 +29,8 @@ std::vector<at::Tensor> read_batch(const char* path) {
   const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
   const c10::List<c10::IValue> fields = torch::jit::pickle_load(bytes).toList();
   std::vector<at::Tensor> batch;
-  for (const c10::IValue& field : fields) batch.push_back(field.toTensor());
+  // Compiled code reads every tensor as a contiguous one, without a look at its strides.
+  for (const c10::IValue& field : fields) batch.push_back(field.toTensor().contiguous());
   return batch;
 }
 

@@ -87,10 +87,11 @@ def program(model: LCRSER, *, k: int | None = None) -> ExportedProgram:
 
     With ``k`` it is ``model.recommend(batch, k, exclude)``, ``exclude`` int64 [B, X]. What is
     dynamic, from 0 on: B, C and X, the terms of a query; up to the config's limits the events of
-    either history and the clicks of a search, but where a limit is 1 exactly 1. Ids and lengths are
-    not checked as the model checks them: on the reference an id out of range is an IndexError and a
-    length is not seen. Raises ValueError where text vectors are missing, ``k`` is below 1, the
-    model has exits or row 0 of a table is not 0.
+    either history and the clicks of a search, but where a limit is 1 exactly 1. Tensors have to be
+    contiguous, which :func:`load` sees to. Ids and lengths are not checked as the model checks
+    them: on the reference an id out of range is an IndexError and a length is not seen. Raises
+    ValueError where text vectors are missing, ``k`` is below 1, the model has exits or row 0 of a
+    table is not 0.
     """
     _refuse_exits(model)
     if k is None:
@@ -177,7 +178,8 @@ def save(
     - ``aoti``: compiled by AOTInductor, which takes a C++ compiler and its time; where a Scorer can
       serve the model, that is what is compiled, a single operator, with products in ``dtype``;
       nothing is kept of the items, which would be in the file. Also for processes without Python,
-      which pass the tensors of a Batch in the order of its fields (``examples/score.cpp``).
+      which pass the tensors of a Batch in the order of its fields (``examples/score.cpp``). They
+      have to be contiguous: of others compiled code makes wrong scores, and does not say so.
     - ``onnx``: operator set ``OPSET``, on the reference whatever the model's backend, scores of
       candidates alone. Inputs are named as the fields of a Batch, the output ``scores``. Any axis
       may be empty.
@@ -211,14 +213,23 @@ def load(path: str | Path, format: Format = "pt2") -> Callable[..., Any]:
 
     A program is code: read none that you would not run. ONNX is for other readers: ValueError.
     """
+    made: Callable[..., Any]
     if format == "pt2":
         with open(path, "rb") as file:
-            return torch.export.load(file).module()
-    if format == "aoti":
+            made = torch.export.load(file).module()
+    elif format == "aoti":
         from torch._inductor import aoti_load_package
 
-        return aoti_load_package(path)
-    raise ValueError(f"a program in the format {format} is not for PyTorch")
+        made = aoti_load_package(path)
+    else:
+        raise ValueError(f"a program in the format {format} is not for PyTorch")
+
+    def run(batch: Batch, *exclude: Tensor) -> Any:
+        # Slices and transposed tensors: compiled code would read them as if they were none.
+        fields = {name: tensor.contiguous() for name, tensor in vars(batch).items()}
+        return made(Batch(**fields), *(t.contiguous() for t in exclude))
+
+    return run
 
 
 def _write_pt2(exported: ExportedProgram, path: Path) -> None:

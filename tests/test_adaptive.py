@@ -363,6 +363,7 @@ def test_adapt_evaluate_recommend(model, prepared, prepared_folder, tmp_path, ca
     [
         ({"steps": 0}, [], "the model has no steps (K = 0)"),
         ({"cross_memory": "initial"}, [], "none stands alone"),
+        ({}, ["--metric", "hr@100"], "nothing can be chosen by hr@100"),
         ({}, ["--loss", "-1"], "the loss must be at least 0, got -1.0"),
         ({}, ["--mean-steps", "-1"], "no threshold of fixed, change, curvature, confidence"),
         ({}, ["--metric", "auc"], "TrainConfig.valid_metric must be hr@k"),

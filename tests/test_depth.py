@@ -11,10 +11,12 @@ import pytest
 from conftest import WORLD
 
 from command_line import read_csv, run
+from lcr_fast.config import LCRConfig, TrainConfig
 from lcr_fast.data import synthetic
 from lcr_fast.data.build import prepare
 from lcr_fast.data.prepared import PreparedData
 from lcr_fast.experiments import depth, latency, strata
+from lcr_fast.experiments.comparison import Job
 from lcr_fast.model import LCRSER
 from lcr_fast.training import adaptive
 from lcr_fast.training.diversity import tail_items
@@ -87,6 +89,17 @@ def test_the_latency_study_compares_all_depths(study, prepared_folder):
     }
     for name in ("pareto", "rules"):
         assert min(matplotlib.image.imread(study / f"{name}.png").shape[:2]) > 200
+
+
+def test_base_trains_twice_as_long_where_updates_say_how_long(prepared, tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(
+        Job, "cell", lambda _, name, *of, train, **more: asked.update({name: train})
+    )
+    job = Job(prepared, LCRConfig(steps=1), TrainConfig(epochs=3, min_updates=50), tmp_path)
+    with pytest.raises(ValueError, match="no such file"):  # no model was trained
+        depth.train_models(job, 0)
+    assert (asked["long"]["epochs"], asked["long"]["min_updates"]) == (6, 100)
 
 
 def test_rules_are_set_against_chance_and_the_oracle(study):

@@ -312,6 +312,24 @@ def test_only_the_searches_are_those_of_another(data, model):
     assert own.search_clicks.any()
 
 
+def test_others_clicks_compete_in_the_catalogue_with_their_bonus(data, model):
+    """They are not seen by the user who is ranked, and so stand in the list."""
+    search_of = exchanged_searches(data)
+    batcher = make_batcher(data, "test", model, search_of)
+    rows = np.arange(len(batcher))
+    targets = batcher.samples.items
+    with torch.no_grad():
+        before = model.head.seen_bonus.clone()
+        model.head.seen_bonus.copy_(torch.tensor([3.0, 0.5]))
+        everything = np.tile(np.arange(data.n_items + 1), (len(rows), 1))
+        scores = model(batcher.gather(rows, everything, targets)).numpy()
+        ranks = rank_targets(model_scorer(model), batcher, "catalogue")
+        model.head.seen_bonus.copy_(before)
+    for row, target in enumerate(targets):
+        others = scores[row, list_candidates(data, "test", row, "catalogue")]
+        assert abs(ranks[row] - 1 - (others >= scores[row, target]).sum()) <= 1  # rounding
+
+
 def test_effects_of_searches_are_paired_differences(data, model):
     effects = search_effects(model, data)
     searched = analysis.searched(data, "test")

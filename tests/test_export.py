@@ -74,6 +74,19 @@ def test_a_program_gives_the_models_bits_for_every_size(backend, tmp_path):
     assert any(name.startswith("lcr_fast.") for name in names) == (backend != "reference")
 
 
+def test_a_program_reads_slices(tmp_path):
+    """Compiled code, which ``load`` gives the same batches, would take them for whole tensors."""
+    model, path = make("cpp", steps=1), tmp_path / "program.pt2"
+    export.save(model, path, k=3)
+    batch = random_batch(model.config, 8, 7, torch.Generator().manual_seed(4))
+    every_other = batch.rows(slice(None, None, 2))
+    exclude = batch.candidates[::2, :3]
+    assert not every_other.rec_lengths.is_contiguous()
+    found = export.load(path)(every_other, exclude)
+    for mine, expected in zip(found, model.recommend(every_other, 3, exclude), strict=True):
+        assert torch.equal(mine, expected)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize(
     "changes",

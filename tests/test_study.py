@@ -265,6 +265,16 @@ def test_the_paper_study_writes_its_tables(paper):
     assert {name for _, name in cells_of(paper)} == PAPER_CELLS
 
 
+@pytest.mark.full
+def test_the_paper_study_where_nobody_has_both_streams(prepared_folder, tmp_path, monkeypatch):
+    times = paper_study.forward_latency
+    monkeypatch.setattr(paper_study, "forward_latency", lambda *a: times(*a, (1,), 2))
+    options = ["--data", prepared_folder, "--out", tmp_path / "run", "--seeds", 1, *TINY]
+    run("study", "paper", *options, "--all-steps", 1, "--max-search-len", 0)
+    assert (tmp_path / "run" / "results.md").is_file()
+    assert not (tmp_path / "run" / "distances.csv").exists()
+
+
 def test_the_paper_study_adds_up(paper):
     cells = cells_of(paper)
     for row in read_csv(paper / "results.csv"):

@@ -102,6 +102,24 @@ def test_phase_2_says_where_no_trajectory_can_differ(
     assert torch.equal(scores[:, 0], scores[:, 1]) == (said is not None)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"n_trajectories": 1}, "n_trajectories 1"),
+        ({"reward": "0.5*hr@9+0.5*hr@12", "rl_negatives": 8}, "the same for every list of 9"),
+        ({"reward": "hr@8", "rl_negatives": 8}, None),
+    ],
+)
+def test_grpo_says_where_no_advantage_can_be(prepared, make_model, tmp_path, caplog, changes, said):
+    model, config = make_model(prepared), CONFIG.replace(**changes)
+    module.Trainer(model, prepared, config, "noisy", tmp_path)  # which learns from any trajectory
+    assert not caplog.records
+    module.Trainer(model, prepared, config, "grpo", tmp_path)
+    warned = [record.message for record in caplog.records]
+    assert len(warned) == (said is not None)
+    assert said is None or said in warned[0]
+
+
 @pytest.mark.parametrize("negatives", ["popularity", "uniform", "in_batch"])
 @pytest.mark.parametrize("kind", OBJECTIVES.values())
 def test_negatives_are_unseen(prepared, make_model, kind, negatives):

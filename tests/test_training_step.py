@@ -242,6 +242,8 @@ def test_deep_supervision_needs_steps_that_stand_alone(prepared, make_model):
     batcher = make_batcher(prepared, "train", model)
     with pytest.raises(ValueError, match="cross_memory=initial does not"):
         OBJECTIVES["supervised"](model, batcher, TrainConfig(deep_supervision=0.1))
+    base = make_model(prepared, cross_memory="initial", steps=0)  # has none to supervise
+    OBJECTIVES["supervised"](base, batcher, TrainConfig(deep_supervision=0.1))
 
 
 def test_phase_1_logs_its_two_losses(prepared, make_model):

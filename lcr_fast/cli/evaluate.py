@@ -39,7 +39,7 @@ def add(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from lcr_fast.experiments.tables import rank_tables, write_rows
     from lcr_fast.training.adaptive import StepCount
-    from lcr_fast.training.evaluation import rank_model
+    from lcr_fast.training.evaluation import check_protocols, rank_model
     from lcr_fast.training.identity import describe_unknown
 
     apply_run_options(arguments)
@@ -47,6 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     if min(arguments.k) < 1:
         raise ValueError(f"-k must be at least 1, got {min(arguments.k)}")
     model, data = open_model(arguments, arguments.model)
+    check_protocols(data, arguments.split, arguments.protocols)
     print(model.backend_report())
     if unknown := describe_unknown(model.config, data):
         print(unknown)

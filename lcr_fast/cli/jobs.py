@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcr_fast.cli.arguments import (
+    FROM_DATA,
     add_any_data,
     add_catalogue_users,
     add_config_options,
@@ -69,6 +70,9 @@ def merged_configs(arguments: argparse.Namespace, defaults: dict[str, dict]) -> 
         for section, options in given.items():
             if not isinstance(options, dict):
                 raise ValueError(f"{arguments.config}: {section} must be a JSON object")
+        for name in FROM_DATA:
+            if name in given.get("model", {}):
+                raise ValueError(f"{arguments.config}: the data decides {name}, leave it out")
         for section, options in given.items():
             values[section] |= options
     for section, kind in _SECTIONS.items():

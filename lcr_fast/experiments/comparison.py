@@ -23,6 +23,7 @@ from lcr_fast.training import analysis, evaluation
 from lcr_fast.training.baselines import TITLES
 from lcr_fast.training.diversity import list_diversity
 from lcr_fast.training.models import OTHER_DATA, attach_text, load_model
+from lcr_fast.training.objective import check_deep_supervision
 from lcr_fast.training.ranks import RANKS, Ranks, differences
 from lcr_fast.training.trainer import (
     CHECKPOINT,
@@ -137,7 +138,9 @@ class Job:
         if not len(self.data.split("test")):
             raise ValueError("the data has no test samples")
         evaluation.catalogue_rows(self.data, "test", self.catalogue_users)
+        evaluation.check_protocols(self.data, "test", self.protocols)
         check_trainable(self.data, self.train, objectives)
+        check_deep_supervision(self.model, self.train)
         if self.train.capture and torch.device(self.device).type != "cuda":
             raise ValueError(f"capture=True needs a GPU, the device is {self.device}")
 
@@ -278,6 +281,7 @@ def baseline_results(data: PreparedData, **ranking: Any) -> dict[str, dict[str, 
 
     ``ranking`` are options of :func:`evaluation.rank_split`.
     """
+    evaluation.check_protocols(data, "test", ranking.get("protocols", evaluation.PROTOCOLS))
     return {
         name: {"title": TITLES[name], "ranks": ranks, "rows": ranks.rows()}
         for name, ranks in evaluation.rank_baselines(data, **ranking).items()

@@ -43,6 +43,10 @@ def open_seeds(job: Job, n_seeds: int) -> list[SeedModels]:
     """Train the models of n seeds; raise ValueError, before any, where that cannot be."""
     if not job.model.steps:
         raise ValueError("a study of depth needs steps of at least 1")
+    if job.model.cross_memory == "initial":
+        raise ValueError(
+            "a study of depth needs steps that stand alone, unlike cross_memory=initial"
+        )
     job.check(["supervised"])
     job.open()
     return [train_models(job, seed) for seed in job.seeds(n_seeds)]
@@ -56,7 +60,8 @@ def train_models(job: Job, seed: int) -> SeedModels:
     cells: dict[str, tuple[str, int, dict[str, Any]]] = {"base": ("Base (K = 0)", 0, train)}
     cells |= {f"k{k}": (f"LCR, K = {k}", k, train) for k in range(1, K + 1)}
     cells["deep"] = (f"LCR, K = {K}, every step supervised", K, {"deep_supervision": weight})
-    cells["long"] = ("Base, twice as long", 0, {"epochs": 2 * job.train.epochs})
+    longer = {"epochs": 2 * job.train.epochs, "min_updates": 2 * job.train.min_updates}
+    cells["long"] = ("Base, twice as long", 0, longer)
     for name, (title, steps, changes) in cells.items():
         changes = {"deep_supervision": 0.0, **train, **changes}
         job.cell(name, f"seed {seed}, {title}", "supervised", model={"steps": steps}, train=changes)

@@ -49,15 +49,14 @@ def run_paper_study(job: Job, n_seeds: int, steps: Sequence[int] = STEPS) -> str
     latencies = forward_latency(job, steps)
     plots.latencies(latencies, job.out / "latency.png")
     write_rows(job.out / "latency.csv", latencies)
-    write_rows(
-        job.out / "distances.csv",
-        [
-            {"variant": name, "state": state, "step": k + state.startswith("a"), "distance": value}
-            for name, result in distances.items()
-            for state, values in result["distances"].items()
-            for k, value in enumerate(values)
-        ],
-    )
+    rows = [
+        {"variant": name, "state": state, "step": k + state.startswith("a"), "distance": value}
+        for name, result in distances.items()
+        for state, values in result["distances"].items()
+        for k, value in enumerate(values)
+    ]
+    if rows:  # none where no user has events in both streams
+        write_rows(job.out / "distances.csv", rows)
     parts = [
         "### Ablation (cf. the paper's Table 3)\n\n" + _ablation_table(cells),
         "### Reasoning steps (cf. Fig. 6)\n\n" + _steps_table(cells, steps),

@@ -18,7 +18,7 @@ from lcr_fast.data.prepared import PreparedData
 from lcr_fast.model import LCRSER
 from lcr_fast.ops.ranking import target_rank
 from lcr_fast.reference import Exits, exit_features
-from lcr_fast.training.evaluation import make_batcher, sample_batches
+from lcr_fast.training.evaluation import chance_level, make_batcher, sample_batches
 from lcr_fast.training.ranks import weighted_metric
 
 SERVED = ("fixed", "change", "curvature", "confidence")
@@ -245,14 +245,15 @@ def adapt(
 ) -> str:
     """Give a model the exits that validation chooses, as :func:`choose` says; tell which.
 
-    Raises ValueError where there are no steps to leave out, where they do not stand alone, and for
-    a goal that nothing reaches.
+    Raises ValueError where there are no steps to leave out, where they do not stand alone, for a
+    metric by which nothing can be chosen, and for a goal that nothing reaches.
     """
     K = model.config.steps
     if not K:
         raise ValueError("the model has no steps (K = 0)")
     if model.config.cross_memory == "initial":
         raise ValueError("cross_memory=initial reads h^(0) in every step: none stands alone")
+    chance_level(make_batcher(data, "valid", None), metric)  # can anything be chosen by it?
     if loss is not None and loss < 0:
         raise ValueError(f"the loss must be at least 0, got {loss}")
     model.exits = None

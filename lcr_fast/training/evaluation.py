@@ -110,7 +110,9 @@ def rank_targets(
                 seen = torch.from_numpy(
                     padded_seen(batcher.data, samples.users[rows], samples.times[rows])
                 ).to(device)
-                if isinstance(score, CatalogueScore):
+                # What another user clicked has its bonus here, and is not excluded.
+                own_searches = batcher.search_of is None
+                if own_searches and isinstance(score, CatalogueScore):
                     rank = score.target_rank(batch.candidates[:, 0], seen)
                 else:
                     rank = _catalogue_rank(score, batch, seen, batcher.data.n_items)
@@ -251,6 +253,13 @@ def rank_split(
     )
 
 
+def check_protocols(data: PreparedData, split: str, protocols: Sequence[str]) -> None:
+    """Raise ValueError where none of the protocols has candidates for any target of a split."""
+    impressions = data.split(split).impressions
+    if set(protocols) == {"impressions"} and (impressions is None or not len(impressions)):
+        raise ValueError(f"the data has no impressions to rank {split} targets among")
+
+
 def catalogue_rows(data: PreparedData, split: str, n: int | None = None) -> NDArray[np.int64]:
     """Choose the samples of a split that are ranked in the whole catalogue: rows, in their order.
 
@@ -307,9 +316,14 @@ def chance_level(batcher: Batcher, metric: str = "ndcg@5") -> float:
     """Give the validation score that a scorer without knowledge exceeds once in a thousand times.
 
     Such a scorer puts the target at every rank alike: the metric's mean, and 3 standard errors.
-    Raises ValueError where the data has no negatives to rank a target among. There must be a
-    sample.
+    Raises ValueError where the data has no negatives to rank a target among, or so few that all
+    ranks are worth the same. There must be a sample.
     """
     n = len(batcher)
     gains = weighted_metric(np.arange(1, _stored(batcher.samples).shape[1] + 2), metric)
+    if not np.ptp(gains):
+        raise ValueError(
+            f"nothing can be chosen by {metric}: it is the same for every list of a target and "
+            f"{len(gains) - 1} evaluation negatives"
+        )
     return float(gains.mean() + 3 * gains.std() / np.sqrt(n))

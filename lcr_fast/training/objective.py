@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lcr_fast import grpo
 from lcr_fast.batch import Batch
-from lcr_fast.config import TrainConfig
+from lcr_fast.config import LCRConfig, TrainConfig
 from lcr_fast.data.batching import Batcher
 from lcr_fast.data.negatives import NegativeSampler
 from lcr_fast.data.pairs import training_pairs
@@ -28,6 +28,7 @@ from lcr_fast.precision import high
 from lcr_fast.reference import Streams
 from lcr_fast.training import distributed
 from lcr_fast.training.evaluation import with_target
+from lcr_fast.training.ranks import weighted_metric
 from lcr_fast.training.rows import flat
 
 _LOG = logging.getLogger("lcr_fast")
@@ -134,6 +135,12 @@ class Objective:
         return False
 
 
+def check_deep_supervision(model: LCRConfig, train: TrainConfig) -> None:
+    """Raise ValueError where every step is to be supervised and none stands alone."""
+    if train.deep_supervision and model.steps and model.cross_memory == "initial":
+        raise ValueError("deep_supervision goes step by step, cross_memory=initial does not")
+
+
 class Supervised(Objective):
     """Phase 1: ranking loss, of every step too, TCL and alignment (:mod:`lcr_fast.objectives`)."""
 
@@ -141,8 +148,7 @@ class Supervised(Objective):
 
     def __init__(self, model: LCRSER, batcher: Batcher, config: TrainConfig) -> None:
         super().__init__(model, batcher, config)
-        if config.deep_supervision and model.config.cross_memory == "initial":
-            raise ValueError("deep_supervision goes step by step, cross_memory=initial does not")
+        check_deep_supervision(model.config, config)
         self.pairs = training_pairs(batcher.data)
 
     @property
@@ -389,6 +395,17 @@ class Grpo(_Trajectories):
         self.reference: LCRSER = copy.deepcopy(model, kept)
         for _, parameter in self._own(self.reference):
             parameter.requires_grad_(False)
+
+    def idle(self) -> str | None:
+        if (reason := super().idle()) is not None:
+            return reason
+        config = self.config
+        if config.n_trajectories == 1:
+            return "with n_trajectories 1 a user's trajectory has no other to earn more than"
+        n = 1 + min(config.rl_negatives, self.batcher.data.n_items - 1)
+        if not np.ptp(weighted_metric(np.arange(1, n + 1), config.reward)):
+            return f"the reward {config.reward} is the same for every list of {n} candidates"
+        return None
 
     def reference_state(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self._own(self.reference)}

@@ -82,6 +82,14 @@ def test_protocols_and_cuts_are_chosen(job, tmp_path):
     assert text.startswith("Test, 24 users, whole catalogue, seen items masked, [95 %")
 
 
+def test_a_protocol_without_candidates(capsys, job):
+    asked = ["--data", job / "data", "--protocols", "impressions"]
+    model = job / "run" / "lcr" / "model.safetensors"
+    for command in (["evaluate", model], ["baselines"]):
+        line = fails(capsys, *command, *asked)
+        assert "the data has no impressions to rank test targets among" in line
+
+
 @pytest.mark.parametrize("command", ["evaluate", "baselines", "compare"])
 def test_a_folder_is_no_csv(capsys, monkeypatch, job, tmp_path, command):
     """Known before anything is computed."""

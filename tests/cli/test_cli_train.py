@@ -180,6 +180,7 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has 
         (["--config", '{"model": {"dims": 8}}'], "no field 'dims'; did you mean 'dim'?"),
         (["--config", '{"train": {"epoch": 8}}'], "no field 'epoch'; did you mean 'epochs'?"),
         (["--config", '{"model": {"dim": "8"}}'], "dim must be an integer, got '8'"),
+        (["--config", '{"model": {"item_text_dim": 0}}'], "decides item_text_dim, leave it out"),
         (["--config", '{"models": {}}'], "models"),
         (["--config", "[]"], "list"),
         (["--config", '{"model": [1]}'], "model"),
@@ -210,6 +211,13 @@ def test_train_refuses(capsys, monkeypatch, job, tmp_path, options, message, sou
         (["base", "rl"], ["--rl-negatives", "500"], r"whose user '\d+' has no more unseen items"),
         (["base"], ["--negatives", "in_batch", "--batch-size", "1"], "batch_size of at least 2"),
         (["base"], ["--catalogue-users", "-1"], "catalogue_users must be at least 1, or 0"),
+        (["base"], ["--protocols", "impressions"], "no impressions to rank test targets among"),
+        (["base"], ["--valid-metric", "hr@100"], "nothing can be chosen by hr@100: .* 99 evalu"),
+        (
+            ["base", "lcr"],
+            ["--deep-supervision", "1", "--cross-memory", "initial", "--backend", "reference"],
+            "deep_supervision goes step by step",
+        ),
     ],
 )
 def test_train_checks_everything_first(capsys, job, tmp_path, variants, options, message):
@@ -221,9 +229,13 @@ def test_train_checks_everything_first(capsys, job, tmp_path, variants, options,
 
 def test_studies_check_every_value_first(capsys, job, tmp_path):
     out = tmp_path / "out"
-    argv = ["rl", "--data", job / "data", "--out", out, *TINY, "--axes", "rl_negatives=5,500"]
-    assert "rl_negatives must be at most" in fails(capsys, "study", *argv)
-    assert is_untouched(out)
+    options = ["--data", job / "data", "--out", out, *TINY]
+    for argv, message in (
+        (["rl", *options, "--axes", "rl_negatives=5,500"], "rl_negatives must be at most"),
+        (["latency", *options, "--cross-memory", "initial"], "needs steps that stand alone"),
+    ):
+        assert message in fails(capsys, "study", *argv)
+        assert is_untouched(out)
 
 
 def test_jobs_side_by_side_choose_other_folders(tmp_path):

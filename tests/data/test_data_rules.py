@@ -394,7 +394,7 @@ def test_a_parquet_folder_is_one_table_of_its_parts(tmp_path):
         pl.DataFrame({"user": users}).write_parquet(folder / day / "part-0.snappy.parquet")
     (folder / "_SUCCESS").touch()
     assert read_table(folder, {"user": rules.ID}).rows() == [(1, 1), (2, 2), (3, 5)]
-    pl.DataFrame({"user": [6, 3.7]}).write_parquet(folder / "day=2" / "part-1.parquet")
+    pl.DataFrame({"user": [3.7]}).write_parquet(folder / "day=2" / "part-1.parquet")
     with pytest.raises(ValueError, match=r"events\.parquet: cannot be read: .*mismatch"):
         read_table(folder, {"user": rules.ID})
 
