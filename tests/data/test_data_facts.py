@@ -93,6 +93,10 @@ CHANGES = {
         [(u, i if t < at(50) else 99, t, k) for u, i, t, k in e],
         s,
     ),
+    "events are of one user, '999'": lambda e, s: (
+        e + [(999, n % 90 + 1, START + n, n == 59) for n in range(60)],
+        s,
+    ),
     "of the event before": lambda e, s: (e + [(u, i, t + 1, False) for u, i, t, _ in e], s),
     "half of the targets have fewer": lambda e, s: ([x for x in e if x[2] < at(30)], s),
     "do not overlap in time": lambda e, s: (e, [(u, t - 10**10, w, []) for u, t, w, _ in s]),
