@@ -17,7 +17,7 @@ def on_device(x: Tensor) -> AbstractContextManager:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """Say how a dtype is multiplied (see products.py).
+    """Say how a dtype is multiplied (see core/product.py).
 
     Only float32 has a choice: tf32 where torch allows it (:func:`lcr_fast.precision.allows_tf32`),
     else tf32x3, the default.

@@ -11,6 +11,7 @@ the ops are imported.
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -102,6 +103,14 @@ def _fast_interpreter():
         import fast_interpreter
 
         fast_interpreter.install()
+
+
+@pytest.fixture(autouse=True)
+def _compiled_anew():
+    """Forget what torch.compile made of a function, which it makes at most 8 times a process."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture

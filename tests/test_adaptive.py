@@ -379,3 +379,12 @@ def test_adapt_refuses(
     words = (tmp_path / "m.safetensors", "--data", prepared_folder, "-o", out, *options)
     assert message in fails(capsys, "adapt", *words)
     assert not out.exists()
+
+
+def test_nobody_chooses_exits_where_nobody_is_validated(prepared, make_model):
+    arrays = {
+        name: array[:0] if name.startswith("valid_") else array
+        for name, array in prepared.arrays.items()
+    }
+    with pytest.raises(ValueError, match="the data has no valid targets that the model can rank"):
+        adaptive.adapt(make_model(prepared), PreparedData(arrays, prepared.manifest))

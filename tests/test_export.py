@@ -74,8 +74,8 @@ def test_a_program_gives_the_models_bits_for_every_size(backend, tmp_path):
     assert any(name.startswith("lcr_fast.") for name in names) == (backend != "reference")
 
 
-def test_a_program_reads_slices(tmp_path):
-    """Compiled code, which ``load`` gives the same batches, would take them for whole tensors."""
+def test_a_program_reads_slices(tmp_path, monkeypatch):
+    """Compiled code would take them for whole tensors, and is given none."""
     model, path = make("cpp", steps=1), tmp_path / "program.pt2"
     export.save(model, path, k=3)
     batch = random_batch(model.config, 8, 7, torch.Generator().manual_seed(4))
@@ -85,6 +85,9 @@ def test_a_program_reads_slices(tmp_path):
     found = export.load(path)(every_other, exclude)
     for mine, expected in zip(found, model.recommend(every_other, 3, exclude), strict=True):
         assert torch.equal(mine, expected)
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path: lambda *given: given)
+    given, of_exclude = export.load(path, "aoti")(every_other, exclude)
+    assert all(tensor.is_contiguous() for tensor in (*vars(given).values(), of_exclude))
 
 
 @pytest.mark.full

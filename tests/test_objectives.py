@@ -195,6 +195,14 @@ def test_a_user_with_an_empty_stream_gives_tcl_no_gradient(user):
         assert gradient is None or not gradient.any()
 
 
+def test_tcl_of_halves_is_in_float32():
+    pooled, target = (torch.randn(4, *size, dtype=torch.bfloat16) for size in ((2, 2, 2, 6), (6,)))
+    lengths = (torch.ones(4), torch.ones(4))
+    loss = tcl(pooled, lengths, target)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, tcl(pooled.float(), lengths, target.float()))
+
+
 def test_tcl_without_steps_is_zero():
     states, lengths, target, weight = reasoned()
     assert tcl_of(States(states.h[:1], []), lengths, target, weight).item() == 0.0

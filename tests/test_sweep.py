@@ -38,11 +38,15 @@ def test_tiles_are_the_asked_ones():
     assert scoring_config.config(*case)["num_warps"] == 4
 
 
-def test_sums_are_tiled_as_asked():
+def test_sums_are_tiled_as_asked(monkeypatch):
     asked = sweep.Sums(256, 64, 128, 8, 1)
-    before = dict(weight_gradients.CONFIG)
+    before, launched = dict(weight_gradients.CONFIG), []
+    monkeypatch.setattr(
+        weight_gradients, "launch", lambda *arguments, **compiled: launched.append(compiled)
+    )
     with sweep._configured(sweep.Job("products", "tf32", 64, 30, asked)):
-        assert tuple(weight_gradients.CONFIG.values()) == asked
+        weight_gradients.product_of_rows(torch.ones(5, 2), torch.ones(5, 2))
+    assert tuple(launched[0][name] for name in before) == asked
     assert before == weight_gradients.CONFIG
 
 

@@ -95,10 +95,10 @@ def read(
         "their user; the files link none"
     )
     for name, reason in _COUNTED.items():
-        if (file := folder / f"{name}.parquet").is_file():
+        if (file := folder / f"{name}.parquet").exists():
             notes.append(f"{file.name}: dropped {count_rows(file):,} rows: {reason}")
     properties = folder / "product_properties.parquet"
-    vectors = _vectors(properties, events["item"]) if properties.is_file() else None
+    vectors = _vectors(properties, events["item"]) if properties.exists() else None
     notes.append(f"text vectors of items: {f'read ({_WIDTH})' if vectors else 'none'}")
     return InteractionLog("synerise", events, searches, clicks, notes, vectors)
 

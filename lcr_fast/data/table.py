@@ -176,7 +176,7 @@ def _odd_line(path: Path, separator: str, quote_char: str | None, quoted_amiss: 
     field = bare if q is None else f"(?:{q}(?:[^{q}]|{q}{q})*{q}|[^{q}{separator}]*)"
     lines = pl.scan_csv(
         path, separator="\x1e", quote_char=None, has_header=False, infer_schema=False,
-        new_columns=["line"], truncate_ragged_lines=True,
+        new_columns=["line"], truncate_ragged_lines=True, glob=False,
     )  # fmt: skip
     if quoted_amiss:
         odd = ~pl.col("line").str.contains(rf"^{field}(?:{separator}{field})*\r?$")
@@ -207,7 +207,8 @@ def scan(path: Path, separator: str = ",", quote_char: str | None = '"') -> pl.L
     """Open a Parquet file, or a delimited one with every field as text, lazily.
 
     A folder that is named like a Parquet file holds its parts, as Spark writes them: they are one
-    table, in the order of their names. ValueError where it holds none.
+    table, in the order of their names. What begins with _ or . is none, as Spark reads: what a
+    killed job left behind, or a checksum. ValueError where no part is there.
     """
     is_parts = is_columnar(path) and path.is_dir()
     if not is_parts:
@@ -216,10 +217,17 @@ def scan(path: Path, separator: str = ",", quote_char: str | None = '"') -> pl.L
         raise ValueError(f"{path}: the locale lacks letters of this path: set a UTF-8 locale")
     with readable(path):
         if is_parts:
-            parts = sorted(path.rglob("*.parquet"))
+            parts = sorted(part for part in path.rglob("*") if _is_part(part, path))
             if not parts:
                 raise ValueError(f"{path}: is a folder without Parquet files")
-            return pl.scan_parquet(parts, hive_partitioning=False)
+            return pl.scan_parquet(parts, glob=False, hive_partitioning=False)
         if is_columnar(path):
-            return pl.scan_parquet(path)
-        return pl.scan_csv(path, separator=separator, quote_char=quote_char, infer_schema=False)
+            return pl.scan_parquet(path, glob=False)
+        return pl.scan_csv(
+            path, separator=separator, quote_char=quote_char, infer_schema=False, glob=False
+        )
+
+
+def _is_part(path: Path, folder: Path) -> bool:
+    names = path.relative_to(folder).parts
+    return path.is_file() and not any(name.startswith(("_", ".")) for name in names)

@@ -18,7 +18,7 @@ from lcr_fast.data.prepared import PreparedData
 from lcr_fast.model import LCRSER
 from lcr_fast.ops.ranking import target_rank
 from lcr_fast.reference import Exits, exit_features
-from lcr_fast.training.evaluation import chance_level, make_batcher, sample_batches
+from lcr_fast.training.evaluation import make_batcher, sample_batches, selecting_gains
 from lcr_fast.training.ranks import weighted_metric
 
 SERVED = ("fixed", "change", "curvature", "confidence")
@@ -253,7 +253,7 @@ def adapt(
         raise ValueError("the model has no steps (K = 0)")
     if model.config.cross_memory == "initial":
         raise ValueError("cross_memory=initial reads h^(0) in every step: none stands alone")
-    chance_level(make_batcher(data, "valid", None), metric)  # can anything be chosen by it?
+    selecting_gains(make_batcher(data, "valid", None), metric)
     if loss is not None and loss < 0:
         raise ValueError(f"the loss must be at least 0, got {loss}")
     model.exits = None

@@ -316,14 +316,22 @@ def chance_level(batcher: Batcher, metric: str = "ndcg@5") -> float:
     """Give the validation score that a scorer without knowledge exceeds once in a thousand times.
 
     Such a scorer puts the target at every rank alike: the metric's mean, and 3 standard errors.
-    Raises ValueError where the data has no negatives to rank a target among, or so few that all
-    ranks are worth the same. There must be a sample.
+    Raises ValueError as :func:`selecting_gains` does. There must be a sample.
     """
-    n = len(batcher)
+    gains = selecting_gains(batcher, metric)
+    return float(gains.mean() + 3 * gains.std() / np.sqrt(len(batcher)))
+
+
+def selecting_gains(batcher: Batcher, metric: str) -> NDArray[np.float64]:
+    """Give what a metric says of every rank among the stored negatives: [N + 1].
+
+    Raises ValueError where nothing can be chosen by it: without negatives to rank a target among,
+    or with so few that all ranks are worth the same.
+    """
     gains = weighted_metric(np.arange(1, _stored(batcher.samples).shape[1] + 2), metric)
     if not np.ptp(gains):
         raise ValueError(
             f"nothing can be chosen by {metric}: it is the same for every list of a target and "
             f"{len(gains) - 1} evaluation negatives"
         )
-    return float(gains.mean() + 3 * gains.std() / np.sqrt(n))
+    return gains

@@ -86,6 +86,11 @@ def test_synerise(shop):
     assert "kept 3 searches; dropped 1 of users without an event" in notes
     assert "page_visit.parquet: dropped 2 rows" in notes
     assert "remove_from_cart.parquet: dropped 1 rows" in notes
+    for file in shop.glob("*.parquet"):  # each a folder of one part
+        file.rename(shop / "part")
+        file.mkdir()
+        (shop / "part").rename(file / "part-0.parquet")
+    assert synerise.read(shop).notes == log.notes
 
 
 def test_synerise_targets_and_optional_files(shop):

@@ -399,6 +399,27 @@ def test_a_parquet_folder_is_one_table_of_its_parts(tmp_path):
         read_table(folder, {"user": rules.ID})
 
 
+def test_what_a_parquet_folder_holds_beside_its_parts(tmp_path):
+    """Parts are files of any ending; a killed job's, and checksums, are none of the table's."""
+    folder = tmp_path / "events.parquet"
+    table = pl.DataFrame({"user": [1]})
+    parts = ("part-0.parquet", "part-1", "part-2.parquet/part-3.gz.parquet")
+    for name in (*parts, "_temporary/0/part-0.parquet", ".part-0.parquet", "._part-1"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        table.write_parquet(folder / name)
+    assert read_table(folder, {"user": rules.ID}).height == len(parts)
+
+
+@pytest.mark.parametrize("end", [".csv", ".parquet"])
+def test_a_name_is_no_pattern(tmp_path, end):
+    for name, user in (("run[1]", 5), ("run1", 7)):
+        (tmp_path / name).mkdir()
+        table, path = pl.DataFrame({"user": [user]}), tmp_path / name / f"events{end}"
+        (table.write_csv if end == ".csv" else table.write_parquet)(path)
+    path = tmp_path / "run[1]" / f"events{end}"
+    assert read_table(path, {"user": rules.ID})["user"].cast(pl.Int64).to_list() == [5]
+
+
 # frames
 
 
