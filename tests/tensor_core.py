@@ -1,7 +1,8 @@
 """A model of how tensor cores multiply float32, for Triton's interpreter, which does so exactly.
 
 A number is rounded to TF32, 10 bits of fraction, ties away from 0. Eight products at a time are
-added to the accumulator, and the sum is truncated to float32.
+added to the accumulator, and the sum is truncated to float32. A product in three TF32 ones has an
+accumulator of its own, which is added to what was there before; one in TF32 goes on from it.
 """
 
 import contextlib
@@ -34,15 +35,15 @@ def _accumulate(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarray:
     return total
 
 
-def product(a: np.ndarray, b: np.ndarray, precision: str) -> np.ndarray:
-    """Multiply float32 matrices as ``tf32`` or ``tf32x3``."""
+def product(a: np.ndarray, b: np.ndarray, precision: str, before: np.ndarray) -> np.ndarray:
+    """Multiply float32 matrices as ``tf32`` or ``tf32x3``, added to what was there before."""
     big_a, big_b = round_to_tf32(a), round_to_tf32(b)
-    total = np.zeros((*a.shape[:-1], b.shape[-1]), np.float32)
-    if precision == "tf32x3":
-        small_a, small_b = round_to_tf32(a - big_a), round_to_tf32(b - big_b)
-        total = _accumulate(big_a, small_b, _accumulate(small_a, big_b, total))
-        total = np.where(np.isfinite(total), total, np.float32(0))  # inf - inf of the small parts
-    return _accumulate(big_a, big_b, total)
+    if precision == "tf32":
+        return _accumulate(big_a, big_b, before)
+    small_a, small_b = round_to_tf32(a - big_a), round_to_tf32(b - big_b)
+    total = _accumulate(big_a, small_b, _accumulate(small_a, big_b, np.zeros_like(before)))
+    total = np.where(np.isfinite(total), total, np.float32(0))  # inf - inf of the small parts
+    return _accumulate(big_a, big_b, total) + before
 
 
 @contextlib.contextmanager
@@ -57,7 +58,7 @@ def multiplying(monkeypatch, matmul_precision: str):
         if a.data.dtype != np.float32:
             return exact(self, a, b, d, *options)
         with np.errstate(invalid="ignore", over="ignore"):
-            total = product(a.data, b.data, precision) + d.data
+            total = product(a.data, b.data, precision, d.data)
         return interpreter.TensorHandle(total, d.dtype.scalar)
 
     with monkeypatch.context() as patch, tf32(precision == "tf32"):
