@@ -222,7 +222,7 @@ def latent_reasoning_bwd(
                 factors = [of_both.view(2, last - first, -1, width)]
             add_up(sums, 0 if shared else first, products(factors, scratch_layout, shared))
         for dx, stream in zip((dsearch, drec), streams, strict=True):
-            dx[users] = stream.dh.sum(1)
+            dx[users] = stream.dh.sum(1) if N > 1 else stream.dh.squeeze(1)
         add_up(sums, "norms", [dnorm.sum((0, 1) if shared else 0).view(-1, 2, 3, 2, D)])
     if has_pool:
         dtarget_keys.copy_(dkeys.sum((1, 2, 3)))
