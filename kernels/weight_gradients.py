@@ -139,8 +139,7 @@ def products_of_columns(dy: Tensor, x: Tensor, matrices: Sequence[Columns]) -> T
     from member to member. :func:`split` tells the sums apart.
     """
     members, rows, _ = dy.shape
-    columns = tuple(matrices)
-    tiles, sums = (first[-1] for first in begin(columns, CONFIG["BLOCK"]))
+    tiles, sums = (first[-1] for first in begin(tuple(matrices), CONFIG["BLOCK"]))
     part_rows = _part_rows(rows, tiles * members)
     parts = triton.cdiv(rows, part_rows)
     of_parts = dy.new_empty(parts, members, sums)
@@ -148,20 +147,15 @@ def products_of_columns(dy: Tensor, x: Tensor, matrices: Sequence[Columns]) -> T
         with on_device(dy):
             launch(
                 columns_product_kernel, (parts * tiles, members), dy, x, of_parts, rows, part_rows,
-                **constants(columns, dy.stride(1), x.stride(1), dot_precision(dy.dtype)),
+                **constants(matrices, dy.stride(1), x.stride(1), dot_precision(dy.dtype)),
             )  # fmt: skip
     return of_parts[0] if parts == 1 else of_parts.sum(0)
 
 
 def split(sums: Tensor, matrices: Sequence[Columns]) -> list[tuple[Tensor, Tensor]]:
     """View [..., sums] as (dW [..., out, width], db [..., out]) of each matrix."""
-    found = []
-    for m, of_matrix in zip(
-        matrices, sums.split([m.out * (m.width + 1) for m in matrices], -1), strict=True
-    ):
-        dw, db = of_matrix.split((m.out * m.width, m.out), -1)
-        found.append((dw.unflatten(-1, (m.out, m.width)), db))
-    return found
+    parts = iter(sums.split([n for m in matrices for n in (m.out * m.width, m.out)], -1))
+    return [(next(parts).unflatten(-1, (m.out, m.width)), next(parts)) for m in matrices]
 
 
 def product_of_rows(dy: Tensor, x: Tensor) -> Tensor:

@@ -19,12 +19,8 @@ _LEAST_UNIX_MS = 10**11  # smaller times are of no calendar
 _BINS = (0, 1, 2, 3, 5, 8, 12, 20, 30, 50, 100)  # lower bounds of history lengths
 # Shares from which on a fact is worth a warning. Rules of thumb, said with the number itself.
 _MANY_REPEATS, _FEW_SEARCHES, _MANY_TIES, _LATE, _UNCOVERED = 0.3, 0.3, 0.02, 0.1, 0.5
-_APART, _LACKING = 0.05, 0.5
-_ONE_USER = 0.1
+_APART, _LACKING, _ONE_USER = 0.05, 0.5, 0.1
 _FEW_CLICKS, _ONE_ITEM, _FEW_TESTED, _SHORT, _AGAIN, _EASY = 0.1, 0.1, 500, 3, 0.3, 0.5
-
-
-_BUSIEST = "events of the busiest user"
 
 
 class Fact(NamedTuple):
@@ -97,7 +93,8 @@ def _streams(data: PreparedData) -> Iterator[Fact]:
     yield _share("searches", "searches with a click", (n_clicks > 0).sum(), len(n_clicks))
     n_terms = np.diff(data.query_term_offsets)[data.search_queries]
     yield _share("searches", "searches with a term", (n_terms > 0).sum(), len(n_terms))
-    yield _share("events", _BUSIEST, np.diff(data.rec_offsets).max(initial=0), len(data.rec_items))
+    busiest = np.diff(data.rec_offsets).max(initial=0)
+    yield _share("events", "events of the busiest user", busiest, len(data.rec_items))
     counts = np.sort(data.item_count)[::-1]
     top = max(data.n_items // 100, 1)
     yield _share(
@@ -280,7 +277,7 @@ def _warnings(data: PreparedData, values: dict[str, float], split: str) -> Itera
     share = values["targets on the most frequent one"]
     if share > _ONE_ITEM:
         yield f"one item is the target of {share:.0%} of the {split} samples: popularity wins there"
-    share = values[_BUSIEST]
+    share = values["events of the busiest user"]
     if share > max(_ONE_USER, 5 / data.n_users):
         busiest = data.users[int(np.diff(data.rec_offsets).argmax())]
         yield (
