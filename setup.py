@@ -96,9 +96,10 @@ def extensions() -> list:
 class BuildAll(build):
     """Run build_ext without extensions too: it removes what an earlier install has left."""
 
-    sub_commands = tuple(
+    # A list: plugins of setuptools that are installed, as scikit-build-core's, append to it.
+    sub_commands = [  # noqa: RUF012
         (name, None if name == "build_ext" else of) for name, of in build.sub_commands
-    )
+    ]
 
 
 class BuildExt(BuildExtension):

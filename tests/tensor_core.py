@@ -1,8 +1,9 @@
 """A model of how tensor cores multiply float32, for Triton's interpreter, which does so exactly.
 
-A number is rounded to TF32, 10 bits of fraction, ties away from 0. Eight products at a time are
-added to the accumulator, and the sum is truncated to float32. A product in three TF32 ones has an
-accumulator of its own, which is added to what was there before; one in TF32 goes on from it.
+A number is rounded to TF32, 10 bits of fraction, ties away from 0, and what is left of it is cut
+to TF32. Eight products at a time are added to the accumulator, and the sum is truncated to float32.
+A product in three TF32 ones has an accumulator of its own, which is added to what was there before;
+one in TF32 goes on from it.
 """
 
 import contextlib
@@ -14,11 +15,15 @@ from lcr_fast.testing import tf32
 _DEPTH = 8  # of one instruction
 
 
+def _cut_to_tf32(x: np.ndarray, add: int = 0) -> np.ndarray:
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    cut = ((bits + np.uint32(add)) & np.uint32(0xFFFFE000)).view(np.float32)
+    return np.where(np.isfinite(x), cut, x)
+
+
 def round_to_tf32(x: np.ndarray) -> np.ndarray:
     """Round float32 to the nearest TF32."""
-    bits = np.ascontiguousarray(x).view(np.uint32)
-    rounded = ((bits + np.uint32(1 << 12)) & np.uint32(0xFFFFE000)).view(np.float32)
-    return np.where(np.isfinite(x), rounded, x)
+    return _cut_to_tf32(x, add=1 << 12)
 
 
 def _truncate(x: np.ndarray) -> np.ndarray:
@@ -40,9 +45,8 @@ def product(a: np.ndarray, b: np.ndarray, precision: str, before: np.ndarray) ->
     big_a, big_b = round_to_tf32(a), round_to_tf32(b)
     if precision == "tf32":
         return _accumulate(big_a, big_b, before)
-    small_a, small_b = round_to_tf32(a - big_a), round_to_tf32(b - big_b)
+    small_a, small_b = _cut_to_tf32(a - big_a), _cut_to_tf32(b - big_b)
     total = _accumulate(big_a, small_b, _accumulate(small_a, big_b, np.zeros_like(before)))
-    total = np.where(np.isfinite(total), total, np.float32(0))  # inf - inf of the small parts
     return _accumulate(big_a, big_b, total) + before
 
 

@@ -38,6 +38,14 @@ def test_loops_inside_the_steps_count_as_often_as_they_are_passed():
     )
 
 
+def test_loops_over_streams_are_passed_twice_and_hold_the_others():
+    streams = [".L_streams:", "FADD R1, R1, R1", *HEADS, "@P3 BRA `(.L_streams)"]
+    steps = [".L_steps:", "LDS R3, [R4]", *streams, "@P0 BRA `(.L_steps)"]
+    found = count_step(listing(*steps), head_blocks=3, unit_blocks=1, looped=True)
+    assert found.instructions == 2 * (3 * 5 + 2) + 2
+    assert found.products == 2 * 3
+
+
 def test_a_step_without_loops_inside_counts_once():
     found = count_step(listing(".L_steps:", "MUFU.EX2 R3, R3", "@P0 BRA `(.L_steps)"), 2, 3)
     assert found == Counts(2, 0, 0, 0, 0, 0)

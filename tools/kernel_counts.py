@@ -4,9 +4,10 @@
 
 A program takes its sequences through the loop over the steps, in an encoder over the layers; what
 that loop executes once, times the warps, over the sequences, is what is told. Loops inside have
-trip counts known at compile time: over blocks of heads, which exponentiate between their products,
-and over blocks of hidden units. Bytes are those of a warp's loads and stores: addresses that its
-lanes share are counted for each. What wgmma reads of shared memory by itself is not among them.
+trip counts known at compile time: over the two streams, if they take turns in the same code; over
+blocks of heads, which exponentiate between their products; and over blocks of hidden units. Bytes
+are those of a warp's loads and stores: addresses that its lanes share are counted for each. What
+wgmma reads of shared memory by itself is not among them.
 """
 
 import argparse
@@ -99,11 +100,12 @@ def _loops(program: sass.Program) -> dict[int, set[int]]:
     return loops
 
 
-def count_step(listing: str, head_blocks: int, unit_blocks: int) -> Counts:
+def count_step(listing: str, head_blocks: int, unit_blocks: int, looped: bool = False) -> Counts:
     """Count what one warp executes in one pass of a kernel's longest loop.
 
     Loops inside it that multiply are passed ``head_blocks`` times if they exponentiate too, else
-    ``unit_blocks`` times; others once. Raises ValueError if there is no loop.
+    ``unit_blocks`` times; others once. If ``looped``, the outer ones of them are over two streams.
+    Raises ValueError if there is no loop.
     """
     _, program = next(sass.programs(listing))
     loops = _loops(program)
@@ -117,10 +119,13 @@ def count_step(listing: str, head_blocks: int, unit_blocks: int) -> Counts:
         return any(kind.match(i.opcode) for block in body for i in instructions(block))
 
     steps = max(loops, key=lambda entry: sum(len(instructions(b)) for b in loops[entry]))
-    trips = {}
-    for entry, body in loops.items():
-        of_heads = head_blocks if has(body, _EXPONENTIAL) else unit_blocks
-        trips[entry] = of_heads if entry != steps and has(body, _PRODUCT) else 1
+    trips = dict.fromkeys(loops, 1)
+    inside = {n: body for n, body in loops.items() if n != steps and has(body, _PRODUCT)}
+    for entry, body in inside.items():
+        if looped and not any(body < other for other in inside.values()):
+            trips[entry] = 2
+        else:
+            trips[entry] = head_blocks if has(body, _EXPONENTIAL) else unit_blocks
     total = Counts(*[0.0] * len(Counts._fields))
     for block in loops[steps]:
         times = 1
@@ -139,6 +144,7 @@ def counts(variant: Variant, compiled: Any) -> Counts:
         sass.disassemble(compiled.asm["cubin"]),
         shape.D // shape.BLOCK_HEADS,
         shape.F // shape.BLOCK_F,
+        variant.constexprs.get("LOOPED", False),
     )
     share = variant.options["num_warps"] / sequences
     return Counts(*(n * share for n in of_warp))._replace(barriers=of_warp.barriers)

@@ -89,6 +89,7 @@ class Config(NamedTuple):
     block_f: int = 32  # hidden units of the FFN at a time
     registers: int | None = None  # of a thread, at most; None: as many as there are
     cut: bool = False  # whether products are cut in depth, as they do not fit shared memory whole
+    looped: bool = False  # whether streams of one slot share the code of a forward pass
 
     def heads(self, D: int, H: int) -> int:
         """Columns of heads at a time, of D with H heads."""
@@ -105,8 +106,8 @@ class Config(NamedTuple):
 # by counts of the machine code alone, is in docs/fused-kernel.md.
 _DEFAULTS = {
     ("fwd", "half"): {64: Config(4, block_f=64), 128: Config(8, block_f=64)},
-    ("fwd", "tf32"): {64: Config(4, block_f=64), 128: Config(8)},
-    ("fwd", "tf32x3"): {64: Config(4, block_f=64), 128: Config(8)},
+    ("fwd", "tf32"): {64: Config(4, block_f=64, looped=True), 128: Config(8, looped=True)},
+    ("fwd", "tf32x3"): {64: Config(4, block_f=64, looped=True), 128: Config(8, looped=True)},
     ("bwd", "half"): {64: Config(4), 128: Config(8, parked=True)},
     ("bwd", "tf32"): {64: Config(4), 128: Config(8, parked=True)},
     ("bwd", "tf32x3"): {
@@ -118,7 +119,7 @@ _DEFAULTS = {
 # Exceptions, by (pass, kind, D, rows of the slot, major compute capability or None for all).
 _CONFIGS: dict[tuple[str, str, int, int, int | None], Config] = {
     **{
-        ("fwd", kind, 64, slot, 9): Config(4, block_heads=64, block_f=64)
+        ("fwd", kind, 64, slot, 9): Config(4, block_heads=64, block_f=64, looped=kind != "half")
         for kind in ("half", "tf32x3")
         for slot in (32, 64)
     },
@@ -205,6 +206,7 @@ def constants(
         ),
         "SEQUENCES": chosen.tile(*sizes).sequences,
         "PARKED": chosen.parked,
+        "LOOPED": chosen.looped and len(set(slots(*sizes))) == 1,
         "num_warps": chosen.num_warps,
         "num_stages": 1,
         "maxnreg": chosen.registers,

@@ -21,6 +21,7 @@ from lcr_fast.kernels.reasoning.step import (
     before_last_norm,
     before_norm1,
     before_norm2,
+    choose_stream,
     load_initial,
     norm,
     zero_padding,
@@ -79,36 +80,75 @@ def _locate(
     return Located(rows, user_row, lengths, own, other, gate.to(tl.float32))
 
 
+class Step(NamedTuple):
+    """What the sublayers of step k take, of either stream."""
+
+    k: Any
+    index: Any  # of the search stream's weights; the other's are behind them
+    weights: Any  # StepWeights
+    dropout: Any
+    keys: Any  # [B, 2, D]
+    pooled: Any  # [B, N, K, 2, 2, D], at the step
+    pooled_stride: Any  # from one sequence to the next
+    first: Any  # of the program's sequences
+    n_sequences: Any
+    n_trajectories: Any
+
+
+@triton.jit
+def _pool(state, x, stream, step, place: tl.constexpr, D: tl.constexpr, SEQUENCES: tl.constexpr):
+    """Store the pooled states of the stream that ``x`` locates, a (``place`` 0) or h (1)."""
+    pool(
+        state, x.lengths, step.keys + stream * D, step.pooled + (2 * place + stream) * D,
+        step.pooled_stride, step.first, step.n_sequences, step.n_trajectories, SEQUENCES,
+    )  # fmt: skip
+
+
 @triton.jit
 def _self(
-    h, x, k, index, stream: tl.constexpr, weights, dropout,
-    SHAPE: tl.constexpr, SEQUENCES: tl.constexpr, DROPOUT: tl.constexpr,
+    h, x, stream, step,
+    SHAPE: tl.constexpr, SEQUENCES: tl.constexpr, DROPOUT: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
     """Compute a = LN1(h + m1 MSA(h)) of the stream that ``x`` locates: [M, D]."""
+    index = step.index + stream
     x1 = before_norm1(
-        h, x.own, x.user_row, x.rows.position, k, index, stream, weights.self_attention, dropout,
-        SHAPE, SEQUENCES, DROPOUT,
+        h, x.own, x.user_row, x.rows.position, step.k, index, stream,
+        step.weights.self_attention, step.dropout, SHAPE, SEQUENCES, DROPOUT,
     )  # fmt: skip
-    return norm(x1, weights.norms, index, 0, h.dtype, SHAPE)
+    a = norm(x1, step.weights.norms, index, 0, h.dtype, SHAPE)
+    if POOL:
+        _pool(a, x, stream, step, 0, SHAPE.D, SEQUENCES)
+    return a
 
 
 @triton.jit
 def _cross(
-    a, memory, x, k, index, stream: tl.constexpr, weights, dropout,
-    SHAPE: tl.constexpr, SEQUENCES: tl.constexpr, DROPOUT: tl.constexpr,
+    a, memory, x, stream, step,
+    SHAPE: tl.constexpr, SEQUENCES: tl.constexpr, DROPOUT: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
     """Compute h = LN3(c + m3 FFN(c)) of c = LN2(a + g m2 MCA(a, memory)); c if there is no FFN."""
+    index = step.index + stream
     x2 = before_norm2(
-        a, memory, x.other, x.gate, x.user_row, x.rows.position, k, index, stream,
-        weights.cross_attention, dropout, SHAPE, SEQUENCES, DROPOUT,
+        a, memory, x.other, x.gate, x.user_row, x.rows.position, step.k, index, stream,
+        step.weights.cross_attention, step.dropout, SHAPE, SEQUENCES, DROPOUT,
     )  # fmt: skip
-    h = norm(x2, weights.norms, index, 1, a.dtype, SHAPE)
+    h = norm(x2, step.weights.norms, index, 1, a.dtype, SHAPE)
     if SHAPE.F > 0:
         x3 = before_last_norm(
-            h, x.user_row, x.rows.position, k, index, stream, weights.ffn, dropout, SHAPE, DROPOUT
-        )
-        h = norm(x3, weights.norms, index, 2, a.dtype, SHAPE)
+            h, x.user_row, x.rows.position, step.k, index, stream, step.weights.ffn, step.dropout,
+            SHAPE, DROPOUT,
+        )  # fmt: skip
+        h = norm(x3, step.weights.norms, index, 2, a.dtype, SHAPE)
+    if POOL:
+        _pool(h, x, stream, step, 1, SHAPE.D, SEQUENCES)
     return h
+
+
+@triton.jit
+def _save(h, x, saved_ptr, size, step, D: tl.constexpr):
+    """Store the input of a step but the first: h^(k)."""
+    place = step.n_sequences.to(tl.int64) * D * (step.k - 1) * size
+    store_tile(tile_at(saved_ptr + place, x.rows, size, D), zero_padding(h, x.rows), D)
 
 
 @kernel(do_not_specialize=_RUNTIME_NUMBERS)
@@ -138,6 +178,7 @@ def latent_reasoning_fwd_kernel(
     DROPOUT: tl.constexpr,
     POOL: tl.constexpr,
     SAVE: tl.constexpr,
+    LOOPED: tl.constexpr,  # streams of one slot take turns in the same code
 ):
     D: tl.constexpr = SHAPE.D
     DRAWS: tl.constexpr = NOISE or DROPOUT
@@ -165,47 +206,51 @@ def latent_reasoning_fwd_kernel(
         # anyway: they name k, so that addresses of rows do not stay in registers either.
         size_s = tl.minimum(search_size, SEARCH_SLOT + k)
         size_r = tl.minimum(rec_size, REC_SLOT + k)
-        index = 2 * k * set_stride
         stride = tl.maximum(steps, k).to(tl.int64) * (4 * D)
-        step_ptr = pooled_ptr + k * (4 * D)
-        s = _locate(
-            first, n_sequences, search.lengths, rec.lengths, user_rows_ptr, n_trajectories,
-            size_s, size_r, SEARCH_SLOT, SEQUENCES, DRAWS,
+        step = Step(
+            k, 2 * k * set_stride, weights, dropout, keys_ptr, pooled_ptr + k * (4 * D), stride,
+            first, n_sequences, n_trajectories,
         )  # fmt: skip
-        r = _locate(
-            first, n_sequences, rec.lengths, search.lengths, user_rows_ptr, n_trajectories,
-            size_r, size_s, REC_SLOT, SEQUENCES, DRAWS,
-        )  # fmt: skip
-        if SAVE and k > 0:
-            saved = n_sequences.to(tl.int64) * D * (k - 1)
-            at_s = tile_at(search.saved + saved * size_s, s.rows, size_s, D)
-            store_tile(at_s, zero_padding(h_s, s.rows), D)
-            at_r = tile_at(rec.saved + saved * size_r, r.rows, size_r, D)
-            store_tile(at_r, zero_padding(h_r, r.rows), D)
-        a_s = _self(h_s, s, k, index, SEARCH, weights, dropout, SHAPE, SEQUENCES, DROPOUT)
-        if POOL:
-            pool(
-                a_s, s.lengths, keys_ptr, step_ptr, stride, first, n_sequences, n_trajectories,
-                SEQUENCES,
+        if LOOPED:
+            # The streams change places, so that the one whose turn it is comes first.
+            for stream in tl.range(0, 2, disable_licm=True):
+                own, size = choose_stream(stream, search, rec, size_s, size_r)
+                other, other_size = choose_stream(stream, rec, search, size_r, size_s)
+                x = _locate(
+                    first, n_sequences, own.lengths, other.lengths, user_rows_ptr, n_trajectories,
+                    size, other_size, SEARCH_SLOT, SEQUENCES, DRAWS,
+                )  # fmt: skip
+                if SAVE and k > 0:
+                    _save(h_s, x, own.saved, size, step, D)
+                a = _self(h_s, x, stream, step, SHAPE, SEQUENCES, DROPOUT, POOL)
+                h_s, h_r = h_r, a
+            a_s, a_r = h_s, h_r
+            for stream in tl.range(0, 2, disable_licm=True):
+                own, size = choose_stream(stream, search, rec, size_s, size_r)
+                other, other_size = choose_stream(stream, rec, search, size_r, size_s)
+                x = _locate(
+                    first, n_sequences, own.lengths, other.lengths, user_rows_ptr, n_trajectories,
+                    size, other_size, SEARCH_SLOT, SEQUENCES, DRAWS,
+                )  # fmt: skip
+                h = _cross(a_s, a_r, x, stream, step, SHAPE, SEQUENCES, DROPOUT, POOL)
+                a_s, a_r = a_r, a_s
+                h_s, h_r = h_r, h
+        else:
+            s = _locate(
+                first, n_sequences, search.lengths, rec.lengths, user_rows_ptr, n_trajectories,
+                size_s, size_r, SEARCH_SLOT, SEQUENCES, DRAWS,
             )  # fmt: skip
-        a_r = _self(h_r, r, k, index + 1, REC, weights, dropout, SHAPE, SEQUENCES, DROPOUT)
-        if POOL:
-            pool(
-                a_r, r.lengths, keys_ptr + D, step_ptr + D, stride, first, n_sequences,
-                n_trajectories, SEQUENCES,
+            r = _locate(
+                first, n_sequences, rec.lengths, search.lengths, user_rows_ptr, n_trajectories,
+                size_r, size_s, REC_SLOT, SEQUENCES, DRAWS,
             )  # fmt: skip
-        h_s = _cross(a_s, a_r, s, k, index, SEARCH, weights, dropout, SHAPE, SEQUENCES, DROPOUT)
-        if POOL:
-            pool(
-                h_s, s.lengths, keys_ptr, step_ptr + 2 * D, stride, first, n_sequences,
-                n_trajectories, SEQUENCES,
-            )  # fmt: skip
-        h_r = _cross(a_r, a_s, r, k, index + 1, REC, weights, dropout, SHAPE, SEQUENCES, DROPOUT)
-        if POOL:
-            pool(
-                h_r, r.lengths, keys_ptr + D, step_ptr + 3 * D, stride, first, n_sequences,
-                n_trajectories, SEQUENCES,
-            )  # fmt: skip
+            if SAVE and k > 0:
+                _save(h_s, s, search.saved, size_s, step, D)
+                _save(h_r, r, rec.saved, size_r, step, D)
+            a_s = _self(h_s, s, SEARCH, step, SHAPE, SEQUENCES, DROPOUT, POOL)
+            a_r = _self(h_r, r, REC, step, SHAPE, SEQUENCES, DROPOUT, POOL)
+            h_s = _cross(a_s, a_r, s, SEARCH, step, SHAPE, SEQUENCES, DROPOUT, POOL)
+            h_r = _cross(a_r, a_s, r, REC, step, SHAPE, SEQUENCES, DROPOUT, POOL)
 
     store_tile(tile_at(search.out, s.rows, search_size, D), zero_padding(h_s, s.rows), D)
     store_tile(tile_at(rec.out, r.rows, rec_size, D), zero_padding(h_r, r.rows), D)

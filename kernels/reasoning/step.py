@@ -42,7 +42,7 @@ def choose_stream(stream, search, rec, search_size, rec_size):
 
 @triton.jit
 def apply_dropout(
-    update, user_row, position, k, stream: tl.constexpr, place: tl.constexpr, dropout,
+    update, user_row, position, k, stream, place: tl.constexpr, dropout,
     SHAPE: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Drop from the output of the step's sublayer at ``place``, from 0."""
@@ -60,7 +60,7 @@ def apply_dropout(
 
 @triton.jit
 def load_initial(
-    x_ptr, rows, size, n_trajectories, user_row, stream: tl.constexpr, noise,
+    x_ptr, rows, size, n_trajectories, user_row, stream, noise,
     D: tl.constexpr, NOISE: tl.constexpr,
 ):  # fmt: skip
     """h^(0) + noise_scale eps on valid positions, 0 elsewhere, in the tensor's dtype: [M, D]."""
@@ -78,7 +78,7 @@ def load_initial(
 
 @triton.jit
 def _add_update(
-    y, x, user_row, position, k, stream: tl.constexpr, place: tl.constexpr, dropout,
+    y, x, user_row, position, k, stream, place: tl.constexpr, dropout,
     SHAPE: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Compute x + m update, where a sum without dropout has x already: float32 [M, D]."""
@@ -90,7 +90,7 @@ def _add_update(
 
 @triton.jit
 def before_norm1(
-    h, lengths, user_row, position, k, index, stream: tl.constexpr, weights, dropout,
+    h, lengths, user_row, position, k, index, stream, weights, dropout,
     SHAPE: tl.constexpr, SEQUENCES: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """x1 = h + m1 MSA(h): float32 [M, D]."""
@@ -102,7 +102,7 @@ def before_norm1(
 
 @triton.jit
 def before_norm2(
-    a, memory, lengths, gate, user_row, position, k, index, stream: tl.constexpr, weights, dropout,
+    a, memory, lengths, gate, user_row, position, k, index, stream, weights, dropout,
     SHAPE: tl.constexpr, SEQUENCES: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """x2 = a + g m2 MCA(a, memory): float32 [M, D]; ``gate`` is float32 [M]."""
@@ -115,7 +115,7 @@ def before_norm2(
 
 @triton.jit
 def before_last_norm(
-    c, user_row, position, k, index, stream: tl.constexpr, weights, dropout,
+    c, user_row, position, k, index, stream, weights, dropout,
     SHAPE: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """x3, an encoder's x2, = c + m FFN(c): float32 [M, D]."""
