@@ -9,6 +9,7 @@ its chains are a chunk of rows long, and chunks are added in float32, rounded; w
 allowed, which rounds more, they are as long as the part.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -33,8 +34,8 @@ class Columns(NamedTuple):
     width: int
 
 
-# Not timed: chosen by the machine code of sm_90 (docs/fused-kernel.md). PART_ROWS are the most.
-CONFIG = {"PART_ROWS": 512, "ROWS": 32, "BLOCK": 64, "num_warps": 4, "num_stages": 2}
+# As timed on sm_90 (docs/fused-kernel.md). PART_ROWS are the most.
+CONFIG = {"PART_ROWS": 512, "ROWS": 32, "BLOCK": 64, "num_warps": 4, "num_stages": 3}
 _PROGRAMS = 1024  # that fill a large GPU: fewer rows than make so many are cut into smaller parts
 
 
@@ -46,6 +47,13 @@ def begin(matrices: tuple[Columns, ...], block: int) -> tuple[tuple[int, ...], t
     sums = [out * (width + 1) for out, width in sizes]  # of dW, then of db
     first_tiles, first_sums = (tuple(itertools.accumulate(n, initial=0)) for n in (tiles, sums))
     return first_tiles, first_sums
+
+
+@functools.cache  # what Triton wraps costs the host more than a launch
+def _numbers(matrices: tuple[Columns, ...], block: int) -> tuple[int, int]:
+    """Count the tiles and the sums of all matrices."""
+    first_tiles, first_sums = begin(matrices, block)
+    return first_tiles[-1], first_sums[-1]
 
 
 @kernel(do_not_specialize=["n_rows", "part_rows"])
@@ -139,7 +147,7 @@ def products_of_columns(dy: Tensor, x: Tensor, matrices: Sequence[Columns]) -> T
     from member to member. :func:`split` tells the sums apart.
     """
     members, rows, _ = dy.shape
-    tiles, sums = (first[-1] for first in begin(tuple(matrices), CONFIG["BLOCK"]))
+    tiles, sums = _numbers(tuple(matrices), CONFIG["BLOCK"])
     part_rows = _part_rows(rows, tiles * members)
     parts = triton.cdiv(rows, part_rows)
     of_parts = dy.new_empty(parts, members, sums)

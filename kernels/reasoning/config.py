@@ -123,6 +123,8 @@ _CONFIGS: dict[tuple[str, str, int, int, int | None], Config] = {
         for kind in ("half", "tf32x3")
         for slot in (32, 64)
     },
+    ("fwd", "half", 64, 128, 9): Config(8, block_heads=64, block_f=64),
+    ("bwd", "half", 64, 32, 9): Config(4, registers=128),
     ("bwd", "tf32x3", 128, 32, None): Config(4, parked=True),
 }
 # Where there is tensor memory, float32 in two parts, long histories, wide gradients and a forward
