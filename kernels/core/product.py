@@ -36,20 +36,36 @@ def _as_tf32(x):
 
 @triton.jit
 def _parts(x):
-    """Split x into big, rounded to TF32, and x - big, which has one bit more than TF32 at most."""
-    big = (x.to(tl.int32, bitcast=True) + _HALF) & -(2 * _HALF)
-    big = big.to(tl.float32, bitcast=True)  # of a NaN it may be 0; small is NaN
-    return big, x - big
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 low, high;
+        cvt.rn.bf16x2.f32 $0, $4, $3;
+        shl.b32 low, $0, 16;
+        and.b32 high, $0, 0xffff0000;
+        sub.f32 low, $3, low;
+        sub.f32 high, $4, high;
+        cvt.rn.bf16x2.f32 $1, high, low;
+        .reg .b32 low2, high2;
+        shl.b32 low2, $1, 16;
+        and.b32 high2, $1, 0xffff0000;
+        sub.f32 low2, low, low2;
+        sub.f32 high2, high, high2;
+        cvt.rn.bf16x2.f32 $2, high2, low2;
+        }""",
+        "=&r,=&r,=&r,r,r", [x], dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+    )
 
 
 @triton.jit
 def _product_of_parts(a, b, c):
-    """Compute a b + c by tf32x3: the small products first, c last, in float32."""
-    big_a, small_a = _parts(a)
-    big_b, small_b = _parts(b)
-    y = tl.dot(small_a, big_b, input_precision="tf32")
-    y = tl.dot(big_a, small_b, y, input_precision="tf32")
-    y = tl.dot(big_a, big_b, y, input_precision="tf32")
+    a1, a2, a3 = _parts(a)
+    b1, b2, b3 = _parts(b)
+    y = tl.dot(a3, b1)
+    y = tl.dot(a2, b2, y)
+    y = tl.dot(a1, b3, y)
+    y = tl.dot(a2, b1, y)
+    y = tl.dot(a1, b2, y)
+    y = tl.dot(a1, b1, y)
     return y if c is None else y + c
 
 
