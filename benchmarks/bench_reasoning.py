@@ -29,14 +29,12 @@ from lcr_fast.reference import Steps
 from lcr_fast.testing import (
     EncoderCase,
     ReasoningCase,
-    assert_reasoning_parity,
+    assert_call_parity,
     random_encoder,
     random_lengths,
     random_reasoning,
     random_weights,
-    reasoning_baseline,
     run_encoder,
-    run_reasoning,
 )
 
 HEADS = 2
@@ -305,15 +303,14 @@ def assert_parity(case: Case, device: str) -> None:
             rec_len=case.L, n_users=PARITY_USERS, padding=0.0,
         )  # fmt: skip
         encoder = random_encoder(shape).to(dtype, device=device)
-        expected = reasoning_baseline(encoder, run_encoder)
-        assert_reasoning_parity(run_encoder(encoder, "auto"), expected)
+        assert_call_parity(encoder, "auto", run_encoder)
         return
     shape = ReasoningCase(
         dim=case.d, n_heads=HEADS, search_len=case.L, rec_len=case.L, n_users=PARITY_USERS,
         steps=case.K, ffn_dim=case.d, n_trajectories=min(case.N, 2), padding=0.0,
     )  # fmt: skip
     call = random_reasoning(shape).to(dtype, device=device)
-    assert_reasoning_parity(run_reasoning(call, "auto"), reasoning_baseline(call))
+    assert_call_parity(call, "auto")
 
 
 @pytest.fixture

@@ -52,19 +52,18 @@ def product(a: np.ndarray, b: np.ndarray, precision: str, before: np.ndarray) ->
 
 @contextlib.contextmanager
 def multiplying(monkeypatch, matmul_precision: str):
-    """Let the interpreter multiply float32 so, and torch allow it (``highest`` or ``high``)."""
+    """Let the interpreter multiply float32 so; torch allows no TF32 (``highest``), or ``high``."""
     from triton.runtime import interpreter
 
     exact = interpreter.InterpreterBuilder.create_dot
-    precision = {"highest": "tf32x3", "high": "tf32"}[matmul_precision]
 
-    def create_dot(self, a, b, d, *options):
+    def create_dot(self, a, b, d, input_precision, *options):
         if a.data.dtype != np.float32:
-            return exact(self, a, b, d, *options)
+            return exact(self, a, b, d, input_precision, *options)
         with np.errstate(invalid="ignore", over="ignore"):
-            total = product(a.data, b.data, precision, d.data)
+            total = product(a.data, b.data, input_precision.name.lower(), d.data)
         return interpreter.TensorHandle(total, d.dtype.scalar)
 
-    with monkeypatch.context() as patch, tf32(precision == "tf32"):
+    with monkeypatch.context() as patch, tf32({"highest": False, "high": True}[matmul_precision]):
         patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
         yield

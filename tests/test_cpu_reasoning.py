@@ -18,10 +18,9 @@ from lcr_fast.testing import (
     Call,
     EncoderCase,
     ReasoningCase,
-    assert_reasoning_parity,
+    assert_call_parity,
     random_encoder,
     random_reasoning,
-    reasoning_baseline,
     run_encoder,
     run_reasoning,
 )
@@ -72,18 +71,18 @@ HALVES = (torch.float16, torch.bfloat16)
 @pytest.mark.parametrize("name", ENCODERS)
 def test_encoder_parity(name, dtype):
     call = random_encoder(ENCODERS[name]).to(dtype)
-    assert_reasoning_parity(run_encoder(call, "cpp"), reasoning_baseline(call, run_encoder))
+    assert_call_parity(call, "cpp", run_encoder)
 
 
 @pytest.mark.parametrize("name", [*PAIRS, "D=20 H=5", "D=40 H=1"])
 def test_reasoning_parity_in_bfloat16(name):
     call = random_reasoning((REASONING | PAIRS)[name]).to(torch.bfloat16)
-    assert_reasoning_parity(run_reasoning(call, "cpp"), reasoning_baseline(call))
+    assert_call_parity(call, "cpp")
 
 
 def test_bfloat16_states_with_float32_weights():
     call = random_reasoning(PAIRS["D=33 H=1"]).to(torch.bfloat16, weights=torch.float32)
-    assert_reasoning_parity(run_reasoning(call, "cpp"), reasoning_baseline(call))
+    assert_call_parity(call, "cpp")
 
 
 @st.composite
@@ -114,13 +113,13 @@ def reasoning_cases(draw) -> ReasoningCase:
 def test_reasoning_parity_of_any_shape(case, dtype):
     """A larger factor: where a tensor has one element, its error is luck."""
     call = random_reasoning(case).to(dtype)
-    assert_reasoning_parity(run_reasoning(call, "cpp"), reasoning_baseline(call), factor=8.0)
+    assert_call_parity(call, "cpp", factor=8.0)
 
 
 @pytest.mark.parametrize("name", REASONING)
 def test_reasoning_parity_of_widths_that_fill_no_vector(name):
     call = random_reasoning(REASONING[name]).to(torch.float32)
-    assert_reasoning_parity(run_reasoning(call, "cpp"), reasoning_baseline(call))
+    assert_call_parity(call, "cpp")
 
 
 def test_a_user_alone_has_the_same_bits_in_bfloat16():

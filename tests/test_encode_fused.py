@@ -28,10 +28,9 @@ from lcr_fast.reference import length_mask
 from lcr_fast.testing import (
     Call,
     EncoderCase,
-    assert_reasoning_parity,
+    assert_call_parity,
     encode,
     random_encoder,
-    reasoning_baseline,
     run_encoder,
 )
 from lcr_fast.weights import REC, SEARCH, EncoderWeights
@@ -66,7 +65,7 @@ def draw(backend: str, case: EncoderCase = DEFAULT, dtype=torch.float32, **to) -
 
 
 def assert_parity(call: Call, backend: str) -> None:
-    assert_reasoning_parity(run_encoder(call, backend), reasoning_baseline(call, run_encoder))
+    assert_call_parity(call, backend, run_encoder)
 
 
 # -- parity ---------------------------------------------------------------------------------------
@@ -162,8 +161,9 @@ def test_parity_where_tf32_is_allowed(monkeypatch, tf32_allowed):
     from lcr_fast.kernels.encoding import launch as kernels
 
     precisions = precisions_of(monkeypatch, kernels)
-    call = draw("triton", EncoderCase(n_layers=1, n_users=FEW))
-    assert_parity(call, "triton")
+    # With few ReLUs: one in some hundreds is so near to 0 that rounding to TF32 may decide it.
+    case = EncoderCase(ffn_dim=16, n_layers=1, search_len=2, rec_len=3, n_users=FEW)
+    assert_parity(draw("triton", case), "triton")
     assert precisions == ["tf32"] * 3  # forward, recomputation, backward
 
 

@@ -26,8 +26,7 @@ from lcr_fast.reference import Steps
 from lcr_fast.testing import (
     Call,
     ReasoningCase,
-    assert_reasoning_parity,
-    reasoning_baseline,
+    assert_call_parity,
     run_reasoning,
 )
 from lcr_fast.weights import REC, SEARCH, ReasoningWeights
@@ -113,7 +112,7 @@ ON_A_GPU = {
 def test_parity(backend, case):
     require(backend, CASES[case])
     call = draw(backend, CASES[case])
-    assert_reasoning_parity(run_reasoning(call, backend), reasoning_baseline(call))
+    assert_call_parity(call, backend)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -121,16 +120,15 @@ def test_parity(backend, case):
 def test_parity_in_half_precision(backend, case, dtype):
     require(backend, CASES[case], dtype)
     call = draw(backend, CASES[case], dtype=dtype)
-    assert_reasoning_parity(run_reasoning(call, backend), reasoning_baseline(call))
+    assert_call_parity(call, backend)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_parity_of_half_states_under_float32_weights(backend, dtype):
     require(backend, ReasoningCase(), dtype)
     call = draw(backend, dtype=dtype, weights=torch.float32)
-    results = run_reasoning(call, backend)
-    assert results["dffn_in_weight"].dtype == torch.float32
-    assert_reasoning_parity(results, reasoning_baseline(call))
+    assert run_reasoning(call, backend)["dffn_in_weight"].dtype == torch.float32
+    assert_call_parity(call, backend)
 
 
 @pytest.mark.gpu
@@ -150,7 +148,7 @@ def test_pieces_of_a_batch_add_up(monkeypatch, at_once, share_steps):
 
     monkeypatch.setattr(kernels, "pieces", pieces)
     call = draw("triton", case)
-    assert_reasoning_parity(run_reasoning(call, "triton"), reasoning_baseline(call))
+    assert_call_parity(call, "triton")
     assert asked == [(5, 3)]
 
 
@@ -174,7 +172,7 @@ def test_streams_share_their_launches_where_their_slots_agree(
     launch_kernel = kernels.launch
     monkeypatch.setattr(kernels, "launch", launch)
     call = draw("triton", case, dtype=dtype)
-    assert_reasoning_parity(run_reasoning(call, "triton"), reasoning_baseline(call))
+    assert_call_parity(call, "triton")
     assert launched == expected
 
 
@@ -203,7 +201,7 @@ def test_pieces_fit_scratch_and_are_even(monkeypatch, n_users, n_steps, expected
 def test_parity_of_large_calls(case, dtype):
     require("triton", ON_A_GPU[case], dtype)
     call = draw("triton", ON_A_GPU[case], dtype=dtype)
-    assert_reasoning_parity(run_reasoning(call, "triton"), reasoning_baseline(call))
+    assert_call_parity(call, "triton")
 
 
 @pytest.mark.skipif(GPU, reason="a GPU has tensor cores")
@@ -215,7 +213,7 @@ def test_parity_with_the_rounding_of_tensor_cores(monkeypatch, case):
     require("triton", CASES[case])
     call = draw("triton", CASES[case])
     with tensor_core.multiplying(monkeypatch, "highest"):
-        assert_reasoning_parity(run_reasoning(call, "triton"), reasoning_baseline(call))
+        assert_call_parity(call, "triton")
 
 
 @pytest.mark.parametrize("name", ["ffn_in_weight", "ffn_in_bias"])
@@ -255,7 +253,7 @@ def test_parity_in_every_configuration(monkeypatch, name, dtype):
 
     monkeypatch.setattr(reasoning_config, "config", chosen)
     call = draw("triton", case, dtype=dtype)
-    assert_reasoning_parity(run_reasoning(call, "triton"), reasoning_baseline(call))
+    assert_call_parity(call, "triton")
     assert set(asked) == {"fwd", "recompute", "bwd"}
 
 
@@ -265,8 +263,9 @@ def test_parity_where_tf32_is_allowed(monkeypatch, tf32_allowed):
     from lcr_fast.kernels.reasoning import launch as kernels
 
     precisions = precisions_of(monkeypatch, kernels)
-    call = draw("triton", CASES["dropout"])
-    assert_reasoning_parity(run_reasoning(call, "triton"), reasoning_baseline(call))
+    # With few ReLUs: one in some hundreds is so near to 0 that rounding to TF32 may decide it.
+    case = ReasoningCase(ffn_dim=16, search_len=2, rec_len=3, n_users=64 if GPU else 3, dropout=0.3)
+    assert_call_parity(draw("triton", case), "triton")
     assert precisions == ["tf32"] * 3  # forward, recomputation, backward
 
 
@@ -339,7 +338,7 @@ def run_by_step(call: Call, backend: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("share_steps", [True, False])
 def test_parity_where_every_state_is_supervised(backend, share_steps):
     call = draw(backend, ReasoningCase(share_steps=share_steps))
-    assert_reasoning_parity(run_by_step(call, backend), reasoning_baseline(call, run_by_step))
+    assert_call_parity(call, backend, run_by_step)
 
 
 def test_without_steps_the_states_are_the_encoders(backend):

@@ -6,7 +6,18 @@ import pytest
 import torch
 
 from lcr_fast import LCRConfig
-from lcr_fast.testing import assert_parity, random_batch, random_model, random_streams
+from lcr_fast.testing import (
+    EncoderCase,
+    assert_parity,
+    random_batch,
+    random_encoder,
+    random_model,
+    random_streams,
+    relu_inputs,
+    run_encoder,
+    without_kinks,
+)
+from lcr_fast.weights import REC
 
 EXACT = torch.randn(64, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 EAGER = EXACT.float()
@@ -61,6 +72,37 @@ def test_assert_parity_accepts_empty_results_and_wants_a_float64_oracle():
         assert_parity("y", EAGER, EAGER, EAGER)
     with pytest.raises(AssertionError, match="eager result has non-finite"):
         assert_parity("y", EAGER, not_finite(torch.nan), EXACT)
+
+
+def call_near_a_kink(distance: float):
+    """Give a hidden unit of the first user's second event an input so far from 0."""
+    call = random_encoder(EncoderCase(n_layers=1))
+    _, of_rec = relu_inputs(call, run_encoder)
+    call.inputs["ffn_in_bias"][0, REC, 3] += distance - of_rec[0, 1, 3]
+    return call.to(torch.float32)
+
+
+def test_a_user_whose_gradient_rounding_decides_has_no_upstream_gradient():
+    call = call_near_a_kink(1e-8)
+    kept = without_kinks(call, run_encoder)
+    for name, upstream in kept.upstream.items():
+        assert not upstream[0].any()
+        assert torch.equal(upstream[1:], call.upstream[name][1:])
+    assert kept.inputs is call.inputs
+    for same in (call_near_a_kink(1e-4), call_near_a_kink(1e-8).to(torch.bfloat16)):
+        for name, upstream in without_kinks(same, run_encoder).upstream.items():
+            assert torch.equal(upstream, same.upstream[name])
+
+
+def test_every_upstream_gradient_stays_where_rounding_decides_nearly_all():
+    call = random_encoder(EncoderCase(n_layers=1)).to(torch.float32)
+    rounded = {name: t.bfloat16().float() for name, t in call.inputs.items()}
+
+    def in_half(of_call, backend):  # eager's run, as inexact as a half
+        is_eager = of_call.inputs["rec"].dtype == torch.float32
+        return run_encoder(of_call._replace(inputs=rounded) if is_eager else of_call, backend)
+
+    assert without_kinks(call, in_half) is call
 
 
 CONFIG = LCRConfig(

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcr_fast.kernels.core.product import product
 from lcr_fast.kernels.gpu import on_device
 from lcr_fast.kernels.launch import launch
 from lcr_fast.kernels.lookup.embed import SIZES, sizes
@@ -99,6 +98,28 @@ def _store_rows(gradients, keys, n_query_rows, axis, values, mask, D: tl.constex
     tl.store(to_item, values, mask=of_item[:, None] & (axis < D))
 
 
+@triton.jit
+def _first_bits(x):
+    """Keep the 11 bits of a float32's significand that TF32 has."""
+    return (x.to(tl.int32, bitcast=True) & -(1 << 13)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _sums(alike, rows):
+    """Multiply 0s and 1s [M, M] with rows [M, N], in float32.
+
+    The 24 bits of each number are cut into three TF32 numbers of its sign. Tensor cores multiply
+    these exactly and round, by truncation, only where they add: a row that is alone comes out as it
+    is. tf32x3 has as many products, but loses two of the bits.
+    """
+    big = _first_bits(rows)
+    rest = rows - big
+    middle = _first_bits(rest)
+    sums = tl.dot(alike, rest - middle, input_precision="tf32")
+    sums = tl.dot(alike, middle, sums, input_precision="tf32")
+    return tl.dot(alike, big, sums, input_precision="tf32")
+
+
 @kernel(do_not_specialize=[*SIZES[:3], "n_query_rows", "n_entries"])
 def sum_runs_kernel(
     gradients,  # Gradients
@@ -147,7 +168,7 @@ def sum_runs_kernel(
 
     # Row i: the sum of all entries of the block that have its key.
     alike = (keys[:, None] == keys[None, :]).to(tl.float32)
-    sums = product(alike, rows, "tf32x3")  # [ENTRIES, D_TILE]
+    sums = _sums(alike, rows)  # [ENTRIES, D_TILE]
 
     last = tl.minimum(n_entries - block * ENTRIES, ENTRIES) - 1
     for end in tl.static_range(2):
