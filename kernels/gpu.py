@@ -20,11 +20,11 @@ def dot_precision(dtype: torch.dtype) -> str:
     """Say how a dtype is multiplied (see core/product.py).
 
     Only float32 has a choice: tf32 where torch allows it (:func:`lcr_fast.precision.allows_tf32`),
-    else tf32x3, the default.
+    else bf16x6, the default.
     """
     if dtype != torch.float32:
         return "ieee"
-    return "tf32" if allows_tf32() else "tf32x3"
+    return "tf32" if allows_tf32() else "bf16x6"
 
 
 class Gpu(NamedTuple):

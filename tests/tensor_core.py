@@ -1,29 +1,38 @@
 """A model of how tensor cores multiply float32, for Triton's interpreter, which does so exactly.
 
-A number is rounded to TF32, 10 bits of fraction, ties away from 0, and what is left of it is cut
-to TF32. Eight products at a time are added to the accumulator, and the sum is truncated to float32.
-A product in three TF32 ones has an accumulator of its own, which is added to what was there before;
+TF32 has 10 bits of fraction; float32 is rounded to it, ties away from 0. Eight products of it, or
+sixteen of bfloat16, are added to the accumulator at a time, and the sum is truncated to float32. A
+product of parts in bfloat16 has an accumulator of its own, which is added to what was there before;
 one in TF32 goes on from it.
 """
 
 import contextlib
 
 import numpy as np
+import torch
 
 from lcr_fast.testing import tf32
 
-_DEPTH = 8  # of one instruction
-
-
-def _cut_to_tf32(x: np.ndarray, add: int = 0) -> np.ndarray:
-    bits = np.ascontiguousarray(x).view(np.uint32)
-    cut = ((bits + np.uint32(add)) & np.uint32(0xFFFFE000)).view(np.float32)
-    return np.where(np.isfinite(x), cut, x)
+_DEPTHS = {"tf32": 8, "bf16x6": 16}  # of one instruction
+# Which parts of a and b are multiplied, from 0, and in which order.
+_PARTS = ((2, 0), (1, 1), (0, 2), (1, 0), (0, 1), (0, 0))
 
 
 def round_to_tf32(x: np.ndarray) -> np.ndarray:
     """Round float32 to the nearest TF32."""
-    return _cut_to_tf32(x, add=1 << 12)
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    rounded = ((bits + np.uint32(1 << 12)) & np.uint32(0xFFFFE000)).view(np.float32)
+    return np.where(np.isfinite(x), rounded, x)
+
+
+def split(x: np.ndarray) -> list[np.ndarray]:
+    """Split float32 into three bfloat16 that add up to it, kept as float32."""
+    parts = []
+    for _ in range(3):
+        part = torch.from_numpy(np.ascontiguousarray(x)).bfloat16().float().numpy()
+        parts.append(part)
+        x = x - part
+    return parts
 
 
 def _truncate(x: np.ndarray) -> np.ndarray:
@@ -33,21 +42,23 @@ def _truncate(x: np.ndarray) -> np.ndarray:
     return np.where(is_beyond, np.nextafter(nearest, np.float32(0)), nearest)
 
 
-def _accumulate(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarray:
+def _accumulate(a: np.ndarray, b: np.ndarray, total: np.ndarray, depth: int) -> np.ndarray:
     a, b = a.astype(np.float64), b.astype(np.float64)
-    for k in range(0, a.shape[-1], _DEPTH):
-        total = _truncate(total + a[..., k : k + _DEPTH] @ b[..., k : k + _DEPTH, :])
+    for k in range(0, a.shape[-1], depth):
+        total = _truncate(total + a[..., k : k + depth] @ b[..., k : k + depth, :])
     return total
 
 
 def product(a: np.ndarray, b: np.ndarray, precision: str, before: np.ndarray) -> np.ndarray:
-    """Multiply float32 matrices as ``tf32`` or ``tf32x3``, added to what was there before."""
-    big_a, big_b = round_to_tf32(a), round_to_tf32(b)
+    """Multiply float32 matrices as ``tf32`` or ``bf16x6``, added to what was there before."""
+    depth = _DEPTHS[precision]
     if precision == "tf32":
-        return _accumulate(big_a, big_b, before)
-    small_a, small_b = _cut_to_tf32(a - big_a), _cut_to_tf32(b - big_b)
-    total = _accumulate(big_a, small_b, _accumulate(small_a, big_b, np.zeros_like(before)))
-    return _accumulate(big_a, big_b, total) + before
+        return _accumulate(round_to_tf32(a), round_to_tf32(b), before, depth)
+    of_a, of_b = split(a), split(b)
+    total = np.zeros_like(before)
+    for i, j in _PARTS:
+        total = _accumulate(of_a[i], of_b[j], total, depth)
+    return total + before
 
 
 @contextlib.contextmanager
@@ -61,7 +72,9 @@ def multiplying(monkeypatch, matmul_precision: str):
         if a.data.dtype != np.float32:
             return exact(self, a, b, d, input_precision, *options)
         with np.errstate(invalid="ignore", over="ignore"):
-            total = product(a.data, b.data, input_precision.name.lower(), d.data)
+            # What a GPU multiplies in parts is asked of the interpreter as it is.
+            precision = {"TF32": "tf32", "IEEE": "bf16x6"}[input_precision.name]
+            total = product(a.data, b.data, precision, d.data)
         return interpreter.TensorHandle(total, d.dtype.scalar)
 
     with monkeypatch.context() as patch, tf32({"highest": False, "high": True}[matmul_precision]):

@@ -71,7 +71,7 @@ def run_resources(*arguments: object) -> subprocess.CompletedProcess:
 
 @pytest.mark.full
 def test_recomputation_fits_the_shared_memory_where_it_takes_most():
-    case = "^recompute_cross-tf32x3-d(64-L128-H2|128-L128-H2)$"
+    case = "^recompute_cross-bf16x6-d(64-L128-H2|128-L128-H2)$"
     done = run_tool("shared_memory", "--arch", "sm_89", "sm_90", "--only", case)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(done.stdout.splitlines()) == 3  # width 128 is not served without wgmma

@@ -1,6 +1,5 @@
-"""Products of float32 in one or three of TF32, and the parts that they are made of."""
+"""Products of float32 in one of TF32 or six of bfloat16, and the parts that they are made of."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,9 +14,9 @@ from lcr_fast.kernels.core.product import _as_tf32, _parts, product
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N = 64
-# Relative to the sum of the products' sizes: of three products, and of one, whose operands are
-# rounded to 11 bits.
-BOUNDS = {"tf32x3": 2**-20, "tf32": 2**-10}
+compiled = pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter knows no instructions")
+# Relative to the sum of the products' sizes; TF32 rounds operands to 11 bits.
+BOUNDS = {"bf16x6": 2**-20, "tf32": 2**-10}
 
 
 @triton.jit
@@ -28,12 +27,13 @@ def product_kernel(a_ptr, b_ptr, c_ptr, y_ptr, N: tl.constexpr, PRECISION: tl.co
 
 
 @triton.jit
-def parts_kernel(x_ptr, big_ptr, small_ptr, rounded_ptr, N: tl.constexpr):
+def parts_kernel(x_ptr, parts_ptr, rounded_ptr, N: tl.constexpr):
     at = tl.arange(0, N)
     x = tl.load(x_ptr + at)
-    big, small = _parts(x)
-    tl.store(big_ptr + at, big)
-    tl.store(small_ptr + at, small)
+    x1, x2, x3 = _parts(x)
+    tl.store(parts_ptr + at, x1)
+    tl.store(parts_ptr + N + at, x2)
+    tl.store(parts_ptr + 2 * N + at, x3)
     tl.store(rounded_ptr + at, _as_tf32(x))
 
 
@@ -82,33 +82,39 @@ def test_nothing_infinite_becomes_finite(precision):
     assert y.isfinite().sum() == (N - 1) ** 2
 
 
-def split(x: np.ndarray) -> tuple[np.ndarray, ...]:
-    of = torch.from_numpy(x).to(DEVICE)
-    made = [torch.empty_like(of) for _ in range(3)]
-    parts_kernel[(1,)](of, *made, len(x))
-    return tuple(t.cpu().numpy() for t in made)
+def split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three parts, [3, N], and what is given to a tensor core for TF32."""
+    parts = torch.empty(3, len(x), dtype=torch.bfloat16, device=DEVICE)
+    rounded = torch.empty(len(x), device=DEVICE)
+    parts_kernel[(1,)](x.to(DEVICE), parts, rounded, len(x))
+    return parts.cpu(), rounded.cpu()
 
 
+@compiled
 @pytest.mark.gpu
-def test_parts_add_up_and_the_large_one_is_tf32():
+def test_parts_add_up_to_each_float32():
     bits = torch.randint(-(2**31), 2**31, (4096,), generator=torch.Generator().manual_seed(0))
-    x = bits.to(torch.int32).view(torch.float32).numpy()
-    x = np.where(np.abs(x) < 3e38, x, np.float32(1.5))  # NaN too
-    big, small, rounded = split(x)
-    np.testing.assert_array_equal(big.astype(np.float64) + small, x.astype(np.float64))
-    assert not (big.view(np.uint32) & 0x1FFF).any()
-    np.testing.assert_array_equal(big, tensor_core.round_to_tf32(x))
-    cut = (rounded.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
-    np.testing.assert_array_equal(cut, big)
-    units = small / np.spacing(np.abs(x)).astype(np.float64)  # of the last place of x
-    np.testing.assert_array_equal(units, np.rint(units))
-    assert np.abs(units).max() <= 2**12
+    x = bits.to(torch.int32).view(torch.float32)
+    x = torch.where((x.abs() < 3e38) & (x.abs() > 1e-30), x, 1.5)  # NaN too
+    parts, rounded = split(x)
+    assert torch.equal(parts.double().sum(0), x.double())
+    assert ((parts[1].double() / x.double()).abs() <= 2**-8).all()
+    cut = (rounded.view(torch.int32) & -0x2000).view(torch.float32)
+    assert torch.equal(cut, torch.from_numpy(tensor_core.round_to_tf32(x.numpy())))
 
 
+@compiled
 @pytest.mark.gpu
-def test_a_nan_keeps_a_part_that_is_one():
-    nans = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000, 0x7F800001], np.uint32).view(np.float32)
-    big, small, rounded = split(nans)
-    assert (np.isnan(big) | np.isnan(small)).all()
-    kept = [0, 2, 3]  # no arithmetic of a GPU makes the second one
-    assert np.isnan(rounded[kept]).all()
+def test_parts_of_nothing_finite_are_not_either():
+    bits = torch.tensor([0x7FFFFFFF, 0x7FC00000, 0x7F800001, -0x400000, 0x7F800000, -0x800000])
+    x = bits.to(torch.int32).view(torch.float32)
+    parts, rounded = split(x)
+    assert torch.equal(parts[0].float().nan_to_num(), x.nan_to_num())
+    assert torch.equal(rounded.isnan(), x.isnan())
+
+
+def test_the_model_of_a_tensor_core_has_parts_that_add_up():
+    x = draw(0).cpu().numpy()
+    parts = tensor_core.split(x)
+    assert (sum(part.astype("float64") for part in parts) == x).all()
+    assert (abs(parts[1]) <= 2**-8 * abs(x)).all()

@@ -20,7 +20,7 @@ THOR = Gpu(11, 227 << 10)
 @pytest.mark.parametrize("which", ["fwd", "recompute", "bwd"])
 @pytest.mark.parametrize(
     ("dtype", "precision"),
-    [(torch.float32, "tf32"), (torch.float32, "tf32x3"), (torch.bfloat16, "ieee")],
+    [(torch.float32, "tf32"), (torch.float32, "bf16x6"), (torch.bfloat16, "ieee")],
     ids=str,
 )
 def test_every_case_has_a_configuration(which, dtype, precision, gpu):
@@ -50,7 +50,7 @@ def test_short_histories_share_a_tile(size, rows, tile):
 
 
 def test_what_does_not_fit_shared_memory_has_fewer_rows_or_is_cut():
-    def config(which, D, H, slot, gpu, dtype=torch.float32, precision="tf32x3"):
+    def config(which, D, H, slot, gpu, dtype=torch.float32, precision="bf16x6"):
         return configs.config(which, D, H, slot, dtype, precision, gpu)
 
     assert not config("bwd", 64, 2, 128, H100).cut
@@ -66,7 +66,7 @@ def test_what_does_not_fit_shared_memory_has_fewer_rows_or_is_cut():
 
 
 def test_all_heads_are_taken_at_once_where_a_loop_over_them_keeps_too_much():
-    def config(which, D, slot, gpu, precision="tf32x3"):
+    def config(which, D, slot, gpu, precision="bf16x6"):
         return configs.config(which, D, 2, slot, torch.float32, precision, gpu)
 
     for D, slot, gpu in ((128, 128, H100), (64, 128, SMALL), (64, 128, NEWER)):

@@ -22,8 +22,8 @@ def test_every_job_is_another_one():
 @pytest.mark.parametrize("op", ["forward", "backward", "encode", "encode backward"])
 def test_a_configuration_is_that_of_the_asked_pass_alone(op):
     asked = sweep.Config(16, True, 128)
-    case = (64, 2, 32, torch.float32, "tf32x3", GPUS["sm_90"])
-    with sweep._configured(sweep.Job(op, "tf32x3", 64, 30, asked)):
+    case = (64, 2, 32, torch.float32, "bf16x6", GPUS["sm_90"])
+    with sweep._configured(sweep.Job(op, "bf16x6", 64, 30, asked)):
         found = {which: reasoning_config.config(which, *case) for which in ("fwd", "bwd")}
     assert (found["bwd"] == asked) == ("backward" in op)
     assert (found["fwd"] == asked) != (found["bwd"] == asked)

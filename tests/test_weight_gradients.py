@@ -82,7 +82,7 @@ def test_truncation_on_tensor_cores_does_not_grow_with_the_rows(monkeypatch):
     with tensor_core.multiplying(monkeypatch, "highest"):
         assert_exact_to(2**-20, product_of_rows(dy, x), exact)
     zeros = torch.zeros(16, 16).numpy()
-    in_one_chain = torch.from_numpy(tensor_core.product(dy.T.numpy(), x.numpy(), "tf32x3", zeros))
+    in_one_chain = torch.from_numpy(tensor_core.product(dy.T.numpy(), x.numpy(), "bf16x6", zeros))
     assert ((in_one_chain / exact - 1).abs() > 2**-17).all()
 
 

@@ -36,7 +36,7 @@ ARCHS = GPUS | {
     "sm_110": Gpu(11, 227 << 10),
     "sm_120": Gpu(12, 99 << 10),
 }
-PRECISIONS = {"ieee": torch.bfloat16, "tf32": torch.float32, "tf32x3": torch.float32}
+PRECISIONS = {"ieee": torch.bfloat16, "tf32": torch.float32, "bf16x6": torch.float32}
 _KERNELS = {
     "fwd": ("fwd", latent_reasoning_fwd_kernel),
     "recompute_self": ("recompute", backward.recompute_self_kernel),
@@ -56,7 +56,7 @@ def variants(arch: str) -> Iterator[Variant]:
             )
             is_served = obstacle(
                 dim=dim, n_heads=heads, ffn_dim=4 * dim, search_len=size, rec_len=size,
-                dtype=call.dtype, gpu=ARCHS[arch] if precision == "tf32x3" else None,
+                dtype=call.dtype, gpu=ARCHS[arch] if precision == "bf16x6" else None,
             ) is None  # fmt: skip
             for name, (which, kernel) in _KERNELS.items() if is_served else ():
                 full = f"{name}-{precision}-d{dim}-L{size}-H{heads}"

@@ -1,17 +1,16 @@
 """Matrix products of float32 and halves, as the precision that was asked for wants them.
 
-float32 is multiplied on tensor cores, which take TF32, a float32 with 10 bits of fraction, and cut
-off the other 13:
+Tensor cores take no float32. It is multiplied as
 
-    tf32     x y with both rounded to TF32
-    tf32x3   x = big + small, big rounded to TF32: small big + big small + big big; float32's
-             accuracy, as what is left out, small small and a last bit of small, is 2^-22 of x y
+    tf32     one product of both rounded to TF32, which has 10 bits of fraction
+    bf16x6   x = x1 + x2 + x3, parts in bfloat16 of 8 bits each, which are all 24 of a float32:
+             x3 y1 + x2 y2 + x1 y3 + x2 y1 + x1 y2 + x1 y1; what is left out is 2^-25 of x y
 
 ``gpu.dot_precision`` says which. Halves are multiplied exactly; their precision is called ieee.
 
-Triton has a tf32x3 of its own. It rounds both parts by an instruction that ptxas makes four of, and
-looks for NaN in every sum, so that an infinite operand does not become one: a third more
-instructions. Here an infinite operand makes a sum NaN; the LayerNorm behind it would.
+Triton has a product of three TF32 ones, tf32x3, which costs a tensor core as much as six of
+bfloat16. But operands in bfloat16 are packed where the product before left them, and are transposed
+as they are read, while TF32 is shuffled between threads for both; its parts have 22 bits.
 """
 
 import triton
@@ -22,6 +21,22 @@ _INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 _PIECE = tl.constexpr(64)
 _HALF = tl.constexpr(0x1000)  # half a unit of TF32's last place, in the bits of a float32
 _MOST = tl.constexpr(0x7FFFFFFF - 0x1000)
+# Of two numbers at a time, whose parts share a register.
+_SPLIT = tl.constexpr("""{
+    .reg .f32 low, high;
+    .reg .b32 low_part, high_part;
+    cvt.rn.bf16x2.f32 $0, $4, $3;
+    shl.b32 low_part, $0, 16;
+    and.b32 high_part, $0, 0xffff0000;
+    sub.rn.f32 low, $3, low_part;
+    sub.rn.f32 high, $4, high_part;
+    cvt.rn.bf16x2.f32 $1, high, low;
+    shl.b32 low_part, $1, 16;
+    and.b32 high_part, $1, 0xffff0000;
+    sub.rn.f32 low, low, low_part;
+    sub.rn.f32 high, high, high_part;
+    cvt.rn.bf16x2.f32 $2, high, low;
+}""")
 
 
 @triton.jit
@@ -36,28 +51,16 @@ def _as_tf32(x):
 
 @triton.jit
 def _parts(x):
+    """Split float32 into three bfloat16 that add up to it, the largest first."""
     return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 low, high;
-        cvt.rn.bf16x2.f32 $0, $4, $3;
-        shl.b32 low, $0, 16;
-        and.b32 high, $0, 0xffff0000;
-        sub.f32 low, $3, low;
-        sub.f32 high, $4, high;
-        cvt.rn.bf16x2.f32 $1, high, low;
-        .reg .b32 low2, high2;
-        shl.b32 low2, $1, 16;
-        and.b32 high2, $1, 0xffff0000;
-        sub.f32 low2, low, low2;
-        sub.f32 high2, high, high2;
-        cvt.rn.bf16x2.f32 $2, high2, low2;
-        }""",
-        "=&r,=&r,=&r,r,r", [x], dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
-    )
+        _SPLIT, "=&r,=&r,=&r,r,r", [x], (tl.bfloat16, tl.bfloat16, tl.bfloat16),
+        is_pure=True, pack=2,
+    )  # fmt: skip
 
 
 @triton.jit
 def _product_of_parts(a, b, c):
+    """Compute a b + c by bf16x6: the smallest products first, c last, in float32."""
     a1, a2, a3 = _parts(a)
     b1, b2, b3 = _parts(b)
     y = tl.dot(a3, b1)
@@ -71,12 +74,16 @@ def _product_of_parts(a, b, c):
 
 @triton.jit
 def _product(a, b, c, PRECISION: tl.constexpr):
-    if _INTERPRETED or a.dtype != tl.float32:  # the interpreter multiplies float32 exactly
-        y = tl.dot(a, b, c, input_precision=PRECISION)
-    elif PRECISION == "tf32x3":
-        y = _product_of_parts(a, b, c)
+    if a.dtype != tl.float32:
+        y = tl.dot(a, b, c)
+    elif PRECISION == "tf32":
+        if not _INTERPRETED:  # the interpreter multiplies float32 exactly
+            a, b = _as_tf32(a), _as_tf32(b)
+        y = tl.dot(a, b, c, input_precision="tf32")
+    elif _INTERPRETED:
+        y = tl.dot(a, b, c, input_precision="ieee")
     else:
-        y = tl.dot(_as_tf32(a), _as_tf32(b), c, input_precision=PRECISION)
+        y = _product_of_parts(a, b, c)
     return y
 
 
@@ -102,8 +109,8 @@ def product(a, b, PRECISION: tl.constexpr, c=None):
 
     Where PRECISION ends in "cut", operands that do not fit the shared memory whole take turns.
     """
-    if PRECISION == "tf32x3 cut":
-        c = _product_in_pieces(a, b, c, "tf32x3")
+    if PRECISION == "bf16x6 cut":
+        c = _product_in_pieces(a, b, c, "bf16x6")
     elif PRECISION == "tf32 cut":
         c = _product_in_pieces(a, b, c, "tf32")
     elif PRECISION == "ieee cut":

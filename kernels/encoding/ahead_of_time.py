@@ -21,8 +21,8 @@ _CALLS = (  # width, events, dtype, precision
     (64, 30, torch.bfloat16, "ieee"),
     (64, 50, torch.bfloat16, "ieee"),
     (128, 30, torch.bfloat16, "ieee"),
-    (64, 30, torch.float32, "tf32x3"),
-    (64, 50, torch.float32, "tf32x3"),
+    (64, 30, torch.float32, "bf16x6"),
+    (64, 50, torch.float32, "bf16x6"),
 )
 
 

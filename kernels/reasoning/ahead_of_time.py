@@ -93,14 +93,14 @@ def make_variant(
 _DEFAULTS = (  # width and events of the default model
     Call(64, 30),
     Call(64, 30, torch.float32, precision="tf32"),
-    Call(64, 30, torch.float32, precision="tf32x3"),
+    Call(64, 30, torch.float32, precision="bf16x6"),
 )
 _CALLS = (
     *_DEFAULTS,
     *(Call(*shape) for shape in ((32, 20), (64, 50), (64, 128), (128, 50), (128, 128))),
     Call(64, 50, torch.float32, precision="tf32"),
     *(
-        Call(*shape, torch.float32, precision="tf32x3")
+        Call(*shape, torch.float32, precision="bf16x6")
         for shape in ((32, 20), (64, 50), (64, 128), (128, 50), (128, 128))
     ),
 )
@@ -118,7 +118,7 @@ def variants(arch: str) -> Iterator[Variant]:
     rollout = {"NOISE": True, "DROPOUT": False, "POOL": False, "SAVE": True}
     for call in _CALLS:
         dim, dtype = call.dim, call.dtype
-        if dim == 128 and call.precision == "tf32x3" and GPUS[arch].major not in READ_SHARED:
+        if dim == 128 and call.precision == "bf16x6" and GPUS[arch].major not in READ_SHARED:
             continue  # it is not served
         if arch != "sm_90" and (dim == 32 or (dtype == torch.float32 and call.size < 50)):
             continue  # wider and longer ones take more
@@ -149,7 +149,7 @@ def variants(arch: str) -> Iterator[Variant]:
             ]
         for which, name, kernel, switches in launched:
             yield make_variant(f"{name}-{suffix}", which, kernel, call, switches, GPUS[arch])
-    for dim, precision in ((64, "tf32"), (64, "tf32x3"), (128, "tf32x3")):
+    for dim, precision in ((64, "tf32"), (64, "bf16x6"), (128, "bf16x6")):
         of = layout(dim, dim)
         compiled = product_constants(
             of.matrix_columns, of.columns.width, of.columns.width, precision

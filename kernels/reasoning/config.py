@@ -13,7 +13,7 @@ _MIN_HEAD = 16  # the least depth of a tensor-core dot
 _MAX_SIZE = 128  # events a stream: one slot must fit a tile
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Compute capabilities where float32 operands are read from shared memory. Elsewhere they wait in
-# registers; beyond so many numbers in two parts, ptxas spills ten kilobytes a thread.
+# registers; beyond so many numbers in parts, ptxas spills ten kilobytes a thread.
 READ_SHARED = (9,)
 _MOST_IN_REGISTERS = 64 * 64
 
@@ -55,11 +55,11 @@ def obstacle(
         return f"it needs an FFN width that is a multiple of 16, got {ffn_dim}"
     if max(search_len, rec_len) > _MAX_SIZE:
         return f"it holds {_MAX_SIZE} events a stream, got {max(search_len, rec_len)}"
-    if gpu is not None and gpu.major not in READ_SHARED and dot_precision(dtype) == "tf32x3":
+    if gpu is not None and gpu.major not in READ_SHARED and dot_precision(dtype) == "bf16x6":
         rows = max(dim, *slots(search_len, rec_len))
         if dim == 128 or rows * (dim // n_heads) > _MOST_IN_REGISTERS:
             return (
-                f"on compute capability {gpu.major} the two parts of float32 operands do not fit "
+                f"on compute capability {gpu.major} the parts of float32 operands do not fit "
                 f"registers at width {dim} with {n_heads} heads and {max(search_len, rec_len)} "
                 "events; torch.set_float32_matmul_precision('high') or halves do"
             )
@@ -101,16 +101,16 @@ class Config(NamedTuple):
         return Tile(max(1, self.rows // max(sizes)), sizes)
 
 
-# By pass and kind of product (half, tf32, tf32x3), then rows of the longer slot, at most. 64 rows
+# By pass and kind of product (half, tf32, bf16x6), then rows of the longer slot, at most. 64 rows
 # on four warps fill wgmma, eight warps repeat each other's work. What was timed, and what is chosen
 # by counts of the machine code alone, is in docs/fused-kernel.md.
 _DEFAULTS = {
     ("fwd", "half"): {64: Config(4, block_f=64), 128: Config(8, block_f=64)},
     ("fwd", "tf32"): {64: Config(4, block_f=64, looped=True), 128: Config(8, looped=True)},
-    ("fwd", "tf32x3"): {64: Config(4, block_f=64, looped=True), 128: Config(8, looped=True)},
+    ("fwd", "bf16x6"): {64: Config(4, block_f=64, looped=True), 128: Config(8, looped=True)},
     ("bwd", "half"): {64: Config(4), 128: Config(8, parked=True)},
     ("bwd", "tf32"): {64: Config(4), 128: Config(8, parked=True)},
-    ("bwd", "tf32x3"): {
+    ("bwd", "bf16x6"): {
         32: Config(4, rows=32),
         64: Config(4, parked=True),
         128: Config(8, parked=True),
@@ -120,20 +120,20 @@ _DEFAULTS = {
 _CONFIGS: dict[tuple[str, str, int, int, int | None], Config] = {
     **{
         ("fwd", kind, 64, slot, 9): Config(4, block_heads=64, block_f=64, looped=kind != "half")
-        for kind in ("half", "tf32x3")
+        for kind in ("half", "bf16x6")
         for slot in (32, 64)
     },
     ("fwd", "half", 64, 128, 9): Config(8, block_heads=64, block_f=64),
     ("bwd", "half", 64, 32, 9): Config(4, registers=128),
-    ("bwd", "tf32x3", 128, 32, None): Config(4, parked=True),
+    ("bwd", "bf16x6", 128, 32, None): Config(4, parked=True),
 }
-# Where there is tensor memory, float32 in two parts, long histories, wide gradients and a forward
+# Where there is tensor memory, float32 in parts, long histories, wide gradients and a forward
 # pass that takes the whole width at a time (one head, or width 32) exceed it; 16 warps do without,
 # and need as much shared memory as on capability 8. Not told that a thread may have 128 registers,
 # ptxas 13.1 gives it 32 and spills the rest.
 _WITHOUT_TENSOR_MEMORY = Config(16, parked=True, registers=128)
-# Most bytes of one tile of heads, both parts of a tf32x3 product counted, by the shared memory that
-# a program may have, for which products fit it whole.
+# Most bytes of one tile of heads, in bf16x6 of all its parts, by the shared memory that a program may
+# have, for which products fit it whole.
 _LARGEST_HEADS = {
     "fwd": {99 << 10: 16 << 10, 163 << 10: 64 << 10},
     "bwd": {99 << 10: 8 << 10, 163 << 10: 16 << 10, 227 << 10: 32 << 10},
@@ -152,11 +152,11 @@ def config(
     """Look up a pass: ``fwd``, backward's ``recompute`` of reasoning steps, or ``bwd``.
 
     ``slot`` is the rows of the longer stream's slot, ``precision`` is that of float32 products,
-    ``tf32x3`` or ``tf32``. Where the tile does not fit the GPU's shared memory, it has fewer
+    ``bf16x6`` or ``tf32``. Where the tile does not fit the GPU's shared memory, it has fewer
     sequences, or its products are cut, which is slow.
     """
     kind = precision if dtype == torch.float32 else "half"
-    number_bytes = dtype.itemsize * (2 if kind == "tf32x3" else 1)
+    number_bytes = 6 if kind == "bf16x6" else dtype.itemsize
     if which == "recompute":
         # As forward; but a loop over heads keeps both streams' states in shared memory all along.
         chosen = config("fwd", D, H, slot, dtype, precision, gpu)
@@ -173,7 +173,7 @@ def config(
         # A loop over heads keeps both streams' states there.
         chosen = chosen._replace(block_heads=D)
     exceeds = is_long or (chosen.heads(D, H) == D if which == "fwd" else is_wide)
-    if gpu.has_tensor_memory and (kind == "tf32x3" or exceeds):
+    if gpu.has_tensor_memory and (kind == "bf16x6" or exceeds):
         chosen, shared = _WITHOUT_TENSOR_MEMORY, min(shared, 163 << 10)
     for rows in (max(slot, chosen.rows), max(slot, 32)):
         if _fits(which, chosen.heads(D, H), rows, number_bytes, shared):

@@ -59,7 +59,7 @@ def _variants_of_one_head(arch: str) -> Iterator[Variant]:
     for precision, dtype, served in (
         ("ieee", torch.bfloat16, shapes),
         ("tf32", torch.float32, shapes[2:3]),
-        ("tf32x3", torch.float32, shapes[2:]),
+        ("bf16x6", torch.float32, shapes[2:]),
     ):
         kind = TYPES[dtype] if dtype != torch.float32 else f"{TYPES[dtype]}-{precision}"
         variant = functools.partial(describe, dtype=dtype, types=_types(dtype))
@@ -92,7 +92,7 @@ def _variants_of_one_head(arch: str) -> Iterator[Variant]:
         if precision != "tf32":
             call = {"D": 64, "H1": 200, "H2": 80, **USER_CONFIG}
             yield variant(f"user_bwd-no-dot-{kind}-d64", user_bwd_kernel, compiled=call)
-        if precision == "tf32x3":
+        if precision == "bf16x6":
             layer = Columns(0, 200, 0, 3 * 64)  # of rows as wide
             call = product_constants([layer], layer.out, layer.width, precision)
             yield variant(f"columns_product-{kind}-d64", columns_product_kernel, compiled=call)

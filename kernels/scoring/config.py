@@ -70,23 +70,23 @@ class Tiles(NamedTuple):
     stages: int = 2  # of loops over events and hidden units
 
 
-# By kernel and by how products are made, for widths 32, 64, 128. Those of half and tf32x3 at width
+# By kernel and by how products are made, for widths 32, 64, 128. Those of half and bf16x6 at width
 # 64 were timed on an H200 (docs/fused-kernel.md): tiles of 64 rows fill wgmma, and a second stage,
-# which doubles the operands in shared memory, costs tf32x3 more than it hides. The others follow
+# which doubles the operands in shared memory, costs bf16x6 more than it hides. The others follow
 # them as far as registers and shared memory go (docs/kernel-resources.md).
 TILES = {
     ("score_fwd", "half"): ((64, 32, 32, 4), (64, 32, 32, 4), (32, 32, 16, 4)),
     ("score_fwd", "tf32"): ((32, 32, 16, 4), (32, 32, 32, 4), (16, 32, 16, 4)),
-    ("score_fwd", "tf32x3"): ((64, 32, 32, 4, 1), (64, 32, 32, 4, 1), (16, 32, 16, 4, 1)),
+    ("score_fwd", "bf16x6"): ((64, 32, 32, 4, 1), (64, 32, 32, 4, 1), (16, 32, 16, 4, 1)),
     ("catalogue", "half"): ((64, 32, 32, 4), (64, 32, 32, 4), (32, 32, 16, 4)),
     ("catalogue", "tf32"): ((32, 32, 32, 4), (32, 32, 32, 4), (16, 16, 16, 4)),
-    ("catalogue", "tf32x3"): ((32, 32, 32, 4, 1), (32, 32, 32, 4, 1), (16, 32, 16, 4, 1)),
+    ("catalogue", "bf16x6"): ((32, 32, 32, 4, 1), (32, 32, 32, 4, 1), (16, 32, 16, 4, 1)),
     ("head_bwd", "half"): ((32, 16, 16, 4), (32, 32, 32, 4), (32, 32, 16, 8)),
     ("head_bwd", "tf32"): ((32, 32, 16, 4), (32, 32, 32, 4), (16, 32, 16, 8)),
-    ("head_bwd", "tf32x3"): ((32, 32, 32, 4), (32, 32, 32, 4), (16, 32, 16, 4, 1)),
+    ("head_bwd", "bf16x6"): ((32, 32, 32, 4), (32, 32, 32, 4), (16, 32, 16, 4, 1)),
     ("attention_bwd", "half"): ((32, 32, 0, 4), (32, 32, 0, 4), (16, 32, 0, 4)),
     ("attention_bwd", "tf32"): ((32, 32, 0, 4), (32, 32, 0, 4), (16, 32, 0, 8)),
-    ("attention_bwd", "tf32x3"): ((32, 32, 0, 4), (32, 32, 0, 4), (16, 32, 0, 8, 1)),
+    ("attention_bwd", "bf16x6"): ((32, 32, 0, 4), (32, 32, 0, 4), (16, 32, 0, 8, 1)),
 }
 
 

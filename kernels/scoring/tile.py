@@ -69,7 +69,7 @@ def target_keys(
 ):  # fmt: skip
     """W e for the vectors of a tile of items, with W [D, D]: [P, D].
 
-    KEY_BLOCK columns at a time, as all of W, in the two parts of a tf32x3 product, would fill the
+    KEY_BLOCK columns at a time, as all of W, in the parts of a bf16x6 product, would fill the
     shared memory at D = 128.
     """
     P: tl.constexpr = ids.shape[0]
