@@ -132,7 +132,7 @@ _CONFIGS: dict[tuple[str, str, int, int, int | None], Config] = {
 # and need as much shared memory as on capability 8. Not told that a thread may have 128 registers,
 # ptxas 13.1 gives it 32 and spills the rest.
 _WITHOUT_TENSOR_MEMORY = Config(16, parked=True, registers=128)
-# Most bytes of one tile of heads, in bf16x6 of all its parts, by the shared memory that a program may
+# Most bytes of one tile of heads, in bf16x6 of all parts, by the shared memory that a program may
 # have, for which products fit it whole.
 _LARGEST_HEADS = {
     "fwd": {99 << 10: 16 << 10, 163 << 10: 64 << 10},
