@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from lcr_fast.kernels.core.product import _as_tf32, _parts, product
+from lcr_fast.kernels.core.product import _as_tf32, parts, product
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N = 64
@@ -30,7 +30,7 @@ def product_kernel(a_ptr, b_ptr, c_ptr, y_ptr, N: tl.constexpr, PRECISION: tl.co
 def parts_kernel(x_ptr, parts_ptr, rounded_ptr, N: tl.constexpr):
     at = tl.arange(0, N)
     x = tl.load(x_ptr + at)
-    x1, x2, x3 = _parts(x)
+    x1, x2, x3 = parts(x)
     tl.store(parts_ptr + at, x1)
     tl.store(parts_ptr + N + at, x2)
     tl.store(parts_ptr + 2 * N + at, x3)

@@ -49,8 +49,15 @@ def _as_tf32(x):
     return (bits + _HALF).to(tl.float32, bitcast=True)
 
 
+@triton.constexpr_function
+def n_parts(precision: str) -> int:
+    """In how many parts a matrix of weights is to come."""
+    is_split = precision.startswith("bf16x6") and not knobs.runtime.interpret
+    return 3 if is_split else 1
+
+
 @triton.jit
-def _parts(x):
+def parts(x):
     """Split float32 into three bfloat16 that add up to it, the largest first."""
     return tl.inline_asm_elementwise(
         _SPLIT, "=&r,=&r,=&r,r,r", [x], (tl.bfloat16, tl.bfloat16, tl.bfloat16),
@@ -59,10 +66,9 @@ def _parts(x):
 
 
 @triton.jit
-def _product_of_parts(a, b, c):
-    """Compute a b + c by bf16x6: the smallest products first, c last, in float32."""
-    a1, a2, a3 = _parts(a)
-    b1, b2, b3 = _parts(b)
+def product_with_parts(a, b1, b2, b3, c=None):
+    """Compute a (b1 + b2 + b3) + c by bf16x6: the smallest products first, c last, in float32."""
+    a1, a2, a3 = parts(a)
     y = tl.dot(a3, b1)
     y = tl.dot(a2, b2, y)
     y = tl.dot(a1, b3, y)
@@ -83,7 +89,8 @@ def _product(a, b, c, PRECISION: tl.constexpr):
     elif _INTERPRETED:
         y = tl.dot(a, b, c, input_precision="ieee")
     else:
-        y = _product_of_parts(a, b, c)
+        b1, b2, b3 = parts(b)
+        y = product_with_parts(a, b1, b2, b3, c)
     return y
 
 

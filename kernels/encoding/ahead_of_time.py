@@ -35,7 +35,7 @@ def variants(arch: str) -> Iterator[Variant]:
     train = {"DROPOUT": True, "NOISE": False, "POOL": False}
     for dim, size, dtype, precision in _CALLS:
         kind = TYPES[dtype] + (f"-{precision}" if dtype == torch.float32 else "")
-        of_step = weight_types(dtype, torch.float32)
+        of_step = weight_types(dtype, torch.float32, precision)
         weights = LayerWeights(of_step.self_attention, of_step.ffn, of_step.norms)
         launched = [
             ("fwd", "fwd-train", encode_fwd_kernel, train | {"SAVE": False}),
@@ -51,6 +51,6 @@ def variants(arch: str) -> Iterator[Variant]:
             continue
         for which, name, kernel, switches in launched:
             stream = EncoderStream if kernel is encode_fwd_kernel else BackwardStream
-            types = argument_types(dtype, torch.float32, stream) | {"weights": weights}
+            types = argument_types(dtype, torch.float32, precision, stream) | {"weights": weights}
             compiled = constants(which, dim, dim, 2, size, dtype, precision, GPUS[arch]) | switches
             yield describe(f"{name}-{kind}-d{dim}-L{size}", kernel, dtype, types, compiled)

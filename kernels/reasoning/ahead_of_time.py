@@ -30,22 +30,23 @@ from lcr_fast.kernels.weight_gradients import constants as product_constants
 _INT64 = ("lengths", "user_rows", "noise_seed", "dropout_seed")
 
 
-def weight_types(dtype: torch.dtype, weights: torch.dtype) -> StepWeights:
-    """Types of the weights: matrices have the states' dtype."""
-    matrix, vector = f"*{TYPES[dtype]}", f"*{TYPES[weights]}"
+def weight_types(dtype: torch.dtype, weights: torch.dtype, precision: str) -> StepWeights:
+    """Types of the weights: matrices have the states' dtype, or that of their parts."""
+    matrix = "*bf16" if precision == "bf16x6" else f"*{TYPES[dtype]}"
+    vector = f"*{TYPES[weights]}"
     attention = AttentionWeights(matrix, vector, matrix, vector)
     ffn, norms = FfnWeights(matrix, vector, matrix, vector), NormWeights(vector, vector)
     return StepWeights(attention, attention, ffn, norms)
 
 
 def argument_types(
-    dtype: torch.dtype, weights: torch.dtype, stream: Any = BackwardStream
+    dtype: torch.dtype, weights: torch.dtype, precision: str, stream: Any = BackwardStream
 ) -> dict[str, Type]:
     """Types of arguments that are not numbers of the states' dtype, nor int32.
 
     ``stream`` is the NamedTuple that the kernel takes of either stream.
     """
-    state, of_step = f"*{TYPES[dtype]}", weight_types(dtype, weights)
+    state, of_step = f"*{TYPES[dtype]}", weight_types(dtype, weights, precision)
     of_stream = {"lengths": "*i64", **dict.fromkeys(("dh", "da", "dmemory"), "*fp32")}
     both = stream(*(of_stream.get(field, state) for field in stream._fields))
     return {
@@ -86,7 +87,7 @@ def make_variant(
     )
     rows = dict.fromkeys(("SEARCH_SLOT", "REC_SLOT", "SLOT", "MEMORY_SLOT"), slot)
     stream = ForwardStream if kernel is latent_reasoning_fwd_kernel else BackwardStream
-    types = argument_types(call.dtype, call.weights, stream)
+    types = argument_types(call.dtype, call.weights, call.precision, stream)
     return describe(name, kernel, call.dtype, types, compiled | rows | switches)
 
 

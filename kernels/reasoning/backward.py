@@ -283,7 +283,7 @@ def ffn_bwd_kernel(
         dh = ffn_bwd(
             dy, columns(at, C.ffn_dy), c, columns(at, C.c), dc,
             columns(at, C.hidden), columns(at, C.dhidden),
-            ffn_at(ffn, index, D, SHAPE.F), SHAPE, PARKED,
+            ffn_at(ffn, index, SHAPE), SHAPE, PARKED,
         )  # fmt: skip
 
     if HAS_CROSS:
@@ -339,7 +339,7 @@ def cross_bwd_kernel(
         tl.zeros([SEQUENCES * MEMORY_SLOT, D], tl.float32),
         columns(at, C.cross_heads), columns(at, C.cross_dq),
         columns(memory_at, C.cross_dk), columns(memory_at, C.cross_dv),
-        attention_at(attention, 2 * k * set_stride + stream, D),
+        attention_at(attention, 2 * k * set_stride + stream, SHAPE),
         SHAPE, SLOT, MEMORY_SLOT, False, PARKED,
     )  # fmt: skip
     store_tile(tile_at(x.da, rows, size, D), da, D)
@@ -418,6 +418,6 @@ def self_bwd_kernel(
         dy, dy_at, h, h_at, h, h_at, rows.length, dx1, dx1,
         columns(at, C.self_heads), columns(at, C.self_dq), columns(at, C.self_dk),
         columns(at, C.self_dv),
-        attention_at(attention, index, D), SHAPE, SLOT, SLOT, True, PARKED,
+        attention_at(attention, index, SHAPE), SHAPE, SLOT, SLOT, True, PARKED,
     )  # fmt: skip
     store_tile(tile_at(x.dh, rows, size, D), dh, D)

@@ -95,7 +95,7 @@ def before_norm1(
 ):  # fmt: skip
     """x1 = h + m1 MSA(h): float32 [M, D]."""
     y = attention(
-        h, h, lengths, None, attention_at(weights, index, SHAPE.D), SHAPE, SEQUENCES, not DROPOUT
+        h, h, lengths, None, attention_at(weights, index, SHAPE), SHAPE, SEQUENCES, not DROPOUT
     )
     return _add_update(y, h, user_row, position, k, stream, 0, dropout, SHAPE, DROPOUT)
 
@@ -107,7 +107,7 @@ def before_norm2(
 ):  # fmt: skip
     """x2 = a + g m2 MCA(a, memory): float32 [M, D]; ``gate`` is float32 [M]."""
     y = attention(
-        a, memory, lengths, gate, attention_at(weights, index, SHAPE.D), SHAPE, SEQUENCES,
+        a, memory, lengths, gate, attention_at(weights, index, SHAPE), SHAPE, SEQUENCES,
         not DROPOUT,
     )  # fmt: skip
     return _add_update(y, a, user_row, position, k, stream, 1, dropout, SHAPE, DROPOUT)
@@ -119,7 +119,7 @@ def before_last_norm(
     SHAPE: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """x3, an encoder's x2, = c + m FFN(c): float32 [M, D]."""
-    y = ffn(c, ffn_at(weights, index, SHAPE.D, SHAPE.F), SHAPE, not DROPOUT)
+    y = ffn(c, ffn_at(weights, index, SHAPE), SHAPE, not DROPOUT)
     LAST: tl.constexpr = SHAPE.SUBLAYERS - 1
     return _add_update(y, c, user_row, position, k, stream, LAST, dropout, SHAPE, DROPOUT)
 

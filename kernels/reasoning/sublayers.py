@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from lcr_fast.kernels.core.product import product
+from lcr_fast.kernels.core.product import n_parts, product, product_with_parts
 from lcr_fast.kernels.reasoning.tile import (
     columns,
     key_slots,
@@ -121,23 +121,46 @@ def layer_norm_bwd(dy, x, norm, dnorm_ptr, D: tl.constexpr):
 
 
 @triton.jit
-def load_block(weight_ptr, rows, columns, STRIDE: tl.constexpr, dtype: tl.constexpr):
-    """W[rows, columns] of a row-major matrix of STRIDE columns, in the states' dtype."""
-    return tl.load(weight_ptr + rows[:, None] * STRIDE + columns[None, :]).to(dtype)
+def _load_block(weight_ptr, rows, columns, STRIDE: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """W[rows, columns] of a row-major matrix of STRIDE columns, or its transpose."""
+    block = tl.load(weight_ptr + rows[:, None] * STRIDE + columns[None, :])
+    return block.trans() if TRANSPOSED else block
 
 
 @triton.jit
-def load_block_transposed(weight_ptr, rows, columns, STRIDE: tl.constexpr, dtype: tl.constexpr):
-    """W[rows, columns]^T, [columns, rows]."""
-    return load_block(weight_ptr, rows, columns, STRIDE, dtype).trans()
+def weight_product(
+    x,  # [M, columns], TRANSPOSED, or [M, rows]
+    weight_ptr,  # [OUT, IN], or [parts, OUT, IN]
+    rows,
+    columns,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    SHAPE: tl.constexpr,
+    c=None,
+):
+    """Compute x W[rows, columns]^T + c, or x W[rows, columns] + c if not TRANSPOSED: float32."""
+    first = _load_block(weight_ptr, rows, columns, IN, TRANSPOSED)
+    if n_parts(SHAPE.PRECISION) == 1:
+        y = product(x, first.to(x.dtype), SHAPE.PRECISION, c)
+    else:
+        second = _load_block(weight_ptr + OUT * IN, rows, columns, IN, TRANSPOSED)
+        third = _load_block(weight_ptr + 2 * OUT * IN, rows, columns, IN, TRANSPOSED)
+        if SHAPE.PRECISION == "bf16x6":
+            y = product_with_parts(x, first, second, third, c)
+        else:  # cut in depth, which is slow, and takes the number that the parts add up to
+            whole = third.to(tl.float32) + second.to(tl.float32) + first.to(tl.float32)
+            y = product(x, whole, SHAPE.PRECISION, c)
+    return y
 
 
 @triton.jit
-def linear(x, weight_ptr, bias_ptr, rows, D: tl.constexpr, PRECISION: tl.constexpr):
-    """Compute x W[rows]^T + b[rows] for weights [out, D]: float32 [M, rows]."""
-    weight = load_block_transposed(weight_ptr, rows, tl.arange(0, D), D, x.dtype)
+def linear(x, weight_ptr, bias_ptr, rows, OUT: tl.constexpr, SHAPE: tl.constexpr):
+    """Compute x W[rows]^T + b[rows] for weights [OUT, D]: float32 [M, rows]."""
+    D: tl.constexpr = SHAPE.D
     bias = tl.load(bias_ptr + rows).to(tl.float32)
-    return product(x, weight, PRECISION) + bias[None, :]
+    y = weight_product(x, weight_ptr, rows, tl.arange(0, D), OUT, D, True, SHAPE)
+    return y + bias[None, :]
 
 
 @triton.jit
@@ -238,17 +261,16 @@ def attention(
     y = _start(x, RESIDUAL)
     for start in tl.range(0, D, BLOCK, disable_licm=True):
         head = start + tl.arange(0, BLOCK)
-        query_weight = load_block_transposed(weights.qkv_weight, head, column, D, x.dtype)
         query_bias = tl.load(weights.qkv_bias + head).to(tl.float32) * SCALE
-        q = rounded(product(x, query_weight, PRECISION) * SCALE + query_bias[None, :], x.dtype)
-        key_weight = load_block_transposed(weights.qkv_weight, D + head, column, D, x.dtype)
-        k = rounded(product(memory, key_weight, PRECISION), x.dtype)
-        value_weight = load_block_transposed(weights.qkv_weight, 2 * D + head, column, D, x.dtype)
-        v = rounded(product(memory, value_weight, PRECISION), x.dtype)
+        q = weight_product(x, weights.qkv_weight, head, column, 3 * D, D, True, SHAPE)
+        q = rounded(q * SCALE + query_bias[None, :], x.dtype)
+        k = weight_product(memory, weights.qkv_weight, D + head, column, 3 * D, D, True, SHAPE)
+        k = rounded(k, x.dtype)
+        v = weight_product(memory, weights.qkv_weight, 2 * D + head, column, 3 * D, D, True, SHAPE)
+        v = rounded(v, x.dtype)
         value_bias = weights.qkv_bias + 2 * D + start
         o = _heads(q, k, v, value_bias, lengths, BLOCK * SHAPE.H // D, SEQUENCES, PRECISION)
-        out_weight = load_block_transposed(weights.out_weight, column, head, D, x.dtype)
-        y = product(o, out_weight, PRECISION, y)
+        y = weight_product(o, weights.out_weight, column, head, D, D, True, SHAPE, y)
     out_bias = tl.load(weights.out_bias + column).to(tl.float32)[None, :]
     if has_keys is None:
         y += out_bias
@@ -270,12 +292,13 @@ def _project_head(
     WIDTH: tl.constexpr = D // SHAPE.H
     PRECISION: tl.constexpr = SHAPE.PRECISION
     memory = unpark(memory, memory_at, D, PARKED)
-    v = linear(memory, weights.qkv_weight, weights.qkv_bias, 2 * D + head, D, PRECISION).to(x.dtype)
+    v = linear(memory, weights.qkv_weight, weights.qkv_bias, 2 * D + head, 3 * D, SHAPE)
+    v = v.to(x.dtype)
     x = unpark(x, x_at, D, PARKED)
-    q = linear(x, weights.qkv_weight, weights.qkv_bias, head, D, PRECISION)
+    q = linear(x, weights.qkv_weight, weights.qkv_bias, head, 3 * D, SHAPE)
     q = (q * (LOG2_E * WIDTH**-0.5)).to(x.dtype)
     memory = unpark(memory, memory_at, D, PARKED)
-    k = linear(memory, weights.qkv_weight, weights.qkv_bias, D + head, D, PRECISION).to(x.dtype)
+    k = linear(memory, weights.qkv_weight, weights.qkv_bias, D + head, 3 * D, SHAPE).to(x.dtype)
     scores = product(q, k.trans(), PRECISION)  # [M_q, M_k]
     query_slot = row_slots(x.shape[0], SLOT)
     key_slot = key_slots(memory_length, MEMORY_SLOT)
@@ -288,22 +311,19 @@ def _project_head(
 
 @triton.jit
 def _project_back(
-    dq, dk, dv, dx, dmemory, head, weights,
-    D: tl.constexpr, IS_SELF: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    dq, dk, dv, dx, dmemory, head, weights, IS_SELF: tl.constexpr, SHAPE: tl.constexpr
+):
     """Add dq Wq_h to dx and dk Wk_h + dv Wv_h to dmemory, or all to dx if the memory is x."""
+    D: tl.constexpr = SHAPE.D
     column = tl.arange(0, D)
-    query_weight = load_block(weights.qkv_weight, head, column, D, dq.dtype)  # [D/H, D]
-    dx = product(dq, query_weight, PRECISION, dx)
-    key_weight = load_block(weights.qkv_weight, D + head, column, D, dq.dtype)
-    value_weight = load_block(weights.qkv_weight, 2 * D + head, column, D, dq.dtype)
-    if IS_SELF:
-        dx = product(dk, key_weight, PRECISION, dx)
-        dx = product(dv, value_weight, PRECISION, dx)
-    else:
-        dmemory = product(dk, key_weight, PRECISION, dmemory)
-        dmemory = product(dv, value_weight, PRECISION, dmemory)
-    return dx, dmemory
+    weight_ptr = weights.qkv_weight
+    dx = weight_product(dq, weight_ptr, head, column, 3 * D, D, False, SHAPE, dx)
+    of_memory = dx if IS_SELF else dmemory
+    of_memory = weight_product(dk, weight_ptr, D + head, column, 3 * D, D, False, SHAPE, of_memory)
+    of_memory = weight_product(
+        dv, weight_ptr, 2 * D + head, column, 3 * D, D, False, SHAPE, of_memory
+    )
+    return of_memory if IS_SELF else dx, dmemory if IS_SELF else of_memory
 
 
 @triton.jit
@@ -351,9 +371,9 @@ def attention_bwd(
         o = product(p.to(x.dtype), v, PRECISION)
         store_tile(columns(heads_at, h * WIDTH), o, WIDTH)
 
-        out_weight = load_block(weights.out_weight, column, head, D, x.dtype)  # [D, D/H]
         dy = unpark(dy, dy_at, D, PARKED)
-        do = product(dy, out_weight, PRECISION).to(x.dtype)  # [M_q, D/H]
+        do = weight_product(dy, weights.out_weight, column, head, D, D, False, SHAPE)
+        do = do.to(x.dtype)  # [M_q, D/H]
         dv = product(p.to(x.dtype).trans(), do, PRECISION).to(x.dtype)
         dp = product(do, v.trans(), PRECISION)  # [M_q, M_k]
         ds = (p * (dp - tl.sum(rounded_products(p, dp), 1)[:, None])).to(x.dtype)
@@ -364,9 +384,7 @@ def attention_bwd(
         store_tile(columns(dv_at, h * WIDTH), dv, WIDTH)
 
         if not PARKED:
-            dx, dmemory = _project_back(
-                dq, dk, dv, dx, dmemory, head, weights, D, IS_SELF, PRECISION
-            )
+            dx, dmemory = _project_back(dq, dk, dv, dx, dmemory, head, weights, IS_SELF, SHAPE)
     if PARKED:  # in a loop of their own, dx and dmemory need not wait beside the scores
         tl.debug_barrier()
         for h in tl.range(0, H, disable_licm=True):
@@ -374,9 +392,7 @@ def attention_bwd(
             dq = load_tile(columns(dq_at, h * WIDTH), WIDTH)
             dk = load_tile(columns(dk_at, h * WIDTH), WIDTH)
             dv = load_tile(columns(dv_at, h * WIDTH), WIDTH)
-            dx, dmemory = _project_back(
-                dq, dk, dv, dx, dmemory, head, weights, D, IS_SELF, PRECISION
-            )
+            dx, dmemory = _project_back(dq, dk, dv, dx, dmemory, head, weights, IS_SELF, SHAPE)
     return dx, dmemory
 
 
@@ -400,15 +416,13 @@ def ffn(
     D: tl.constexpr = SHAPE.D
     F: tl.constexpr = SHAPE.F
     BLOCK_F: tl.constexpr = SHAPE.BLOCK_F
-    PRECISION: tl.constexpr = SHAPE.PRECISION
     column = tl.arange(0, D)
     y = _start(x, RESIDUAL)
     for start in tl.range(0, F, BLOCK_F, disable_licm=True):
         unit = start + tl.arange(0, BLOCK_F)
-        hidden = linear(x, weights.in_weight, weights.in_bias, unit, D, PRECISION)  # [M, BLOCK_F]
+        hidden = linear(x, weights.in_weight, weights.in_bias, unit, F, SHAPE)  # [M, BLOCK_F]
         hidden = rounded(_relu(hidden), x.dtype)
-        out_weight = load_block_transposed(weights.out_weight, column, unit, F, x.dtype)
-        y = product(hidden, out_weight, PRECISION, y)
+        y = weight_product(hidden, weights.out_weight, column, unit, D, F, True, SHAPE, y)
     return y + tl.load(weights.out_bias + column).to(tl.float32)[None, :]
 
 
@@ -429,19 +443,16 @@ def ffn_bwd(
     D: tl.constexpr = SHAPE.D
     F: tl.constexpr = SHAPE.F
     BLOCK_F: tl.constexpr = SHAPE.BLOCK_F
-    PRECISION: tl.constexpr = SHAPE.PRECISION
     column = tl.arange(0, D)
     for start in tl.range(0, F, BLOCK_F, disable_licm=True):
         unit = start + tl.arange(0, BLOCK_F)
         x = unpark(x, x_at, D, PARKED)
-        hidden = linear(x, weights.in_weight, weights.in_bias, unit, D, PRECISION)  # [M, BLOCK_F]
+        hidden = linear(x, weights.in_weight, weights.in_bias, unit, F, SHAPE)  # [M, BLOCK_F]
         hidden = _relu(hidden).to(x.dtype)
         store_tile(columns(hidden_at, start), hidden, BLOCK_F)
-        out_weight = load_block(weights.out_weight, column, unit, F, x.dtype)  # [D, BLOCK_F]
         dy = unpark(dy, dy_at, D, PARKED)
-        dhidden = product(dy, out_weight, PRECISION)
+        dhidden = weight_product(dy, weights.out_weight, column, unit, D, F, False, SHAPE)
         dhidden = tl.where(hidden > 0.0, dhidden, 0.0).to(x.dtype)
         store_tile(columns(dhidden_at, start), dhidden, BLOCK_F)
-        in_weight = load_block(weights.in_weight, unit, column, D, x.dtype)  # [BLOCK_F, D]
-        dx = product(dhidden, in_weight, PRECISION, dx)
+        dx = weight_product(dhidden, weights.in_weight, unit, column, F, D, False, SHAPE, dx)
     return dx

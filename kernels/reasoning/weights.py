@@ -3,19 +3,25 @@
 An encoder's layer is a step without cross-attention.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from lcr_fast.kernels.core.product import n_parts, parts
+from lcr_fast.kernels.gpu import dot_precision, on_device
+from lcr_fast.kernels.launch import launch
+from lcr_fast.kernels.ptxas import kernel
 from lcr_fast.weights import EncoderWeights, ReasoningWeights
 
 
 class AttentionWeights(NamedTuple):
-    """Of all P sets of weights and both streams, or at those of one."""
+    """Of all P sets of weights and both streams, or at those of one; matrices may be in parts."""
 
-    qkv_weight: Any  # [P, 2, 3D, D]
+    qkv_weight: Any  # [P, 2, 3D, D], in parts [P, 2, 3, 3D, D]
     qkv_bias: Any  # [P, 2, 3D]
     out_weight: Any  # [P, 2, D, D]
     out_bias: Any  # [P, 2, D]
@@ -54,60 +60,115 @@ class LayerWeights(NamedTuple):
     norms: NormWeights
 
 
+@kernel()
+def split_weights_kernel(
+    matrices,  # pointers, float32 [sets, SIZES[i]]
+    parts_ptr,  # bfloat16 [sets, 3, SIZES[i]] of each matrix, one behind the other
+    SIZES: tl.constexpr,  # multiples of BLOCK
+    BLOCK: tl.constexpr,
+):
+    """One program: BLOCK numbers of one set of weights, whichever matrix they are of."""
+    first = tl.program_id(0) * BLOCK
+    set_ = tl.program_id(1)
+    begin = 0
+    for i in tl.static_range(len(SIZES)):
+        SIZE: tl.constexpr = SIZES[i]
+        if (first >= begin) & (first < begin + SIZE):
+            at = first - begin + tl.arange(0, BLOCK)
+            x1, x2, x3 = parts(tl.load(matrices[i] + set_ * SIZE + at))
+            to = parts_ptr + 3 * (tl.num_programs(1) * begin + set_ * SIZE) + at
+            tl.store(to, x1)
+            tl.store(to + SIZE, x2)
+            tl.store(to + 2 * SIZE, x3)
+        begin += SIZE
+
+
+_SPLIT_BLOCK = 512  # numbers; every matrix has a multiple of D x 16 numbers
+
+
+def _for_products(matrices: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Make of matrices [P, 2, out, in] what products take, once for all programs of a call.
+
+    Casts would take a program twice the registers. float32 is split in bf16x6: [P, 2, 3, out, in].
+    """
+    if n_parts.fn(dot_precision(dtype)) == 1:
+        return [matrix.to(dtype) for matrix in matrices]
+    matrices = [matrix.float().contiguous() for matrix in matrices]
+    sets, sizes = matrices[0].shape[:2].numel(), tuple(m.shape[2:].numel() for m in matrices)
+    split = matrices[0].new_empty(3 * sets * sum(sizes), dtype=torch.bfloat16)
+    with on_device(split):
+        launch(
+            split_weights_kernel, (sum(sizes) // _SPLIT_BLOCK, sets), tuple(matrices), split,
+            SIZES=sizes, BLOCK=_SPLIT_BLOCK, num_warps=4,
+        )  # fmt: skip
+    flat = split.split([3 * sets * size for size in sizes])
+    return [
+        part.view(*m.shape[:2], 3, *m.shape[2:]) for part, m in zip(flat, matrices, strict=True)
+    ]
+
+
 def _attention(
-    weights: ReasoningWeights | EncoderWeights, prefix: str, dtype: torch.dtype
+    weights: ReasoningWeights | EncoderWeights, prefix: str, qkv: Tensor, out: Tensor
 ) -> AttentionWeights:
-    qkv, out = (getattr(weights, f"{prefix}{of}_weight").to(dtype) for of in ("qkv", "out"))
     qkv_bias, out_bias = (getattr(weights, f"{prefix}{of}_bias") for of in ("qkv", "out"))
     return AttentionWeights(qkv, qkv_bias, out, out_bias)
 
 
-def _ffn(weights: ReasoningWeights | EncoderWeights, dtype: torch.dtype) -> FfnWeights:
-    return FfnWeights(
-        weights.ffn_in_weight.to(dtype),
-        weights.ffn_in_bias,
-        weights.ffn_out_weight.to(dtype),
-        weights.ffn_out_bias,
-    )
+def _ffn(weights: ReasoningWeights | EncoderWeights, into: Tensor, out: Tensor) -> FfnWeights:
+    return FfnWeights(into, weights.ffn_in_bias, out, weights.ffn_out_bias)
 
 
 def layer_weights(weights: EncoderWeights, dtype: torch.dtype) -> LayerWeights:
-    """Cast matrices as :func:`step_weights` does."""
-    return LayerWeights(
-        _attention(weights, "", dtype),
-        _ffn(weights, dtype),
-        NormWeights(weights.norm_weight, weights.norm_bias),
+    """Prepare the weights of an encoder for its kernels."""
+    qkv, out, *ffn = _for_products(
+        (weights.qkv_weight, weights.out_weight, weights.ffn_in_weight, weights.ffn_out_weight),
+        dtype,
     )
+    norms = NormWeights(weights.norm_weight, weights.norm_bias)
+    return LayerWeights(_attention(weights, "", qkv, out), _ffn(weights, *ffn), norms)
 
 
 def step_weights(weights: ReasoningWeights, dtype: torch.dtype) -> StepWeights:
-    """Cast matrices, as the dots want them, once: not in every program, in twice the registers."""
+    """Prepare the weights of reasoning for its kernels."""
+    self_qkv, self_out, cross_qkv, cross_out, *ffn = _for_products(
+        (
+            weights.self_qkv_weight, weights.self_out_weight,
+            weights.cross_qkv_weight, weights.cross_out_weight,
+            weights.ffn_in_weight, weights.ffn_out_weight,
+        ),
+        dtype,
+    )  # fmt: skip
     return StepWeights(
-        _attention(weights, "self_", dtype),
-        _attention(weights, "cross_", dtype),
-        _ffn(weights, dtype),
+        _attention(weights, "self_", self_qkv, self_out),
+        _attention(weights, "cross_", cross_qkv, cross_out),
+        _ffn(weights, *ffn),
         NormWeights(weights.norm_weight, weights.norm_bias),
     )
 
 
 @triton.jit
-def attention_at(weights, index, D: tl.constexpr):
+def attention_at(weights, index, SHAPE: tl.constexpr):
     """Move to the attention of one stream and step; ``index`` = 2 set + stream."""
+    D: tl.constexpr = SHAPE.D
+    MATRIX: tl.constexpr = n_parts(SHAPE.PRECISION) * D * D
     return AttentionWeights(
-        weights.qkv_weight + index * (3 * D * D),
+        weights.qkv_weight + index * (3 * MATRIX),
         weights.qkv_bias + index * (3 * D),
-        weights.out_weight + index * (D * D),
+        weights.out_weight + index * MATRIX,
         weights.out_bias + index * D,
     )
 
 
 @triton.jit
-def ffn_at(weights, index, D: tl.constexpr, F: tl.constexpr):
+def ffn_at(weights, index, SHAPE: tl.constexpr):
     """Move to the FFN of one stream and step."""
+    D: tl.constexpr = SHAPE.D
+    F: tl.constexpr = SHAPE.F
+    MATRIX: tl.constexpr = n_parts(SHAPE.PRECISION) * F * D
     return FfnWeights(
-        weights.in_weight + index * (F * D),
+        weights.in_weight + index * MATRIX,
         weights.in_bias + index * F,
-        weights.out_weight + index * (D * F),
+        weights.out_weight + index * MATRIX,
         weights.out_bias + index * D,
     )
 
