@@ -43,7 +43,7 @@ from lcr_fast.weights import ReasoningWeights
 
 Config = reasoning_config.Config
 Tiles = scoring_config.Tiles
-KINDS = {"half": "bf16", "tf32": "tf32", "bf16x6": "fp32"}  # and what the harness calls it
+KINDS = {"half": "bf16", "bf16x3": "tf32", "bf16x6": "fp32"}  # and what the harness calls it
 STEPS, N_CANDIDATES, N_ITEMS = 5, 100, 20_000
 HEAD = (200, 80, 1)
 

@@ -19,12 +19,12 @@ def on_device(x: Tensor) -> AbstractContextManager:
 def dot_precision(dtype: torch.dtype) -> str:
     """Say how a dtype is multiplied (see core/product.py).
 
-    Only float32 has a choice: tf32 where torch allows it (:func:`lcr_fast.precision.allows_tf32`),
-    else bf16x6, the default.
+    Only float32 has a choice: bf16x3 where torch allows TF32, which is less exact
+    (:func:`lcr_fast.precision.allows_tf32`), else bf16x6, the default.
     """
     if dtype != torch.float32:
         return "ieee"
-    return "tf32" if allows_tf32() else "bf16x6"
+    return "bf16x3" if allows_tf32() else "bf16x6"
 
 
 class Gpu(NamedTuple):

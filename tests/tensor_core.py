@@ -13,8 +13,8 @@ import torch
 
 from lcr_fast.testing import tf32
 
-_DEPTHS = {"tf32": 8, "bf16x6": 16}  # of one instruction
-# Which parts of a and b are multiplied, from 0, and in which order.
+_DEPTHS = {"tf32": 8, "bf16x3": 16, "bf16x6": 16}  # of one instruction
+# Which parts of a and b are multiplied, from 0, and in which order; bf16x3 has the last three.
 _PARTS = ((2, 0), (1, 1), (0, 2), (1, 0), (0, 1), (0, 0))
 
 
@@ -50,13 +50,13 @@ def _accumulate(a: np.ndarray, b: np.ndarray, total: np.ndarray, depth: int) -> 
 
 
 def product(a: np.ndarray, b: np.ndarray, precision: str, before: np.ndarray) -> np.ndarray:
-    """Multiply float32 matrices as ``tf32`` or ``bf16x6``, added to what was there before."""
+    """Multiply float32 matrices by ``tf32``, ``bf16x3`` or ``bf16x6``, added to ``before``."""
     depth = _DEPTHS[precision]
     if precision == "tf32":
         return _accumulate(round_to_tf32(a), round_to_tf32(b), before, depth)
     of_a, of_b = split(a), split(b)
     total = np.zeros_like(before)
-    for i, j in _PARTS:
+    for i, j in _PARTS if precision == "bf16x6" else _PARTS[-3:]:
         total = _accumulate(of_a[i], of_b[j], total, depth)
     return total + before
 
@@ -72,8 +72,9 @@ def multiplying(monkeypatch, matmul_precision: str):
         if a.data.dtype != np.float32:
             return exact(self, a, b, d, input_precision, *options)
         with np.errstate(invalid="ignore", over="ignore"):
-            # What a GPU multiplies in parts is asked of the interpreter as it is.
-            precision = {"TF32": "tf32", "IEEE": "bf16x6"}[input_precision.name]
+            # What a GPU multiplies in parts is asked of the interpreter whole, by these names.
+            names = {"TF32": "tf32", "TF32x3": "bf16x3", "IEEE": "bf16x6"}
+            precision = names[input_precision.name]
             total = product(a.data, b.data, precision, d.data)
         return interpreter.TensorHandle(total, d.dtype.scalar)
 

@@ -65,7 +65,7 @@ def test_kernels_multiply_as_torch_may(setting):
 
     assert dot_precision(torch.float32) == "bf16x6"
     setting({old: "high", new: "tf32"}[setting])
-    assert dot_precision(torch.float32) == "tf32"
+    assert dot_precision(torch.float32) == "bf16x3"
     assert dot_precision(torch.bfloat16) == "ieee"
 
 

@@ -20,7 +20,7 @@ THOR = Gpu(11, 227 << 10)
 @pytest.mark.parametrize("which", ["fwd", "recompute", "bwd"])
 @pytest.mark.parametrize(
     ("dtype", "precision"),
-    [(torch.float32, "tf32"), (torch.float32, "bf16x6"), (torch.bfloat16, "ieee")],
+    [(torch.float32, "bf16x3"), (torch.float32, "bf16x6"), (torch.bfloat16, "ieee")],
     ids=str,
 )
 def test_every_case_has_a_configuration(which, dtype, precision, gpu):
@@ -55,11 +55,11 @@ def test_what_does_not_fit_shared_memory_has_fewer_rows_or_is_cut():
 
     assert not config("bwd", 64, 2, 128, H100).cut
     assert config("bwd", 128, 2, 128, H100).cut
-    assert not config("bwd", 128, 2, 128, H100, precision="tf32").cut
-    assert config("bwd", 128, 2, 128, A100, precision="tf32").cut
-    assert not config("bwd", 128, 4, 128, A100, precision="tf32").cut
-    assert not config("fwd", 128, 1, 128, A100, precision="tf32").cut
-    assert config("fwd", 128, 1, 128, SMALL, precision="tf32").cut
+    assert not config("bwd", 128, 2, 128, H100, precision="bf16x3").cut
+    assert config("bwd", 128, 2, 128, A100, precision="bf16x3").cut
+    assert not config("bwd", 128, 4, 128, A100, precision="bf16x3").cut
+    assert not config("fwd", 128, 1, 128, A100, precision="bf16x3").cut
+    assert config("fwd", 128, 1, 128, SMALL, precision="bf16x3").cut
     assert config("bwd", 128, 1, 128, A100, torch.bfloat16, "ieee").cut
     assert config("fwd", 64, 2, 32, A100).rows == 64
     assert config("fwd", 64, 1, 32, SMALL).rows == 32  # 64 rows would not fit
@@ -73,12 +73,12 @@ def test_all_heads_are_taken_at_once_where_a_loop_over_them_keeps_too_much():
         chosen = config("recompute", D, slot, gpu)
         assert (chosen.heads(D, 2), chosen.cut) == (D, True)
     for slot in (16, 32, 64):
-        assert config("fwd", 128, slot, SMALL, "tf32").heads(128, 2) == 128
-        assert config("fwd", 128, slot, A100, "tf32").heads(128, 2) == 64
+        assert config("fwd", 128, slot, SMALL, "bf16x3").heads(128, 2) == 128
+        assert config("fwd", 128, slot, A100, "bf16x3").heads(128, 2) == 64
     # What fits is forward's.
     for D, slot, gpu in ((128, 64, H100), (64, 128, A100), (32, 128, SMALL)):
         assert config("recompute", D, slot, gpu) == config("fwd", D, slot, gpu)
-    assert config("recompute", 128, 128, H100, "tf32") == config("fwd", 128, 128, H100, "tf32")
+    assert config("recompute", 128, 128, H100, "bf16x3") == config("fwd", 128, 128, H100, "bf16x3")
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_all_heads_are_taken_at_once_where_a_loop_over_them_keeps_too_much():
 )
 def test_a_forward_pass_over_the_whole_width_does_without_tensor_memory(which, D, H, is_without):
     for slot in (16, 32, 64):
-        for dtype, precision in ((torch.bfloat16, "ieee"), (torch.float32, "tf32")):
+        for dtype, precision in ((torch.bfloat16, "ieee"), (torch.float32, "bf16x3")):
             for gpu in (GPUS["sm_100"], THOR):
                 chosen = configs.config(which, D, H, slot, dtype, precision, gpu)
                 assert (chosen.num_warps == 16) == is_without

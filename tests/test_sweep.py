@@ -32,8 +32,8 @@ def test_a_configuration_is_that_of_the_asked_pass_alone(op):
 
 def test_tiles_are_the_asked_ones():
     asked = sweep.Tiles(16, 32, 16, 8, 1)
-    case = ("score_fwd", 64, 100, 50, torch.float32, "tf32", GPUS["sm_90"])
-    with sweep._configured(sweep.Job("score", "tf32", 64, 30, asked)):
+    case = ("score_fwd", 64, 100, 50, torch.float32, "bf16x3", GPUS["sm_90"])
+    with sweep._configured(sweep.Job("score", "bf16x3", 64, 30, asked)):
         assert scoring_config.config(*case)["num_warps"] == 8
     assert scoring_config.config(*case)["num_warps"] == 4
 
@@ -44,7 +44,7 @@ def test_sums_are_tiled_as_asked(monkeypatch):
     monkeypatch.setattr(
         weight_gradients, "launch", lambda *arguments, **compiled: launched.append(compiled)
     )
-    with sweep._configured(sweep.Job("products", "tf32", 64, 30, asked)):
+    with sweep._configured(sweep.Job("products", "bf16x3", 64, 30, asked)):
         weight_gradients.product_of_rows(torch.ones(5, 2), torch.ones(5, 2))
     assert tuple(launched[0][name] for name in before) == asked
     assert before == weight_gradients.CONFIG

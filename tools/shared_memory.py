@@ -36,7 +36,7 @@ ARCHS = GPUS | {
     "sm_110": Gpu(11, 227 << 10),
     "sm_120": Gpu(12, 99 << 10),
 }
-PRECISIONS = {"ieee": torch.bfloat16, "tf32": torch.float32, "bf16x6": torch.float32}
+PRECISIONS = {"ieee": torch.bfloat16, "bf16x3": torch.float32, "bf16x6": torch.float32}
 _KERNELS = {
     "fwd": ("fwd", latent_reasoning_fwd_kernel),
     "recompute_self": ("recompute", backward.recompute_self_kernel),

@@ -1,16 +1,17 @@
 """Matrix products of float32 and halves, as the precision that was asked for wants them.
 
-Tensor cores take no float32. It is multiplied as
+Tensor cores take no float32. It is split into parts in bfloat16 of 8 bits each, x = x1 + x2 + x3,
+whose products are exact and added in float32:
 
-    tf32     one product of both rounded to TF32, which has 10 bits of fraction
-    bf16x6   x = x1 + x2 + x3, parts in bfloat16 of 8 bits each, which are all 24 of a float32:
-             x3 y1 + x2 y2 + x1 y3 + x2 y1 + x1 y2 + x1 y1; what is left out is 2^-25 of x y
+    bf16x6   x3 y1 + x2 y2 + x1 y3 + x2 y1 + x1 y2 + x1 y1: all 24 bits; what is left out is 2^-25
+             of x y
+    bf16x3   x2 y1 + x1 y2 + x1 y1: 16 bits, where torch allows TF32, which has 11
 
 ``gpu.dot_precision`` says which. Halves are multiplied exactly; their precision is called ieee.
 
-Triton has a product of three TF32 ones, tf32x3, which costs a tensor core as much as six of
-bfloat16. But operands in bfloat16 are packed where the product before left them, and are transposed
-as they are read, while TF32 is shuffled between threads for both; its parts have 22 bits.
+TF32 would take one product for bf16x3, three for bf16x6 (Triton's tf32x3), each twice as long on a
+tensor core. But its operands are shuffled between threads, and some transposed by them, while those
+in bfloat16 are packed where the product before left them, and are transposed as they are read.
 """
 
 import triton
@@ -19,10 +20,18 @@ from triton import knobs
 
 _INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 _PIECE = tl.constexpr(64)
-_HALF = tl.constexpr(0x1000)  # half a unit of TF32's last place, in the bits of a float32
-_MOST = tl.constexpr(0x7FFFFFFF - 0x1000)
 # Of two numbers at a time, whose parts share a register.
-_SPLIT = tl.constexpr("""{
+_SPLIT_IN_2 = tl.constexpr("""{
+    .reg .f32 low, high;
+    .reg .b32 low_part, high_part;
+    cvt.rn.bf16x2.f32 $0, $3, $2;
+    shl.b32 low_part, $0, 16;
+    and.b32 high_part, $0, 0xffff0000;
+    sub.rn.f32 low, $2, low_part;
+    sub.rn.f32 high, $3, high_part;
+    cvt.rn.bf16x2.f32 $1, high, low;
+}""")
+_SPLIT_IN_3 = tl.constexpr("""{
     .reg .f32 low, high;
     .reg .b32 low_part, high_part;
     cvt.rn.bf16x2.f32 $0, $4, $3;
@@ -39,58 +48,58 @@ _SPLIT = tl.constexpr("""{
 }""")
 
 
-@triton.jit
-def _as_tf32(x):
-    """Add what makes the tensor core's cut a rounding to the nearest, ties away from 0.
-
-    A NaN whose bits would overflow has fewer set.
-    """
-    bits = tl.minimum(x.to(tl.int32, bitcast=True), _MOST)
-    return (bits + _HALF).to(tl.float32, bitcast=True)
-
-
 @triton.constexpr_function
 def n_parts(precision: str) -> int:
-    """In how many parts a matrix of weights is to come."""
-    is_split = precision.startswith("bf16x6") and not knobs.runtime.interpret
-    return 3 if is_split else 1
+    """In how many parts float32 is multiplied; 1 in the interpreter, which does so exactly."""
+    if knobs.runtime.interpret:
+        return 1
+    return {"bf16x6": 3, "bf16x3": 2}.get(precision.removesuffix(" cut"), 1)
 
 
 @triton.jit
-def parts(x):
-    """Split float32 into three bfloat16 that add up to it, the largest first."""
-    return tl.inline_asm_elementwise(
-        _SPLIT, "=&r,=&r,=&r,r,r", [x], (tl.bfloat16, tl.bfloat16, tl.bfloat16),
-        is_pure=True, pack=2,
-    )  # fmt: skip
+def parts(x, PARTS: tl.constexpr):
+    """Split float32 into bfloat16 that add up to it, or nearly if they are 2, the largest first."""
+    if PARTS == 3:
+        made = tl.inline_asm_elementwise(
+            _SPLIT_IN_3,
+            "=&r,=&r,=&r,r,r",
+            [x],
+            (tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        made = tl.inline_asm_elementwise(
+            _SPLIT_IN_2, "=&r,=&r,r,r", [x], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
+        )
+    return made
 
 
 @triton.jit
-def product_with_parts(a, b1, b2, b3, c=None):
-    """Compute a (b1 + b2 + b3) + c by bf16x6: the smallest products first, c last, in float32."""
-    a1, a2, a3 = parts(a)
-    y = tl.dot(a3, b1)
-    y = tl.dot(a2, b2, y)
-    y = tl.dot(a1, b3, y)
-    y = tl.dot(a2, b1, y)
-    y = tl.dot(a1, b2, y)
-    y = tl.dot(a1, b1, y)
+def product_with_parts(a, b, PARTS: tl.constexpr, c=None):
+    """Compute a b + c for b in parts: the smallest products first, c last, in float32."""
+    a = parts(a, PARTS)
+    if PARTS == 3:
+        y = tl.dot(a[2], b[0])
+        y = tl.dot(a[1], b[1], y)
+        y = tl.dot(a[0], b[2], y)
+        y = tl.dot(a[1], b[0], y)
+    else:
+        y = tl.dot(a[1], b[0])
+    y = tl.dot(a[0], b[1], y)
+    y = tl.dot(a[0], b[0], y)
     return y if c is None else y + c
 
 
 @triton.jit
 def _product(a, b, c, PRECISION: tl.constexpr):
-    if a.dtype != tl.float32:
-        y = tl.dot(a, b, c)
-    elif PRECISION == "tf32":
-        if not _INTERPRETED:  # the interpreter multiplies float32 exactly
-            a, b = _as_tf32(a), _as_tf32(b)
-        y = tl.dot(a, b, c, input_precision="tf32")
-    elif _INTERPRETED:
-        y = tl.dot(a, b, c, input_precision="ieee")
+    PARTS: tl.constexpr = n_parts(PRECISION)
+    if PARTS > 1:
+        y = product_with_parts(a, parts(b, PARTS), PARTS, c)
+    elif _INTERPRETED and PRECISION == "bf16x3":  # the name tells tests/tensor_core.py which
+        y = tl.dot(a, b, c, input_precision="tf32x3")
     else:
-        b1, b2, b3 = parts(b)
-        y = product_with_parts(a, b1, b2, b3, c)
+        y = tl.dot(a, b, c, input_precision="ieee")
     return y
 
 
@@ -118,8 +127,8 @@ def product(a, b, PRECISION: tl.constexpr, c=None):
     """
     if PRECISION == "bf16x6 cut":
         c = _product_in_pieces(a, b, c, "bf16x6")
-    elif PRECISION == "tf32 cut":
-        c = _product_in_pieces(a, b, c, "tf32")
+    elif PRECISION == "bf16x3 cut":
+        c = _product_in_pieces(a, b, c, "bf16x3")
     elif PRECISION == "ieee cut":
         c = _product_in_pieces(a, b, c, "ieee")
     else:

@@ -101,15 +101,15 @@ class Config(NamedTuple):
         return Tile(max(1, self.rows // max(sizes)), sizes)
 
 
-# By pass and kind of product (half, tf32, bf16x6), then rows of the longer slot, at most. 64 rows
+# By pass and kind of product (half, bf16x3, bf16x6), then rows of the longer slot, at most. 64 rows
 # on four warps fill wgmma, eight warps repeat each other's work. What was timed, and what is chosen
 # by counts of the machine code alone, is in docs/fused-kernel.md.
 _DEFAULTS = {
     ("fwd", "half"): {64: Config(4, block_f=64), 128: Config(8, block_f=64)},
-    ("fwd", "tf32"): {64: Config(4, block_f=64, looped=True), 128: Config(8, looped=True)},
+    ("fwd", "bf16x3"): {64: Config(4, block_f=64, looped=True), 128: Config(8, looped=True)},
     ("fwd", "bf16x6"): {64: Config(4, block_f=64, looped=True), 128: Config(8, looped=True)},
     ("bwd", "half"): {64: Config(4), 128: Config(8, parked=True)},
-    ("bwd", "tf32"): {64: Config(4), 128: Config(8, parked=True)},
+    ("bwd", "bf16x3"): {64: Config(4), 128: Config(8, parked=True)},
     ("bwd", "bf16x6"): {
         32: Config(4, rows=32),
         64: Config(4, parked=True),
@@ -152,7 +152,7 @@ def config(
     """Look up a pass: ``fwd``, backward's ``recompute`` of reasoning steps, or ``bwd``.
 
     ``slot`` is the rows of the longer stream's slot, ``precision`` is that of float32 products,
-    ``bf16x6`` or ``tf32``. Where the tile does not fit the GPU's shared memory, it has fewer
+    ``bf16x6`` or ``bf16x3``. Where the tile does not fit the GPU's shared memory, it has fewer
     sequences, or its products are cut, which is slow.
     """
     kind = precision if dtype == torch.float32 else "half"
@@ -169,7 +169,7 @@ def config(
         chosen = _CONFIGS.get((which, kind, D, slot, major), chosen)
     shared = gpu.shared
     is_long, is_wide = slot > 64, D == 128
-    if kind == "tf32" and which == "fwd" and is_wide and not is_long and shared < 163 << 10:
+    if kind == "bf16x3" and which == "fwd" and is_wide and not is_long and shared < 163 << 10:
         # A loop over heads keeps both streams' states there.
         chosen = chosen._replace(block_heads=D)
     exceeds = is_long or (chosen.heads(D, H) == D if which == "fwd" else is_wide)

@@ -140,17 +140,24 @@ def weight_product(
     c=None,
 ):
     """Compute x W[rows, columns]^T + c, or x W[rows, columns] + c if not TRANSPOSED: float32."""
+    PRECISION: tl.constexpr = SHAPE.PRECISION
+    PARTS: tl.constexpr = n_parts(PRECISION)
     first = _load_block(weight_ptr, rows, columns, IN, TRANSPOSED)
-    if n_parts(SHAPE.PRECISION) == 1:
-        y = product(x, first.to(x.dtype), SHAPE.PRECISION, c)
+    if PARTS == 1:
+        y = product(x, first.to(x.dtype), PRECISION, c)
     else:
         second = _load_block(weight_ptr + OUT * IN, rows, columns, IN, TRANSPOSED)
-        third = _load_block(weight_ptr + 2 * OUT * IN, rows, columns, IN, TRANSPOSED)
-        if SHAPE.PRECISION == "bf16x6":
-            y = product_with_parts(x, first, second, third, c)
-        else:  # cut in depth, which is slow, and takes the number that the parts add up to
-            whole = third.to(tl.float32) + second.to(tl.float32) + first.to(tl.float32)
-            y = product(x, whole, SHAPE.PRECISION, c)
+        made = (first, second)
+        if PARTS == 3:
+            third = _load_block(weight_ptr + 2 * OUT * IN, rows, columns, IN, TRANSPOSED)
+            made = (first, second, third)
+        if PRECISION == "bf16x6" or PRECISION == "bf16x3":
+            y = product_with_parts(x, made, PARTS, c)
+        else:  # cut in depth, which is slow, and takes the numbers that the parts add up to
+            whole = second.to(tl.float32) + first.to(tl.float32)
+            if PARTS == 3:
+                whole = third.to(tl.float32) + second.to(tl.float32) + first.to(tl.float32)
+            y = product(x, whole, PRECISION, c)
     return y
 
 

@@ -19,9 +19,9 @@ from lcr_fast.weights import EncoderWeights, ReasoningWeights
 
 
 class AttentionWeights(NamedTuple):
-    """Of all P sets of weights and both streams, or at those of one; matrices may be in parts."""
+    """Of all P sets of weights and both streams, or at those of one."""
 
-    qkv_weight: Any  # [P, 2, 3D, D], in parts [P, 2, 3, 3D, D]
+    qkv_weight: Any  # [P, 2, 3D, D], or of float32 [P, 2, parts, 3D, D]
     qkv_bias: Any  # [P, 2, 3D]
     out_weight: Any  # [P, 2, D, D]
     out_bias: Any  # [P, 2, D]
@@ -63,47 +63,48 @@ class LayerWeights(NamedTuple):
 @kernel()
 def split_weights_kernel(
     matrices,  # pointers, float32 [sets, SIZES[i]]
-    parts_ptr,  # bfloat16 [sets, 3, SIZES[i]] of each matrix, one behind the other
+    parts_ptr,  # bfloat16 [sets, PARTS, SIZES[i]] of each matrix, one behind the other
     SIZES: tl.constexpr,  # multiples of BLOCK
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program: BLOCK numbers of one set of weights, whichever matrix they are of."""
     first = tl.program_id(0) * BLOCK
-    set_ = tl.program_id(1)
     begin = 0
     for i in tl.static_range(len(SIZES)):
         SIZE: tl.constexpr = SIZES[i]
         if (first >= begin) & (first < begin + SIZE):
             at = first - begin + tl.arange(0, BLOCK)
-            x1, x2, x3 = parts(tl.load(matrices[i] + set_ * SIZE + at))
-            to = parts_ptr + 3 * (tl.num_programs(1) * begin + set_ * SIZE) + at
-            tl.store(to, x1)
-            tl.store(to + SIZE, x2)
-            tl.store(to + 2 * SIZE, x3)
+            made = parts(tl.load(matrices[i] + tl.program_id(1) * SIZE + at), PARTS)
+            of_set = PARTS * (tl.num_programs(1) * begin + tl.program_id(1) * SIZE)
+            for part in tl.static_range(PARTS):
+                tl.store(parts_ptr + of_set + part * SIZE + at, made[part])
         begin += SIZE
 
 
-_SPLIT_BLOCK = 512  # numbers; every matrix has a multiple of D x 16 numbers
+_SPLIT_BLOCK = 512  # numbers; every matrix has a multiple of 32 x 16
 
 
 def _for_products(matrices: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Make of matrices [P, 2, out, in] what products take, once for all programs of a call.
 
-    Casts would take a program twice the registers. float32 is split in bf16x6: [P, 2, 3, out, in].
+    Halves are cast: a cast in a program takes it twice the registers. float32 is split into its
+    parts, [P, 2, parts, out, in].
     """
-    if n_parts.fn(dot_precision(dtype)) == 1:
+    n = n_parts.fn(dot_precision(dtype))
+    if n == 1:
         return [matrix.to(dtype) for matrix in matrices]
     matrices = [matrix.float().contiguous() for matrix in matrices]
     sets, sizes = matrices[0].shape[:2].numel(), tuple(m.shape[2:].numel() for m in matrices)
-    split = matrices[0].new_empty(3 * sets * sum(sizes), dtype=torch.bfloat16)
-    with on_device(split):
+    made = matrices[0].new_empty(n * sets * sum(sizes), dtype=torch.bfloat16)
+    with on_device(made):
         launch(
-            split_weights_kernel, (sum(sizes) // _SPLIT_BLOCK, sets), tuple(matrices), split,
-            SIZES=sizes, BLOCK=_SPLIT_BLOCK, num_warps=4,
+            split_weights_kernel, (sum(sizes) // _SPLIT_BLOCK, sets), tuple(matrices), made,
+            SIZES=sizes, PARTS=n, BLOCK=_SPLIT_BLOCK, num_warps=4,
         )  # fmt: skip
-    flat = split.split([3 * sets * size for size in sizes])
+    flat = made.split([n * sets * size for size in sizes])
     return [
-        part.view(*m.shape[:2], 3, *m.shape[2:]) for part, m in zip(flat, matrices, strict=True)
+        of_one.view(*m.shape[:2], n, *m.shape[2:]) for of_one, m in zip(flat, matrices, strict=True)
     ]
 
 

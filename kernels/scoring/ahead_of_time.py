@@ -58,7 +58,7 @@ def _variants_of_one_head(arch: str) -> Iterator[Variant]:
     shapes = ((32, 20), (64, 30), (64, 50), (128, 200))
     for precision, dtype, served in (
         ("ieee", torch.bfloat16, shapes),
-        ("tf32", torch.float32, shapes[2:3]),
+        ("bf16x3", torch.float32, shapes[2:3]),
         ("bf16x6", torch.float32, shapes[2:]),
     ):
         kind = TYPES[dtype] if dtype != torch.float32 else f"{TYPES[dtype]}-{precision}"
@@ -89,7 +89,7 @@ def _variants_of_one_head(arch: str) -> Iterator[Variant]:
                 name = f"score_topk-{suffix}-k{k}"
                 yield variant(name, score_topk_kernel, compiled=top)
             yield variant(f"score_rank-{suffix}", score_rank_kernel, compiled=scan)
-        if precision != "tf32":
+        if precision != "bf16x3":
             call = {"D": 64, "H1": 200, "H2": 80, **USER_CONFIG}
             yield variant(f"user_bwd-no-dot-{kind}-d64", user_bwd_kernel, compiled=call)
         if precision == "bf16x6":
