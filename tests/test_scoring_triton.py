@@ -127,7 +127,7 @@ def test_triton_parity_with_the_rounding_of_tensor_cores(monkeypatch, head, prec
         if precision == "highest":
             assert_kernels_match(case)
     error = (fused["scores"].double() - exact["scores"]).abs().max()
-    assert (error > 1e-4) == (precision == "high")  # the model multiplies, and as it was asked
+    assert (error > 1e-5) == (precision == "high")  # the model multiplies, and as it was asked
 
 
 @on_triton

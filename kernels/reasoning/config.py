@@ -120,7 +120,7 @@ _DEFAULTS = {
 _CONFIGS: dict[tuple[str, str, int, int, int | None], Config] = {
     **{
         ("fwd", kind, 64, slot, 9): Config(4, block_heads=64, block_f=64, looped=kind != "half")
-        for kind in ("half", "bf16x6")
+        for kind in ("half", "bf16x3", "bf16x6")
         for slot in (32, 64)
     },
     ("fwd", "half", 64, 128, 9): Config(8, block_heads=64, block_f=64),
