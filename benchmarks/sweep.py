@@ -82,7 +82,7 @@ def jobs() -> Iterator[Job]:
                     for heads, registers in itertools.product(columns, (None, 168)):
                         config = Config(
                             warps, rows=rows, block_heads=heads, block_f=min(heads, 64),
-                            registers=registers,
+                            registers=registers, looped=kind != "half",
                         )  # fmt: skip
                         yield Job("forward", kind, dim, size, config)
                     # Two programs a multiprocessor wait for each other's barriers: would three or

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 
 from lcr_fast.kernels.core.product import parts, product
+from lcr_fast.kernels.reasoning.weights import for_products as split_weights
+from lcr_fast.testing import tf32
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N = 64
@@ -104,6 +106,20 @@ def test_the_first_part_of_what_is_not_finite_is_not_either(n):
     bits = torch.tensor([0x7FFFFFFF, 0x7FC00000, 0x7F800001, -0x400000, 0x7F800000, -0x800000])
     x = bits.to(torch.int32).view(torch.float32)
     assert torch.equal(split(x, n)[0].float().nan_to_num(), x.nan_to_num())
+
+
+@compiled
+@pytest.mark.gpu
+def test_weights_are_split_whichever_matrix_they_are_of():
+    shapes = ((96, 32), (32, 32), (0, 32), (32, 0), (48, 32), (32, 48))
+    matrices = [torch.randn(3, 2, *shape).to(DEVICE) for shape in shapes]
+    for n, high in ((3, False), (2, True)):
+        with tf32(high):
+            made = split_weights(matrices, torch.float32)
+        for found, matrix in zip(made, matrices, strict=True):
+            assert found.shape == (3, 2, n, *matrix.shape[2:])
+            error = (found.double().sum(2) - matrix.double()).abs()
+            assert (error <= (2**-17 if high else 0) * matrix.double().abs()).all()
 
 
 def test_the_model_of_a_tensor_core_has_parts_that_add_up():

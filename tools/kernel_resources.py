@@ -154,7 +154,8 @@ def fingerprint(name: str) -> str:
 def _split_type(kind: Type, path: tuple[int, ...], attrs: dict[tuple[int, ...], Any]) -> Type:
     """Return a type as Triton takes it; what divides by 16 goes into ``attrs``, by its path."""
     if isinstance(kind, tuple):
-        return type(kind)(*(_split_type(k, (*path, i), attrs) for i, k in enumerate(kind)))
+        parts = (_split_type(k, (*path, i), attrs) for i, k in enumerate(kind))
+        return type(kind)(*parts) if hasattr(kind, "_fields") else tuple(parts)
     kind, _, divisor = kind.partition(":")
     if kind.startswith("*") or divisor == "16":
         attrs[path] = [["tt.divisibility", 16]]

@@ -23,6 +23,8 @@ from lcr_fast.kernels.reasoning.weights import (
     FfnWeights,
     NormWeights,
     StepWeights,
+    split_constants,
+    split_weights_kernel,
 )
 from lcr_fast.kernels.weight_gradients import columns_product_kernel
 from lcr_fast.kernels.weight_gradients import constants as product_constants
@@ -157,3 +159,10 @@ def variants(arch: str) -> Iterator[Variant]:
         )
         name = f"columns_product-fp32-{precision}-d{dim}"
         yield describe(name, columns_product_kernel, torch.float32, {}, compiled)
+    D = 64
+    sizes, types = (3 * D * D, D * D) * 2 + (D * D,) * 2, {"matrices": ("*fp32",) * 6}
+    for parts in (2, 3):
+        yield describe(
+            f"split_weights-{parts}-parts", split_weights_kernel, torch.bfloat16, types,
+            split_constants(sizes, parts),
+        )  # fmt: skip

@@ -60,6 +60,16 @@ class LayerWeights(NamedTuple):
     norms: NormWeights
 
 
+@triton.jit
+def _split_block(
+    matrix_ptr, parts_ptr, first, SIZE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    at = first + tl.arange(0, BLOCK)
+    made = parts(tl.load(matrix_ptr + at), PARTS)
+    for part in tl.static_range(PARTS):
+        tl.store(parts_ptr + part * SIZE + at, made[part])
+
+
 @kernel()
 def split_weights_kernel(
     matrices,  # pointers, float32 [sets, SIZES[i]]
@@ -69,23 +79,27 @@ def split_weights_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program: BLOCK numbers of one set of weights, whichever matrix they are of."""
-    first = tl.program_id(0) * BLOCK
+    first, member = tl.program_id(0) * BLOCK, tl.program_id(1)
     begin = 0
     for i in tl.static_range(len(SIZES)):
-        SIZE: tl.constexpr = SIZES[i]
-        if (first >= begin) & (first < begin + SIZE):
-            at = first - begin + tl.arange(0, BLOCK)
-            made = parts(tl.load(matrices[i] + tl.program_id(1) * SIZE + at), PARTS)
-            of_set = PARTS * (tl.num_programs(1) * begin + tl.program_id(1) * SIZE)
-            for part in tl.static_range(PARTS):
-                tl.store(parts_ptr + of_set + part * SIZE + at, made[part])
-        begin += SIZE
+        if (first >= begin) & (first < begin + SIZES[i]):
+            _split_block(
+                matrices[i] + member * SIZES[i],
+                parts_ptr + PARTS * (begin * tl.num_programs(1) + member * SIZES[i]),
+                first - begin, SIZES[i], PARTS, BLOCK,
+            )  # fmt: skip
+        begin += SIZES[i]
 
 
-_SPLIT_BLOCK = 512  # numbers; every matrix has a multiple of 32 x 16
+def split_constants(sizes: tuple[int, ...], n: int) -> dict[str, Any]:
+    """Compile-time arguments and launch options to split matrices of so many numbers in n parts.
+
+    Each has a multiple of 32 x 16.
+    """
+    return {"SIZES": sizes, "PARTS": n, "BLOCK": 512, "num_warps": 4}
 
 
-def _for_products(matrices: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def for_products(matrices: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Make of matrices [P, 2, out, in] what products take, once for all programs of a call.
 
     Halves are cast: a cast in a program takes it twice the registers. float32 is split into its
@@ -97,10 +111,11 @@ def _for_products(matrices: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor
     matrices = [matrix.float().contiguous() for matrix in matrices]
     sets, sizes = matrices[0].shape[:2].numel(), tuple(m.shape[2:].numel() for m in matrices)
     made = matrices[0].new_empty(n * sets * sum(sizes), dtype=torch.bfloat16)
+    compiled = split_constants(sizes, n)
     with on_device(made):
         launch(
-            split_weights_kernel, (sum(sizes) // _SPLIT_BLOCK, sets), tuple(matrices), made,
-            SIZES=sizes, PARTS=n, BLOCK=_SPLIT_BLOCK, num_warps=4,
+            split_weights_kernel, (sum(sizes) // compiled["BLOCK"], sets), tuple(matrices), made,
+            **compiled,
         )  # fmt: skip
     flat = made.split([n * sets * size for size in sizes])
     return [
@@ -121,7 +136,7 @@ def _ffn(weights: ReasoningWeights | EncoderWeights, into: Tensor, out: Tensor) 
 
 def layer_weights(weights: EncoderWeights, dtype: torch.dtype) -> LayerWeights:
     """Prepare the weights of an encoder for its kernels."""
-    qkv, out, *ffn = _for_products(
+    qkv, out, *ffn = for_products(
         (weights.qkv_weight, weights.out_weight, weights.ffn_in_weight, weights.ffn_out_weight),
         dtype,
     )
@@ -131,7 +146,7 @@ def layer_weights(weights: EncoderWeights, dtype: torch.dtype) -> LayerWeights:
 
 def step_weights(weights: ReasoningWeights, dtype: torch.dtype) -> StepWeights:
     """Prepare the weights of reasoning for its kernels."""
-    self_qkv, self_out, cross_qkv, cross_out, *ffn = _for_products(
+    self_qkv, self_out, cross_qkv, cross_out, *ffn = for_products(
         (
             weights.self_qkv_weight, weights.self_out_weight,
             weights.cross_qkv_weight, weights.cross_out_weight,
