@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton import knobs
 
 from lcr_fast.config import LCRConfig
 from lcr_fast.kernels import encoding, lookup, reasoning, scoring, weight_gradients
@@ -77,6 +78,8 @@ def count(call: Callable[[], Any], memory: int) -> Counts:
         for module in (scratch, weight_gradients):
             patches.enter_context(mock.patch.object(module, "half_product", _half_product))
         patches.enter_context(mock.patch.object(scratch, "_INTERPRETER_MEMORY", memory))
+        patches.enter_context(knobs.runtime.scope())
+        knobs.runtime.interpret = False  # there weights are not split
         operations = patches.enter_context(_Operations())
         call()
     return Counts(kernels, operations.n)

@@ -119,7 +119,7 @@ def _backward(
     Of each come its states, lengths and upstream gradient, and where the states' gradient goes.
     """
     x, sizes = streams[0][0], [states.shape[1] for states, *_ in streams]
-    B, (n_layers, _, F, D) = len(x), weights.ffn.in_weight.shape
+    B, (n_layers, _, F, D) = len(x), gradients.ffn_in_weight.shape
     recompute, differentiate = (
         constants(which, D, F, n_heads, sizes[0], x.dtype, dot_precision(x.dtype), gpu_of(x.device))
         for which in ("fwd", "bwd")
