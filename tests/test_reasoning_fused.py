@@ -254,7 +254,7 @@ def test_parity_in_every_configuration(monkeypatch, name, dtype):
     monkeypatch.setattr(reasoning_config, "config", chosen)
     call = draw("triton", case, dtype=dtype)
     assert_call_parity(call, "triton")
-    assert set(asked) == {"fwd", "recompute", "bwd"}
+    assert set(asked) == {"fwd", "recompute", "bwd", "cross_bwd"}
 
 
 @pytest.mark.gpu
@@ -266,7 +266,7 @@ def test_parity_where_tf32_is_allowed(monkeypatch, tf32_allowed):
     # With few ReLUs: one in some hundreds is so near to 0 that rounding to TF32 may decide it.
     case = ReasoningCase(ffn_dim=16, search_len=2, rec_len=3, n_users=64 if GPU else 3, dropout=0.3)
     assert_call_parity(draw("triton", case), "triton")
-    assert precisions == ["bf16x3"] * 3  # forward, recomputation, backward
+    assert precisions == ["bf16x3"] * 4  # forward, recomputation, backward, its cross-attention
 
 
 @pytest.mark.parametrize("case", ["dropout", "three trajectories"])

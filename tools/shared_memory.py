@@ -42,7 +42,7 @@ _KERNELS = {
     "recompute_self": ("recompute", backward.recompute_self_kernel),
     "recompute_cross": ("recompute", backward.recompute_cross_kernel),
     "ffn_bwd": ("bwd", backward.ffn_bwd_kernel),
-    "cross_bwd": ("bwd", backward.cross_bwd_kernel),
+    "cross_bwd": ("cross_bwd", backward.cross_bwd_kernel),
     "self_bwd": ("bwd", backward.self_bwd_kernel),
 }
 

@@ -141,7 +141,7 @@ def variants(arch: str) -> Iterator[Variant]:
                 ("recompute", "recompute_self-train", recompute_self_kernel, TRAIN),
                 ("recompute", "recompute_cross-train", recompute_cross_kernel, TRAIN),
                 ("bwd", "ffn_bwd-train", ffn_bwd_kernel, TRAIN),
-                ("bwd", "cross_bwd", cross_bwd_kernel, {}),
+                ("cross_bwd", "cross_bwd", cross_bwd_kernel, {}),
             ]
         if arch == "sm_90" and call == _DEFAULTS[0]:
             launched += [

@@ -116,7 +116,7 @@ _DEFAULTS = {
         128: Config(8, parked=True),
     },
 }
-# Exceptions, by (pass, kind, D, rows of the slot, major compute capability or None for all).
+# Exceptions, by (pass or kernel, kind, D, rows of the slot, major compute capability; None: all).
 _CONFIGS: dict[tuple[str, str, int, int, int | None], Config] = {
     **{
         ("fwd", kind, 64, slot, 9): Config(4, block_heads=64, block_f=64, looped=kind != "half")
@@ -125,6 +125,8 @@ _CONFIGS: dict[tuple[str, str, int, int, int | None], Config] = {
     },
     ("fwd", "half", 64, 128, 9): Config(8, block_heads=64, block_f=64),
     ("bwd", "half", 64, 32, 9): Config(4, registers=128),
+    ("bwd", "bf16x6", 64, 32, 9): Config(4),
+    ("cross_bwd", "bf16x6", 64, 32, 9): Config(4, rows=32),
     ("bwd", "bf16x6", 128, 32, None): Config(4, parked=True),
 }
 # Where there is tensor memory, float32 in parts, long histories, wide gradients and a forward
@@ -151,6 +153,8 @@ def config(
 ) -> Config:
     """Look up a pass: ``fwd``, backward's ``recompute`` of reasoning steps, or ``bwd``.
 
+    ``cross_bwd``, a kernel of the last, may have a configuration of its own.
+
     ``slot`` is the rows of the longer stream's slot, ``precision`` is that of float32 products,
     ``bf16x6`` or ``bf16x3``. Where the tile does not fit the GPU's shared memory, it has fewer
     sequences, or its products are cut, which is slow.
@@ -164,9 +168,11 @@ def config(
         kept = max(slot, chosen.rows) * (2 * D + heads) * number_bytes
         is_loop = heads < D
         return chosen._replace(block_heads=D, cut=True) if is_loop and kept > gpu.shared else chosen
+    kernel, which = which, which.removeprefix("cross_")
     chosen = next(c for most, c in _DEFAULTS[which, kind].items() if slot <= most)
-    for major in (None, gpu.major):
-        chosen = _CONFIGS.get((which, kind, D, slot, major), chosen)
+    for name in (which, kernel):
+        for major in (None, gpu.major):
+            chosen = _CONFIGS.get((name, kind, D, slot, major), chosen)
     shared = gpu.shared
     is_long, is_wide = slot > 64, D == 128
     if kind == "bf16x3" and which == "fwd" and is_wide and not is_long and shared < 163 << 10:

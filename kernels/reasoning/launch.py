@@ -144,12 +144,12 @@ def latent_reasoning_bwd(
     self_attention, cross_attention, ffn, norms = step_weights(named, search.dtype)
     sizes = (search_size, rec_size)
     slot, of_one_size = slots(*sizes), search_size == rec_size
-    recompute, differentiate = (
+    recompute, differentiate, across = (
         constants(
             which, D, F, n_heads, sizes, search.dtype, dot_precision(search.dtype),
             gpu_of(search.device),
         )
-        for which in ("recompute", "bwd")
+        for which in ("recompute", "bwd", "cross_bwd")
     )  # fmt: skip
     switches = {"NOISE": noise_scale != 0.0, "DROPOUT": dropout_threshold > 0, "POOL": has_pool}
     dropout = dropout_arguments(dropout_threshold, dropout_seed)
@@ -209,8 +209,8 @@ def latent_reasoning_bwd(
                         *numbers, k, K, *dropout, **switches, **differentiate,
                     )  # fmt: skip
                     _launch(
-                        cross_bwd_kernel, (programs, 1), slot, streams, of_step,
-                        cross_attention, *numbers, k, **differentiate,
+                        cross_bwd_kernel, (triton.cdiv(n, across["SEQUENCES"]), 1), slot, streams,
+                        of_step, cross_attention, *numbers, k, **across,
                     )  # fmt: skip
                     _launch(
                         self_bwd_kernel, (programs, 1), slot, streams, of_step,
