@@ -179,16 +179,17 @@ def _check_table(checks: list[Check]) -> str:
 
 def _time_table(entries: list[Entry]) -> str:
     others = _others(entries)
-    threads = {entry.info.get("threads") for entry in entries}
+    # Of a CPU; a GPU's times are not theirs.
+    threads = [str(e.info.get("threads", "")) * (e.info.get("device") != "cuda") for e in entries]
     rows = []
-    for entry in entries:
+    for entry, n_threads in zip(entries, threads, strict=True):
         info = entry.info
         low, high = (duration(q) for q in entry.quartiles)
         rate = info.get("GFLOP/s")
         shares = [info.get(f"share of {what}") for what in ("matmul rate", "copy bandwidth")]
         rows.append([
             entry.case,
-            str(info.get("threads", "")) if len(threads) > 1 else "",
+            n_threads if len(set(threads)) > 1 else "",
             f"{duration(entry.ours)} [{low}, {high}]",
             *(ratio(entry.medians[n] / entry.ours) if n in entry.medians else "" for n in others),
             "" if rate is None else f"{rate:.3g}",

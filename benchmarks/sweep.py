@@ -4,7 +4,10 @@
     python benchmarks/sweep.py --out FILE.jsonl
 
 The first line compiles a share of the configurations into Triton's cache, as most of the time is
-compilation; the second times all, a line of JSON each. ``--only`` takes a regular expression.
+compilation; the second times all, a line of JSON each. ``--only`` takes a regular expression. With
+``--bare`` nothing is timed, and one call of each is marked for ncu:
+
+    ncu --profile-from-start off --set full python benchmarks/sweep.py --bare --only REGEX
 """
 
 import argparse
@@ -209,8 +212,11 @@ def _configured(job: Job) -> Any:
     return mock.patch.object(scoring_config, "TILES", tiles)
 
 
-def run(job: Job, compile_only: bool) -> dict[str, Any]:
-    """Compile a job, or time it: milliseconds, or of backward microseconds a kernel."""
+def run(job: Job, compile_only: bool = False, bare: bool = False) -> dict[str, Any]:
+    """Compile a job, or time it: milliseconds, or of backward microseconds a kernel.
+
+    ``bare`` calls it once for an outer profiler, and times nothing.
+    """
     n_users = {"half": 8192}.get(job.kind, 2048) if job.op == "forward" else 1024
     n_users = 64 if compile_only else n_users
     with harness.multiplying_in(KINDS[job.kind]), _configured(job):
@@ -225,6 +231,11 @@ def run(job: Job, compile_only: bool) -> dict[str, Any]:
             torch.cuda.synchronize()
             if compile_only:
                 continue
+            if bare:
+                with torch.cuda.profiler.profile():
+                    call()
+                    torch.cuda.synchronize()
+                continue
             if job.op.endswith("backward"):
                 with profile(activities=[ProfilerActivity.CUDA]) as trace:
                     call()
@@ -237,7 +248,7 @@ def run(job: Job, compile_only: bool) -> dict[str, Any]:
             else:
                 times = harness.take_turns({name: harness.Variant(call)}, 10, 0.1, "cuda")[name]
                 found[name] = harness.summary(times)["median"] * 1e3
-    if job.op == "forward" and not compile_only:
+    if job.op == "forward" and found:
         lengths = torch.full((n_users,), job.size)
         flops = work.reasoning_flops(lengths, lengths, job.dim, STEPS)
         found["TFLOP/s"] = flops / found["forward"] / 1e9
@@ -250,6 +261,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--compile", metavar="I/N", help="compile share I of N, and time nothing")
     parser.add_argument("--out", type=Path, help="file of the times, else standard output")
+    parser.add_argument("--bare", action="store_true", help="only call, for ncu")
     parser.add_argument("--only", default="", help="a regular expression that jobs must contain")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -263,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
     for job in chosen:
         clock = time.monotonic()
         try:
-            found = run(job, bool(arguments.compile))
+            found = run(job, bool(arguments.compile), arguments.bare)
         except Exception as error:  # does not fit this GPU
             found = {"error": f"{type(error).__name__}: {str(error)[:120]}"}
         if not arguments.compile:

@@ -89,6 +89,17 @@ def test_tables(file):
     assert "share of copy bandwidth" not in text
 
 
+def test_threads_are_a_column_where_they_differ_on_a_cpu(file):
+    run = json.loads(json.dumps(RUN))
+    first, second = (case["extra_info"] for case in run["benchmarks"][:2])
+    second["threads"] = 2
+    file.write_text(json.dumps(run))
+    assert cells(report(read_run(file)), "large")[0][1] == "2"
+    first["device"] = second["device"] = "cuda"
+    file.write_text(json.dumps(run))
+    assert "threads" not in report(read_run(file))
+
+
 def test_sizes_are_no_multiples_of_next_to_nothing(tmp_path):
     path = tmp_path / "sizes.json"
     saved = {"": 8, "eager": 33_000_000}
