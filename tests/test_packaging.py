@@ -155,6 +155,23 @@ torch.version.cuda, torch._C._cuda_getDeviceCount = "13.0", lambda: 0
 sys.argv[0] = "setup.py"
 exec(compile(open("setup.py").read(), "setup.py", "exec"))
 """
+# What scikit-build-core's plugin does to every project, wherever it is installed.
+WITH_A_PLUGIN = """
+import sys
+from setuptools import Distribution
+
+own = Distribution.finalize_options
+
+
+def finalize_options(self):
+    own(self)
+    self.get_command_class("build").sub_commands.append(("build_cmake", None))
+
+
+Distribution.finalize_options = finalize_options
+sys.argv = ["setup.py", "--version"]
+exec(compile(open("setup.py").read(), "setup.py", "exec"))
+"""
 
 
 @pytest.fixture
@@ -223,6 +240,12 @@ def test_nothing_built_remains_of_an_earlier_install(tree):
         done = setup_py(tree, code=install, LCR_FAST_BUILD=build)
         assert done.returncode == 0, done.stderr
         assert (tree / "lcr_fast/_C.abi3.so").exists() == (build == "cpu")
+
+
+def test_plugins_of_setuptools_may_add_steps_to_the_build(tree):
+    done = setup_py(tree, code=WITH_A_PLUGIN, LCR_FAST_BUILD="none")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "0"  # the version
 
 
 @pytest.mark.full
