@@ -160,7 +160,8 @@ def variants(arch: str) -> Iterator[Variant]:
         name = f"columns_product-fp32-{precision}-d{dim}"
         yield describe(name, columns_product_kernel, torch.float32, {}, compiled)
     D = 64
-    sizes, types = (3 * D * D, D * D) * 2 + (D * D,) * 2, {"matrices": ("*fp32",) * 6}
+    sizes = (3 * D * D, D * D) * 2 + (D * D,) * 2
+    types: dict[str, Type] = {"matrices": ("*fp32",) * 6}
     for parts in (2, 3):
         yield describe(
             f"split_weights-{parts}-parts", split_weights_kernel, torch.bfloat16, types,

@@ -150,7 +150,7 @@ def weight_product(
         made = (first, second)
         if PARTS == 3:
             third = _load_block(weight_ptr + 2 * OUT * IN, rows, columns, IN, TRANSPOSED)
-            made = (first, second, third)
+            made = (first, second, third)  # type: ignore[assignment]
         if PRECISION == "bf16x6" or PRECISION == "bf16x3":
             y = product_with_parts(x, made, PARTS, c)
         else:  # cut in depth, which is slow, and takes the numbers that the parts add up to
