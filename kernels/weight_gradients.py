@@ -4,9 +4,8 @@
 
 A matrix library gives a product of 64 columns with 64 to one program, however many rows it sums,
 and adds row to row. Here a program sums a tile of a product over a *part* of the rows, and torch
-adds up the parts. A tensor core truncates where it adds, which in a long chain is a bias. In bf16x6
-its chains are a chunk of rows long, and chunks are added in float32, rounded; where TF32 is
-allowed, which rounds more, they are as long as the part.
+adds up the parts. A tensor core truncates where it adds, which in a long chain is a bias: its
+chains are a chunk of rows long, and chunks are added in float32, rounded.
 """
 
 import functools
