@@ -103,7 +103,7 @@ def for_products(matrices: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]
     """Make of matrices [P, 2, out, in] what products take, once for all programs of a call.
 
     Halves are cast: a cast in a program takes it twice the registers. float32 is split into its
-    parts, [P, 2, parts, out, in].
+    parts, [P, 2, parts, out, in], left flat: a view costs the host more than a kernel's argument.
     """
     n = n_parts.fn(dot_precision(dtype))
     if n == 1:
@@ -117,10 +117,7 @@ def for_products(matrices: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]
             split_weights_kernel, (sum(sizes) // compiled["BLOCK"], sets), tuple(matrices), made,
             **compiled,
         )  # fmt: skip
-    flat = made.split([n * sets * size for size in sizes])
-    return [
-        of_one.view(*m.shape[:2], n, *m.shape[2:]) for of_one, m in zip(flat, matrices, strict=True)
-    ]
+    return list(made.split([n * sets * size for size in sizes]))
 
 
 def _attention(
