@@ -179,7 +179,7 @@ def config(
         # A loop over heads keeps both streams' states there.
         chosen = chosen._replace(block_heads=D)
     exceeds = is_long or (chosen.heads(D, H) == D if which == "fwd" else is_wide)
-    if gpu.has_tensor_memory and (kind == "bf16x6" or exceeds):
+    if gpu.has_tensor_memory and (kind != "half" or exceeds):
         chosen, shared = _WITHOUT_TENSOR_MEMORY, min(shared, 163 << 10)
     for rows in (max(slot, chosen.rows), max(slot, 32)):
         if _fits(which, chosen.heads(D, H), rows, number_bytes, shared):

@@ -108,6 +108,9 @@ def config(
     tiles = Tiles(*TILES[kernel, products][DIMS.index(dim)])
     if gpu.shared < GPUS["sm_80"].shared:
         tiles = _SMALL_TILES
+    if gpu.has_tensor_memory and products == "bf16x6":
+        # tcgen05 takes tiles from 64 rows on, and a sum of each of the six products.
+        tiles = tiles._replace(candidates=min(tiles.candidates, 32))
     return {
         "CANDIDATES": block(n_candidates, tiles.candidates),
         "EVENTS": block(n_events, tiles.events),
