@@ -65,6 +65,14 @@ def test_what_does_not_fit_shared_memory_has_fewer_rows_or_is_cut():
     assert config("fwd", 64, 1, 32, SMALL).rows == 32  # 64 rows would not fit
 
 
+def test_cross_attention_of_wide_states_is_parked_where_shared_memory_is_small():
+    for slot, n_heads in ((16, 8), (64, 8), (64, 4)):
+        call = (128, n_heads, slot, torch.float32, "bf16x3")
+        assert configs.config("cross_bwd", *call, SMALL).parked
+        assert not configs.config("cross_bwd", *call, A100).parked
+        assert configs.config("bwd", *call, SMALL) == configs.config("bwd", *call, A100)
+
+
 def test_all_heads_are_taken_at_once_where_a_loop_over_them_keeps_too_much():
     def config(which, D, slot, gpu, precision="bf16x6"):
         return configs.config(which, D, 2, slot, torch.float32, precision, gpu)

@@ -178,6 +178,8 @@ def config(
     if kind == "bf16x3" and which == "fwd" and is_wide and not is_long and shared < 163 << 10:
         # A loop over heads keeps both streams' states there.
         chosen = chosen._replace(block_heads=D)
+    if kind == "bf16x3" and kernel == "cross_bwd" and is_wide and shared < 163 << 10:
+        chosen = chosen._replace(parked=True)  # else it keeps parts of both streams' states there
     exceeds = is_long or (chosen.heads(D, H) == D if which == "fwd" else is_wide)
     if gpu.has_tensor_memory and (kind != "half" or exceeds):
         chosen, shared = _WITHOUT_TENSOR_MEMORY, min(shared, 163 << 10)
