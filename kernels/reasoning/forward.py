@@ -53,6 +53,8 @@ class ForwardStream(NamedTuple):
 class Located(NamedTuple):
     """One stream of a program's sequences."""
 
+    saved: Any  # of its tensors
+    size: Any  # its events, padding included
     rows: Any  # Rows
     user_row: Any  # [M], what noise and dropout are drawn for, if they are
     lengths: Any  # [SEQUENCES]
@@ -63,21 +65,23 @@ class Located(NamedTuple):
 
 @triton.jit
 def _locate(
-    first, end, lengths_ptr, other_lengths_ptr, user_rows_ptr, n_trajectories, size, other_size,
+    stream, search, rec, search_size, rec_size, first, end, user_rows_ptr, n_trajectories,
     SLOT: tl.constexpr, SEQUENCES: tl.constexpr, DRAWS: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = SEQUENCES * SLOT
-    rows = locate_rows(first, end, lengths_ptr, n_trajectories, size, M, SLOT)
+    x, size = choose_stream(stream, search, rec, search_size, rec_size)
+    memory, memory_size = choose_stream(stream, rec, search, rec_size, search_size)
+    rows = locate_rows(first, end, x.lengths, n_trajectories, size, M, SLOT)
     user_row = rows.sequence
     if DRAWS:
         user_row = load_of_user(user_rows_ptr, first, end, n_trajectories, M, SLOT)
-    lengths = sequence_lengths(lengths_ptr, first, end, n_trajectories, size, SEQUENCES)
-    own = memory_lengths(lengths_ptr, first, end, n_trajectories, size, M, SLOT, SEQUENCES)
+    lengths = sequence_lengths(x.lengths, first, end, n_trajectories, size, SEQUENCES)
+    own = memory_lengths(x.lengths, first, end, n_trajectories, size, M, SLOT, SEQUENCES)
     other = memory_lengths(
-        other_lengths_ptr, first, end, n_trajectories, other_size, M, SLOT, SEQUENCES
+        memory.lengths, first, end, n_trajectories, memory_size, M, SLOT, SEQUENCES
     )
-    gate = load_of_user(other_lengths_ptr, first, end, n_trajectories, M, SLOT) > 0
-    return Located(rows, user_row, lengths, own, other, gate.to(tl.float32))
+    gate = load_of_user(memory.lengths, first, end, n_trajectories, M, SLOT) > 0
+    return Located(x.saved, size, rows, user_row, lengths, own, other, gate.to(tl.float32))
 
 
 class Step(NamedTuple):
@@ -145,10 +149,10 @@ def _cross(
 
 
 @triton.jit
-def _save(h, x, saved_ptr, size, step, D: tl.constexpr):
+def _save(h, x, step, D: tl.constexpr):
     """Store the input of a step but the first: h^(k)."""
-    place = step.n_sequences.to(tl.int64) * D * (step.k - 1) * size
-    store_tile(tile_at(saved_ptr + place, x.rows, size, D), zero_padding(h, x.rows), D)
+    place = step.n_sequences.to(tl.int64) * D * (step.k - 1) * x.size
+    store_tile(tile_at(x.saved + place, x.rows, x.size, D), zero_padding(h, x.rows), D)
 
 
 @kernel(do_not_specialize=_RUNTIME_NUMBERS)
@@ -187,12 +191,12 @@ def latent_reasoning_fwd_kernel(
 
     first = tl.program_id(0).to(tl.int64) * SEQUENCES
     s = _locate(
-        first, n_sequences, search.lengths, rec.lengths, user_rows_ptr, n_trajectories,
-        search_size, rec_size, SEARCH_SLOT, SEQUENCES, DRAWS,
+        SEARCH, search, rec, search_size, rec_size, first, n_sequences, user_rows_ptr,
+        n_trajectories, SEARCH_SLOT, SEQUENCES, DRAWS,
     )  # fmt: skip
     r = _locate(
-        first, n_sequences, rec.lengths, search.lengths, user_rows_ptr, n_trajectories,
-        rec_size, search_size, REC_SLOT, SEQUENCES, DRAWS,
+        REC, search, rec, search_size, rec_size, first, n_sequences, user_rows_ptr,
+        n_trajectories, REC_SLOT, SEQUENCES, DRAWS,
     )  # fmt: skip
     h_s = load_initial(
         search.states, s.rows, search_size, n_trajectories, s.user_row, SEARCH, noise, D, NOISE
@@ -214,39 +218,35 @@ def latent_reasoning_fwd_kernel(
         if LOOPED:
             # The streams change places, so that the one whose turn it is comes first.
             for stream in tl.range(0, 2, disable_licm=True):
-                own, size = choose_stream(stream, search, rec, size_s, size_r)
-                other, other_size = choose_stream(stream, rec, search, size_r, size_s)
                 x = _locate(
-                    first, n_sequences, own.lengths, other.lengths, user_rows_ptr, n_trajectories,
-                    size, other_size, SEARCH_SLOT, SEQUENCES, DRAWS,
+                    stream, search, rec, size_s, size_r, first, n_sequences, user_rows_ptr,
+                    n_trajectories, SEARCH_SLOT, SEQUENCES, DRAWS,
                 )  # fmt: skip
                 if SAVE and k > 0:
-                    _save(h_s, x, own.saved, size, step, D)
+                    _save(h_s, x, step, D)
                 a = _self(h_s, x, stream, step, SHAPE, SEQUENCES, DROPOUT, POOL)
                 h_s, h_r = h_r, a
             a_s, a_r = h_s, h_r
             for stream in tl.range(0, 2, disable_licm=True):
-                own, size = choose_stream(stream, search, rec, size_s, size_r)
-                other, other_size = choose_stream(stream, rec, search, size_r, size_s)
                 x = _locate(
-                    first, n_sequences, own.lengths, other.lengths, user_rows_ptr, n_trajectories,
-                    size, other_size, SEARCH_SLOT, SEQUENCES, DRAWS,
+                    stream, search, rec, size_s, size_r, first, n_sequences, user_rows_ptr,
+                    n_trajectories, SEARCH_SLOT, SEQUENCES, DRAWS,
                 )  # fmt: skip
                 h = _cross(a_s, a_r, x, stream, step, SHAPE, SEQUENCES, DROPOUT, POOL)
                 a_s, a_r = a_r, a_s
                 h_s, h_r = h_r, h
         else:
             s = _locate(
-                first, n_sequences, search.lengths, rec.lengths, user_rows_ptr, n_trajectories,
-                size_s, size_r, SEARCH_SLOT, SEQUENCES, DRAWS,
+                SEARCH, search, rec, size_s, size_r, first, n_sequences, user_rows_ptr,
+                n_trajectories, SEARCH_SLOT, SEQUENCES, DRAWS,
             )  # fmt: skip
             r = _locate(
-                first, n_sequences, rec.lengths, search.lengths, user_rows_ptr, n_trajectories,
-                size_r, size_s, REC_SLOT, SEQUENCES, DRAWS,
+                REC, search, rec, size_s, size_r, first, n_sequences, user_rows_ptr,
+                n_trajectories, REC_SLOT, SEQUENCES, DRAWS,
             )  # fmt: skip
             if SAVE and k > 0:
-                _save(h_s, s, search.saved, size_s, step, D)
-                _save(h_r, r, rec.saved, size_r, step, D)
+                _save(h_s, s, step, D)
+                _save(h_r, r, step, D)
             a_s = _self(h_s, s, SEARCH, step, SHAPE, SEQUENCES, DROPOUT, POOL)
             a_r = _self(h_r, r, REC, step, SHAPE, SEQUENCES, DROPOUT, POOL)
             h_s = _cross(a_s, a_r, s, SEARCH, step, SHAPE, SEQUENCES, DROPOUT, POOL)
