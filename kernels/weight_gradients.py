@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcr_fast.kernels.core.product import product
+from lcr_fast.kernels.core.product import load_operand, multiply, product, transposed
 from lcr_fast.kernels.gpu import dot_precision, on_device
 from lcr_fast.kernels.launch import launch
 from lcr_fast.kernels.ptxas import kernel
@@ -163,6 +163,73 @@ def split(sums: Tensor, matrices: Sequence[Columns]) -> list[tuple[Tensor, Tenso
     """View [..., sums] as (dW [..., out, width], db [..., out]) of each matrix."""
     parts = iter(sums.split([n for m in matrices for n in (m.out * m.width, m.out)], -1))
     return [(next(parts).unflatten(-1, (m.out, m.width)), next(parts)) for m in matrices]
+
+
+@kernel(do_not_specialize=["n_rows", "part_rows"])
+def operands_product_kernel(
+    dy_ptr,  # [operand's parts, n_rows, OUT]
+    x_ptr,  # [operand's parts, n_rows, WIDTH]
+    sums_ptr,  # [parts, OUT, WIDTH]
+    n_rows,
+    part_rows,  # a multiple of ROWS
+    OUT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,  # of a chunk
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """One program: a tile of dY^T X, for a part of the rows."""
+    across: tl.constexpr = (WIDTH + BLOCK_WIDTH - 1) // BLOCK_WIDTH
+    n_tiles: tl.constexpr = (OUT + BLOCK_OUT - 1) // BLOCK_OUT * across
+    tile = tl.program_id(0) % n_tiles
+    part = tl.program_id(0) // n_tiles
+    out = tile // across * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    column = tile % across * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    is_out, is_column = out < OUT, column < WIDTH
+
+    first = part * part_rows
+    rows = tl.arange(0, ROWS)
+    dy_ptr += first.to(tl.int64) * OUT
+    x_ptr += first.to(tl.int64) * WIDTH
+    dy_part, x_part = n_rows.to(tl.int64) * OUT, n_rows.to(tl.int64) * WIDTH
+    dy_offsets = rows[:, None] * OUT + out[None, :]
+    x_offsets = rows[:, None] * WIDTH + column[None, :]
+    dw = tl.zeros([BLOCK_OUT, BLOCK_WIDTH], tl.float32)
+    for start in range(first, min(first + part_rows, n_rows), ROWS):
+        is_row = (start + rows < n_rows)[:, None]
+        dy = load_operand(dy_ptr, dy_offsets, is_row & is_out[None, :], dy_part, PRECISION)
+        x = load_operand(x_ptr, x_offsets, is_row & is_column[None, :], x_part, PRECISION)
+        dw = multiply(transposed(dy, PRECISION), x, PRECISION, dw)
+        dy_ptr += ROWS * OUT
+        x_ptr += ROWS * WIDTH
+    offsets = (part * OUT + out).to(tl.int64)[:, None] * WIDTH + column[None, :]
+    tl.store(sums_ptr + offsets, dw, mask=is_out[:, None] & is_column[None, :])
+
+
+OPERANDS_CONFIG = {
+    "ROWS": 32, "BLOCK_OUT": 64, "BLOCK_WIDTH": 128, "num_warps": 4, "num_stages": 3,
+}  # fmt: skip
+
+
+def product_of_operands(dy: Tensor, x: Tensor) -> Tensor:
+    """Sum dY X over the rows of operands [parts, rows, out] and [parts, rows, width], in float32.
+
+    Halves, of one part, are left to the matrix library.
+    """
+    if dy.dtype != torch.float32 and len(dy) == 1:
+        return half_product(dy[0], x[0])
+    rows, out, width = dy.shape[1], dy.shape[2], x.shape[2]
+    config = OPERANDS_CONFIG
+    tiles = triton.cdiv(out, config["BLOCK_OUT"]) * triton.cdiv(width, config["BLOCK_WIDTH"])
+    part_rows = _part_rows(rows, tiles)
+    of_parts = dy.new_empty(triton.cdiv(rows, part_rows), out, width, dtype=torch.float32)
+    with on_device(dy):
+        launch(
+            operands_product_kernel, (len(of_parts) * tiles,), dy, x, of_parts, rows, part_rows,
+            OUT=out, WIDTH=width, PRECISION=dot_precision(torch.float32), **config,
+        )  # fmt: skip
+    return of_parts.sum(0)
 
 
 def product_of_rows(dy: Tensor, x: Tensor) -> Tensor:

@@ -9,8 +9,11 @@ import triton
 import triton.language as tl
 
 from fused_reasoning import DEFAULT, draw
+from lcr_fast import ops
+from lcr_fast.kernels import weight_parts
 from lcr_fast.kernels.core import product
 from lcr_fast.kernels.reasoning import sublayers, weights
+from lcr_fast.kernels.scoring import rows
 from lcr_fast.testing import (
     EncoderCase,
     ReasoningCase,
@@ -20,6 +23,7 @@ from lcr_fast.testing import (
     run_reasoning,
     tf32,
 )
+from scoring_cases import Case, all_scores, assert_matches, catalogue_case
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has the parts themselves")
 PARTS = {"bf16x6": 3, "bf16x3": 2}
@@ -64,11 +68,12 @@ def asked(monkeypatch) -> list[str]:
         return PARTS.get(precision.removesuffix(" cut"), 1)
 
     n_parts.fn = n_parts
-    for module in (product, sublayers, weights):
+    for module in (product, sublayers, weights, weight_parts, rows):
         monkeypatch.setattr(module, "n_parts", n_parts)
-    for module in (product, weights):
+    for module in (product, weight_parts):
         monkeypatch.setattr(module, "parts", float32_parts)
-    monkeypatch.setattr(weights, "torch", _Torch())
+    for module in (weight_parts, rows):
+        monkeypatch.setattr(module, "torch", _Torch())
     return asked
 
 
@@ -81,6 +86,22 @@ def test_reasoning_by_parts_is_the_reference(asked, name):
 def test_encoders_by_parts_are_the_reference(asked):
     call = random_encoder(EncoderCase(n_users=3)).to(torch.float32)
     assert_call_parity(call, "triton", run_encoder)
+    assert set(asked) == {"bf16x6"}
+
+
+@pytest.mark.parametrize("head", ["mlp", "mlp and dot", "dot"])
+def test_scoring_by_parts_is_the_reference(asked, head):
+    sizes = {"max_search_len": 5, "max_rec_len": 37, "mlp_hidden": (40, 24)}
+    assert_matches(Case(head, n_candidates=19, trajectories=3, **sizes), "triton")
+    assert set(asked) == {"bf16x6"}
+
+
+def test_the_catalogue_by_parts_is_a_full_sort(asked):
+    case = catalogue_case(40, mlp_hidden=(40, 24))
+    ids, scores = case.catalogue(ops.score_topk, 5, backend="triton")
+    best = all_scores(case, "reference")[:, 1:].topk(5)
+    assert torch.equal(ids, best.indices + 1)
+    torch.testing.assert_close(scores, best.values, rtol=1e-5, atol=1e-5)
     assert set(asked) == {"bf16x6"}
 
 

@@ -76,9 +76,7 @@ def parts(x, PARTS: tl.constexpr):
 
 
 @triton.jit
-def product_with_parts(a, b, PARTS: tl.constexpr, c=None):
-    """Compute a b + c for b in parts: the smallest products first, c last, in float32."""
-    a = parts(a, PARTS)
+def _sum_of_products(a, b, PARTS: tl.constexpr, c):
     if PARTS == 3:
         y = tl.dot(a[2], b[0])
         y = tl.dot(a[1], b[1], y)
@@ -92,14 +90,27 @@ def product_with_parts(a, b, PARTS: tl.constexpr, c=None):
 
 
 @triton.jit
+def product_with_parts(a, b, PARTS: tl.constexpr, c=None):
+    """Compute a b + c for b in parts: the smallest products first, c last, in float32."""
+    return _sum_of_products(parts(a, PARTS), b, PARTS, c)
+
+
+@triton.jit
+def _whole_product(a, b, c, PRECISION: tl.constexpr):
+    if _INTERPRETED and PRECISION == "bf16x3":  # the name tells tests/tensor_core.py which
+        y = tl.dot(a, b, c, input_precision="tf32x3")
+    else:
+        y = tl.dot(a, b, c, input_precision="ieee")
+    return y
+
+
+@triton.jit
 def _product(a, b, c, PRECISION: tl.constexpr):
     PARTS: tl.constexpr = n_parts(PRECISION)
     if PARTS > 1:
         y = product_with_parts(a, parts(b, PARTS), PARTS, c)
-    elif _INTERPRETED and PRECISION == "bf16x3":  # the name tells tests/tensor_core.py which
-        y = tl.dot(a, b, c, input_precision="tf32x3")
     else:
-        y = tl.dot(a, b, c, input_precision="ieee")
+        y = _whole_product(a, b, c, PRECISION)
     return y
 
 
@@ -134,3 +145,76 @@ def product(a, b, PRECISION: tl.constexpr, c=None):
     else:
         c = _product(a, b, c, PRECISION)
     return c
+
+
+# An *operand* is a tuple of tiles: the parts of a float32, or one tile of what is multiplied whole.
+
+
+@triton.jit
+def operand(x, PRECISION: tl.constexpr):
+    """Make x an operand."""
+    PARTS: tl.constexpr = n_parts(PRECISION)
+    return parts(x, PARTS) if PARTS > 1 else (x,)
+
+
+@triton.jit
+def _load(ptrs, mask):
+    return tl.load(ptrs) if mask is None else tl.load(ptrs, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_operand(ptr, offsets, mask, part, PRECISION: tl.constexpr):
+    """Load an operand whose parts stand ``part`` numbers apart."""
+    PARTS: tl.constexpr = n_parts(PRECISION)
+    first = _load(ptr + offsets, mask)
+    if PARTS == 1:
+        made = (first,)
+    else:
+        second = _load(ptr + part + offsets, mask)
+        if PARTS == 2:
+            made = (first, second)  # type: ignore[assignment]
+        else:
+            third = _load(ptr + 2 * part + offsets, mask)
+            made = (first, second, third)  # type: ignore[assignment]
+    return made
+
+
+@triton.jit
+def store_operand(ptr, offsets, x, mask, part, PRECISION: tl.constexpr):
+    """Store x, float32, as :func:`load_operand` loads it."""
+    PARTS: tl.constexpr = n_parts(PRECISION)
+    made = operand(x, PRECISION)
+    for i in tl.static_range(PARTS):
+        tl.store(ptr + i * part + offsets, made[i].to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def transposed(x, PRECISION: tl.constexpr):
+    """Transpose an operand."""
+    PARTS: tl.constexpr = n_parts(PRECISION)
+    if PARTS == 1:
+        made = (x[0].trans(),)
+    elif PARTS == 2:
+        made = (x[0].trans(), x[1].trans())  # type: ignore[assignment]
+    else:
+        made = (x[0].trans(), x[1].trans(), x[2].trans())  # type: ignore[assignment]
+    return made
+
+
+@triton.jit
+def whole(x, PRECISION: tl.constexpr):
+    """Add up an operand, in float32; of three parts that is the number that was split."""
+    PARTS: tl.constexpr = n_parts(PRECISION)
+    y = x[PARTS - 1].to(tl.float32)
+    for i in tl.static_range(PARTS - 1):
+        y += x[PARTS - 2 - i].to(tl.float32)
+    return y
+
+
+@triton.jit
+def multiply(a, b, PRECISION: tl.constexpr, c=None):
+    """Compute a b + c of operands, in float32, c being 0 by default."""
+    PARTS: tl.constexpr = n_parts(PRECISION)
+    if PARTS > 1:
+        return _sum_of_products(a, b, PARTS, c)
+    return _whole_product(a[0], b[0], c, PRECISION)

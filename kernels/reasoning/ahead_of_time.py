@@ -23,11 +23,10 @@ from lcr_fast.kernels.reasoning.weights import (
     FfnWeights,
     NormWeights,
     StepWeights,
-    split_constants,
-    split_weights_kernel,
 )
 from lcr_fast.kernels.weight_gradients import columns_product_kernel
 from lcr_fast.kernels.weight_gradients import constants as product_constants
+from lcr_fast.kernels.weight_parts import split_constants, split_weights_kernel
 
 _INT64 = ("lengths", "user_rows", "noise_seed", "dropout_seed")
 

@@ -3,7 +3,6 @@
 An encoder's layer is a step without cross-attention.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcr_fast.kernels.core.product import n_parts, parts
-from lcr_fast.kernels.gpu import dot_precision, on_device
-from lcr_fast.kernels.launch import launch
-from lcr_fast.kernels.ptxas import kernel
+from lcr_fast.kernels.core.product import n_parts
+from lcr_fast.kernels.weight_parts import for_products
 from lcr_fast.weights import EncoderWeights, ReasoningWeights
 
 
@@ -58,66 +55,6 @@ class LayerWeights(NamedTuple):
     attention: AttentionWeights
     ffn: FfnWeights
     norms: NormWeights
-
-
-@triton.jit
-def _split_block(
-    matrix_ptr, parts_ptr, first, SIZE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
-):
-    at = first + tl.arange(0, BLOCK)
-    made = parts(tl.load(matrix_ptr + at), PARTS)
-    for part in tl.static_range(PARTS):
-        tl.store(parts_ptr + part * SIZE + at, made[part])
-
-
-@kernel()
-def split_weights_kernel(
-    matrices,  # pointers, float32 [sets, SIZES[i]]
-    parts_ptr,  # bfloat16 [sets, PARTS, SIZES[i]] of each matrix, one behind the other
-    SIZES: tl.constexpr,  # multiples of BLOCK
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One program: BLOCK numbers of one set of weights, whichever matrix they are of."""
-    first, member = tl.program_id(0) * BLOCK, tl.program_id(1)
-    begin = 0
-    for i in tl.static_range(len(SIZES)):
-        if (first >= begin) & (first < begin + SIZES[i]):
-            _split_block(
-                matrices[i] + member * SIZES[i],
-                parts_ptr + PARTS * (begin * tl.num_programs(1) + member * SIZES[i]),
-                first - begin, SIZES[i], PARTS, BLOCK,
-            )  # fmt: skip
-        begin += SIZES[i]
-
-
-def split_constants(sizes: tuple[int, ...], n: int) -> dict[str, Any]:
-    """Compile-time arguments and launch options to split matrices of so many numbers in n parts.
-
-    Each has a multiple of 32 x 16.
-    """
-    return {"SIZES": sizes, "PARTS": n, "BLOCK": 512, "num_warps": 4}
-
-
-def for_products(matrices: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Make of matrices [P, 2, out, in] what products take, once for all programs of a call.
-
-    Halves are cast: a cast in a program takes it twice the registers. float32 is split into its
-    parts, [P, 2, parts, out, in], left flat: a view costs the host more than a kernel's argument.
-    """
-    n = n_parts.fn(dot_precision(dtype))
-    if n == 1:
-        return [matrix.to(dtype) for matrix in matrices]
-    matrices = [matrix.float().contiguous() for matrix in matrices]
-    sets, sizes = matrices[0].shape[:2].numel(), tuple(m.shape[2:].numel() for m in matrices)
-    made = matrices[0].new_empty(n * sets * sum(sizes), dtype=torch.bfloat16)
-    compiled = split_constants(sizes, n)
-    with on_device(made):
-        launch(
-            split_weights_kernel, (sum(sizes) // compiled["BLOCK"], sets), tuple(matrices), made,
-            **compiled,
-        )  # fmt: skip
-    return list(made.split([n * sets * size for size in sizes]))
 
 
 def _attention(

@@ -8,32 +8,51 @@ import triton
 
 from lcr_fast.kernels.gpu import GPUS
 from lcr_fast.kernels.launch import TYPES, Type, Variant, describe
-from lcr_fast.kernels.scoring.backward import (
-    candidate_bwd_kernel,
-    head_bwd_kernel,
-    state_bwd_kernel,
+from lcr_fast.kernels.scoring.backward import candidate_bwd_kernel, state_bwd_kernel
+from lcr_fast.kernels.scoring.catalogue import score_rank_kernel, score_topk_kernel
+from lcr_fast.kernels.scoring.config import (
+    USER_CONFIG,
+    catalogue_config,
+    config,
+    constants,
+    head_config,
+)
+from lcr_fast.kernels.scoring.forward import score_fwd_kernel
+from lcr_fast.kernels.scoring.head import (
+    hidden_bwd_kernel,
+    hidden_kernel,
+    inputs_bwd_kernel,
+    output_bwd_kernel,
+    output_kernel,
     user_bwd_kernel,
 )
-from lcr_fast.kernels.scoring.catalogue import score_rank_kernel, score_topk_kernel
-from lcr_fast.kernels.scoring.config import USER_CONFIG, catalogue_config, config, constants
-from lcr_fast.kernels.scoring.forward import score_fwd_kernel
+from lcr_fast.kernels.scoring.pooling import pool_kernel
 from lcr_fast.kernels.scoring.tile import HeadShape, Mlp, Stream
-from lcr_fast.kernels.weight_gradients import Columns, columns_product_kernel
+from lcr_fast.kernels.weight_gradients import (
+    OPERANDS_CONFIG,
+    Columns,
+    columns_product_kernel,
+    operands_product_kernel,
+)
 from lcr_fast.kernels.weight_gradients import constants as product_constants
 
 _INT64 = ("ids", "user_rows", "seed", "exclude", "ceiling", "target", "best", "ahead")
-_FLOAT32 = ("softmax", "sums", "bonus")
+_FLOAT32 = ("softmax", "sums", "bonus", "dt1_sums")
+_OPERANDS = ("target_weight", "w1", "w2", "inputs", "hidden", "dt1", "dt2", "dy", "x")
 
 
 def _types(dtype: torch.dtype) -> dict[str, Type]:
     """Types of arguments that are not numbers of the states' dtype, nor int32."""
     pointer = f"*{TYPES[dtype]}"
+    operand = pointer if dtype != torch.float32 else "*bf16"  # its parts
     stream = Stream(pointer, "*i64", "i32")
+    mlp = Mlp(*[pointer] * len(Mlp._fields))._replace(w1=operand, w2=operand)
     return {
         **{f"{name}_ptr": "*i64" for name in _INT64},
         **{f"{name}_ptr": "*fp32" for name in _FLOAT32},
+        **{f"{name}_ptr": operand for name in _OPERANDS},
         **dict.fromkeys(("search", "rec", "stream"), stream),
-        "mlp": Mlp(*[pointer] * len(Mlp._fields)),
+        "mlp": mlp,
         "scale": "fp32",
     }
 
@@ -73,16 +92,31 @@ def _variants_of_one_head(arch: str) -> Iterator[Variant]:
                 call["PRECISION"] = precision
                 head: HeadShape = call["HEAD"]
                 of_this = f"{suffix}-C{n_candidates}"
-                forward = call | config("score_fwd", *sizes)
-                yield variant(f"score_fwd-{of_this}", score_fwd_kernel, compiled=forward)
+                of_head = call | head_config(dim, head, dtype, precision, gpu)
+                launched = [("pool", pool_kernel, call | config("pool", *sizes))]
+                if dtype != torch.float32:
+                    launched.append(
+                        ("score_fwd", score_fwd_kernel, call | config("score_fwd", *sizes))
+                    )
                 if n_candidates == 100:
-                    forward["HEAD"] = head._replace(H1=0, DOT=True, HAS_USER=False)
-                    yield variant(f"score_fwd-dot-{of_this}", score_fwd_kernel, compiled=forward)
-                backward = call | config("head_bwd", *sizes)
-                yield variant(f"head_bwd-{of_this}", head_bwd_kernel, compiled=backward)
-                backward = call | config("attention_bwd", *sizes)
-                yield variant(f"candidate_bwd-{of_this}", candidate_bwd_kernel, compiled=backward)
-                yield variant(f"state_bwd-{of_this}", state_bwd_kernel, compiled=backward)
+                    plain = head._replace(H1=0, DOT=True, HAS_USER=False)
+                    dot = call | config("score_fwd", *sizes) | {"HEAD": plain}
+                    launched.append(("score_fwd-dot", score_fwd_kernel, dot))
+                launched += [
+                    (of.__name__.removesuffix("_kernel"), of, of_head)
+                    for of in (
+                        hidden_kernel, output_kernel, output_bwd_kernel, hidden_bwd_kernel,
+                        inputs_bwd_kernel,
+                    )
+                ]  # fmt: skip
+                of_attention = call | config("attention_bwd", *sizes)
+                launched += [
+                    ("candidate_bwd", candidate_bwd_kernel, of_attention),
+                    ("state_bwd", state_bwd_kernel, of_attention),
+                ]
+                for name, of, compiled in launched:
+                    compiled = compiled | {"STORE_SOFTMAX": True}
+                    yield variant(f"{name}-{of_this}", of, compiled=compiled)
             scan = call | catalogue_config(dim, n_events, dtype, precision, gpu)
             for k in (10, 100):
                 top = scan | {"K_TILE": triton.next_power_of_2(k), "X_BLOCK": 128}
@@ -90,9 +124,11 @@ def _variants_of_one_head(arch: str) -> Iterator[Variant]:
                 yield variant(name, score_topk_kernel, compiled=top)
             yield variant(f"score_rank-{suffix}", score_rank_kernel, compiled=scan)
         if precision != "bf16x3":
-            call = {"D": 64, "H1": 200, "H2": 80, **USER_CONFIG}
-            yield variant(f"user_bwd-no-dot-{kind}-d64", user_bwd_kernel, compiled=call)
+            user = call | USER_CONFIG  # of the last width
+            yield variant(f"user_bwd-no-dot-{kind}-d128", user_bwd_kernel, compiled=user)
         if precision == "bf16x6":
-            layer = Columns(0, 200, 0, 3 * 64)  # of rows as wide
-            call = product_constants([layer], layer.out, layer.width, precision)
+            layer = Columns(0, 2 * 64, 0, 64)  # dkeys and e, of rows as wide
+            call = product_constants([layer], layer.out, 3 * 64, precision)
             yield variant(f"columns_product-{kind}-d64", columns_product_kernel, compiled=call)
+            call = {"OUT": 200, "WIDTH": 3 * 64, "PRECISION": precision, **OPERANDS_CONFIG}
+            yield variant(f"operands_product-{kind}-d64", operands_product_kernel, compiled=call)

@@ -16,7 +16,7 @@ from lcr_fast.kernels.scoring.config import (
     block,
     catalogue_config,
     constants,
-    mlp_of,
+    prepare,
 )
 from lcr_fast.kernels.scoring.tile import (
     Mlp,
@@ -61,14 +61,12 @@ def _score_items(
     rec_ptr = rec.states + b * rec.size * D
     user_ptr += b * D
     e = load_vectors(items_ptr, ids, valid, 0, D, D, DTYPE)  # [P, D]
-    keys = target_keys(items_ptr, ids, valid, target_weight_ptr, D, KEY_BLOCK, DTYPE, PRECISION)
+    keys = target_keys(items_ptr, ids, valid, target_weight_ptr, 0, D, KEY_BLOCK, DTYPE, PRECISION)
     z_s, _, _ = attend(keys, search_ptr, search_length, D, EVENTS, PRECISION)
-    keys = target_keys(
-        items_ptr, ids, valid, target_weight_ptr + D * D, D, KEY_BLOCK, DTYPE, PRECISION
-    )
+    keys = target_keys(items_ptr, ids, valid, target_weight_ptr, 1, D, KEY_BLOCK, DTYPE, PRECISION)
     z_r, _, _ = attend(keys, rec_ptr, rec_length, D, EVENTS, PRECISION)
     no_dropout = Dropout(0, 1.0, 0)
-    y = score_tile(z_r, z_s, e, user_ptr, mlp, no_dropout, 0, ids, HEAD, H1_BLOCK, PRECISION)
+    y = score_tile(z_r, z_s, e, user_ptr, mlp, no_dropout, ids, ids, HEAD, H1_BLOCK, PRECISION)
     return y.to(DTYPE)
 
 
@@ -88,7 +86,7 @@ def score_topk_kernel(
     rec,  # Stream
     items_ptr,  # [I + 1, D]
     user_ptr,  # [B, D]
-    target_weight_ptr,  # [2, D, D]
+    target_weight_ptr,  # [parts, 2, D, D]
     mlp,  # Mlp
     exclude_ptr,  # [B, X]
     ceiling_ptr,  # [B]: only keys below the ceiling count
@@ -163,7 +161,7 @@ def score_rank_kernel(
     rec,  # Stream
     items_ptr,  # [I + 1, D]
     user_ptr,  # [B, D]
-    target_weight_ptr,  # [2, D, D]
+    target_weight_ptr,  # [parts, 2, D, D]
     mlp,  # Mlp
     target_ptr,  # [B]
     bonus_ptr,  # [B]
@@ -266,8 +264,7 @@ def _prepare(
         Stream(rec.contiguous(), rec_lengths.contiguous(), sizes[1]),
         items.contiguous(),
         user.contiguous(),
-        target_weight.contiguous(),
-        mlp_of(mlp_weights, mlp_biases, absent=target_weight),
+        *prepare(target_weight, mlp_weights, mlp_biases, search.dtype),
     )
     dim, dtype = search.shape[-1], search.dtype
     compiled = constants(dim, dtype, user, mlp_weights, 0, dot)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lcr_fast.kernels.gpu import GPUS, Gpu, dot_precision
 from lcr_fast.kernels.scoring.tile import HeadShape, Mlp
+from lcr_fast.kernels.weight_parts import for_products
 
 DIMS = (32, 64, 128)  # widths of a vector: one tile holds whole vectors
 MAX_HIDDEN = (512, 128)  # widths of the hidden layers; the second is whole in one tile
@@ -31,12 +32,15 @@ def obstacle(dim: int, dtype: torch.dtype, hidden: tuple[int, ...]) -> str | Non
     return None
 
 
-def mlp_of(weights: list[Tensor], biases: list[Tensor], absent: Tensor) -> Mlp:
-    """Name the MLP's tensors as the kernels read them; any tensor stands for an absent one."""
+def prepare(
+    target_weight: Tensor, weights: list[Tensor], biases: list[Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Mlp]:
+    """Make of the weights what the kernels read; any tensor stands for an absent one."""
+    target_weight, *matrices = for_products((target_weight, *weights[:2]), dtype, set_axes=0)
     if not weights:
-        return Mlp(*[absent] * 6)
-    (w1, w2, w3), (b1, b2, b3) = weights, biases
-    return Mlp(*(t.contiguous() for t in (w1, b1, w2, b2, w3, b3)))
+        return target_weight, Mlp(*[target_weight] * 6)
+    (w1, w2), w3, (b1, b2, b3) = matrices, weights[2], biases
+    return target_weight, Mlp(w1, b1.contiguous(), w2, b2.contiguous(), w3.contiguous(), b3)
 
 
 def constants(
@@ -76,14 +80,14 @@ class Tiles(NamedTuple):
 # them as far as registers and shared memory go (docs/kernel-resources.md).
 TILES = {
     ("score_fwd", "half"): ((64, 32, 32, 4), (64, 32, 32, 4), (32, 32, 16, 4)),
-    ("score_fwd", "bf16x3"): ((32, 32, 16, 4), (32, 32, 32, 4), (16, 32, 16, 4)),
-    ("score_fwd", "bf16x6"): ((64, 32, 32, 4, 1), (64, 32, 32, 4, 1), (16, 32, 16, 4, 1)),
+    ("score_fwd", "bf16x3"): ((64, 32, 0, 4, 1), (64, 32, 0, 4, 1), (16, 32, 0, 4, 1)),
+    ("score_fwd", "bf16x6"): ((64, 32, 0, 4, 1), (64, 32, 0, 4, 1), (16, 32, 0, 4, 1)),
+    ("pool", "half"): ((64, 32, 0, 4), (64, 32, 0, 4), (32, 32, 0, 4)),
+    ("pool", "bf16x3"): ((64, 32, 0, 4, 1), (64, 32, 0, 4, 1), (16, 32, 0, 4, 1)),
+    ("pool", "bf16x6"): ((64, 32, 0, 4, 1), (64, 32, 0, 4, 1), (16, 32, 0, 4, 1)),
     ("catalogue", "half"): ((64, 32, 32, 4), (64, 32, 32, 4), (32, 32, 16, 4)),
     ("catalogue", "bf16x3"): ((32, 32, 32, 4), (32, 32, 32, 4), (16, 16, 16, 4)),
     ("catalogue", "bf16x6"): ((32, 32, 32, 4, 1), (32, 32, 32, 4, 1), (16, 32, 16, 4, 1)),
-    ("head_bwd", "half"): ((32, 16, 16, 4), (32, 32, 32, 4), (32, 32, 16, 8)),
-    ("head_bwd", "bf16x3"): ((32, 32, 16, 4), (32, 32, 32, 4), (16, 32, 16, 8)),
-    ("head_bwd", "bf16x6"): ((32, 32, 32, 4), (32, 32, 32, 4), (16, 32, 16, 4, 1)),
     ("attention_bwd", "half"): ((32, 32, 0, 4), (32, 32, 0, 4), (16, 32, 0, 4)),
     ("attention_bwd", "bf16x3"): ((32, 32, 0, 4), (32, 32, 0, 4), (16, 32, 0, 8)),
     ("attention_bwd", "bf16x6"): ((32, 32, 0, 4), (32, 32, 0, 4), (16, 32, 0, 8, 1)),
@@ -132,7 +136,46 @@ def catalogue_config(
     return chosen
 
 
-USER_CONFIG = {"H1_BLOCK": 32, "num_warps": 4, "num_stages": 1}  # of user_bwd_kernel
+class HeadTiles(NamedTuple):
+    """What a program of the head's rows holds."""
+
+    rows: int
+    block: int  # columns of a layer, at most
+    depth: int  # columns of the layer before, at a time
+    warps: int
+    stages: int
+
+
+HEAD_TILES = {
+    "half": HeadTiles(128, 128, 64, 8, 3),
+    "bf16x3": HeadTiles(128, 128, 32, 8, 3),
+    "bf16x6": HeadTiles(128, 128, 32, 8, 2),
+}
+# Without wgmma, whose operands wait in shared memory, those of bf16x6 take the registers.
+_SMALL_HEAD_TILES = HeadTiles(64, 64, 32, 4, 2)
+
+
+def head_config(
+    dim: int, head: HeadShape, dtype: torch.dtype, precision: str, gpu: Gpu
+) -> dict[str, int]:
+    """Choose tiles and launch options of the kernels of the head's rows."""
+    products = precision if dtype == torch.float32 else "half"
+    chosen = HEAD_TILES[products] if gpu.major == 9 else _SMALL_HEAD_TILES
+    return {
+        "ROWS": chosen.rows,
+        "BLOCK": block(head.H1, chosen.block),
+        "BLOCK_DEPTH": min(chosen.depth, dim),
+        "num_warps": chosen.warps,
+        "num_stages": chosen.stages,
+    }
+
+
+USER_CONFIG = {"USER_ROWS": 32, "USER_BLOCK": 32, "num_warps": 4, "num_stages": 1}
+
+
+def n_blocks(width: int, compiled: dict[str, Any]) -> int:
+    """Count the blocks of columns of a layer."""
+    return triton.cdiv(width, compiled["BLOCK"])
 
 
 def block(size: int, largest: int) -> int:

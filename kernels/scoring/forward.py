@@ -1,16 +1,22 @@
-"""Scores of given candidates: the kernel and its launch."""
+"""Scores of given candidates.
 
+In halves one kernel goes all the way. In float32 the head is a kernel a layer: its products, six
+for one, are worth tiles that no program has room for beside the histories.
+"""
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcr_fast.kernels.core.noise import Dropout, dropout_arguments
-from lcr_fast.kernels.gpu import gpu_of, on_device
+from lcr_fast.kernels.core.noise import Dropout
+from lcr_fast.kernels.gpu import on_device
 from lcr_fast.kernels.launch import launch
 from lcr_fast.kernels.ptxas import kernel
-from lcr_fast.kernels.scoring.config import PROGRAMS, config, constants, mlp_of
+from lcr_fast.kernels.scoring.config import PROGRAMS
+from lcr_fast.kernels.scoring.head import output_kernel
+from lcr_fast.kernels.scoring.rows import RowsCall, rows_call, tiles
 from lcr_fast.kernels.scoring.tile import (
-    Stream,
     attend,
     load_length,
     load_vectors,
@@ -26,7 +32,7 @@ def score_fwd_kernel(
     items_ptr,  # [T, D]
     ids_ptr,  # [B or 1, C]
     user_ptr,  # [B, D]
-    target_weight_ptr,  # [2, D, D]
+    target_weight_ptr,  # [parts, 2, D, D]
     mlp,  # Mlp
     user_rows_ptr,  # [B]
     scores_ptr,  # [B, N, C]
@@ -54,13 +60,15 @@ def score_fwd_kernel(
 
     search_length = load_length(search, b)
     rec_length = load_length(rec, b)
-    row = tl.load(user_rows_ptr + b) if HEAD.DROPOUT else b
+    row = tl.zeros([CANDIDATES], tl.int64) + (tl.load(user_rows_ptr + b) if HEAD.DROPOUT else b)
     inside = c < n_candidates
     ids = tl.load(ids_ptr + b * ids_stride + c, mask=inside, other=0)
     e = load_vectors(items_ptr, ids, inside, 0, D, D, DTYPE)  # [P, D]
-    keys_s = target_keys(items_ptr, ids, inside, target_weight_ptr, D, KEY_BLOCK, DTYPE, PRECISION)
+    keys_s = target_keys(
+        items_ptr, ids, inside, target_weight_ptr, 0, D, KEY_BLOCK, DTYPE, PRECISION
+    )
     keys_r = target_keys(
-        items_ptr, ids, inside, target_weight_ptr + D * D, D, KEY_BLOCK, DTYPE, PRECISION
+        items_ptr, ids, inside, target_weight_ptr, 1, D, KEY_BLOCK, DTYPE, PRECISION
     )
 
     for n in range(run * n_run, tl.minimum((run + 1) * n_run, n_trajectories)):
@@ -102,34 +110,42 @@ def score_fwd(
     Dropout, of a threshold in units of 2^-16, needs N = 1 and ``dropout_rows`` int64 [B]. ``dot``
     adds the dot product to the MLP; without an MLP it is the score anyway.
     """
-    n_users, n_trajectories, search_size, dim = search.shape
-    n_candidates, rec_size = ids.shape[1], rec.shape[2]
-    scores = search.new_empty(n_users, n_trajectories, n_candidates)
+    n_users, n_trajectories, _, _ = search.shape
+    scores = search.new_empty(n_users, n_trajectories, ids.shape[1])
     if not scores.numel():
         return scores
-    compiled = constants(dim, search.dtype, user, mlp_weights, dropout_threshold, dot)
-    sizes = (dim, n_candidates, max(search_size, rec_size), search.dtype, compiled["PRECISION"])
-    compiled |= config("score_fwd", *sizes, gpu_of(search.device))
+    call = rows_call(
+        search, rec, search_lengths, rec_lengths, items, ids, user, target_weight, mlp_weights,
+        mlp_biases, dropout_rows, dropout_threshold, dropout_seed, dot,
+    )  # fmt: skip
+    with on_device(search):
+        if mlp_weights and search.dtype == torch.float32:
+            _score_rows(call, scores)
+        else:
+            _score_tiles(call, scores)
+    return scores
+
+
+def _score_tiles(call: RowsCall, scores: Tensor) -> None:
+    n_users, n_trajectories, n_candidates = scores.shape
+    compiled = call.configured("score_fwd")
     n_tiles = triton.cdiv(n_candidates, compiled["CANDIDATES"])
     n_run = n_trajectories if n_users * n_tiles >= PROGRAMS else 1
-    with on_device(search):
+    launch(
+        score_fwd_kernel, (n_users * n_tiles * triton.cdiv(n_trajectories, n_run),),
+        call.search, call.rec, call.items, call.ids, call.user, call.target_weight, call.mlp,
+        call.dropout_rows, scores, call.ids_stride, n_trajectories, n_candidates, n_run,
+        *call.dropout, **compiled,
+    )  # fmt: skip
+
+
+def _score_rows(call: RowsCall, scores: Tensor) -> None:
+    widths = 3 * call.items.shape[1] + call.head.H1
+    compiled = call.of_head()
+    for rows in call.chunks(call.rows_of_user * widths * call.parts * 2):
+        inputs = call.pool(rows)
+        hidden = call.hide(inputs, rows)
         launch(
-            score_fwd_kernel,
-            (n_users * n_tiles * triton.cdiv(n_trajectories, n_run),),
-            Stream(search.contiguous(), search_lengths.contiguous(), search_size),
-            Stream(rec.contiguous(), rec_lengths.contiguous(), rec_size),
-            items.contiguous(),
-            ids.contiguous(),
-            user.contiguous(),
-            target_weight.contiguous(),
-            mlp_of(mlp_weights, mlp_biases, absent=target_weight),
-            dropout_rows.contiguous(),
-            scores,
-            n_candidates if ids.shape[0] > 1 else 0,
-            n_trajectories,
-            n_candidates,
-            n_run,
-            *dropout_arguments(dropout_threshold, dropout_seed),
-            **compiled,
-        )
-    return scores
+            output_kernel, (tiles(rows, compiled),), inputs, hidden, call.mlp.w2, call.mlp,
+            call.dropout_rows, scores, *rows, *call.dropout, **compiled,
+        )  # fmt: skip

@@ -10,7 +10,14 @@ import triton
 import triton.language as tl
 
 from lcr_fast.kernels.core.noise import DROPOUT_COUNTER
-from lcr_fast.kernels.core.product import product
+from lcr_fast.kernels.core.product import (
+    load_operand,
+    multiply,
+    operand,
+    product,
+    transposed,
+    whole,
+)
 
 HEAD_SITES = tl.constexpr(1 << 14)  # of lcr_fast.ops.noise; a kernel knows nothing of the ops
 
@@ -26,9 +33,9 @@ class Stream(NamedTuple):
 class Mlp(NamedTuple):
     """The head's layers; without an MLP any tensor stands for each."""
 
-    w1: Any  # [H1, 3D (+ D)]
+    w1: Any  # [parts, H1, 3D (+ D)], as products take it
     b1: Any  # [H1]
-    w2: Any  # [H2, H1]
+    w2: Any  # [parts, H2, H1], likewise
     b2: Any  # [H2]
     w3: Any  # [1, H2]
     b3: Any  # [1]
@@ -63,23 +70,31 @@ def load_vectors(
 
 
 @triton.jit
+def load_target_weight(
+    weight_ptr, stream: tl.constexpr, columns, D: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Load some columns of a stream's W (0 search, 1 rec) of [parts, 2, D, D]: [D, n]."""
+    offsets = stream * D * D + tl.arange(0, D)[:, None] * D + columns[None, :]
+    return load_operand(weight_ptr, offsets, None, 2 * D * D, PRECISION)
+
+
+@triton.jit
 def target_keys(
-    items_ptr, ids, valid, weight_ptr,
+    items_ptr, ids, valid, weight_ptr, stream: tl.constexpr,
     D: tl.constexpr, KEY_BLOCK: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """W e for the vectors of a tile of items, with W [D, D]: [P, D].
+    """W e of one stream for the vectors of a tile of items, with W as it was prepared: [P, D].
 
     KEY_BLOCK columns at a time, as all of W, in the parts of a bf16x6 product, would fill the
     shared memory at D = 128.
     """
     P: tl.constexpr = ids.shape[0]
-    axis = tl.arange(0, D)
     keys = tl.zeros([P, D], tl.float32)
     for first in range(0, D, KEY_BLOCK):
         e = load_vectors(items_ptr, ids, valid, first, D, KEY_BLOCK, DTYPE)
-        column = first + tl.arange(0, KEY_BLOCK)
-        weight = tl.load(weight_ptr + axis[:, None] * D + column[None, :]).to(DTYPE)
-        keys = product(e, tl.trans(weight), PRECISION, keys)
+        columns = first + tl.arange(0, KEY_BLOCK)
+        weight = load_target_weight(weight_ptr, stream, columns, D, PRECISION)
+        keys = multiply(operand(e, PRECISION), transposed(weight, PRECISION), PRECISION, keys)
     return keys.to(DTYPE)
 
 
@@ -127,9 +142,9 @@ def attend(
 def hidden_keep(dropout, row, positions, LAYER: tl.constexpr, first, UNITS: tl.constexpr):
     """Say which hidden units first .. first + UNITS of a layer, 0 or 1, are kept: bool [P, UNITS].
 
-    ``dropout`` is a :class:`Dropout`, ``row`` the user's and ``positions`` [P] the candidates'; a
-    Philox call serves eight units, so ``first`` and UNITS are multiples of 8. The numbers are those
-    of :func:`dropout_keep`.
+    ``dropout`` is a :class:`Dropout`, ``row`` [P] the users' and ``positions`` [P] the candidates';
+    a Philox call serves eight units, so ``first`` and UNITS are multiples of 8. The numbers are
+    those of :func:`dropout_keep`.
     """
     P: tl.constexpr = positions.shape[0]
     halves = tl.zeros([P, UNITS], tl.int32)
@@ -141,7 +156,7 @@ def hidden_keep(dropout, row, positions, LAYER: tl.constexpr, first, UNITS: tl.c
             octets + zero,
             positions.to(tl.uint32)[:, None] + zero,
             tl.full([P, UNITS // 8], DROPOUT_COUNTER + HEAD_SITES + LAYER, tl.uint32),
-            row.to(tl.uint32) + zero,
+            row.to(tl.uint32)[:, None] + zero,
         )
         # A join adds the fastest axis; in order: octet, high bit of the word, low bit, half.
         low = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
@@ -151,39 +166,37 @@ def hidden_keep(dropout, row, positions, LAYER: tl.constexpr, first, UNITS: tl.c
 
 
 @triton.jit
-def first_layer(z_r, z_s, e, user_ptr, mlp, units, HEAD: tl.constexpr, PRECISION: tl.constexpr):
-    """Compute t1 [P, BLOCK] of hidden ``units`` [BLOCK], and return the weights read.
-
-    z_r, z_s, e are [P, D] in the states' dtype, the user's vector [D], the weights 3 x [BLOCK, D].
-    """
-    D: tl.constexpr = e.shape[1]
+def _input_product(
+    x, mlp, units, which: tl.constexpr, t, D: tl.constexpr, HEAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add what an input [P, D] gives hidden ``units`` to t; ``which`` is its place in the row."""
     WIDTH: tl.constexpr = 4 * D if HEAD.HAS_USER else 3 * D
-    axis = tl.arange(0, D)
-    row_ptrs = mlp.w1 + units[:, None] * WIDTH + axis[None, :]  # [BLOCK, D]
+    offsets = units[:, None] * WIDTH + (tl.arange(0, D) + which * D)[None, :]  # [BLOCK, D]
     mask = (units < HEAD.H1)[:, None]
-    w_r = tl.load(row_ptrs, mask=mask, other=0.0).to(e.dtype)
-    w_s = tl.load(row_ptrs + D, mask=mask, other=0.0).to(e.dtype)
-    w_e = tl.load(row_ptrs + 2 * D, mask=mask, other=0.0).to(e.dtype)
-    t = product(z_r, tl.trans(w_r), PRECISION)
-    t = product(z_s, tl.trans(w_s), PRECISION, t)
-    t = product(e, tl.trans(w_e), PRECISION, t)
-    shared = tl.load(mlp.b1 + units, mask=units < HEAD.H1, other=0.0).to(tl.float32)
-    if HEAD.HAS_USER:
-        u = tl.load(user_ptr + axis).to(tl.float32)
-        w_u = tl.load(row_ptrs + 3 * D, mask=mask, other=0.0).to(tl.float32)
-        shared += tl.sum(w_u * u[None, :], 1)
-    return t + shared[None, :], w_r, w_s, w_e
+    weight = load_operand(mlp.w1, offsets, mask, HEAD.H1 * WIDTH, PRECISION)
+    return multiply(operand(x, PRECISION), transposed(weight, PRECISION), PRECISION, t)
 
 
 @triton.jit
-def second_layer_weights(mlp, units, HEAD: tl.constexpr):
-    """W2 of some first hidden units [BLOCK]: [H2_TILE, BLOCK]."""
-    outputs = tl.arange(0, HEAD.H2_TILE)
-    return tl.load(
-        mlp.w2 + outputs[:, None] * HEAD.H1 + units[None, :],
-        mask=(outputs < HEAD.H2)[:, None] & (units < HEAD.H1)[None, :],
-        other=0.0,
-    )
+def _first_layer(z_r, z_s, e, user_ptr, mlp, units, HEAD: tl.constexpr, PRECISION: tl.constexpr):
+    """Compute t1 [P, BLOCK] of hidden ``units`` [BLOCK].
+
+    z_r, z_s, e are [P, D] in the states' dtype, the user's vector [D].
+    """
+    D: tl.constexpr = e.shape[1]
+    t = _input_product(z_r, mlp, units, 0, None, D, HEAD, PRECISION)
+    t = _input_product(z_s, mlp, units, 1, t, D, HEAD, PRECISION)
+    t = _input_product(e, mlp, units, 2, t, D, HEAD, PRECISION)
+    shared = tl.load(mlp.b1 + units, mask=units < HEAD.H1, other=0.0).to(tl.float32)
+    if HEAD.HAS_USER:
+        axis = tl.arange(0, D)
+        u = tl.load(user_ptr + axis).to(tl.float32)
+        offsets = units[:, None] * (4 * D) + (axis + 3 * D)[None, :]
+        mask = (units < HEAD.H1)[:, None]
+        w_u = whole(load_operand(mlp.w1, offsets, mask, HEAD.H1 * 4 * D, PRECISION), PRECISION)
+        shared += tl.sum(w_u * u[None, :], 1)
+    return t + shared[None, :]
 
 
 @triton.jit
@@ -194,23 +207,25 @@ def third_layer_weights(mlp, HEAD: tl.constexpr):
 
 
 @triton.jit
-def second_layer(
+def _second_layer(
     z_r, z_s, e, user_ptr, mlp, dropout, row, positions,
     HEAD: tl.constexpr, H1_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute t2 [P, H2_TILE], a block of first hidden units at a time."""
     H2_TILE: tl.constexpr = HEAD.H2_TILE
+    outputs = tl.arange(0, H2_TILE)
     t2 = tl.zeros([e.shape[0], H2_TILE], tl.float32)
     for first in range(0, HEAD.H1, H1_BLOCK):
         units = first + tl.arange(0, H1_BLOCK)
-        t1, _, _, _ = first_layer(z_r, z_s, e, user_ptr, mlp, units, HEAD, PRECISION)
-        x = relu(t1)
+        x = relu(_first_layer(z_r, z_s, e, user_ptr, mlp, units, HEAD, PRECISION))
         if HEAD.DROPOUT:
             keep = hidden_keep(dropout, row, positions, 0, first, H1_BLOCK)
             x = tl.where(keep, x * dropout.scale, 0.0)
-        w2 = second_layer_weights(mlp, units, HEAD).to(e.dtype)
-        t2 = product(x.to(e.dtype), tl.trans(w2), PRECISION, t2)
-    outputs = tl.arange(0, H2_TILE)
+        offsets = outputs[:, None] * HEAD.H1 + units[None, :]
+        mask = (outputs < HEAD.H2)[:, None] & (units < HEAD.H1)[None, :]
+        w2 = load_operand(mlp.w2, offsets, mask, HEAD.H2 * HEAD.H1, PRECISION)
+        x = operand(x.to(e.dtype), PRECISION)
+        t2 = multiply(x, transposed(w2, PRECISION), PRECISION, t2)
     b2 = tl.load(mlp.b2 + outputs, mask=outputs < HEAD.H2, other=0.0).to(tl.float32)
     return t2 + b2[None, :]
 
@@ -227,7 +242,7 @@ def score_tile(
     if HEAD.DOT:  # first: z in float32 need not wait for the MLP
         y = tl.sum((z_r + z_s) * e.to(tl.float32), 1)
     if HEAD.H1 > 0:
-        t2 = second_layer(
+        t2 = _second_layer(
             z_r.to(e.dtype), z_s.to(e.dtype), e, user_ptr, mlp, dropout, row, positions,
             HEAD, H1_BLOCK, PRECISION,
         )  # fmt: skip
