@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lcr_fast.kernels.core.product import load_operand, multiply, product, transposed
-from lcr_fast.kernels.gpu import dot_precision, on_device
+from lcr_fast.kernels.gpu import Gpu, dot_precision, gpu_of, on_device
 from lcr_fast.kernels.launch import launch
 from lcr_fast.kernels.ptxas import kernel
 
@@ -207,9 +207,11 @@ def operands_product_kernel(
     tl.store(sums_ptr + offsets, dw, mask=is_out[:, None] & is_column[None, :])
 
 
-OPERANDS_CONFIG = {
-    "ROWS": 32, "BLOCK_OUT": 64, "BLOCK_WIDTH": 128, "num_warps": 4, "num_stages": 3,
-}  # fmt: skip
+def operands_config(gpu: Gpu) -> dict[str, int]:
+    """Choose tiles and launch options of :func:`operands_product_kernel`."""
+    # Where there is tensor memory, tiles from 64 rows on take a sum of each product of parts.
+    rows = 32 if gpu.has_tensor_memory else 64
+    return {"ROWS": 32, "BLOCK_OUT": rows, "BLOCK_WIDTH": 128, "num_warps": 4, "num_stages": 2}
 
 
 def product_of_operands(dy: Tensor, x: Tensor) -> Tensor:
@@ -220,7 +222,7 @@ def product_of_operands(dy: Tensor, x: Tensor) -> Tensor:
     if dy.dtype != torch.float32 and len(dy) == 1:
         return half_product(dy[0], x[0])
     rows, out, width = dy.shape[1], dy.shape[2], x.shape[2]
-    config = OPERANDS_CONFIG
+    config = operands_config(gpu_of(dy.device))
     tiles = triton.cdiv(out, config["BLOCK_OUT"]) * triton.cdiv(width, config["BLOCK_WIDTH"])
     part_rows = _part_rows(rows, tiles)
     of_parts = dy.new_empty(triton.cdiv(rows, part_rows), out, width, dtype=torch.float32)

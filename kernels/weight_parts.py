@@ -1,4 +1,4 @@
-"""Weights as products take them: halves cast, float32 split into its parts once a call."""
+"""Weights as products take them, made once a call: halves cast, float32 split into its parts."""
 
 import itertools
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from lcr_fast.kernels.core.product import n_parts, parts
 from lcr_fast.kernels.gpu import dot_precision, on_device
@@ -16,20 +17,21 @@ from lcr_fast.kernels.ptxas import kernel
 
 
 @triton.jit
-def _split_block(
-    matrix_ptr, parts_ptr, first, SIZE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
+def _make_block(
+    matrix_ptr, made_ptr, first, SIZE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
 ):
     at = first + tl.arange(0, BLOCK)
     mask = None if SIZE % BLOCK == 0 else at < SIZE
-    made = parts(tl.load(matrix_ptr + at, mask=mask), PARTS)
+    x = tl.load(matrix_ptr + at, mask=mask)
+    made = parts(x, PARTS) if PARTS > 1 else (x.to(made_ptr.dtype.element_ty),)
     for part in tl.static_range(PARTS):
-        tl.store(parts_ptr + part * SIZE + at, made[part], mask=mask)
+        tl.store(made_ptr + part * SIZE + at, made[part], mask=mask)
 
 
 @kernel()
-def split_weights_kernel(
-    matrices,  # pointers, float32 [sets, SIZES[i]]
-    parts_ptr,  # bfloat16 [sets, PARTS, SIZES[i]] of each matrix, one behind the other
+def weight_parts_kernel(
+    matrices,  # pointers, [sets, SIZES[i]]
+    made_ptr,  # [sets, PARTS, SIZES[i]] of each matrix, one behind the other
     SIZES: tl.constexpr,
     BEGIN: tl.constexpr,  # the first block of each matrix
     PARTS: tl.constexpr,
@@ -40,16 +42,16 @@ def split_weights_kernel(
     begin = 0  # of the matrix, in numbers of a set
     for i in tl.static_range(len(SIZES)):
         if (block >= BEGIN[i]) & (block < BEGIN[i + 1]):
-            _split_block(
+            _make_block(
                 matrices[i] + member * SIZES[i],
-                parts_ptr + PARTS * (begin * tl.num_programs(1) + member * SIZES[i]),
+                made_ptr + PARTS * (begin * tl.num_programs(1) + member * SIZES[i]),
                 (block - BEGIN[i]) * BLOCK, SIZES[i], PARTS, BLOCK,
             )  # fmt: skip
         begin += SIZES[i]
 
 
-def split_constants(sizes: tuple[int, ...], n: int) -> dict[str, Any]:
-    """Compile-time arguments and launch options to split matrices of so many numbers in n parts."""
+def constants(sizes: tuple[int, ...], n: int) -> dict[str, Any]:
+    """Compile-time arguments and launch options to make n parts of matrices of so many numbers."""
     block = 512
     begin = itertools.accumulate((triton.cdiv(size, block) for size in sizes), initial=0)
     return {"SIZES": sizes, "BEGIN": tuple(begin), "PARTS": n, "BLOCK": block, "num_warps": 4}
@@ -59,19 +61,24 @@ def for_products(matrices: Sequence[Tensor], dtype: torch.dtype, set_axes: int =
     """Make of matrices [sets ..., out, in] what products take, once for all programs of a call.
 
     Halves are cast: a cast in a program takes it twice the registers. float32 is split into its
-    parts, [sets ..., parts, out, in], left flat: a view costs the host more than a kernel's
-    argument. ``set_axes`` says how many axes count sets.
+    parts, [sets ..., parts, out, in]. What is made is left flat: a view costs the host more than a
+    kernel's argument. ``set_axes`` says how many axes count sets.
     """
     n = n_parts.fn(dot_precision(dtype))
-    if n == 1:
-        return [matrix.to(dtype).contiguous() for matrix in matrices]
-    matrices = [matrix.float().contiguous() for matrix in matrices]
+    matrices = [matrix.contiguous() for matrix in matrices]
+    if n == 1 and all(matrix.dtype == dtype for matrix in matrices):
+        return matrices
+    if knobs.runtime.interpret and n == 1:  # it truncates to bfloat16
+        return [matrix.to(dtype) for matrix in matrices]
+    if n > 1:
+        matrices = [matrix.float() for matrix in matrices]
     sets = matrices[0].shape[:set_axes].numel()
     sizes = tuple(m.shape[set_axes:].numel() for m in matrices)
-    made = matrices[0].new_empty(n * sets * sum(sizes), dtype=torch.bfloat16)
-    compiled = split_constants(sizes, n)
+    made_dtype = torch.bfloat16 if n > 1 else dtype
+    made = matrices[0].new_empty(n * sets * sum(sizes), dtype=made_dtype)
+    compiled = constants(sizes, n)
     with on_device(made):
         launch(
-            split_weights_kernel, (compiled["BEGIN"][-1], sets), tuple(matrices), made, **compiled
+            weight_parts_kernel, (compiled["BEGIN"][-1], sets), tuple(matrices), made, **compiled
         )
     return list(made.split([n * sets * size for size in sizes]))

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from lcr_fast.kernels.core.product import parts, product
-from lcr_fast.kernels.reasoning.weights import for_products as split_weights
+from lcr_fast.kernels.weight_parts import for_products
 from lcr_fast.testing import tf32
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -115,7 +115,7 @@ def test_weights_are_split_whichever_matrix_they_are_of():
     matrices = [torch.randn(3, 2, *shape).to(DEVICE) for shape in shapes]
     for n, high in ((3, False), (2, True)):
         with tf32(high):
-            made = split_weights(matrices, torch.float32)
+            made = for_products(matrices, torch.float32)
         for found, matrix in zip(made, matrices, strict=True):
             whole = found.view(3, 2, n, *matrix.shape[2:]).double().sum(2)
             error = (whole - matrix.double()).abs()

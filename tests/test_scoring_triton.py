@@ -287,7 +287,7 @@ def test_triton_names_a_nan():
 def test_small_gpus_get_small_tiles():
     configs = pytest.importorskip("lcr_fast.kernels.scoring.config")
     gpus = pytest.importorskip("lcr_fast.kernels.gpu")
-    case = (64, 100, 50, torch.float32, "bf16x6")
+    case = (64, 100, 50, torch.bfloat16, "ieee")
     large = configs.config("score_fwd", *case, gpus.GPUS["sm_80"])
     small = configs.config("score_fwd", *case, gpus.Gpu(8, 99 << 10))
     assert (large["CANDIDATES"], small["CANDIDATES"]) == (64, 16)

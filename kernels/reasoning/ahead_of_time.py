@@ -26,7 +26,8 @@ from lcr_fast.kernels.reasoning.weights import (
 )
 from lcr_fast.kernels.weight_gradients import columns_product_kernel
 from lcr_fast.kernels.weight_gradients import constants as product_constants
-from lcr_fast.kernels.weight_parts import split_constants, split_weights_kernel
+from lcr_fast.kernels.weight_parts import constants as parts_constants
+from lcr_fast.kernels.weight_parts import weight_parts_kernel
 
 _INT64 = ("lengths", "user_rows", "noise_seed", "dropout_seed")
 
@@ -160,9 +161,9 @@ def variants(arch: str) -> Iterator[Variant]:
         yield describe(name, columns_product_kernel, torch.float32, {}, compiled)
     D = 64
     sizes = (3 * D * D, D * D) * 2 + (D * D,) * 2
-    types: dict[str, Type] = {"matrices": ("*fp32",) * 6}
-    for parts in (2, 3):
+    types: dict[str, Type] = {"matrices": ("*fp32",) * len(sizes)}
+    for parts in (1, 2, 3):
         yield describe(
-            f"split_weights-{parts}-parts", split_weights_kernel, torch.bfloat16, types,
-            split_constants(sizes, parts),
+            f"weight_parts-{parts}", weight_parts_kernel, torch.bfloat16, types,
+            parts_constants(sizes, parts),
         )  # fmt: skip

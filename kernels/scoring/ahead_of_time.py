@@ -29,16 +29,16 @@ from lcr_fast.kernels.scoring.head import (
 from lcr_fast.kernels.scoring.pooling import pool_kernel
 from lcr_fast.kernels.scoring.tile import HeadShape, Mlp, Stream
 from lcr_fast.kernels.weight_gradients import (
-    OPERANDS_CONFIG,
     Columns,
     columns_product_kernel,
+    operands_config,
     operands_product_kernel,
 )
 from lcr_fast.kernels.weight_gradients import constants as product_constants
 
 _INT64 = ("ids", "user_rows", "seed", "exclude", "ceiling", "target", "best", "ahead")
 _FLOAT32 = ("softmax", "sums", "bonus", "dt1_sums")
-_OPERANDS = ("target_weight", "w1", "w2", "inputs", "hidden", "dt1", "dt2", "dy", "x")
+_OPERANDS = ("target_weight", "w1", "w2", "inputs", "hidden", "dt1", "dt2")
 
 
 def _types(dtype: torch.dtype) -> dict[str, Type]:
@@ -93,7 +93,8 @@ def _variants_of_one_head(arch: str) -> Iterator[Variant]:
                 head: HeadShape = call["HEAD"]
                 of_this = f"{suffix}-C{n_candidates}"
                 of_head = call | head_config(dim, head, dtype, precision, gpu)
-                launched = [("pool", pool_kernel, call | config("pool", *sizes))]
+                of_attention = call | config("attention", *sizes)
+                launched = [("pool", pool_kernel, of_attention)]
                 if dtype != torch.float32:
                     launched.append(
                         ("score_fwd", score_fwd_kernel, call | config("score_fwd", *sizes))
@@ -109,10 +110,9 @@ def _variants_of_one_head(arch: str) -> Iterator[Variant]:
                         inputs_bwd_kernel,
                     )
                 ]  # fmt: skip
-                of_attention = call | config("attention_bwd", *sizes)
                 launched += [
                     ("candidate_bwd", candidate_bwd_kernel, of_attention),
-                    ("state_bwd", state_bwd_kernel, of_attention),
+                    ("state_bwd", state_bwd_kernel, call | config("state_bwd", *sizes)),
                 ]
                 for name, of, compiled in launched:
                     compiled = compiled | {"STORE_SOFTMAX": True}
@@ -130,5 +130,7 @@ def _variants_of_one_head(arch: str) -> Iterator[Variant]:
             layer = Columns(0, 2 * 64, 0, 64)  # dkeys and e, of rows as wide
             call = product_constants([layer], layer.out, 3 * 64, precision)
             yield variant(f"columns_product-{kind}-d64", columns_product_kernel, compiled=call)
-            call = {"OUT": 200, "WIDTH": 3 * 64, "PRECISION": precision, **OPERANDS_CONFIG}
-            yield variant(f"operands_product-{kind}-d64", operands_product_kernel, compiled=call)
+            call = {"OUT": 200, "WIDTH": 3 * 64, "PRECISION": precision, **operands_config(gpu)}
+            types = {"dy_ptr": "*bf16", "x_ptr": "*bf16", "sums_ptr": "*fp32"}
+            name = f"operands_product-{kind}-d64"
+            yield describe(name, operands_product_kernel, dtype, types, call)

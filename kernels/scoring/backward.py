@@ -273,7 +273,8 @@ def score_bwd(
         mlp_biases, dropout_rows, dropout_threshold, dropout_seed, dot,
     )  # fmt: skip
     head, streams = call.head, (call.search, call.rec)
-    of_head, of_attention = call.of_head(), call.configured("attention_bwd")
+    of_head, of_attention = call.of_head(), call.configured("attention")
+    of_states = call.configured("state_bwd")
     n_tiles = triton.cdiv(n_candidates, of_attention["CANDIDATES"])
 
     dsearch, drec = torch.empty_like(call.search.states), torch.empty_like(call.rec.states)
@@ -310,11 +311,11 @@ def score_bwd(
                 dkeys, ditems, call.ids_stride, *numbers, **of_attention,
             )  # fmt: skip
             for x, (stream, dstates) in enumerate(zip(streams, (dsearch, drec), strict=True)):
-                n_event_blocks = triton.cdiv(stream.size, of_attention["EVENTS"])
+                n_event_blocks = triton.cdiv(stream.size, of_states["EVENTS"])
                 launch(
                     state_bwd_kernel, (users * n_trajectories * n_event_blocks,),
                     stream, candidates[:, x * dim :], dinputs[:, (1 - x) * dim :], softmax[x],
-                    dstates, *numbers, **of_attention,
+                    dstates, *numbers, **of_states,
                 )  # fmt: skip
             made.append(product_of_rows(dkeys, candidates[:, 2 * dim :]))
             if head.HAS_USER:

@@ -74,23 +74,23 @@ class Tiles(NamedTuple):
     stages: int = 2  # of loops over events and hidden units
 
 
-# By kernel and by how products are made, for widths 32, 64, 128. Those of half and bf16x6 at width
-# 64 were timed on an H200 (docs/fused-kernel.md): tiles of 64 rows fill wgmma, and a second stage,
-# which doubles the operands in shared memory, costs bf16x6 more than it hides. The others follow
-# them as far as registers and shared memory go (docs/kernel-resources.md).
+# By kernel and by how products are made, for widths 32, 64, 128. Those of score_fwd in halves at
+# width 64 were timed on an H200 (docs/fused-kernel.md): tiles of 64 rows fill wgmma. The others
+# follow them as far as registers and shared memory go (docs/kernel-resources.md). A second stage,
+# which doubles the operands in shared memory, costs bf16x6 more than it hides.
 TILES = {
     ("score_fwd", "half"): ((64, 32, 32, 4), (64, 32, 32, 4), (32, 32, 16, 4)),
     ("score_fwd", "bf16x3"): ((64, 32, 0, 4, 1), (64, 32, 0, 4, 1), (16, 32, 0, 4, 1)),
     ("score_fwd", "bf16x6"): ((64, 32, 0, 4, 1), (64, 32, 0, 4, 1), (16, 32, 0, 4, 1)),
-    ("pool", "half"): ((64, 32, 0, 4), (64, 32, 0, 4), (32, 32, 0, 4)),
-    ("pool", "bf16x3"): ((64, 32, 0, 4, 1), (64, 32, 0, 4, 1), (16, 32, 0, 4, 1)),
-    ("pool", "bf16x6"): ((64, 32, 0, 4, 1), (64, 32, 0, 4, 1), (16, 32, 0, 4, 1)),
     ("catalogue", "half"): ((64, 32, 32, 4), (64, 32, 32, 4), (32, 32, 16, 4)),
     ("catalogue", "bf16x3"): ((32, 32, 32, 4), (32, 32, 32, 4), (16, 16, 16, 4)),
     ("catalogue", "bf16x6"): ((32, 32, 32, 4, 1), (32, 32, 32, 4, 1), (16, 32, 16, 4, 1)),
-    ("attention_bwd", "half"): ((32, 32, 0, 4), (32, 32, 0, 4), (16, 32, 0, 4)),
-    ("attention_bwd", "bf16x3"): ((32, 32, 0, 4), (32, 32, 0, 4), (16, 32, 0, 8)),
-    ("attention_bwd", "bf16x6"): ((32, 32, 0, 4), (32, 32, 0, 4), (16, 32, 0, 8, 1)),
+    ("attention", "half"): ((64, 32, 0, 4, 1), (64, 32, 0, 4, 1), (32, 32, 0, 4)),
+    ("attention", "bf16x3"): ((64, 32, 0, 4, 1), (64, 32, 0, 4, 1), (16, 32, 0, 8)),
+    ("attention", "bf16x6"): ((64, 32, 0, 4, 1), (64, 32, 0, 4, 1), (16, 32, 0, 8, 1)),
+    ("state_bwd", "half"): ((32, 32, 0, 4), (32, 32, 0, 4), (16, 32, 0, 4)),
+    ("state_bwd", "bf16x3"): ((32, 32, 0, 4), (32, 32, 0, 4), (16, 32, 0, 8)),
+    ("state_bwd", "bf16x6"): ((32, 32, 0, 4), (32, 32, 0, 4), (16, 32, 0, 8, 1)),
 }
 
 
@@ -112,8 +112,9 @@ def config(
     tiles = Tiles(*TILES[kernel, products][DIMS.index(dim)])
     if gpu.shared < GPUS["sm_80"].shared:
         tiles = _SMALL_TILES
-    if gpu.has_tensor_memory and products == "bf16x6":
-        # tcgen05 takes tiles from 64 rows on, and a sum of each of the six products.
+    if gpu.major != 9 and products != "half":
+        # wgmma's operands wait in shared memory, others in registers; and tcgen05, which takes
+        # tiles from 64 rows on, a sum of each product of parts.
         tiles = tiles._replace(candidates=min(tiles.candidates, 32))
     return {
         "CANDIDATES": block(n_candidates, tiles.candidates),
@@ -151,7 +152,7 @@ HEAD_TILES = {
     "bf16x3": HeadTiles(128, 128, 32, 8, 3),
     "bf16x6": HeadTiles(128, 128, 32, 8, 2),
 }
-# Without wgmma, whose operands wait in shared memory, those of bf16x6 take the registers.
+# Without wgmma operands take registers; of 32 rows, where there is tensor memory, see config.
 _SMALL_HEAD_TILES = HeadTiles(64, 64, 32, 4, 2)
 
 
@@ -161,6 +162,8 @@ def head_config(
     """Choose tiles and launch options of the kernels of the head's rows."""
     products = precision if dtype == torch.float32 else "half"
     chosen = HEAD_TILES[products] if gpu.major == 9 else _SMALL_HEAD_TILES
+    if gpu.has_tensor_memory and products != "half":
+        chosen = chosen._replace(rows=32)
     return {
         "ROWS": chosen.rows,
         "BLOCK": block(head.H1, chosen.block),

@@ -15,6 +15,7 @@ from lcr_fast.kernels.core.noise import Dropout
 from lcr_fast.kernels.core.product import (
     load_operand,
     multiply,
+    n_parts,
     operand,
     store_operand,
     transposed,
@@ -136,7 +137,8 @@ def hidden_kernel(
     """Make hidden = m1 relu(t1) of BLOCK units."""
     H1: tl.constexpr = HEAD.H1
     WIDTH: tl.constexpr = 4 * D if HEAD.HAS_USER else 3 * D
-    DTYPE: tl.constexpr = user_ptr.dtype.element_ty
+    # That of the states, to which a user's vector is cast.
+    DTYPE: tl.constexpr = inputs_ptr.dtype.element_ty if n_parts(PRECISION) == 1 else tl.float32
     n_blocks: tl.constexpr = (H1 + BLOCK - 1) // BLOCK
     pid = tl.program_id(0)
     rows = Rows(n_rows, n_candidates, rows_of_user, first_user)

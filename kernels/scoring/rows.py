@@ -93,9 +93,9 @@ class RowsCall(NamedTuple):
         """Pool both streams for every row: an operand of inputs [R, 3D].
 
         ``softmax`` [2, 3, R] gets each stream's maxima and inverse sums, of the very logits that
-        backward makes again: its tiles are the same, as another product may round otherwise.
+        ``candidate_bwd_kernel`` makes again: its tiles are the same, as others may round otherwise.
         """
-        compiled = self.configured("pool" if softmax is None else "attention_bwd")
+        compiled = self.configured("attention")
         n_trajectories, dim = self.search.states.shape[1], self.search.states.shape[-1]
         inputs = self.operand_of_rows(rows, 3 * dim)
         users = rows.n_rows // rows.of_user
