@@ -45,7 +45,7 @@ from lcr_fast.testing import (
 from lcr_fast.weights import ReasoningWeights
 
 Config = reasoning_config.Config
-Tiles = scoring_config.Tiles
+Tiles, HeadTiles = scoring_config.Tiles, scoring_config.HeadTiles
 KINDS = {"half": "bf16", "bf16x3": "tf32", "bf16x6": "fp32"}  # and what the harness calls it
 STEPS, N_CANDIDATES, N_ITEMS = 5, 100, 20_000
 HEAD = (200, 80, 1)
@@ -64,11 +64,11 @@ class Sums(NamedTuple):
 class Job(NamedTuple):
     """A configuration of one op at one shape."""
 
-    op: str  # forward, backward, encode, encode backward, score, products
+    op: str  # forward, backward, encode, encode backward, score, score backward, products
     kind: str
     dim: int
     size: int  # events of each stream
-    config: Config | Tiles | Sums
+    config: Config | Tiles | HeadTiles | Sums
 
     def __str__(self) -> str:
         config = ", ".join(f"{n}={v}" for n, v in self.config._asdict().items())
@@ -107,6 +107,11 @@ def jobs() -> Iterator[Job]:
                 for stages in (1, 2):
                     tiles = Tiles(candidates, 32, hidden, warps, stages)
                     yield Job("score", kind, dim, 30, tiles)
+            for (rows, columns, warps), depth, stages in itertools.product(
+                ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8)), (32, 64), (1, 2, 3)
+            ):
+                head_tiles = HeadTiles(rows, columns, depth, warps, stages)
+                yield Job("score backward", kind, dim, 30, head_tiles)
             if kind != "half":
                 for part_rows, (rows, stages) in itertools.product(
                     (256, 512, 1024), ((32, 1), (32, 2), (32, 3), (64, 1), (64, 2))
@@ -208,6 +213,10 @@ def _configured(job: Job) -> Any:
     if isinstance(job.config, Sums):
         names = weight_gradients.CONFIG
         return mock.patch.dict(names, zip(names, job.config, strict=True))
+    if isinstance(job.config, HeadTiles):
+        return mock.patch.dict(
+            scoring_config.HEAD_TILES, dict.fromkeys(scoring_config.HEAD_TILES, job.config)
+        )
     tiles = {key: (job.config,) * len(scoring_config.DIMS) for key in scoring_config.TILES}
     return mock.patch.object(scoring_config, "TILES", tiles)
 
@@ -222,6 +231,8 @@ def run(job: Job, compile_only: bool = False, bare: bool = False) -> dict[str, A
     with harness.multiplying_in(KINDS[job.kind]), _configured(job):
         if job.op == "score":
             calls = _scoring(job, n_users)
+        elif job.op == "score backward":
+            calls = {job.op: _scoring(job, n_users)["score_bwd"]}
         else:
             makers = {"encode": _encoder, "encode backward": _encoder, "products": _products}
             calls = {job.op: makers.get(job.op, _reasoning)(job, n_users)}

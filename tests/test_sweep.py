@@ -10,13 +10,14 @@ from lcr_fast.kernels import weight_gradients
 from lcr_fast.kernels.gpu import GPUS
 from lcr_fast.kernels.reasoning import config as reasoning_config
 from lcr_fast.kernels.scoring import config as scoring_config
+from lcr_fast.kernels.scoring.tile import HeadShape
 
 
 def test_every_job_is_another_one():
     names = [str(job) for job in sweep.jobs()]
     assert len(set(names)) == len(names)
-    ops = {"forward", "backward", "encode", "encode backward", "score", "products"}
-    assert {job.op for job in sweep.jobs()} == ops
+    ops = {"forward", "backward", "encode", "encode backward", "products"}
+    assert {job.op for job in sweep.jobs()} == ops | {"score", "score backward"}
 
 
 @pytest.mark.parametrize("op", ["forward", "backward", "encode", "encode backward"])
@@ -36,6 +37,17 @@ def test_tiles_are_the_asked_ones():
     with sweep._configured(sweep.Job("score", "bf16x3", 64, 30, asked)):
         assert scoring_config.config(*case)["num_warps"] == 8
     assert scoring_config.config(*case)["num_warps"] == 4
+
+
+def test_tiles_of_the_head_are_the_asked_ones():
+    asked = sweep.HeadTiles(64, 32, 16, 2, 1)
+    head = HeadShape(H1=200, H2=80, H2_TILE=128, DOT=False, HAS_USER=True, DROPOUT=False)
+    for name, gpu in GPUS.items():
+        case = (64, head, torch.float32, "bf16x6", gpu)
+        with sweep._configured(sweep.Job("score backward", "bf16x6", 64, 30, asked)):
+            found = scoring_config.head_config(*case)
+        assert (found["BLOCK"], found["num_warps"]) == (32, 2), name
+        assert scoring_config.head_config(*case)["num_warps"] != 2
 
 
 def test_sums_are_tiled_as_asked(monkeypatch):

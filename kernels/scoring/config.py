@@ -113,8 +113,8 @@ def config(
     if gpu.shared < GPUS["sm_80"].shared:
         tiles = _SMALL_TILES
     if gpu.major != 9 and products != "half":
-        # wgmma's operands wait in shared memory, others in registers; and tcgen05, which takes
-        # tiles from 64 rows on, a sum of each product of parts.
+        # Operands take registers, but of wgmma; of tcgen05, whose tiles have 64 rows or more, each
+        # product of parts takes a sum.
         tiles = tiles._replace(candidates=min(tiles.candidates, 32))
     return {
         "CANDIDATES": block(n_candidates, tiles.candidates),
@@ -151,9 +151,8 @@ HEAD_TILES = {
     "half": HeadTiles(128, 128, 64, 8, 3),
     "bf16x3": HeadTiles(128, 128, 32, 8, 3),
     "bf16x6": HeadTiles(128, 128, 32, 8, 2),
+    "without wgmma": HeadTiles(64, 64, 32, 4, 2),  # operands take registers
 }
-# Without wgmma operands take registers; of 32 rows, where there is tensor memory, see config.
-_SMALL_HEAD_TILES = HeadTiles(64, 64, 32, 4, 2)
 
 
 def head_config(
@@ -161,8 +160,9 @@ def head_config(
 ) -> dict[str, int]:
     """Choose tiles and launch options of the kernels of the head's rows."""
     products = precision if dtype == torch.float32 else "half"
-    chosen = HEAD_TILES[products] if gpu.major == 9 else _SMALL_HEAD_TILES
+    chosen = HEAD_TILES[products if gpu.major == 9 else "without wgmma"]
     if gpu.has_tensor_memory and products != "half":
+        # tcgen05 takes tiles from 64 rows on, and a sum of each product of parts.
         chosen = chosen._replace(rows=32)
     return {
         "ROWS": chosen.rows,
