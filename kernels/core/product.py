@@ -77,6 +77,7 @@ def parts(x, PARTS: tl.constexpr):
 
 @triton.jit
 def _sum_of_products(a, b, PARTS: tl.constexpr, c):
+    """Compute a b + c of parts: the smallest products first, c last, in float32."""
     if PARTS == 3:
         y = tl.dot(a[2], b[0])
         y = tl.dot(a[1], b[1], y)
@@ -87,12 +88,6 @@ def _sum_of_products(a, b, PARTS: tl.constexpr, c):
     y = tl.dot(a[0], b[1], y)
     y = tl.dot(a[0], b[0], y)
     return y if c is None else y + c
-
-
-@triton.jit
-def product_with_parts(a, b, PARTS: tl.constexpr, c=None):
-    """Compute a b + c for b in parts: the smallest products first, c last, in float32."""
-    return _sum_of_products(parts(a, PARTS), b, PARTS, c)
 
 
 @triton.jit
@@ -108,7 +103,8 @@ def _whole_product(a, b, c, PRECISION: tl.constexpr):
 def _product(a, b, c, PRECISION: tl.constexpr):
     PARTS: tl.constexpr = n_parts(PRECISION)
     if PARTS > 1:
-        y = product_with_parts(a, parts(b, PARTS), PARTS, c)
+        b = parts(b, PARTS)
+        y = _sum_of_products(parts(a, PARTS), b, PARTS, c)
     else:
         y = _whole_product(a, b, c, PRECISION)
     return y

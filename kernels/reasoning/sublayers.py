@@ -9,7 +9,15 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from lcr_fast.kernels.core.product import n_parts, product, product_with_parts
+from lcr_fast.kernels.core.product import (
+    load_operand,
+    multiply,
+    n_parts,
+    operand,
+    product,
+    transposed,
+    whole,
+)
 from lcr_fast.kernels.reasoning.tile import (
     columns,
     key_slots,
@@ -121,13 +129,6 @@ def layer_norm_bwd(dy, x, norm, dnorm_ptr, D: tl.constexpr):
 
 
 @triton.jit
-def _load_block(weight_ptr, rows, columns, STRIDE: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """W[rows, columns] of a row-major matrix of STRIDE columns, or its transpose."""
-    block = tl.load(weight_ptr + rows[:, None] * STRIDE + columns[None, :])
-    return block.trans() if TRANSPOSED else block
-
-
-@triton.jit
 def weight_product(
     x,  # [M, columns], TRANSPOSED, or [M, rows]
     weight_ptr,  # [OUT, IN], or [parts, OUT, IN]
@@ -141,23 +142,16 @@ def weight_product(
 ):
     """Compute x W[rows, columns]^T + c, or x W[rows, columns] + c if not TRANSPOSED: float32."""
     PRECISION: tl.constexpr = SHAPE.PRECISION
-    PARTS: tl.constexpr = n_parts(PRECISION)
-    first = _load_block(weight_ptr, rows, columns, IN, TRANSPOSED)
-    if PARTS == 1:
-        y = product(x, first.to(x.dtype), PRECISION, c)
-    else:
-        second = _load_block(weight_ptr + OUT * IN, rows, columns, IN, TRANSPOSED)
-        made = (first, second)
-        if PARTS == 3:
-            third = _load_block(weight_ptr + 2 * OUT * IN, rows, columns, IN, TRANSPOSED)
-            made = (first, second, third)  # type: ignore[assignment]
-        if PRECISION == "bf16x6" or PRECISION == "bf16x3":
-            y = product_with_parts(x, made, PARTS, c)
-        else:  # cut in depth, which is slow, and takes the numbers that the parts add up to
-            whole = second.to(tl.float32) + first.to(tl.float32)
-            if PARTS == 3:
-                whole = third.to(tl.float32) + second.to(tl.float32) + first.to(tl.float32)
-            y = product(x, whole, PRECISION, c)
+    row_ptrs = weight_ptr + rows[:, None] * IN
+    weight = load_operand(row_ptrs, columns[None, :], None, OUT * IN, PRECISION)
+    if TRANSPOSED:
+        weight = transposed(weight, PRECISION)
+    if n_parts(PRECISION) == 1:
+        y = product(x, weight[0].to(x.dtype), PRECISION, c)
+    elif PRECISION == "bf16x6" or PRECISION == "bf16x3":
+        y = multiply(operand(x, PRECISION), weight, PRECISION, c)
+    else:  # cut in depth, which is slow, and takes the numbers that the parts add up to
+        y = product(x, whole(weight, PRECISION), PRECISION, c)
     return y
 
 

@@ -74,11 +74,11 @@ def variants(arch: str) -> Iterator[Variant]:
 
 def _variants_of_one_head(arch: str) -> Iterator[Variant]:
     gpu = GPUS[arch]
-    shapes = ((32, 20), (64, 30), (64, 50), (128, 200))
+    shapes = ((32, 20), (64, 50), (128, 200))
     for precision, dtype, served in (
         ("ieee", torch.bfloat16, shapes),
-        ("bf16x3", torch.float32, shapes[2:3]),
-        ("bf16x6", torch.float32, shapes[2:]),
+        ("bf16x3", torch.float32, shapes[1:2]),
+        ("bf16x6", torch.float32, shapes[1:]),
     ):
         kind = TYPES[dtype] if dtype != torch.float32 else f"{TYPES[dtype]}-{precision}"
         variant = functools.partial(describe, dtype=dtype, types=_types(dtype))
@@ -91,32 +91,31 @@ def _variants_of_one_head(arch: str) -> Iterator[Variant]:
                 call = constants(dim, dtype, user, layers, threshold, False)
                 call["PRECISION"] = precision
                 head: HeadShape = call["HEAD"]
-                of_this = f"{suffix}-C{n_candidates}"
                 of_head = call | head_config(dim, head, dtype, precision, gpu)
-                of_attention = call | config("attention", *sizes)
-                launched = [("pool", pool_kernel, of_attention)]
-                if dtype != torch.float32:
-                    launched.append(
-                        ("score_fwd", score_fwd_kernel, call | config("score_fwd", *sizes))
-                    )
-                if n_candidates == 100:
-                    plain = head._replace(H1=0, DOT=True, HAS_USER=False)
-                    dot = call | config("score_fwd", *sizes) | {"HEAD": plain}
-                    launched.append(("score_fwd-dot", score_fwd_kernel, dot))
-                launched += [
-                    (of.__name__.removesuffix("_kernel"), of, of_head)
-                    for of in (
-                        hidden_kernel, output_kernel, output_bwd_kernel, hidden_bwd_kernel,
-                        inputs_bwd_kernel,
-                    )
-                ]  # fmt: skip
-                launched += [
-                    ("candidate_bwd", candidate_bwd_kernel, of_attention),
+                of_histories = call | config("attention", *sizes)
+                of_tiles = call | config("score_fwd", *sizes)
+                dot = of_tiles | {"HEAD": head._replace(H1=0, DOT=True, HAS_USER=False)}
+                launched = [
+                    ("pool", pool_kernel, of_histories | {"STORE_SOFTMAX": True}),
+                    ("candidate_bwd", candidate_bwd_kernel, of_histories),
                     ("state_bwd", state_bwd_kernel, call | config("state_bwd", *sizes)),
+                    ("hidden", hidden_kernel, of_head),
+                    ("output_bwd", output_bwd_kernel, of_head),
+                    ("hidden_bwd", hidden_bwd_kernel, of_head),
+                    ("inputs_bwd", inputs_bwd_kernel, of_head),
                 ]
+                if dtype == torch.float32:
+                    without = of_histories | {"STORE_SOFTMAX": False}
+                    launched += [
+                        ("pool-fwd", pool_kernel, without),
+                        ("output", output_kernel, of_head),
+                    ]
+                else:
+                    launched.append(("score_fwd", score_fwd_kernel, of_tiles))
+                if n_candidates == 100:
+                    launched.append(("score_fwd-dot", score_fwd_kernel, dot))
                 for name, of, compiled in launched:
-                    compiled = compiled | {"STORE_SOFTMAX": True}
-                    yield variant(f"{name}-{of_this}", of, compiled=compiled)
+                    yield variant(f"{name}-{suffix}-C{n_candidates}", of, compiled=compiled)
             scan = call | catalogue_config(dim, n_events, dtype, precision, gpu)
             for k in (10, 100):
                 top = scan | {"K_TILE": triton.next_power_of_2(k), "X_BLOCK": 128}
@@ -124,13 +123,13 @@ def _variants_of_one_head(arch: str) -> Iterator[Variant]:
                 yield variant(name, score_topk_kernel, compiled=top)
             yield variant(f"score_rank-{suffix}", score_rank_kernel, compiled=scan)
         if precision != "bf16x3":
-            user = call | USER_CONFIG  # of the last width
-            yield variant(f"user_bwd-no-dot-{kind}-d128", user_bwd_kernel, compiled=user)
+            of_user = call | USER_CONFIG  # of the last width
+            yield variant(f"user_bwd-no-dot-{kind}-d128", user_bwd_kernel, compiled=of_user)
         if precision == "bf16x6":
             layer = Columns(0, 2 * 64, 0, 64)  # dkeys and e, of rows as wide
             call = product_constants([layer], layer.out, 3 * 64, precision)
             yield variant(f"columns_product-{kind}-d64", columns_product_kernel, compiled=call)
             call = {"OUT": 200, "WIDTH": 3 * 64, "PRECISION": precision, **operands_config(gpu)}
-            types = {"dy_ptr": "*bf16", "x_ptr": "*bf16", "sums_ptr": "*fp32"}
+            types: dict[str, Type] = {"dy_ptr": "*bf16", "x_ptr": "*bf16", "sums_ptr": "*fp32"}
             name = f"operands_product-{kind}-d64"
             yield describe(name, operands_product_kernel, dtype, types, call)

@@ -9,6 +9,7 @@ from lcr_fast.kernels.core.product import multiply, operand, product, transposed
 from lcr_fast.kernels.gpu import on_device
 from lcr_fast.kernels.launch import launch
 from lcr_fast.kernels.ptxas import kernel
+from lcr_fast.kernels.scoring.call import ScoreCall, score_call, tiles
 from lcr_fast.kernels.scoring.config import USER_CONFIG, n_blocks
 from lcr_fast.kernels.scoring.head import (
     Rows,
@@ -17,7 +18,6 @@ from lcr_fast.kernels.scoring.head import (
     output_bwd_kernel,
     user_bwd_kernel,
 )
-from lcr_fast.kernels.scoring.rows import RowsCall, rows_call, tiles
 from lcr_fast.kernels.scoring.tile import (
     load_events,
     load_length,
@@ -207,7 +207,7 @@ def state_bwd_kernel(
     _store(dstates_ptr, events, axis, D, dh, events < stream.size, D)
 
 
-def _bytes_of_user(call: RowsCall) -> int:
+def _bytes_of_user(call: ScoreCall) -> int:
     """Count what backward keeps of a user while it lasts."""
     D, head, size = call.items.shape[1], call.head, call.search.states.element_size()
     operands = (3 * D + 2 * head.H1 + head.H2) * (2 * call.parts if call.parts > 1 else size)
@@ -216,7 +216,7 @@ def _bytes_of_user(call: RowsCall) -> int:
 
 
 def _mlp_bwd(
-    call: RowsCall, inputs: Tensor, dscores: Tensor, rows: Rows
+    call: ScoreCall, inputs: Tensor, dscores: Tensor, rows: Rows
 ) -> tuple[Tensor, list[Tensor]]:
     """Differentiate the MLP for the rows of a chunk.
 
@@ -268,7 +268,7 @@ def score_bwd(
     """
     n_users, n_trajectories, _, dim = search.shape
     n_candidates, dtype, dscores = ids.shape[1], search.dtype, dscores.contiguous()
-    call = rows_call(
+    call = score_call(
         search, rec, search_lengths, rec_lengths, items, ids, user, target_weight, mlp_weights,
         mlp_biases, dropout_rows, dropout_threshold, dropout_seed, dot,
     )  # fmt: skip

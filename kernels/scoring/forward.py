@@ -13,9 +13,9 @@ from lcr_fast.kernels.core.noise import Dropout
 from lcr_fast.kernels.gpu import on_device
 from lcr_fast.kernels.launch import launch
 from lcr_fast.kernels.ptxas import kernel
+from lcr_fast.kernels.scoring.call import ScoreCall, score_call, tiles
 from lcr_fast.kernels.scoring.config import PROGRAMS
 from lcr_fast.kernels.scoring.head import output_kernel
-from lcr_fast.kernels.scoring.rows import RowsCall, rows_call, tiles
 from lcr_fast.kernels.scoring.tile import (
     attend,
     load_length,
@@ -114,7 +114,7 @@ def score_fwd(
     scores = search.new_empty(n_users, n_trajectories, ids.shape[1])
     if not scores.numel():
         return scores
-    call = rows_call(
+    call = score_call(
         search, rec, search_lengths, rec_lengths, items, ids, user, target_weight, mlp_weights,
         mlp_biases, dropout_rows, dropout_threshold, dropout_seed, dot,
     )  # fmt: skip
@@ -126,7 +126,7 @@ def score_fwd(
     return scores
 
 
-def _score_tiles(call: RowsCall, scores: Tensor) -> None:
+def _score_tiles(call: ScoreCall, scores: Tensor) -> None:
     n_users, n_trajectories, n_candidates = scores.shape
     compiled = call.configured("score_fwd")
     n_tiles = triton.cdiv(n_candidates, compiled["CANDIDATES"])
@@ -139,7 +139,7 @@ def _score_tiles(call: RowsCall, scores: Tensor) -> None:
     )  # fmt: skip
 
 
-def _score_rows(call: RowsCall, scores: Tensor) -> None:
+def _score_rows(call: ScoreCall, scores: Tensor) -> None:
     widths = 3 * call.items.shape[1] + call.head.H1
     compiled = call.of_head()
     for rows in call.chunks(call.rows_of_user * widths * call.parts * 2):

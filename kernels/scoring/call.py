@@ -1,6 +1,6 @@
-"""A call of scoring as rows: what forward and backward launch of it alike, a chunk of users each.
+"""A call of scoring: its arguments as the kernels take them, and what both passes launch alike.
 
-A row is one candidate of one trajectory; see :mod:`lcr_fast.kernels.scoring.head`.
+Its *rows* are the candidates of every trajectory of the users; see ``head.py``.
 """
 
 from collections.abc import Iterator
@@ -30,8 +30,8 @@ from lcr_fast.kernels.scoring.tile import HeadShape, Mlp, Stream
 SCRATCH_BYTES = 256 << 20
 
 
-class RowsCall(NamedTuple):
-    """The arguments of a call as the kernels take them."""
+class ScoreCall(NamedTuple):
+    """The arguments as the kernels take them; those of :func:`score_call`."""
 
     search: Stream  # [B, N, L, D]
     rec: Stream
@@ -127,7 +127,7 @@ def tiles(rows: Rows, compiled: dict[str, Any]) -> int:
     return triton.cdiv(rows.n_rows, compiled["ROWS"])
 
 
-def rows_call(
+def score_call(
     search: Tensor,
     rec: Tensor,
     search_lengths: Tensor,
@@ -142,12 +142,12 @@ def rows_call(
     dropout_threshold: int,
     dropout_seed: Tensor,
     dot: bool,
-) -> RowsCall:
+) -> ScoreCall:
     """Prepare the arguments of :func:`score_fwd`."""
     dim, dtype = search.shape[-1], search.dtype
     compiled = constants(dim, dtype, user, mlp_weights, dropout_threshold, dot)
     weight, mlp = prepare(target_weight, mlp_weights, mlp_biases, dtype)
-    return RowsCall(
+    return ScoreCall(
         Stream(search.contiguous(), search_lengths.contiguous(), search.shape[2]),
         Stream(rec.contiguous(), rec_lengths.contiguous(), rec.shape[2]),
         items.contiguous(), ids.contiguous(), weight, mlp, user.contiguous(),
