@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from kernel_counts import Counts, count_step
+from kernel_counts import Counts, count_pass, count_step
 from test_sass import listing
 
 HEADS = [
@@ -65,3 +65,16 @@ def test_a_call_that_does_not_return_leaves_a_loop_too():
 def test_a_kernel_without_steps_is_named():
     with pytest.raises(ValueError, match="the kernel has no loop"):
         count_step(listing("MUFU.EX2 R3, R3"), 1, 1)
+
+
+def test_a_pass_counts_what_is_outside_of_loops_too():
+    listed = listing(*STEPS)
+    found = count_pass(listed, (4, 2, 3))
+    assert found.instructions == 3 + 4 * (2 * 5 + 3 * 3 + 4)  # one before, two behind
+    assert found.products == 4 * (2 + 3)
+
+
+def test_a_pass_whose_loops_were_unrolled_counts_as_it_stands():
+    assert count_pass(listing("MUFU.EX2 R3, R3"), (4, 2)).instructions == 2
+    with pytest.raises(ValueError, match="the kernel has 3 loops, not 2"):
+        count_pass(listing(*STEPS), (4, 2))

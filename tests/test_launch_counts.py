@@ -25,13 +25,13 @@ def test_the_page_has_the_counts_of_this_code(capsys):
     ],
 )  # fmt: skip
 def test_a_backward_is_two_launches_a_group_of_steps_and_three_a_step(dtype, gib, groups):
-    """In float32 one more a group, of weight gradients, and one that splits the weights.
+    """One more splits or casts the weights; in float32 one a group makes their gradients.
 
     How many steps make a group is the memory's.
     """
     backward = launch_counts.calls(64, dtype)["reason, backward"]
-    in_parts = int(dtype == torch.float32)
-    expected = (2 + in_parts) * groups + 3 * launch_counts.K + in_parts
+    of_group = 3 if dtype == torch.float32 else 2
+    expected = of_group * groups + 3 * launch_counts.K + 1
     assert launch_counts.count(backward, gib << 30).kernels == expected
 
 

@@ -1,18 +1,27 @@
-"""What a user costs a forward kernel in a step, counted in its machine code and without a GPU.
+"""What a user costs a kernel, counted in its machine code and without a GPU.
 
     python tools/kernel_counts.py [--arch sm_90] [--only REGEX]
+
+Of reasoning and the encoders, forward, a step or layer is told; of scoring's kernels (``--only
+"score|pool|hidden|output|inputs|candidate|state|operands"``) a whole pass, of one trajectory and
+100 candidates with 30 + 30 events.
 
 A program takes its sequences through the loop over the steps, in an encoder over the layers; what
 that loop executes once, times the warps, over the sequences, is what is told. Loops inside have
 trip counts known at compile time: over the two streams, if they take turns in the same code; over
 blocks of heads, which exponentiate between their products; and over blocks of hidden units. Bytes
 are those of a warp's loads and stores: addresses that its lanes share are counted for each. What
-wgmma reads of shared memory by itself is not among them.
+wgmma reads of shared memory by itself is not among them. In a pass of scoring the loops are over
+blocks of events, candidates, or what a product is deep, whichever the kernel has; loops that the
+compiler unrolled are counted as they stand. A tile of rows that users share is divided among them,
+and of the product of operands no more is told than its loop over chunks of those rows.
 """
 
 import argparse
+import math
 import re
 import sys
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from triton import knobs
@@ -22,8 +31,10 @@ import sass
 from lcr_fast.kernels.encoding.forward import encode_fwd_kernel
 from lcr_fast.kernels.launch import Variant
 from lcr_fast.kernels.reasoning.forward import latent_reasoning_fwd_kernel
+from lcr_fast.kernels.weight_gradients import operands_product_kernel
 
 _KERNELS = (latent_reasoning_fwd_kernel, encode_fwd_kernel)
+_CANDIDATES, _EVENTS = 100, 30  # of a user, whom scoring's kernels are counted for
 _LANES = 32
 _PRODUCT = re.compile(r"HMMA|[HQI]GMMA|UTC\w*MMA")
 _EXPONENTIAL = re.compile(r"MUFU\.EX2")
@@ -33,7 +44,7 @@ _SPILLED = re.compile(r"(LDL|STL)\b")
 
 
 class Counts(NamedTuple):
-    """Of one sequence in one step or layer; barriers are a program's."""
+    """Of one sequence in one step or layer, or of a user in one pass; barriers are a program's."""
 
     instructions: float  # of all warps
     products: float  # those of them on tensor cores
@@ -126,35 +137,98 @@ def count_step(listing: str, head_blocks: int, unit_blocks: int, looped: bool = 
             trips[entry] = 2
         else:
             trips[entry] = head_blocks if has(body, _EXPONENTIAL) else unit_blocks
+    return _total(program, loops[steps], loops, trips)
+
+
+def _total(
+    program: sass.Program, blocks: Iterable[int], loops: dict[int, set[int]], trips: dict[int, int]
+) -> Counts:
+    """Add up blocks, each as often as the loops around it are passed."""
     total = Counts(*[0.0] * len(Counts._fields))
-    for block in loops[steps]:
-        times = 1
-        for entry, body in loops.items():
-            times *= trips[entry] if block in body else 1
-        total = Counts(
-            *(t + times * n for t, n in zip(total, _count(instructions(block)), strict=True))
-        )
+    for block in blocks:
+        times = math.prod(trips[entry] for entry, body in loops.items() if block in body)
+        found = _count(program.instructions[block : program.blocks[block]])
+        total = Counts(*(t + times * n for t, n in zip(total, found, strict=True)))
     return total
 
 
-def counts(variant: Variant, compiled: Any) -> Counts:
-    """Count a compiled variant of a forward kernel."""
-    shape, sequences = variant.constexprs["SHAPE"], variant.constexprs["SEQUENCES"]
-    of_warp = count_step(
-        sass.disassemble(compiled.asm["cubin"]),
-        shape.D // shape.BLOCK_HEADS,
-        shape.F // shape.BLOCK_F,
-        variant.constexprs.get("LOOPED", False),
-    )
-    share = variant.options["num_warps"] / sequences
+def count_pass(listing: str, trips: Sequence[int]) -> Counts:
+    """Count what one warp executes of a kernel, whose loops are passed so often, in their order.
+
+    Of loops that are not there, as they were unrolled, nothing is asked; raises ValueError where
+    some are and some are not.
+    """
+    _, program = next(sass.programs(listing))
+    loops = _loops(program)
+    if len(loops) not in (0, len(trips)):
+        raise ValueError(f"the kernel has {len(loops)} loops, not {len(trips)}")
+    return _total(program, program.blocks, loops, dict(zip(sorted(loops), trips, strict=False)))
+
+
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def _scoring(variant: Variant) -> tuple[list[int], float] | None:
+    """Give the trips of a scoring kernel's loops, in their order, and the programs of a user."""
+    given = variant.constexprs
+    name = variant.kernel.__name__.removesuffix("_kernel")
+    rows = _CANDIDATES / given.get("ROWS", 1)
+    if name in ("pool", "score_fwd", "candidate_bwd", "state_bwd"):
+        tiles = _blocks(_CANDIDATES, given["CANDIDATES"])
+        events = _blocks(_EVENTS, given["EVENTS"])
+        # Of the run or the trajectories, of which there is one, and inside it of either stream.
+        trips = {
+            "pool": [1, events, events],
+            "score_fwd": [1, events, events],
+            "candidate_bwd": [1, events, 1, events, 1],
+            "state_bwd": [tiles],
+        }[name]
+        if name == "score_fwd" and given["HEAD"].H1:
+            trips.append(_blocks(given["HEAD"].H1, given["H1_BLOCK"]))
+        return trips, 2 * events if name == "state_bwd" else tiles
+    if name in ("hidden", "hidden_bwd", "inputs_bwd", "output", "output_bwd"):
+        head, depth, D = given["HEAD"], given["BLOCK_DEPTH"], given.get("D", 0)
+        inputs = [3 * D] + [D] * head.HAS_USER
+        deep = {"hidden": inputs, "hidden_bwd": [head.H2]}.get(name, [head.H1])
+        columns = _blocks(head.H1, given["BLOCK"]) if name.startswith("hidden") else 1
+        return [_blocks(n, depth) for n in deep], rows * (3 if name == "inputs_bwd" else columns)
+    return None
+
+
+def counts(variant: Variant, compiled: Any) -> Counts | None:
+    """Count a compiled variant, or return None of a kernel that is not counted."""
+    listing = sass.disassemble(compiled.asm["cubin"])
+    if variant.kernel in _KERNELS:
+        shape = variant.constexprs["SHAPE"]
+        of_warp = count_step(
+            listing,
+            shape.D // shape.BLOCK_HEADS,
+            shape.F // shape.BLOCK_F,
+            variant.constexprs.get("LOOPED", False),
+        )
+        programs = 1 / variant.constexprs["SEQUENCES"]
+    elif variant.kernel is operands_product_kernel:  # its loop is over chunks of rows
+        given = variant.constexprs
+        across = (("OUT", "BLOCK_OUT"), ("WIDTH", "BLOCK_WIDTH"))
+        tiles = math.prod(_blocks(given[n], given[block]) for n, block in across)
+        of_warp = count_step(listing, 1, 1)
+        programs = _CANDIDATES / given["ROWS"] * tiles
+    else:
+        asked = _scoring(variant)
+        if asked is None:
+            return None
+        trips, programs = asked
+        of_warp = count_pass(listing, trips)
+    share = variant.options["num_warps"] * programs
     return Counts(*(n * share for n in of_warp))._replace(barriers=of_warp.barriers)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print a table of the forward kernels; return the exit status."""
+    """Print a table; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python tools/kernel_counts.py",
-        description="Count what a user costs reasoning in a step and an encoder in a layer.",
+        description="Count what a user costs a kernel.",
     )
     parser.add_argument("--arch", nargs="+", choices=("sm_80", "sm_90"), default=["sm_80", "sm_90"])
     parser.add_argument("--only", default="fwd-infer", help="a regular expression for names")
@@ -165,8 +239,10 @@ def main(argv: list[str] | None = None) -> int:
     sys.stdout.write(f"|---|---|{'--:|' * len(Counts._fields)}\n")
     for arch in args.arch:
         for name, variant in kernel_resources.all_variants(arch):
-            if variant.kernel in _KERNELS and re.search(args.only, name):
-                found = counts(variant, kernel_resources.compile_variant(variant, arch))
+            if not re.search(args.only, name):
+                continue
+            found = counts(variant, kernel_resources.compile_variant(variant, arch))
+            if found is not None:
                 cells = " | ".join(f"{n:,.0f}" for n in found)
                 sys.stdout.write(f"| {name} | {arch} | {cells} |\n")
                 sys.stdout.flush()

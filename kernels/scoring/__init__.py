@@ -7,9 +7,11 @@ For candidate i of a user, its vector e, streams x (search s, recommendation r) 
     dot: y = (z_r + z_s) . e                                  m1, m2: dropout, 0 or 1 / (1 - rate)
     mlp_dot: the sum of both y
 
-Forward: one program scores one tile of candidates of one user, for a run of trajectories, which
-share k_x. Events and hidden units are read in blocks, the softmax is the running one, and of the
-hidden layer no more than one block of columns exists at a time. Nothing is stored but y.
+Forward in halves: one program scores one tile of candidates of one user, for a run of trajectories,
+which share k_x. Events and hidden units are read in blocks, the softmax is the running one, and of
+the hidden layer no more than one block of columns exists at a time. Nothing is stored but y. In
+float32 the MLP is a kernel a layer over *rows*, the candidates of all trajectories of all users:
+pool (z), hidden (t1), output (t2, y), for as many users at a time as ``call.SCRATCH_BYTES`` allows.
 
 Backward, with g = dy and everything recomputed:
 
@@ -19,10 +21,10 @@ Backward, with g = dy and everything recomputed:
     dh_j = sum_i p_xj dz_x + dl_xj k_x
     dW1 = dt1 [z_r; z_s; e; u]^T;   dW2 = dt2 (m1 relu(t1))^T;   dW_x = dk_x e^T
 
-in four kernels, for as many users at a time as :data:`SCRATCH_BYTES` allows: the head's rows
-(dt1, dt2, dz; one program a tile), the candidates (dk, de; one program a tile, over all
-trajectories), the states (dh; one program a block of events, over all candidates) and the users
-(du). The weights' gradients are products over all rows, which torch multiplies.
+in kernels over the same rows: pool, hidden, and the gradients of the output's (dt2), the hidden
+layer's (dt1) and the input's rows (dz, de); then over candidates (dk, de; one program a tile, over
+all trajectories), states (dh; one program a block of events, over all candidates) and users (du).
+The weights' gradients are products over all rows.
 
 Sums are float32; products take the states' dtype (float32 as ``gpu.dot_precision`` says), to which
 weights and vectors are cast as they are read. No atomics: each program writes its own partial sums,
