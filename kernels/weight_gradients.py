@@ -226,11 +226,12 @@ def product_of_operands(dy: Tensor, x: Tensor) -> Tensor:
     tiles = triton.cdiv(out, config["BLOCK_OUT"]) * triton.cdiv(width, config["BLOCK_WIDTH"])
     part_rows = _part_rows(rows, tiles)
     of_parts = dy.new_empty(triton.cdiv(rows, part_rows), out, width, dtype=torch.float32)
-    with on_device(dy):
-        launch(
-            operands_product_kernel, (len(of_parts) * tiles,), dy, x, of_parts, rows, part_rows,
-            OUT=out, WIDTH=width, PRECISION=dot_precision(torch.float32), **config,
-        )  # fmt: skip
+    if of_parts.numel():
+        with on_device(dy):
+            launch(
+                operands_product_kernel, (len(of_parts) * tiles,), dy, x, of_parts, rows, part_rows,
+                OUT=out, WIDTH=width, PRECISION=dot_precision(torch.float32), **config,
+            )  # fmt: skip
     return of_parts.sum(0)
 
 

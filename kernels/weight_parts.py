@@ -68,7 +68,7 @@ def for_products(matrices: Sequence[Tensor], dtype: torch.dtype, set_axes: int =
     matrices = [matrix.contiguous() for matrix in matrices]
     if n == 1 and all(matrix.dtype == dtype for matrix in matrices):
         return matrices
-    if knobs.runtime.interpret and n == 1:  # it truncates to bfloat16
+    if n == 1 and knobs.runtime.interpret and dtype == torch.bfloat16:  # it would truncate
         return [matrix.to(dtype) for matrix in matrices]
     if n > 1:
         matrices = [matrix.float() for matrix in matrices]

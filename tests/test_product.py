@@ -111,7 +111,7 @@ def test_the_first_part_of_what_is_not_finite_is_not_either(n):
 @compiled
 @pytest.mark.gpu
 def test_weights_are_split_whichever_matrix_they_are_of():
-    shapes = ((96, 32), (32, 32), (0, 32), (32, 0), (48, 32), (32, 48))
+    shapes = ((96, 32), (3, 7), (32, 32), (0, 32), (32, 0), (48, 32), (1, 513))
     matrices = [torch.randn(3, 2, *shape).to(DEVICE) for shape in shapes]
     for n, high in ((3, False), (2, True)):
         with tf32(high):
@@ -120,6 +120,14 @@ def test_weights_are_split_whichever_matrix_they_are_of():
             whole = found.view(3, 2, n, *matrix.shape[2:]).double().sum(2)
             error = (whole - matrix.double()).abs()
             assert (error <= (2**-17 if high else 0) * matrix.double().abs()).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_weights_are_cast_as_torch_casts_them(dtype):
+    matrices = [torch.randn(3, 2, *shape).to(DEVICE) for shape in ((3, 7), (16, 32), (1, 513))]
+    for found, matrix in zip(for_products(matrices, dtype), matrices, strict=True):
+        assert torch.equal(found.view(matrix.shape), matrix.to(dtype))
 
 
 def test_the_model_of_a_tensor_core_has_parts_that_add_up():

@@ -106,6 +106,9 @@ def test_triton_parity_of_scores_and_gradients(head, n_candidates):
         {"trajectories": 3, "n_candidates": 19, "n_users": 5},
         {"dim": 64, "n_users": 7},
         {"dim": 128, "n_users": 5, "mlp_hidden": (20, 4)},
+        {"dim": 64, "n_users": 7, "n_candidates": 37, "mlp_hidden": (200, 80)},
+        {"n_users": 7, "mlp_hidden": (512, 128)},
+        {"n_users": 7, "mlp_hidden": (33, 7)},
         {"max_search_len": 0, "n_candidates": 17},
         {"trajectories": 3, "n_users": 5, "score": "mlp_dot", "user_embedding": False},
     ],
@@ -228,6 +231,22 @@ def test_triton_reads_no_other_user_behind_a_length_that_is_too_large():
     ]
     for name, value in case.run("triton").items():
         assert torch.equal(value, expected[name]), name
+
+
+@on_triton
+def test_triton_scores_a_user_alone_as_in_a_batch():
+    """By the bit, whichever tile of rows its candidates fall into."""
+    case = kernel_case(n_candidates=37, n_users=9) if GPU else exact_case(n_candidates=37)
+    together = case.run("triton")
+    for user in (3, 5):
+        alone = copy.copy(case)
+        of_user = slice(user, user + 1)
+        alone.lengths = [lengths[of_user] for lengths in case.lengths]
+        alone.upstream = case.upstream[of_user]
+        names = ("search", "rec", "candidates", "user")
+        alone.tensors = {k: v[of_user] if k in names else v for k, v in case.tensors.items()}
+        for name in ("scores", *names):
+            assert torch.equal(alone.run("triton")[name][0], together[name][user]), name
 
 
 @on_triton

@@ -7,14 +7,18 @@ import tensor_core
 
 pytest.importorskip("triton")
 
+from lcr_fast.kernels.core.product import n_parts
+from lcr_fast.kernels.gpu import dot_precision
 from lcr_fast.kernels.reasoning.scratch import layout, products
 from lcr_fast.kernels.weight_gradients import (
     Columns,
     _part_rows,
+    product_of_operands,
     product_of_rows,
     products_of_columns,
     split,
 )
+from lcr_fast.kernels.weight_parts import for_products
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of one tile and of several, whole and ragged; two share their columns.
@@ -60,6 +64,21 @@ def test_rows_may_be_views_of_wider_ones():
     assert_exact_to(2**-21, product_of_rows(dy, x), dy.double().T @ x.double())
 
 
+def operand(x: torch.Tensor) -> torch.Tensor:
+    """Make what kernels leave of float32 [rows, columns]: [parts, rows, columns]."""
+    n = n_parts.fn(dot_precision(x.dtype))
+    return for_products([x], x.dtype, set_axes=0)[0].view(n, *x.shape)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n_rows", N_ROWS)
+@pytest.mark.parametrize(("out", "width"), [(48, 16), (80, 200), (65, 129)])
+def test_sums_of_operands(out, width, n_rows):
+    dy, x = draw(n_rows, out), draw(n_rows, width, seed=1)
+    found = product_of_operands(operand(dy), operand(x))
+    assert_exact_to(2**-21, found, dy.double().T @ x.double())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_halves_are_summed_in_float32(dtype):
@@ -81,6 +100,7 @@ def test_truncation_on_tensor_cores_does_not_grow_with_the_rows(monkeypatch):
     exact = dy.double().T @ x.double()
     with tensor_core.multiplying(monkeypatch, "highest"):
         assert_exact_to(2**-20, product_of_rows(dy, x), exact)
+        assert_exact_to(2**-20, product_of_operands(dy[None], x[None]), exact)
     zeros = torch.zeros(16, 16).numpy()
     in_one_chain = torch.from_numpy(tensor_core.product(dy.T.numpy(), x.numpy(), "bf16x6", zeros))
     assert ((in_one_chain / exact - 1).abs() > 2**-17).all()

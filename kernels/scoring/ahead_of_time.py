@@ -96,7 +96,7 @@ def _variants_of_one_head(arch: str) -> Iterator[Variant]:
                 of_tiles = call | config("score_fwd", *sizes)
                 dot = of_tiles | {"HEAD": head._replace(H1=0, DOT=True, HAS_USER=False)}
                 launched = [
-                    ("pool", pool_kernel, of_histories | {"STORE_SOFTMAX": True}),
+                    ("pool", pool_kernel, of_histories | {"FOR_BACKWARD": True}),
                     ("candidate_bwd", candidate_bwd_kernel, of_histories),
                     ("state_bwd", state_bwd_kernel, call | config("state_bwd", *sizes)),
                     ("hidden", hidden_kernel, of_head),
@@ -105,7 +105,7 @@ def _variants_of_one_head(arch: str) -> Iterator[Variant]:
                     ("inputs_bwd", inputs_bwd_kernel, of_head),
                 ]
                 if dtype == torch.float32:
-                    without = of_histories | {"STORE_SOFTMAX": False}
+                    without = of_histories | {"FOR_BACKWARD": False}
                     launched += [
                         ("pool-fwd", pool_kernel, without),
                         ("output", output_kernel, of_head),

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcr_fast.kernels.core.product import multiply, operand, product, transposed
+from lcr_fast.kernels.core.product import multiply, operand, product
 from lcr_fast.kernels.gpu import on_device
 from lcr_fast.kernels.launch import launch
 from lcr_fast.kernels.ptxas import kernel
@@ -22,7 +22,6 @@ from lcr_fast.kernels.scoring.tile import (
     load_events,
     load_length,
     load_target_weight,
-    load_vectors,
 )
 from lcr_fast.kernels.weight_gradients import product_of_operands, product_of_rows
 
@@ -48,38 +47,33 @@ def _softmax_rows(softmax_ptr, r, n_rows, inside):
 
 @triton.jit
 def _dkeys(
-    e,  # [P, D]
     states_ptr,
     length,
     size,
-    weight_ptr,  # [parts, 2, D, D]
     # At the tile's first row, of the first trajectory where there are several.
-    keys_ptr,
-    dkeys_ptr,
-    dz_ptr,
+    keys_ptr,  # [P, 3D]
+    dkeys_ptr,  # [P, 2D]
+    dz_ptr,  # [*, 3D]
     softmax_ptr,
     inside,  # [P]
     n_trajectories,
     n_candidates,
     n_rows,
-    stream: tl.constexpr,
     D: tl.constexpr,
     EVENTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Store k and dk of one stream, dk summed over the trajectories; return W^T dk, [P, D]."""
-    DTYPE: tl.constexpr = e.dtype
+    """Store dk of one stream, summed over the trajectories, and return it: [P, D]."""
+    P: tl.constexpr = inside.shape[0]
     axis = tl.arange(0, D)
-    i = tl.arange(0, e.shape[0])
-    weight = load_target_weight(weight_ptr, stream, axis, D, PRECISION)
-    keys = multiply(operand(e, PRECISION), transposed(weight, PRECISION), PRECISION).to(DTYPE)
-    _store(keys_ptr, i, axis, 3 * D, keys, inside, D)
-    dkeys = tl.zeros([e.shape[0], D], tl.float32)
+    i = tl.arange(0, P)
+    offsets = i[:, None] * (3 * D) + axis[None, :]
+    keys = tl.load(keys_ptr + offsets, mask=inside[:, None], other=0.0)
+    dkeys = tl.zeros([P, D], tl.float32)
     for n in range(0, n_trajectories):
         row_0 = tl.cast(n, tl.int64) * n_candidates
         top, inverse, mean = _softmax_rows(softmax_ptr + row_0, i, n_rows, inside)
-        dz_ptrs = dz_ptr + row_0 * (3 * D) + (i[:, None] * (3 * D) + axis[None, :])
-        dz = tl.load(dz_ptrs, mask=inside[:, None], other=0.0)
+        dz = tl.load(dz_ptr + row_0 * (3 * D) + offsets, mask=inside[:, None], other=0.0)
         for first in range(0, length, EVENTS):
             events = first + tl.arange(0, EVENTS)
             h = load_events(
@@ -90,25 +84,22 @@ def _dkeys(
             p = tl.where((events < length)[None, :], p, 0.0)
             dp = product(dz, tl.trans(h), PRECISION)
             dl = p * (dp - mean[:, None])
-            dkeys = product(dl.to(DTYPE), h, PRECISION, dkeys)
-    dkeys = dkeys.to(DTYPE)
+            dkeys = product(dl.to(keys.dtype), h, PRECISION, dkeys)
+    dkeys = dkeys.to(keys.dtype)
     _store(dkeys_ptr, i, axis, 2 * D, dkeys, inside, D)
-    return multiply(operand(dkeys, PRECISION), weight, PRECISION)
+    return dkeys
 
 
 @kernel(do_not_specialize=["first_user"])
 def candidate_bwd_kernel(
     search,  # Stream
     rec,  # Stream
-    items_ptr,  # [T, D]
-    ids_ptr,  # [B or 1, C]
     target_weight_ptr,  # [parts, 2, D, D]
     dinputs_ptr,  # [R, 3D]
     softmax_ptr,  # [2, 3, R]
     candidates_ptr,  # [users of the chunk x C, 3D] k_s, k_r, e
     dkeys_ptr,  # [users of the chunk x C, 2D]
     ditems_ptr,  # [B, C, D]
-    ids_stride,
     n_trajectories,
     n_candidates,
     n_rows,
@@ -117,13 +108,13 @@ def candidate_bwd_kernel(
     PRECISION: tl.constexpr,
     CANDIDATES: tl.constexpr,
     EVENTS: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
 ):
     n_tiles = tl.cdiv(n_candidates, CANDIDATES)
     pid = tl.program_id(0).to(tl.int64)
     tile, b_local = pid % n_tiles, pid // n_tiles
     b = first_user + b_local
-    c = tile.to(tl.int32) * CANDIDATES + tl.arange(0, CANDIDATES)
-    inside = c < n_candidates
+    inside = tile.to(tl.int32) * CANDIDATES + tl.arange(0, CANDIDATES) < n_candidates
     first = tile * CANDIDATES
     i = tl.arange(0, CANDIDATES)
     row_0 = b_local * n_trajectories * n_candidates + first  # of the first trajectory
@@ -131,29 +122,31 @@ def candidate_bwd_kernel(
     dinputs_ptr += row_0 * (3 * D)
     candidates_ptr += (b_local * n_candidates + first) * (3 * D)
     dkeys_ptr += (b_local * n_candidates + first) * (2 * D)
-    axis = tl.arange(0, D)
-    DTYPE: tl.constexpr = search.states.dtype.element_ty
+    ditems_ptr += (b * n_candidates + first) * D
 
-    ids = tl.load(ids_ptr + b * ids_stride + c, mask=inside, other=0)
-    e = load_vectors(items_ptr, ids, inside, 0, D, D, DTYPE)  # [P, D]
-    _store(candidates_ptr + 2 * D, i, axis, 3 * D, e, inside, D)
-    de = _dkeys(
-        e, search.states + b * n_trajectories * search.size * D,
-        load_length(search, b), search.size, target_weight_ptr,
+    dkeys_s = _dkeys(
+        search.states + b * n_trajectories * search.size * D,
+        load_length(search, b), search.size,
         candidates_ptr, dkeys_ptr, dinputs_ptr + D, softmax_ptr, inside,
-        n_trajectories, n_candidates, n_rows, 0, D, EVENTS, PRECISION,
+        n_trajectories, n_candidates, n_rows, D, EVENTS, PRECISION,
     )  # fmt: skip
-    de += _dkeys(
-        e, rec.states + b * n_trajectories * rec.size * D,
-        load_length(rec, b), rec.size, target_weight_ptr,
+    dkeys_r = _dkeys(
+        rec.states + b * n_trajectories * rec.size * D,
+        load_length(rec, b), rec.size,
         candidates_ptr + D, dkeys_ptr + D, dinputs_ptr, softmax_ptr + 3 * n_rows, inside,
-        n_trajectories, n_candidates, n_rows, 1, D, EVENTS, PRECISION,
+        n_trajectories, n_candidates, n_rows, D, EVENTS, PRECISION,
     )  # fmt: skip
-    for n in range(0, n_trajectories):
-        de_ptr = dinputs_ptr + tl.cast(n, tl.int64) * n_candidates * (3 * D) + 2 * D
-        de_ptrs = de_ptr + (i[:, None] * (3 * D) + axis[None, :])
-        de += tl.load(de_ptrs, mask=inside[:, None], other=0.0).to(tl.float32)
-    _store(ditems_ptr + (b * n_candidates + first) * D, i, axis, D, de, inside, D)
+    for first_column in range(0, D, KEY_BLOCK):
+        columns = first_column + tl.arange(0, KEY_BLOCK)
+        weight = load_target_weight(target_weight_ptr, 0, columns, D, PRECISION)
+        de = multiply(operand(dkeys_s, PRECISION), weight, PRECISION)  # [P, KEY_BLOCK]
+        weight = load_target_weight(target_weight_ptr, 1, columns, D, PRECISION)
+        de = multiply(operand(dkeys_r, PRECISION), weight, PRECISION, de)
+        for n in range(0, n_trajectories):
+            de_ptr = dinputs_ptr + tl.cast(n, tl.int64) * n_candidates * (3 * D) + 2 * D
+            de_ptrs = de_ptr + (i[:, None] * (3 * D) + columns[None, :])
+            de += tl.load(de_ptrs, mask=inside[:, None], other=0.0).to(tl.float32)
+        _store(ditems_ptr, i, columns, D, de, inside, D)
 
 
 @kernel(do_not_specialize=["first_user"])
@@ -295,11 +288,11 @@ def score_bwd(
         users, n_rows = rows.n_rows // rows.of_user, rows.n_rows
         softmax = search.new_empty(2, 3, n_rows, dtype=torch.float32)
         dinputs = search.new_empty(n_rows, 3 * dim)
-        candidates = search.new_empty(users * n_candidates, 3 * dim)
+        candidates = search.new_empty(users * n_candidates, 3 * dim)  # k_s, k_r, e
         dkeys = search.new_empty(users * n_candidates, 2 * dim)
         numbers = (n_trajectories, n_candidates, n_rows, rows.first_user)
         with on_device(search):
-            inputs = call.pool(rows, softmax)
+            inputs = call.pool(rows, softmax, candidates)
             dt1, made = _mlp_bwd(call, inputs, dscores, rows) if head.H1 else (inputs, [])
             launch(
                 inputs_bwd_kernel, (3 * tiles(rows, of_head),),
@@ -307,8 +300,8 @@ def score_bwd(
             )  # fmt: skip
             launch(
                 candidate_bwd_kernel, (users * n_tiles,),
-                *streams, call.items, call.ids, call.target_weight, dinputs, softmax, candidates,
-                dkeys, ditems, call.ids_stride, *numbers, **of_attention,
+                *streams, call.target_weight, dinputs, softmax, candidates, dkeys, ditems,
+                *numbers, **of_attention,
             )  # fmt: skip
             for x, (stream, dstates) in enumerate(zip(streams, (dsearch, drec), strict=True)):
                 n_event_blocks = triton.cdiv(stream.size, of_states["EVENTS"])

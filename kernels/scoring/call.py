@@ -89,11 +89,14 @@ class ScoreCall(NamedTuple):
         dtype = self.search.states.dtype if self.parts == 1 else torch.bfloat16
         return self.items.new_empty(self.parts, rows.n_rows, width, dtype=dtype)
 
-    def pool(self, rows: Rows, softmax: Tensor | None = None) -> Tensor:
+    def pool(
+        self, rows: Rows, softmax: Tensor | None = None, candidates: Tensor | None = None
+    ) -> Tensor:
         """Pool both streams for every row: an operand of inputs [R, 3D].
 
-        ``softmax`` [2, 3, R] gets each stream's maxima and inverse sums, of the very logits that
-        ``candidate_bwd_kernel`` makes again: its tiles are the same, as others may round otherwise.
+        For backward, ``candidates`` [users x C, 3D] get k_s, k_r and e, and ``softmax`` [2, 3, R]
+        each stream's maxima and inverse sums, of the very logits that ``candidate_bwd_kernel``
+        makes again: its tiles are the same, as others may round otherwise.
         """
         compiled = self.configured("attention")
         n_trajectories, dim = self.search.states.shape[1], self.search.states.shape[-1]
@@ -104,9 +107,9 @@ class ScoreCall(NamedTuple):
         launch(
             pool_kernel, (users * n_tiles * triton.cdiv(n_trajectories, n_run),),
             self.search, self.rec, self.items, self.ids, self.target_weight, inputs,
-            inputs if softmax is None else softmax, self.ids_stride, n_trajectories,
-            rows.n_candidates, rows.n_rows, rows.first_user, n_run,
-            STORE_SOFTMAX=softmax is not None, **compiled,
+            inputs if softmax is None else softmax, inputs if candidates is None else candidates,
+            self.ids_stride, n_trajectories, rows.n_candidates, rows.n_rows, rows.first_user, n_run,
+            FOR_BACKWARD=softmax is not None, **compiled,
         )  # fmt: skip
         return inputs
 

@@ -23,7 +23,9 @@ def pool_kernel(
     target_weight_ptr,  # [parts, 2, D, D]
     # Rows R = users of the chunk x N x C.
     inputs_ptr,  # [parts, R, 3D] z_r, z_s, e
-    softmax_ptr,  # float32 [2, 3, R], if STORE_SOFTMAX: of each stream, maximum and inverse sum
+    # If FOR_BACKWARD:
+    softmax_ptr,  # float32 [2, 3, R] of each stream: maximum and inverse sum; the third is later's
+    candidates_ptr,  # [users of the chunk x C, 3D] k_s, k_r, e
     ids_stride,
     n_trajectories,
     n_candidates,
@@ -35,7 +37,7 @@ def pool_kernel(
     CANDIDATES: tl.constexpr,
     EVENTS: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
-    STORE_SOFTMAX: tl.constexpr,
+    FOR_BACKWARD: tl.constexpr,
 ):
     """One program: a tile of candidates of one user, for a run of trajectories."""
     n_tiles = tl.cdiv(n_candidates, CANDIDATES)
@@ -61,6 +63,12 @@ def pool_kernel(
     keys_r = target_keys(
         items_ptr, ids, inside, target_weight_ptr, 1, D, KEY_BLOCK, DTYPE, PRECISION
     )
+    if FOR_BACKWARD and run == 0:
+        ptrs = candidates_ptr + (b_local * n_candidates + tile * CANDIDATES) * (3 * D) + offsets
+        tl.store(ptrs, keys_s, mask=mask)
+        tl.store(ptrs + D, keys_r, mask=mask)
+        e = load_vectors(items_ptr, ids, inside, 0, D, D, DTYPE)  # [P, D]
+        tl.store(ptrs + 2 * D, e, mask=mask)
     for n in range(run * n_run, tl.minimum((run + 1) * n_run, n_trajectories)):
         bn = b * n_trajectories + n
         row_0 = (b_local * n_trajectories + n) * n_candidates + tile * CANDIDATES
@@ -69,13 +77,13 @@ def pool_kernel(
             keys_s, search.states + bn * search.size * D, search_length, D, EVENTS, PRECISION
         )
         store_operand(row_ptr + D, offsets, z, mask, part, PRECISION)
-        if STORE_SOFTMAX:
+        if FOR_BACKWARD:
             _store_softmax(softmax_ptr + row_0, r, top, inverse, inside, n_rows)
         z, top, inverse = attend(
             keys_r, rec.states + bn * rec.size * D, rec_length, D, EVENTS, PRECISION
         )
         store_operand(row_ptr, offsets, z, mask, part, PRECISION)
-        if STORE_SOFTMAX:
+        if FOR_BACKWARD:
             rec_softmax_ptr = softmax_ptr + 3 * n_rows.to(tl.int64) + row_0
             _store_softmax(rec_softmax_ptr, r, top, inverse, inside, n_rows)
         e = load_vectors(items_ptr, ids, inside, 0, D, D, DTYPE)  # [P, D]
