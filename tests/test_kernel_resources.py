@@ -78,6 +78,14 @@ def test_recomputation_fits_the_shared_memory_where_it_takes_most():
 
 
 @pytest.mark.full
+def test_backward_of_wide_candidates_fits_small_shared_memories():
+    case = "^scoring-512-128-candidate_bwd-fp32-bf16x6-d128"
+    done = run_tool("shared_memory", "--arch", "sm_89", "--only", case)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == 2  # 5 candidates, 100
+
+
+@pytest.mark.full
 def test_some_variants_compile_to_what_the_table_says():
     done = run_resources("--arch", "sm_80", "sm_90", "--only", COMPILED_HERE)
     assert done.returncode == 0, done.stderr

@@ -1,13 +1,13 @@
-"""Whether every case that the reasoning kernels serve fits the shared memory of a GPU.
+"""Whether every case that reasoning's and scoring's kernels serve fits a GPU's shared memory.
 
 Tensor memory, which compute capabilities 10 and 11 have, is counted too.
 
     python tools/shared_memory.py [--arch sm_89 ...] [--only REGEX]
 
 tools/kernel_resources.py compiles what is common. Here are the corners too: all widths, slots,
-heads and precisions, on GPUs with less shared memory as well. A kernel is only lowered to LLVM, as
-the layout of both memories is known then: seconds each, an hour or two for all on one core. Prints
-a line a kernel; exits with 1 if one asks for more than there is. Needs no GPU, and no
+heads, precisions and MLPs, on GPUs with less shared memory as well. A kernel is only lowered to
+LLVM, as the layout of both memories is known then: seconds each, an hour or two for all on one
+core. Prints a line a kernel; exits with 1 if one asks for more than there is. Needs no GPU, and no
 ``TRITON_INTERPRET``.
 """
 
@@ -30,6 +30,8 @@ from lcr_fast.kernels.reasoning import backward
 from lcr_fast.kernels.reasoning.ahead_of_time import TRAIN, Call, make_variant
 from lcr_fast.kernels.reasoning.config import obstacle
 from lcr_fast.kernels.reasoning.forward import latent_reasoning_fwd_kernel
+from lcr_fast.kernels.scoring.ahead_of_time import variants_of_one_head
+from lcr_fast.kernels.scoring.config import MAX_HIDDEN
 
 ARCHS = GPUS | {
     "sm_89": Gpu(8, 99 << 10),
@@ -48,7 +50,7 @@ _KERNELS = {
 
 
 def variants(arch: str) -> Iterator[Variant]:
-    """Yield each kernel in training, with FFNs four times as wide, for every case served."""
+    """Yield each kernel for every case served; FFNs are four times as wide as the states."""
     for precision, dim, size in itertools.product(PRECISIONS, (32, 64, 128), (16, 30, 50, 128)):
         for heads in sorted({1, 2, dim // 16}):
             call = Call(
@@ -61,6 +63,10 @@ def variants(arch: str) -> Iterator[Variant]:
             for name, (which, kernel) in _KERNELS.items() if is_served else ():
                 full = f"{name}-{precision}-d{dim}-L{size}-H{heads}"
                 yield make_variant(full, which, kernel, call, TRAIN, ARCHS[arch])
+    for hidden in ((200, 80), MAX_HIDDEN):
+        for variant in variants_of_one_head(ARCHS[arch], hidden, every=True):
+            name = "-".join(["scoring", *map(str, hidden), variant.name])
+            yield variant._replace(name=name)
 
 
 def memory_of(variant: Variant, arch: str) -> tuple[int, int]:

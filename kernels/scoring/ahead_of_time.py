@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 import triton
 
-from lcr_fast.kernels.gpu import GPUS
+from lcr_fast.kernels.gpu import GPUS, Gpu
 from lcr_fast.kernels.launch import TYPES, Type, Variant, describe
 from lcr_fast.kernels.scoring.backward import candidate_bwd_kernel, state_bwd_kernel
 from lcr_fast.kernels.scoring.catalogue import score_rank_kernel, score_topk_kernel
@@ -63,7 +63,7 @@ def variants(arch: str) -> Iterator[Variant]:
     L is the longer history, k the length of a list. Names that say no head are of ``mlp`` with a
     user vector; ``mlp_dot``, at the default width, is without one.
     """
-    for variant in _variants_of_one_head(arch):
+    for variant in variants_of_one_head(GPUS[arch]):
         yield variant
         head = variant.constexprs.get("HEAD")
         if variant.constexprs.get("D") == 64 and head is not None and not head.DOT:
@@ -72,20 +72,22 @@ def variants(arch: str) -> Iterator[Variant]:
             yield variant._replace(name=name, constexprs=variant.constexprs | {"HEAD": both})
 
 
-def _variants_of_one_head(arch: str) -> Iterator[Variant]:
-    gpu = GPUS[arch]
+def variants_of_one_head(
+    gpu: Gpu, hidden: tuple[int, int] = (200, 80), every: bool = False
+) -> Iterator[Variant]:
+    """Yield those of an MLP of two hidden widths on a GPU, at ``every`` width or at common ones."""
     shapes = ((32, 20), (64, 50), (128, 200))
     for precision, dtype, served in (
         ("ieee", torch.bfloat16, shapes),
-        ("bf16x3", torch.float32, shapes[1:2]),
-        ("bf16x6", torch.float32, shapes[1:]),
+        ("bf16x3", torch.float32, shapes if every else shapes[1:2]),
+        ("bf16x6", torch.float32, shapes if every else shapes[1:]),
     ):
         kind = TYPES[dtype] if dtype != torch.float32 else f"{TYPES[dtype]}-{precision}"
         variant = functools.partial(describe, dtype=dtype, types=_types(dtype))
         for dim, n_events in served:
             suffix = f"{kind}-d{dim}-L{n_events}"
             user = torch.empty(1, dim, device="meta")
-            layers = [torch.empty(n, device="meta") for n in (200, 80)]
+            layers = [torch.empty(n, device="meta") for n in hidden]
             for n_candidates, threshold in ((5, 6554), (100, 0)):
                 sizes = (dim, n_candidates, n_events, dtype, precision, gpu)
                 call = constants(dim, dtype, user, layers, threshold, False)
@@ -129,7 +131,12 @@ def _variants_of_one_head(arch: str) -> Iterator[Variant]:
             layer = Columns(0, 2 * 64, 0, 64)  # dkeys and e, of rows as wide
             call = product_constants([layer], layer.out, 3 * 64, precision)
             yield variant(f"columns_product-{kind}-d64", columns_product_kernel, compiled=call)
-            call = {"OUT": 200, "WIDTH": 3 * 64, "PRECISION": precision, **operands_config(gpu)}
+            call = {
+                "OUT": hidden[0],
+                "WIDTH": 3 * 64,
+                "PRECISION": precision,
+                **operands_config(gpu),
+            }
             types: dict[str, Type] = {"dy_ptr": "*bf16", "x_ptr": "*bf16", "sums_ptr": "*fp32"}
             name = f"operands_product-{kind}-d64"
             yield describe(name, operands_product_kernel, dtype, types, call)
