@@ -184,13 +184,13 @@ def test_triton_permutes_with_the_candidates(n_candidates):
 
 @on_triton
 def test_triton_chunks_and_runs_change_no_bit(monkeypatch):
-    """One user of scratch at a time, and one program for all trajectories of a tile."""
+    """One user of scratch at a time, of forward one candidate, and one program for a run."""
     from lcr_fast.kernels.scoring import call, forward
 
     case = kernel_case(trajectories=3, max_rec_len=9, n_users=5)
     expected = case.run("triton")
-    monkeypatch.setattr(call, "SCRATCH_BYTES", 1)
     for module in (call, forward):
+        monkeypatch.setattr(module, "SCRATCH_BYTES", 1)
         monkeypatch.setattr(module, "PROGRAMS", 1)
     for name, value in case.run("triton").items():
         if "weight" in name or "bias" in name:  # sums over users, in other groups

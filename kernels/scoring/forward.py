@@ -13,7 +13,7 @@ from lcr_fast.kernels.core.noise import Dropout
 from lcr_fast.kernels.gpu import on_device
 from lcr_fast.kernels.launch import launch
 from lcr_fast.kernels.ptxas import kernel
-from lcr_fast.kernels.scoring.call import ScoreCall, score_call, tiles
+from lcr_fast.kernels.scoring.call import SCRATCH_BYTES, ScoreCall, score_call, tiles
 from lcr_fast.kernels.scoring.config import PROGRAMS
 from lcr_fast.kernels.scoring.head import output_kernel
 from lcr_fast.kernels.scoring.tile import (
@@ -140,9 +140,16 @@ def _score_tiles(call: ScoreCall, scores: Tensor) -> None:
 
 
 def _score_rows(call: ScoreCall, scores: Tensor) -> None:
-    widths = 3 * call.items.shape[1] + call.head.H1
-    compiled = call.of_head()
-    for rows in call.chunks(call.rows_of_user * widths * call.parts * 2):
+    bytes_of_row = 2 * call.parts * (3 * call.items.shape[1] + call.head.H1)
+    n_trajectories, compiled = scores.shape[1], call.of_head()
+    most = max(1, SCRATCH_BYTES // (n_trajectories * bytes_of_row))  # candidates of one user
+    if scores.shape[2] > most and not call.head.DROPOUT:  # which is drawn by their positions
+        for ids, of_ids in zip(call.ids.split(most, 1), scores.split(most, 2), strict=True):
+            made = torch.empty_like(of_ids, memory_format=torch.contiguous_format)
+            _score_rows(call._replace(ids=ids.contiguous()), made)
+            of_ids.copy_(made)
+        return
+    for rows in call.chunks(call.rows_of_user * bytes_of_row):
         inputs = call.pool(rows)
         hidden = call.hide(inputs, rows)
         launch(
