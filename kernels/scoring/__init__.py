@@ -27,8 +27,8 @@ all trajectories), states (dh; one program a block of events, over all candidate
 The weights' gradients are products over all rows.
 
 Sums are float32; products take the states' dtype (float32 as ``gpu.dot_precision`` says), to which
-weights and vectors are cast as they are read. No atomics: each program writes its own partial sums,
-which are added in a fixed order.
+weights are cast once a call and vectors as they are read. No atomics: each program writes its own
+partial sums, which are added in a fixed order.
 """
 
 from lcr_fast.kernels.scoring.ahead_of_time import variants
