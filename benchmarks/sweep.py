@@ -110,8 +110,9 @@ def jobs() -> Iterator[Job]:
             for (rows, columns, warps), depth, stages in itertools.product(
                 ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8)), (32, 64), (1, 2, 3)
             ):
-                head_tiles = HeadTiles(rows, columns, depth, warps, stages)
-                yield Job("score backward", kind, dim, 30, head_tiles)
+                if depth <= dim:
+                    head_tiles = HeadTiles(rows, columns, depth, warps, stages)
+                    yield Job("score backward", kind, dim, 30, head_tiles)
             if kind != "half":
                 for part_rows, (rows, stages) in itertools.product(
                     (256, 512, 1024), ((32, 1), (32, 2), (32, 3), (64, 1), (64, 2))

@@ -61,8 +61,9 @@ def for_products(matrices: Sequence[Tensor], dtype: torch.dtype, set_axes: int =
     """Make of matrices [sets ..., out, in] what products take, once for all programs of a call.
 
     Halves are cast: a cast in a program takes it twice the registers. float32 is split into its
-    parts, [sets ..., parts, out, in]. What is made is left flat: a view costs the host more than a
-    kernel's argument. ``set_axes`` says how many axes count sets.
+    parts, [sets ..., parts, out, in]. What is made is left flat, and what needs no making as it
+    is: a view costs the host more than a kernel's argument. ``set_axes`` says how many axes count
+    sets.
     """
     n = n_parts.fn(dot_precision(dtype))
     matrices = [matrix.contiguous() for matrix in matrices]

@@ -1,9 +1,14 @@
 """What a user costs a kernel in a step, counted in listings as nvdisasm prints them."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 pytest.importorskip("triton")
 
+import kernel_counts
 from kernel_counts import Counts, count_pass, count_step
 from test_sass import listing
 
@@ -76,5 +81,19 @@ def test_a_pass_counts_what_is_outside_of_loops_too():
 
 def test_a_pass_whose_loops_were_unrolled_counts_as_it_stands():
     assert count_pass(listing("MUFU.EX2 R3, R3"), (4, 2)).instructions == 2
-    with pytest.raises(ValueError, match="the kernel has 3 loops, not 2"):
-        count_pass(listing(*STEPS), (4, 2))
+    steps = [".L_steps:", "MUFU.EX2 R3, R3", "@P0 BRA `(.L_steps)"]
+    assert count_pass(listing(*steps), (1, 4, 1)) == count_pass(listing(*steps), (4,))
+    with pytest.raises(ValueError, match="the kernel has 1 loops, not 2"):
+        count_pass(listing(*steps), (4, 2))
+
+
+@pytest.mark.full
+def test_scoring_is_counted():
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    only = "scoring.(hidden|state_bwd)-fp32-bf16x3-d64.*C100|operands"
+    command = [sys.executable, kernel_counts.__file__, "--arch", "sm_90", "--only", only]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [row for row in done.stdout.splitlines() if row.startswith("| scoring")]
+    assert len(rows) == 4  # of operands W1 and W2
+    assert all(float(row.split(" | ")[2].replace(",", "")) > 10_000 for row in rows)

@@ -90,11 +90,25 @@ def test_encoders_by_parts_are_the_reference(asked):
     assert set(asked) == {"bf16x6"}
 
 
+SIZES = {"max_search_len": 5, "max_rec_len": 37, "mlp_hidden": (40, 24)}
+
+
 @pytest.mark.parametrize("head", ["mlp", "mlp and dot", "dot"])
 def test_scoring_by_parts_is_the_reference(asked, head):
-    sizes = {"max_search_len": 5, "max_rec_len": 37, "mlp_hidden": (40, 24)}
-    assert_matches(Case(head, n_candidates=19, trajectories=3, **sizes), "triton")
+    assert_matches(Case(head, n_candidates=19, trajectories=3, **SIZES), "triton")
     assert set(asked) == {"bf16x6"}
+
+
+@pytest.mark.parametrize("head", ["mlp", "mlp and dot"])
+def test_scoring_by_two_parts_has_sixteen_bits(asked, head):
+    case = Case(head, n_candidates=19, trajectories=3, **SIZES)
+    with tf32(True):
+        found = case.run("triton")
+    exact = case.run("reference", torch.float64)
+    for name in exact:
+        error = (found[name].double() - exact[name]).norm() / exact[name].norm()
+        assert error < 2e-4, name
+    assert set(asked) == {"bf16x3"}
 
 
 def test_the_catalogue_by_parts_is_a_full_sort(asked):

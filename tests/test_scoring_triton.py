@@ -141,6 +141,29 @@ def test_triton_parity_of_halves(changes, dtype):
 
 
 @on_triton
+@pytest.mark.parametrize("dtype", HALVES)
+def test_triton_casts_weights_and_users_to_the_states(dtype):
+    """In both passes alike, as if the caller had rounded them."""
+    case, states = kernel_case(), ("search", "rec")
+    half = {k: v.to(dtype) for k, v in case.tensors.items()}
+    as_they_are = [k for k in half if k.startswith("bias") or k == "weight 2"]  # no operands
+    wide = {
+        k: half[k] if k in states else half[k].float() if k in as_they_are else v
+        for k, v in case.tensors.items()
+    }
+    results = []
+    for tensors in (half, wide):
+        leaves = {k: v.clone().requires_grad_() for k, v in tensors.items()}
+        scores = case.call("triton", leaves)
+        gradients = torch.autograd.grad(scores, list(leaves.values()), case.upstream.to(dtype))
+        results.append({"scores": scores, **dict(zip(leaves, gradients, strict=True))})
+    for name, value in results[1].items():
+        assert value.dtype == (dtype if name in ("scores", *states) else torch.float32), name
+        if name != "weight 0":  # whose users' columns take the users' vectors
+            assert torch.equal(value.to(dtype), results[0][name]), name
+
+
+@on_triton
 @pytest.mark.parametrize(("head", "n_candidates"), [("mlp", 5), ("mlp", 19), ("mlp and dot", 5)])
 def test_triton_parity_with_dropout(head, n_candidates):
     rows = torch.tensor([5, 2**40 + 1, 0, 7, 7, 3], device=DEVICE)
@@ -189,8 +212,8 @@ def test_triton_chunks_and_runs_change_no_bit(monkeypatch):
 
     case = kernel_case(trajectories=3, max_rec_len=9, n_users=5)
     expected = case.run("triton")
+    monkeypatch.setattr(call, "SCRATCH_BYTES", 1)
     for module in (call, forward):
-        monkeypatch.setattr(module, "SCRATCH_BYTES", 1)
         monkeypatch.setattr(module, "PROGRAMS", 1)
     for name, value in case.run("triton").items():
         if "weight" in name or "bias" in name:  # sums over users, in other groups

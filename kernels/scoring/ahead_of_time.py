@@ -58,7 +58,10 @@ def _types(dtype: torch.dtype) -> dict[str, Type]:
 
 
 def variants(arch: str) -> Iterator[Variant]:
-    """Yield what a model launches, in training (C 5) and in phase 2 (C 100).
+    """Yield what a model launches, in training (C 5) and in phase 2 (C 100), nearly.
+
+    Triton compiles arguments in that are 1, such as the one trajectory of phase 1, and W1's and
+    W2's gradients are of bf16x6 alone.
 
     L is the longer history, k the length of a list. Names that say no head are of ``mlp`` with a
     user vector; ``mlp_dot``, at the default width, is without one.
@@ -131,12 +134,8 @@ def variants_of_one_head(
             layer = Columns(0, 2 * 64, 0, 64)  # dkeys and e, of rows as wide
             call = product_constants([layer], layer.out, 3 * 64, precision)
             yield variant(f"columns_product-{kind}-d64", columns_product_kernel, compiled=call)
-            call = {
-                "OUT": hidden[0],
-                "WIDTH": 3 * 64,
-                "PRECISION": precision,
-                **operands_config(gpu),
-            }
             types: dict[str, Type] = {"dy_ptr": "*bf16", "x_ptr": "*bf16", "sums_ptr": "*fp32"}
-            name = f"operands_product-{kind}-d64"
-            yield describe(name, operands_product_kernel, dtype, types, call)
+            for matrix, out, width in (("W1", hidden[0], 3 * 64), ("W2", hidden[1], hidden[0])):
+                call = {"OUT": out, "WIDTH": width, "PRECISION": precision, **operands_config(gpu)}
+                name = f"operands_product-{kind}-d64-{matrix}"
+                yield describe(name, operands_product_kernel, dtype, types, call)

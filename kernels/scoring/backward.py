@@ -23,7 +23,7 @@ from lcr_fast.kernels.scoring.tile import (
     load_length,
     load_target_weight,
 )
-from lcr_fast.kernels.weight_gradients import product_of_operands, product_of_rows
+from lcr_fast.kernels.weight_gradients import CONFIG, product_of_operands, product_of_rows
 
 
 @triton.jit
@@ -205,6 +205,8 @@ def _bytes_of_user(call: ScoreCall) -> int:
     D, head, size = call.items.shape[1], call.head, call.search.states.element_size()
     operands = (3 * D + 2 * head.H1 + head.H2) * (2 * call.parts if call.parts > 1 else size)
     of_row = operands + 3 * D * size + 6 * 4
+    if call.parts > 1:  # sums over parts of the rows, of W1's and W2's gradients
+        of_row += 4 * head.H1 * (3 * D + head.H2) // CONFIG["PART_ROWS"]
     return call.rows_of_user * of_row + call.ids.shape[1] * 5 * D * size
 
 
@@ -236,6 +238,57 @@ def _mlp_bwd(
     return dt1, [dw1, dw2, of_hidden.sum(0), db2, dw3]
 
 
+def _chunk_bwd(
+    call: ScoreCall,
+    rows: Rows,
+    dscores: Tensor,
+    dsearch: Tensor,
+    drec: Tensor,
+    ditems: Tensor,
+    duser: Tensor,
+    dt1_sums: Tensor,
+) -> list[Tensor]:
+    """Differentiate for the users of a chunk, into their places in the last five tensors.
+
+    Returns the weights' gradients as :func:`_mlp_bwd` does, if there is an MLP, and that of the
+    target's.
+    """
+    n_trajectories, dim = call.search.states.shape[1], call.search.states.shape[-1]
+    users, n_rows, n_candidates = rows.n_rows // rows.of_user, rows.n_rows, rows.n_candidates
+    of_head, of_attention = call.of_head(), call.configured("attention")
+    of_states = call.configured("state_bwd")
+    softmax = dscores.new_empty(2, 3, n_rows, dtype=torch.float32)
+    dinputs = call.search.states.new_empty(n_rows, 3 * dim)
+    candidates = dinputs.new_empty(users * n_candidates, 3 * dim)  # k_s, k_r, e
+    dkeys = dinputs.new_empty(users * n_candidates, 2 * dim)
+    numbers = (n_trajectories, n_candidates, n_rows, rows.first_user)
+    inputs = call.pool(rows, softmax, candidates)
+    dt1, made = _mlp_bwd(call, inputs, dscores, rows) if call.head.H1 else (inputs, [])
+    launch(
+        inputs_bwd_kernel, (3 * tiles(rows, of_head),),
+        inputs, dt1, call.mlp.w1, dscores, dinputs, softmax, *rows, **of_head,
+    )  # fmt: skip
+    n_tiles = triton.cdiv(n_candidates, of_attention["CANDIDATES"])
+    launch(
+        candidate_bwd_kernel, (users * n_tiles,),
+        call.search, call.rec, call.target_weight, dinputs, softmax, candidates, dkeys, ditems,
+        *numbers, **of_attention,
+    )  # fmt: skip
+    for x, (stream, dstates) in enumerate(((call.search, dsearch), (call.rec, drec))):
+        n_event_blocks = triton.cdiv(stream.size, of_states["EVENTS"])
+        launch(
+            state_bwd_kernel, (users * n_trajectories * n_event_blocks,),
+            stream, candidates[:, x * dim :], dinputs[:, (1 - x) * dim :], softmax[x], dstates,
+            *numbers, **of_states,
+        )  # fmt: skip
+    if call.head.HAS_USER:
+        launch(
+            user_bwd_kernel, (users,), dt1, call.mlp.w1, dt1_sums, duser, n_rows, rows.of_user,
+            rows.first_user, **USER_CONFIG, **call.compiled,
+        )  # fmt: skip
+    return [*made, product_of_rows(dkeys, candidates[:, 2 * dim :])]
+
+
 def score_bwd(
     dscores: Tensor,
     search: Tensor,
@@ -259,17 +312,13 @@ def score_bwd(
     trajectories), duser (0 for the dot product), dtarget_weight, and lists like the MLP's, each in
     its tensor's dtype.
     """
-    n_users, n_trajectories, _, dim = search.shape
-    n_candidates, dtype, dscores = ids.shape[1], search.dtype, dscores.contiguous()
+    n_users, n_candidates, dim = len(search), ids.shape[1], search.shape[-1]
+    dscores = dscores.contiguous()
     call = score_call(
         search, rec, search_lengths, rec_lengths, items, ids, user, target_weight, mlp_weights,
         mlp_biases, dropout_rows, dropout_threshold, dropout_seed, dot,
     )  # fmt: skip
-    head, streams = call.head, (call.search, call.rec)
-    of_head, of_attention = call.of_head(), call.configured("attention")
-    of_states = call.configured("state_bwd")
-    n_tiles = triton.cdiv(n_candidates, of_attention["CANDIDATES"])
-
+    head = call.head
     dsearch, drec = torch.empty_like(call.search.states), torch.empty_like(call.rec.states)
     ditems = items.new_empty(n_users, n_candidates, dim)
     duser = torch.empty_like(call.user) if head.HAS_USER else torch.zeros_like(user)
@@ -284,38 +333,9 @@ def score_bwd(
 
     dt1_sums = dscores.new_empty(n_users if head.HAS_USER else 0, head.H1, dtype=torch.float32)
     totals: list[Tensor] = []  # gradients of the weights, summed over the chunks
-    for rows in call.chunks(_bytes_of_user(call)):
-        users, n_rows = rows.n_rows // rows.of_user, rows.n_rows
-        softmax = search.new_empty(2, 3, n_rows, dtype=torch.float32)
-        dinputs = search.new_empty(n_rows, 3 * dim)
-        candidates = search.new_empty(users * n_candidates, 3 * dim)  # k_s, k_r, e
-        dkeys = search.new_empty(users * n_candidates, 2 * dim)
-        numbers = (n_trajectories, n_candidates, n_rows, rows.first_user)
-        with on_device(search):
-            inputs = call.pool(rows, softmax, candidates)
-            dt1, made = _mlp_bwd(call, inputs, dscores, rows) if head.H1 else (inputs, [])
-            launch(
-                inputs_bwd_kernel, (3 * tiles(rows, of_head),),
-                inputs, dt1, call.mlp.w1, dscores, dinputs, softmax, *rows, **of_head,
-            )  # fmt: skip
-            launch(
-                candidate_bwd_kernel, (users * n_tiles,),
-                *streams, call.target_weight, dinputs, softmax, candidates, dkeys, ditems,
-                *numbers, **of_attention,
-            )  # fmt: skip
-            for x, (stream, dstates) in enumerate(zip(streams, (dsearch, drec), strict=True)):
-                n_event_blocks = triton.cdiv(stream.size, of_states["EVENTS"])
-                launch(
-                    state_bwd_kernel, (users * n_trajectories * n_event_blocks,),
-                    stream, candidates[:, x * dim :], dinputs[:, (1 - x) * dim :], softmax[x],
-                    dstates, *numbers, **of_states,
-                )  # fmt: skip
-            made.append(product_of_rows(dkeys, candidates[:, 2 * dim :]))
-            if head.HAS_USER:
-                launch(
-                    user_bwd_kernel, (users,), dt1, call.mlp.w1, dt1_sums, duser, n_rows,
-                    rows.of_user, rows.first_user, **USER_CONFIG, **call.compiled,
-                )  # fmt: skip
+    with on_device(search):
+        for rows in call.chunks(_bytes_of_user(call)):
+            made = _chunk_bwd(call, rows, dscores, dsearch, drec, ditems, duser, dt1_sums)
             if totals:
                 torch._foreach_add_(totals, made)
             else:
@@ -326,7 +346,7 @@ def score_bwd(
     if of_mlp:
         dw1, dw2, db1, db2, dw3 = of_mlp
         if head.HAS_USER:
-            of_users = product_of_rows(dt1_sums.to(dtype), call.user.to(dtype))
+            of_users = product_of_rows(dt1_sums, call.user.float())
             dw1 = torch.cat((dw1, of_users), 1)
         dmlp_weights = [dw1, dw2, dw3.unsqueeze(0)]
         dmlp_biases = [db1, db2, dscores.sum(dtype=torch.float32).view(1)]

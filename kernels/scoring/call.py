@@ -76,8 +76,15 @@ class ScoreCall(NamedTuple):
             gpu_of(states.device),
         )  # fmt: skip
 
+    def most_candidates(self, bytes_of_row: int) -> int:
+        """Count the candidates of a user whose rows :data:`SCRATCH_BYTES` holds, at least 1."""
+        return max(1, SCRATCH_BYTES // (self.search.states.shape[1] * bytes_of_row))
+
     def chunks(self, bytes_of_user: int) -> Iterator[Rows]:
-        """Go through the users, as many at a time as :data:`SCRATCH_BYTES` holds."""
+        """Go through the users, as many at a time as :data:`SCRATCH_BYTES` holds.
+
+        Whoever takes a chunk lets go of what it made for it before the next.
+        """
         n_users, n_candidates = len(self.search.states), self.ids.shape[1]
         most = max(1, SCRATCH_BYTES // max(bytes_of_user, 1))
         for first in range(0, n_users, most):

@@ -173,7 +173,8 @@ def head_config(
     }
 
 
-USER_CONFIG = {"USER_ROWS": 32, "USER_BLOCK": 32, "num_warps": 4, "num_stages": 1}
+# Of user_bwd_kernel, which is one program a user: it waits for memory, so much is read at a time.
+USER_CONFIG = {"USER_ROWS": 32, "USER_BLOCK": 128, "num_warps": 8, "num_stages": 1}
 
 
 def n_blocks(width: int, compiled: dict[str, Any]) -> int:

@@ -13,9 +13,9 @@ from lcr_fast.kernels.core.noise import Dropout
 from lcr_fast.kernels.gpu import on_device
 from lcr_fast.kernels.launch import launch
 from lcr_fast.kernels.ptxas import kernel
-from lcr_fast.kernels.scoring.call import SCRATCH_BYTES, ScoreCall, score_call, tiles
+from lcr_fast.kernels.scoring.call import ScoreCall, score_call, tiles
 from lcr_fast.kernels.scoring.config import PROGRAMS
-from lcr_fast.kernels.scoring.head import output_kernel
+from lcr_fast.kernels.scoring.head import Rows, output_kernel
 from lcr_fast.kernels.scoring.tile import (
     attend,
     load_length,
@@ -141,18 +141,22 @@ def _score_tiles(call: ScoreCall, scores: Tensor) -> None:
 
 def _score_rows(call: ScoreCall, scores: Tensor) -> None:
     bytes_of_row = 2 * call.parts * (3 * call.items.shape[1] + call.head.H1)
-    n_trajectories, compiled = scores.shape[1], call.of_head()
-    most = max(1, SCRATCH_BYTES // (n_trajectories * bytes_of_row))  # candidates of one user
+    most = call.most_candidates(bytes_of_row)
     if scores.shape[2] > most and not call.head.DROPOUT:  # which is drawn by their positions
         for ids, of_ids in zip(call.ids.split(most, 1), scores.split(most, 2), strict=True):
             made = torch.empty_like(of_ids, memory_format=torch.contiguous_format)
             _score_rows(call._replace(ids=ids.contiguous()), made)
             of_ids.copy_(made)
-        return
-    for rows in call.chunks(call.rows_of_user * bytes_of_row):
-        inputs = call.pool(rows)
-        hidden = call.hide(inputs, rows)
-        launch(
-            output_kernel, (tiles(rows, compiled),), inputs, hidden, call.mlp.w2, call.mlp,
-            call.dropout_rows, scores, *rows, *call.dropout, **compiled,
-        )  # fmt: skip
+    else:
+        for rows in call.chunks(call.rows_of_user * bytes_of_row):
+            _score_chunk(call, rows, scores)
+
+
+def _score_chunk(call: ScoreCall, rows: Rows, scores: Tensor) -> None:
+    compiled = call.of_head()
+    inputs = call.pool(rows)
+    hidden = call.hide(inputs, rows)
+    launch(
+        output_kernel, (tiles(rows, compiled),), inputs, hidden, call.mlp.w2, call.mlp,
+        call.dropout_rows, scores, *rows, *call.dropout, **compiled,
+    )  # fmt: skip

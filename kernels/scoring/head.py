@@ -409,10 +409,11 @@ def user_bwd_kernel(
         is_unit = units < H1
         sums = tl.zeros([USER_BLOCK], tl.float32)
         for first in range(0, rows_of_user, USER_ROWS):
-            row = first + tl.arange(0, USER_ROWS)
+            row = tl.arange(0, USER_ROWS)
             offsets = row[:, None] * H1 + units[None, :]
-            mask = (row < rows_of_user)[:, None] & is_unit[None, :]
-            dt1 = load_operand(dt1_ptr, offsets, mask, part, PRECISION)
+            mask = (first + row < rows_of_user)[:, None] & is_unit[None, :]
+            rows_ptr = dt1_ptr + tl.cast(first, tl.int64) * H1
+            dt1 = load_operand(rows_ptr, offsets, mask, part, PRECISION)
             sums += tl.sum(whole(dt1, PRECISION), 0)
         tl.store(dt1_sums_ptr + b * H1 + units, sums, mask=is_unit)
         offsets = units[:, None] * (4 * D) + (3 * D + axis)[None, :]

@@ -191,7 +191,7 @@ def _first_layer(z_r, z_s, e, user_ptr, mlp, units, HEAD: tl.constexpr, PRECISIO
     shared = tl.load(mlp.b1 + units, mask=units < HEAD.H1, other=0.0).to(tl.float32)
     if HEAD.HAS_USER:
         axis = tl.arange(0, D)
-        u = tl.load(user_ptr + axis).to(tl.float32)
+        u = tl.load(user_ptr + axis).to(e.dtype).to(tl.float32)
         offsets = units[:, None] * (4 * D) + (axis + 3 * D)[None, :]
         mask = (units < HEAD.H1)[:, None]
         w_u = whole(load_operand(mlp.w1, offsets, mask, HEAD.H1 * 4 * D, PRECISION), PRECISION)
