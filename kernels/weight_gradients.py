@@ -209,9 +209,9 @@ def operands_product_kernel(
 
 def operands_config(gpu: Gpu) -> dict[str, int]:
     """Choose tiles and launch options of :func:`operands_product_kernel`."""
-    # Where there is tensor memory, tiles from 64 rows on take a sum of each product of parts.
-    rows = 32 if gpu.has_tensor_memory else 64
-    return {"ROWS": 32, "BLOCK_OUT": rows, "BLOCK_WIDTH": 128, "num_warps": 4, "num_stages": 2}
+    # Where there is tensor memory, tiles of 64 columns of dY take a sum of each product of parts.
+    out = 32 if gpu.has_tensor_memory else 64
+    return {"ROWS": 32, "BLOCK_OUT": out, "BLOCK_WIDTH": 128, "num_warps": 4, "num_stages": 2}
 
 
 def product_of_operands(dy: Tensor, x: Tensor) -> Tensor:

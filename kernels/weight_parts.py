@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from lcr_fast.kernels.core.product import n_parts, parts
+from lcr_fast.kernels.core.product import n_parts, store_operand
 from lcr_fast.kernels.gpu import dot_precision, on_device
 from lcr_fast.kernels.launch import launch
 from lcr_fast.kernels.ptxas import kernel
@@ -18,26 +18,25 @@ from lcr_fast.kernels.ptxas import kernel
 
 @triton.jit
 def _make_block(
-    matrix_ptr, made_ptr, first, SIZE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
+    matrix_ptr, made_ptr, first, SIZE: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr
 ):
     at = first + tl.arange(0, BLOCK)
     mask = None if SIZE % BLOCK == 0 else at < SIZE
     x = tl.load(matrix_ptr + at, mask=mask)
-    made = parts(x, PARTS) if PARTS > 1 else (x.to(made_ptr.dtype.element_ty),)
-    for part in tl.static_range(PARTS):
-        tl.store(made_ptr + part * SIZE + at, made[part], mask=mask)
+    store_operand(made_ptr, at, x, mask, SIZE, PRECISION)
 
 
 @kernel()
 def weight_parts_kernel(
     matrices,  # pointers, [sets, SIZES[i]]
-    made_ptr,  # [sets, PARTS, SIZES[i]] of each matrix, one behind the other
+    made_ptr,  # [sets, parts, SIZES[i]] of each matrix, one behind the other
     SIZES: tl.constexpr,
     BEGIN: tl.constexpr,  # the first block of each matrix
-    PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program: BLOCK numbers of one set of weights, whichever matrix they are of."""
+    PARTS: tl.constexpr = n_parts(PRECISION)
     block, member = tl.program_id(0), tl.program_id(1)
     begin = 0  # of the matrix, in numbers of a set
     for i in tl.static_range(len(SIZES)):
@@ -45,16 +44,19 @@ def weight_parts_kernel(
             _make_block(
                 matrices[i] + member * SIZES[i],
                 made_ptr + PARTS * (begin * tl.num_programs(1) + member * SIZES[i]),
-                (block - BEGIN[i]) * BLOCK, SIZES[i], PARTS, BLOCK,
+                (block - BEGIN[i]) * BLOCK, SIZES[i], PRECISION, BLOCK,
             )  # fmt: skip
         begin += SIZES[i]
 
 
-def constants(sizes: tuple[int, ...], n: int) -> dict[str, Any]:
-    """Compile-time arguments and launch options to make n parts of matrices of so many numbers."""
+def constants(sizes: tuple[int, ...], precision: str) -> dict[str, Any]:
+    """Compile-time arguments and launch options for matrices of so many numbers."""
     block = 512
     begin = itertools.accumulate((triton.cdiv(size, block) for size in sizes), initial=0)
-    return {"SIZES": sizes, "BEGIN": tuple(begin), "PARTS": n, "BLOCK": block, "num_warps": 4}
+    return {
+        "SIZES": sizes, "BEGIN": tuple(begin), "PRECISION": precision, "BLOCK": block,
+        "num_warps": 4,
+    }  # fmt: skip
 
 
 def for_products(matrices: Sequence[Tensor], dtype: torch.dtype, set_axes: int = 2) -> list[Tensor]:
@@ -65,7 +67,8 @@ def for_products(matrices: Sequence[Tensor], dtype: torch.dtype, set_axes: int =
     is: a view costs the host more than a kernel's argument. ``set_axes`` says how many axes count
     sets.
     """
-    n = n_parts.fn(dot_precision(dtype))
+    precision = dot_precision(dtype)
+    n = n_parts.fn(precision)
     matrices = [matrix.contiguous() for matrix in matrices]
     if n == 1 and all(matrix.dtype == dtype for matrix in matrices):
         return matrices
@@ -77,7 +80,7 @@ def for_products(matrices: Sequence[Tensor], dtype: torch.dtype, set_axes: int =
     sizes = tuple(m.shape[set_axes:].numel() for m in matrices)
     made_dtype = torch.bfloat16 if n > 1 else dtype
     made = matrices[0].new_empty(n * sets * sum(sizes), dtype=made_dtype)
-    compiled = constants(sizes, n)
+    compiled = constants(sizes, precision)
     with on_device(made):
         launch(
             weight_parts_kernel, (compiled["BEGIN"][-1], sets), tuple(matrices), made, **compiled

@@ -37,8 +37,9 @@ def _draw_kernel(
     rows, positions = tl.load(rows_ptr + i), tl.load(positions_ptr + i)
     at = i[:, None] * D + tl.arange(0, D)[None, :]
     streams = tl.zeros([16], tl.int32) + trajectory_stream
-    tl.store(normals_ptr + at, normal_noise(rows, positions, streams, seed, D))
-    keep = dropout_keep(rows, positions, site, threshold, seed, D)
+    normals = normal_noise(rows, positions, streams, seed, D)
+    tl.store(normals_ptr + at, normals)
+    keep = dropout_keep(rows, positions, site, threshold, seed, normals)
     tl.store(keep_ptr + at, keep.to(tl.int32))
 
 

@@ -12,7 +12,7 @@ from fused_reasoning import DEFAULT, draw
 from lcr_fast import ops
 from lcr_fast.kernels import weight_parts
 from lcr_fast.kernels.core import product
-from lcr_fast.kernels.reasoning import sublayers, weights
+from lcr_fast.kernels.reasoning import weights
 from lcr_fast.kernels.scoring import call as scoring_call
 from lcr_fast.kernels.scoring import head as scoring_head
 from lcr_fast.testing import (
@@ -69,10 +69,9 @@ def asked(monkeypatch) -> list[str]:
         return PARTS.get(precision.removesuffix(" cut"), 1)
 
     n_parts.fn = n_parts
-    for module in (product, sublayers, weights, weight_parts, scoring_head, scoring_call):
+    for module in (product, weights, weight_parts, scoring_head, scoring_call):
         monkeypatch.setattr(module, "n_parts", n_parts)
-    for module in (product, weight_parts):
-        monkeypatch.setattr(module, "parts", float32_parts)
+    monkeypatch.setattr(product, "parts", float32_parts)
     for module in (weight_parts, scoring_call):
         monkeypatch.setattr(module, "torch", _Torch())
     return asked

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lcr_fast.kernels.core.layout import laid_out_as
+
 TWO_PI = tl.constexpr(6.283185307179586)
 DROPOUT_COUNTER = tl.constexpr(1 << 31)  # in the third counter word; noise stays below
 
@@ -93,11 +95,16 @@ def normal_noise(user_row, position, trajectory_stream, seed, D: tl.constexpr):
 
 
 @triton.jit
-def dropout_keep(user_row, position, site, threshold, seed, D: tl.constexpr):
-    """Say which coordinates dropout layer ``site`` keeps, eight a Philox call: bool [M, D]."""
+def dropout_keep(user_row, position, site, threshold, seed, like):
+    """Say which coordinates dropout layer ``site`` keeps, eight a Philox call: bool [M, D].
+
+    ``like`` is the tile [M, D] of 32-bit numbers that they are dropped from.
+    """
     M: tl.constexpr = position.shape[0]
+    D: tl.constexpr = like.shape[1]
     word2 = (tl.zeros([M], tl.int32) + site).to(tl.uint32) + DROPOUT_COUNTER
     w0, w1, w2, w3 = _philox(user_row, position, word2, seed, D // 8)
     words = _interleave4(w0, w1, w2, w3)  # [M, D/2]
-    halves = tl.join(words & 0xFFFF, words >> 16).reshape(M, D)  # low half first
-    return halves >= threshold.to(tl.uint32)
+    # Low half first. In 16 bits they are moved to the threads that compare them.
+    halves = tl.join(words.to(tl.uint16), (words >> 16).to(tl.uint16)).reshape(M, D)
+    return laid_out_as(halves.to(tl.int32), like) >= threshold

@@ -90,72 +90,46 @@ def _sum_of_products(a, b, PARTS: tl.constexpr, c):
     return y if c is None else y + c
 
 
-@triton.jit
-def _whole_product(a, b, c, PRECISION: tl.constexpr):
-    if _INTERPRETED and PRECISION == "bf16x3":  # the name tells tests/tensor_core.py which
-        y = tl.dot(a, b, c, input_precision="tf32x3")
-    else:
-        y = tl.dot(a, b, c, input_precision="ieee")
-    return y
-
-
-@triton.jit
-def _product(a, b, c, PRECISION: tl.constexpr):
-    PARTS: tl.constexpr = n_parts(PRECISION)
-    if PARTS > 1:
-        b = parts(b, PARTS)
-        y = _sum_of_products(parts(a, PARTS), b, PARTS, c)
-    else:
-        y = _whole_product(a, b, c, PRECISION)
-    return y
-
-
-@triton.jit
-def _product_in_pieces(a, b, c, PRECISION: tl.constexpr):
-    """Halve the inner axis until a piece has a depth of at most _PIECE."""
-    M: tl.constexpr = a.shape[0]
-    K: tl.constexpr = a.shape[1]
-    N: tl.constexpr = b.shape[1]
-    if K > _PIECE:
-        left, right = tl.split(a.reshape(M, 2, K // 2).permute(0, 2, 1))
-        upper, lower = tl.split(b.reshape(2, K // 2, N).permute(1, 2, 0))
-        c = _product_in_pieces(left, upper, c, PRECISION)
-        c = _product_in_pieces(right, lower, c, PRECISION)
-    else:
-        c = _product(a, b, c, PRECISION)
-    return c
-
-
-@triton.jit
-def product(a, b, PRECISION: tl.constexpr, c=None):
-    """Compute a b + c in float32, c being 0 by default.
-
-    Where PRECISION ends in "cut", operands that do not fit the shared memory whole take turns.
-    """
-    if PRECISION == "bf16x6 cut":
-        c = _product_in_pieces(a, b, c, "bf16x6")
-    elif PRECISION == "bf16x3 cut":
-        c = _product_in_pieces(a, b, c, "bf16x3")
-    elif PRECISION == "ieee cut":
-        c = _product_in_pieces(a, b, c, "ieee")
-    else:
-        c = _product(a, b, c, PRECISION)
-    return c
-
-
 # An *operand* is a tuple of tiles: the parts of a float32, or one tile of what is multiplied whole.
+# Where a precision ends in "cut", operands do not fit the shared memory whole. Then they are one
+# tile each, and are split where a piece of it has its turn.
+
+
+@triton.constexpr_function
+def _n_tiles(precision: str) -> int:
+    return 1 if precision.endswith(" cut") else n_parts(precision)
+
+
+@triton.constexpr_function
+def _is_cut(precision: str) -> bool:
+    return precision.endswith(" cut")
+
+
+@triton.constexpr_function
+def _uncut(precision: str) -> str:
+    return precision.removesuffix(" cut")
 
 
 @triton.jit
 def operand(x, PRECISION: tl.constexpr):
     """Make x an operand."""
-    PARTS: tl.constexpr = n_parts(PRECISION)
+    PARTS: tl.constexpr = _n_tiles(PRECISION)
     return parts(x, PARTS) if PARTS > 1 else (x,)
 
 
 @triton.jit
 def _load(ptrs, mask):
     return tl.load(ptrs) if mask is None else tl.load(ptrs, mask=mask, other=0.0)
+
+
+@triton.jit
+def _sum(x):
+    """Add up tiles, the smallest first: float32."""
+    LAST: tl.constexpr = len(x) - 1
+    y = x[LAST].to(tl.float32)
+    for i in tl.static_range(LAST):
+        y += x[LAST - 1 - i].to(tl.float32)
+    return y
 
 
 @triton.jit
@@ -172,22 +146,23 @@ def load_operand(ptr, offsets, mask, part, PRECISION: tl.constexpr):
         else:
             third = _load(ptr + 2 * part + offsets, mask)
             made = (first, second, third)  # type: ignore[assignment]
+        if _is_cut(PRECISION):
+            made = (_sum(made),)  # type: ignore[assignment]
     return made
 
 
 @triton.jit
 def store_operand(ptr, offsets, x, mask, part, PRECISION: tl.constexpr):
     """Store x, float32, as :func:`load_operand` loads it."""
-    PARTS: tl.constexpr = n_parts(PRECISION)
     made = operand(x, PRECISION)
-    for i in tl.static_range(PARTS):
+    for i in tl.static_range(len(made)):
         tl.store(ptr + i * part + offsets, made[i].to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def transposed(x, PRECISION: tl.constexpr):
     """Transpose an operand."""
-    PARTS: tl.constexpr = n_parts(PRECISION)
+    PARTS: tl.constexpr = _n_tiles(PRECISION)
     if PARTS == 1:
         made = (x[0].trans(),)
     elif PARTS == 2:
@@ -200,17 +175,49 @@ def transposed(x, PRECISION: tl.constexpr):
 @triton.jit
 def whole(x, PRECISION: tl.constexpr):
     """Add up an operand, in float32; of three parts that is the number that was split."""
-    PARTS: tl.constexpr = n_parts(PRECISION)
-    y = x[PARTS - 1].to(tl.float32)
-    for i in tl.static_range(PARTS - 1):
-        y += x[PARTS - 2 - i].to(tl.float32)
+    return _sum(x)
+
+
+@triton.jit
+def _whole_product(a, b, c, PRECISION: tl.constexpr):
+    if _INTERPRETED and PRECISION == "bf16x3":  # the name tells tests/tensor_core.py which
+        y = tl.dot(a, b, c, input_precision="tf32x3")
+    else:
+        y = tl.dot(a, b, c, input_precision="ieee")
     return y
+
+
+@triton.jit
+def _product_in_pieces(a, b, c, PRECISION: tl.constexpr):
+    """Halve the inner axis until a piece has a depth of at most _PIECE."""
+    M: tl.constexpr = a.shape[0]
+    K: tl.constexpr = a.shape[1]
+    N: tl.constexpr = b.shape[1]
+    if K > _PIECE:
+        left, right = tl.split(a.reshape(M, 2, K // 2).permute(0, 2, 1))
+        upper, lower = tl.split(b.reshape(2, K // 2, N).permute(1, 2, 0))
+        c = _product_in_pieces(left, upper, c, PRECISION)
+        c = _product_in_pieces(right, lower, c, PRECISION)
+    else:
+        c = product(a, b, PRECISION, c)
+    return c
 
 
 @triton.jit
 def multiply(a, b, PRECISION: tl.constexpr, c=None):
     """Compute a b + c of operands, in float32, c being 0 by default."""
-    PARTS: tl.constexpr = n_parts(PRECISION)
-    if PARTS > 1:
-        return _sum_of_products(a, b, PARTS, c)
-    return _whole_product(a[0], b[0], c, PRECISION)
+    PARTS: tl.constexpr = _n_tiles(PRECISION)
+    if _is_cut(PRECISION):
+        y = _product_in_pieces(a[0], b[0], c, _uncut(PRECISION))
+    elif PARTS > 1:
+        y = _sum_of_products(a, b, PARTS, c)
+    else:
+        y = _whole_product(a[0], b[0], c, PRECISION)
+    return y
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr, c=None):
+    """Compute a b + c in float32, c being 0 by default."""
+    right = operand(b, PRECISION)
+    return multiply(operand(a, PRECISION), right, PRECISION, c)

@@ -162,8 +162,8 @@ def variants(arch: str) -> Iterator[Variant]:
     D = 64
     sizes = (3 * D * D, D * D) * 2 + (D * D,) * 2
     types: dict[str, Type] = {"matrices": ("*fp32",) * len(sizes)}
-    for parts in (1, 2, 3):
+    for precision in ("ieee", "bf16x3", "bf16x6"):
         yield describe(
-            f"weight_parts-{parts}", weight_parts_kernel, torch.bfloat16, types,
-            parts_constants(sizes, parts),
+            f"weight_parts-{precision}", weight_parts_kernel, torch.bfloat16, types,
+            parts_constants(sizes, precision),
         )  # fmt: skip

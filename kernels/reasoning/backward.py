@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from lcr_fast.kernels.core.layout import laid_out_as
 from lcr_fast.kernels.core.noise import Dropout, Noise
 from lcr_fast.kernels.ptxas import kernel
 from lcr_fast.kernels.reasoning.pooling import pool_bwd
@@ -264,6 +265,7 @@ def ffn_bwd_kernel(
     else:
         dh = load_tile(tile_at(x.dh, rows, size, D), D)
     if POOL:
+        dh = laid_out_as(dh, x3)
         h = c
         if SHAPE.F > 0:
             h = norm(x3, norms, index, LAST, dtype, SHAPE)
@@ -287,7 +289,7 @@ def ffn_bwd_kernel(
         )  # fmt: skip
 
     if HAS_CROSS:
-        x2 = load_tile(columns(at, C.x2), D).to(tl.float32)
+        x2 = laid_out_as(load_tile(columns(at, C.x2), D).to(tl.float32), dh)
         dh = layer_norm_bwd(dh, x2, norm_at(norms, index, 1, SHAPE), dnorm + 2 * D, D)
     store_tile(tile_at(x.da, rows, size, D), dh, D)
     if HAS_CROSS:

@@ -85,7 +85,7 @@ class Config(NamedTuple):
     # Whether what backward uses more than once waits in scratch between its uses, not in registers.
     parked: bool = False
     rows: int = 64  # of a tile, which short sequences share
-    block_heads: int = 32  # columns of heads that a forward projects at a time; at least a head's
+    block_heads: int = 32  # columns of heads at a time; at least one head's
     block_f: int = 32  # hidden units of the FFN at a time
     registers: int | None = None  # of a thread, at most; None: as many as there are
     cut: bool = False  # whether products are cut in depth, as they do not fit shared memory whole
@@ -124,7 +124,7 @@ _CONFIGS: dict[tuple[str, str, int, int, int | None], Config] = {
         for slot in (32, 64)
     },
     ("fwd", "half", 64, 128, 9): Config(8, block_heads=64, block_f=64),
-    ("bwd", "half", 64, 32, 9): Config(4, registers=128),
+    **{("bwd", "half", 64, slot, 9): Config(4, block_heads=64, registers=168) for slot in (32, 64)},
     ("bwd", "bf16x6", 64, 32, 9): Config(4),
     ("cross_bwd", "bf16x6", 64, 32, 9): Config(4, rows=32),
     ("bwd", "bf16x6", 128, 32, None): Config(4, parked=True),

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from lcr_fast.kernels.reasoning.sublayers import LOG2_E, LOWEST_SCORE
-from lcr_fast.kernels.reasoning.tile import by_sequence
+from lcr_fast.kernels.reasoning.sublayers import LOG2_E, LOWEST_SCORE, add_pairs
+from lcr_fast.kernels.reasoning.tile import by_sequence, user_of
 
 
 @triton.jit
@@ -22,12 +22,14 @@ def _store_vectors(ptr, offset, exists, x, D: tl.constexpr):
 
 
 @triton.jit
-def _pool_weights(state, key, lengths):
-    """Compute softmax_j(state_j . key) over each sequence's events, else 0: float32 [., SLOT]."""
+def _exponentials(state, key, lengths):
+    """Compute exp(state_j . key) of each sequence's events, the largest 1: float32 [., SLOT].
+
+    Elsewhere 0. Their sum, where there are events, is at least 1.
+    """
     events = tl.arange(0, state.shape[1])[None, :] < lengths[:, None]
     logits = tl.where(events, tl.sum(state * key, 2) * LOG2_E, float("-inf"))
-    alpha = tl.exp2(logits - tl.maximum(tl.max(logits, 1), LOWEST_SCORE)[:, None])
-    return alpha / tl.maximum(tl.sum(alpha, 1), 1.0)[:, None]
+    return tl.exp2(logits - tl.maximum(tl.max(logits, 1), LOWEST_SCORE)[:, None])
 
 
 @triton.jit
@@ -47,8 +49,11 @@ def pool(
     sequence = first + tl.arange(0, SEQUENCES)
     exists = sequence < end
     state = by_sequence(state.to(tl.float32), SEQUENCES)
-    key = _load_vectors(keys_ptr, sequence // n_trajectories * (2 * D), exists, D)
-    z = tl.sum(_pool_weights(state, key, lengths)[:, :, None] * state, 1)
+    user = user_of(sequence, n_trajectories).to(tl.int64)
+    key = _load_vectors(keys_ptr, user * (2 * D), exists, D)
+    alpha = _exponentials(state, key, lengths)
+    alpha = alpha / tl.maximum(tl.sum(alpha, 1), 1.0)[:, None]
+    z = tl.sum(alpha[:, :, None] * state, 1)
     _store_vectors(pooled_ptr, sequence * pooled_stride, exists, z, D)
 
 
@@ -76,11 +81,15 @@ def pool_bwd(
     sequence = first + tl.arange(0, SEQUENCES)
     exists = sequence < end
     state = by_sequence(state.to(tl.float32), SEQUENCES)
-    key = _load_vectors(keys_ptr, sequence // n_trajectories * (2 * D), exists, D)
+    user = user_of(sequence, n_trajectories).to(tl.int64)
+    key = _load_vectors(keys_ptr, user * (2 * D), exists, D)
     dz = _load_vectors(dpooled_ptr, sequence * pooled_stride, exists, D)
-    alpha = _pool_weights(state, key, lengths)  # [SEQUENCES, SLOT]
+    alpha = _exponentials(state, key, lengths)  # [SEQUENCES, SLOT], still to be divided
     t = tl.sum(state * dz, 2)
-    s = alpha * (t - tl.sum(alpha * t, 1)[:, None])
+    total, total_t = tl.reduce((alpha, alpha * t), 1, add_pairs)
+    inverse = 1.0 / tl.maximum(total, 1.0)
+    alpha = alpha * inverse[:, None]
+    s = alpha * (t - (total_t * inverse)[:, None])
     dkey = tl.sum(s[:, :, None] * state, 1)
     _store_vectors(dkeys_ptr, sequence * pooled_stride, exists, dkey, D)
     return dstate + (alpha[:, :, None] * dz + s[:, :, None] * key).reshape(dstate.shape)

@@ -12,11 +12,9 @@ from triton import knobs
 from lcr_fast.kernels.core.product import (
     load_operand,
     multiply,
-    n_parts,
     operand,
     product,
     transposed,
-    whole,
 )
 from lcr_fast.kernels.reasoning.tile import (
     columns,
@@ -89,6 +87,12 @@ def _start(x, RESIDUAL: tl.constexpr):
 
 
 @triton.jit
+def add_pairs(a, b, c, d):
+    """Add up two tiles at once, by ``tl.reduce``: their threads meet once."""
+    return a + c, b + d
+
+
+@triton.jit
 def standardise(x, D: tl.constexpr):
     """x_hat = (x - mean) rstd of each row, and rstd: float32 [M, D], [M]."""
     mean = tl.sum(x, 1) / D
@@ -120,12 +124,14 @@ def layer_norm_bwd(dy, x, norm, dnorm_ptr, D: tl.constexpr):
     column = tl.arange(0, D)
     weight = tl.load(norm.weight + column).to(tl.float32)
     x_hat, rstd = standardise(x, D)
-    tl.store(dnorm_ptr + column, tl.sum(dy * x_hat, 0))
-    tl.store(dnorm_ptr + D + column, tl.sum(dy, 0))
+    dw, db = tl.reduce((dy * x_hat, dy), 0, add_pairs)
+    tl.store(dnorm_ptr + column, dw)
+    tl.store(dnorm_ptr + D + column, db)
     g = dy * weight[None, :]
     mean_g = tl.sum(g, 1) / D
     mean_gx = tl.sum(g * x_hat, 1) / D
-    return rstd[:, None] * (g - mean_g[:, None] - x_hat * mean_gx[:, None])
+    of_mean, of_x_hat = rstd * mean_g, rstd * mean_gx
+    return g * rstd[:, None] - of_mean[:, None] - x_hat * of_x_hat[:, None]
 
 
 @triton.jit
@@ -146,13 +152,7 @@ def weight_product(
     weight = load_operand(row_ptrs, columns[None, :], None, OUT * IN, PRECISION)
     if TRANSPOSED:
         weight = transposed(weight, PRECISION)
-    if n_parts(PRECISION) == 1:
-        y = product(x, weight[0].to(x.dtype), PRECISION, c)
-    elif PRECISION == "bf16x6" or PRECISION == "bf16x3":
-        y = multiply(operand(x, PRECISION), weight, PRECISION, c)
-    else:  # cut in depth, which is slow, and takes the numbers that the parts add up to
-        y = product(x, whole(weight, PRECISION), PRECISION, c)
-    return y
+    return multiply(operand(x, PRECISION), weight, PRECISION, c)
 
 
 @triton.jit
@@ -281,40 +281,60 @@ def attention(
 
 
 @triton.jit
-def _project_head(
-    x, x_at, memory, memory_at, memory_length, head, weights,
-    SHAPE: tl.constexpr, SLOT: tl.constexpr, MEMORY_SLOT: tl.constexpr, PARKED: tl.constexpr,
-):  # fmt: skip
-    """One head's queries [M_q, D/H] times log2(e) / sqrt(D/H), keys, values and probabilities.
+def _heads_bwd(
+    q,  # [M_q, W] times log2(e) / sqrt(D/H)
+    k,  # [M_k, W]
+    v,  # [M_k, W]
+    do,  # [M_q, W]
+    query_slot,  # [M_q]
+    key_slot,  # [M_k], see key_slots
+    H: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Backward of the attention of H heads side by side: o, dq, dk and dv in q's dtype.
 
-    p = softmax(q k^T) over a query's own keys, float32 [M_q, M_k]; zeros for a query without keys.
+        p = softmax(q k^T);   o = p v;   dv = p^T do;   dp = do v^T;   ds = p (dp - rowsum(p dp))
+        dq = ds k / sqrt(D/H);   dk = ds^T q / sqrt(D/H)
+
+    p is over a query's own keys, zeros without any. Halves the columns until one head is left.
     """
-    D: tl.constexpr = SHAPE.D
-    WIDTH: tl.constexpr = D // SHAPE.H
-    PRECISION: tl.constexpr = SHAPE.PRECISION
-    memory = unpark(memory, memory_at, D, PARKED)
-    v = linear(memory, weights.qkv_weight, weights.qkv_bias, 2 * D + head, 3 * D, SHAPE)
-    v = v.to(x.dtype)
-    x = unpark(x, x_at, D, PARKED)
-    q = linear(x, weights.qkv_weight, weights.qkv_bias, head, 3 * D, SHAPE)
-    q = (q * (LOG2_E * WIDTH**-0.5)).to(x.dtype)
-    memory = unpark(memory, memory_at, D, PARKED)
-    k = linear(memory, weights.qkv_weight, weights.qkv_bias, D + head, 3 * D, SHAPE).to(x.dtype)
-    scores = product(q, k.trans(), PRECISION)  # [M_q, M_k]
-    query_slot = row_slots(x.shape[0], SLOT)
-    key_slot = key_slots(memory_length, MEMORY_SLOT)
-    scores = tl.where(query_slot[:, None] == key_slot[None, :], scores, float("-inf"))
-    top = tl.maximum(tl.max(scores, 1), LOWEST_SCORE)
-    p = tl.exp2(scores - top[:, None])
-    p = p / tl.maximum(tl.sum(p, 1), 1.0)[:, None]  # a sum over keys is at least 1
-    return q, k, v, p
+    if H > 1:
+        q_left, q_right = _split_columns(q)
+        k_left, k_right = _split_columns(k)
+        v_left, v_right = _split_columns(v)
+        do_left, do_right = _split_columns(do)
+        o_left, dq_left, dk_left, dv_left = _heads_bwd(
+            q_left, k_left, v_left, do_left, query_slot, key_slot, H // 2, PRECISION
+        )
+        o_right, dq_right, dk_right, dv_right = _heads_bwd(
+            q_right, k_right, v_right, do_right, query_slot, key_slot, H // 2, PRECISION
+        )
+        o, dq = _join_columns(o_left, o_right), _join_columns(dq_left, dq_right)
+        dk, dv = _join_columns(dk_left, dk_right), _join_columns(dv_left, dv_right)
+    else:
+        dtype: tl.constexpr = q.dtype
+        scores = product(q, k.trans(), PRECISION)  # [M_q, M_k]
+        scores = tl.where(query_slot[:, None] == key_slot[None, :], scores, float("-inf"))
+        p = tl.exp2(scores - tl.maximum(tl.max(scores, 1), LOWEST_SCORE)[:, None])
+        total = tl.maximum(tl.sum(p, 1), 1.0)  # a sum over keys is at least 1
+        p = p * reciprocal(total)[:, None]
+        of_p = operand(p.to(dtype), PRECISION)
+        o = multiply(of_p, operand(v, PRECISION), PRECISION).to(dtype)
+        dv = multiply(transposed(of_p, PRECISION), operand(do, PRECISION), PRECISION).to(dtype)
+        dp = product(do, v.trans(), PRECISION)  # [M_q, M_k]
+        ds = (p * (dp - tl.sum(rounded_products(p, dp), 1)[:, None])).to(dtype)
+        of_ds = operand(ds, PRECISION)
+        dq = (multiply(of_ds, operand(k, PRECISION), PRECISION) * q.shape[1] ** -0.5).to(dtype)
+        dk = multiply(transposed(of_ds, PRECISION), operand(q, PRECISION), PRECISION)
+        dk = (dk / LOG2_E).to(dtype)
+    return o, dq, dk, dv
 
 
 @triton.jit
 def _project_back(
     dq, dk, dv, dx, dmemory, head, weights, IS_SELF: tl.constexpr, SHAPE: tl.constexpr
 ):
-    """Add dq Wq_h to dx and dk Wk_h + dv Wv_h to dmemory, or all to dx if the memory is x."""
+    """Add dq Wq to dx and dk Wk + dv Wv to dmemory, or all to dx if the memory is x."""
     D: tl.constexpr = SHAPE.D
     column = tl.arange(0, D)
     weight_ptr = weights.qkv_weight
@@ -349,50 +369,47 @@ def attention_bwd(
     IS_SELF: tl.constexpr,
     PARKED: tl.constexpr,
 ):
-    """Backward of :func:`attention`, recomputing each head.
+    """Backward of :func:`attention`, a block of heads at a time, which is computed again.
 
-        do = dy Wo_h;   dv = p^T do;   dp = do v^T;   ds = p (dp - rowsum(p dp))
-        dq = ds k / sqrt(D/H);   dk = ds^T q / sqrt(D/H)
-        dx += dq Wq_h;   dmemory += dk Wk_h + dv Wv_h
+        do = dy Wo;   o, dq, dk, dv by :func:`_heads_bwd`;   dx += dq Wq;   dmemory += dk Wk + dv Wv
 
     Stores what the weight gradients need: o (with dy), dq (with x), dk and dv (with memory).
     Returns dx and dmemory; for self-attention all of it in dx.
     """
     D: tl.constexpr = SHAPE.D
-    H: tl.constexpr = SHAPE.H
-    WIDTH: tl.constexpr = D // H
-    PRECISION: tl.constexpr = SHAPE.PRECISION
+    BLOCK: tl.constexpr = SHAPE.BLOCK_HEADS
+    SCALE: tl.constexpr = LOG2_E * (D // SHAPE.H) ** -0.5
+    dtype: tl.constexpr = x.dtype
     column = tl.arange(0, D)
-    for h in tl.range(0, H, disable_licm=True):
-        head = h * WIDTH + tl.arange(0, WIDTH)
-        q, k, v, p = _project_head(
-            x, x_at, memory, memory_at, memory_length, head, weights, SHAPE, SLOT, MEMORY_SLOT,
-            PARKED,
-        )  # fmt: skip
-        o = product(p.to(x.dtype), v, PRECISION)
-        store_tile(columns(heads_at, h * WIDTH), o, WIDTH)
-
+    query_slot = row_slots(x.shape[0], SLOT)
+    key_slot = key_slots(memory_length, MEMORY_SLOT)
+    qkv, bias = weights.qkv_weight, weights.qkv_bias
+    for start in tl.range(0, D, BLOCK, disable_licm=True):
+        head = start + tl.arange(0, BLOCK)
+        memory = unpark(memory, memory_at, D, PARKED)
+        v = linear(memory, qkv, bias, 2 * D + head, 3 * D, SHAPE).to(dtype)
+        x = unpark(x, x_at, D, PARKED)
+        q = (linear(x, qkv, bias, head, 3 * D, SHAPE) * SCALE).to(dtype)
+        memory = unpark(memory, memory_at, D, PARKED)
+        k = linear(memory, qkv, bias, D + head, 3 * D, SHAPE).to(dtype)
         dy = unpark(dy, dy_at, D, PARKED)
-        do = weight_product(dy, weights.out_weight, column, head, D, D, False, SHAPE)
-        do = do.to(x.dtype)  # [M_q, D/H]
-        dv = product(p.to(x.dtype).trans(), do, PRECISION).to(x.dtype)
-        dp = product(do, v.trans(), PRECISION)  # [M_q, M_k]
-        ds = (p * (dp - tl.sum(rounded_products(p, dp), 1)[:, None])).to(x.dtype)
-        dq = (product(ds, k, PRECISION) * WIDTH**-0.5).to(x.dtype)
-        dk = (product(ds.trans(), q, PRECISION) / LOG2_E).to(x.dtype)
-        store_tile(columns(dq_at, h * WIDTH), dq, WIDTH)
-        store_tile(columns(dk_at, h * WIDTH), dk, WIDTH)
-        store_tile(columns(dv_at, h * WIDTH), dv, WIDTH)
-
+        do = weight_product(dy, weights.out_weight, column, head, D, D, False, SHAPE).to(dtype)
+        o, dq, dk, dv = _heads_bwd(
+            q, k, v, do, query_slot, key_slot, BLOCK * SHAPE.H // D, SHAPE.PRECISION
+        )
+        store_tile(columns(heads_at, start), o, BLOCK)
+        store_tile(columns(dq_at, start), dq, BLOCK)
+        store_tile(columns(dk_at, start), dk, BLOCK)
+        store_tile(columns(dv_at, start), dv, BLOCK)
         if not PARKED:
             dx, dmemory = _project_back(dq, dk, dv, dx, dmemory, head, weights, IS_SELF, SHAPE)
     if PARKED:  # in a loop of their own, dx and dmemory need not wait beside the scores
         tl.debug_barrier()
-        for h in tl.range(0, H, disable_licm=True):
-            head = h * WIDTH + tl.arange(0, WIDTH)
-            dq = load_tile(columns(dq_at, h * WIDTH), WIDTH)
-            dk = load_tile(columns(dk_at, h * WIDTH), WIDTH)
-            dv = load_tile(columns(dv_at, h * WIDTH), WIDTH)
+        for start in tl.range(0, D, BLOCK, disable_licm=True):
+            head = start + tl.arange(0, BLOCK)
+            dq = load_tile(columns(dq_at, start), BLOCK)
+            dk = load_tile(columns(dk_at, start), BLOCK)
+            dv = load_tile(columns(dv_at, start), BLOCK)
             dx, dmemory = _project_back(dq, dk, dv, dx, dmemory, head, weights, IS_SELF, SHAPE)
     return dx, dmemory
 

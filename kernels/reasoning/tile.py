@@ -28,14 +28,20 @@ class Rows(NamedTuple):
 
 
 @triton.jit
+def user_of(sequence, n_trajectories):
+    """User of each sequence: int32. There are no 2^31 sequences, and 64 bits divide slowly."""
+    return sequence.to(tl.int32) // n_trajectories
+
+
+@triton.jit
 def load_of_user(ptr, first, end, n_trajectories, M: tl.constexpr, SLOT: tl.constexpr):
     """Element of each row's user in a tensor [B], 0 beyond the last sequence: [M]."""
     if M == SLOT:  # one sequence: a number for all rows, not a register for each
-        value = tl.load(ptr + first // n_trajectories, mask=first < end, other=0)
+        value = tl.load(ptr + user_of(first, n_trajectories), mask=first < end, other=0)
         values = tl.zeros([M], value.dtype) + value
     else:
         sequence = first + tl.arange(0, M) // SLOT
-        values = tl.load(ptr + sequence // n_trajectories, mask=sequence < end, other=0)
+        values = tl.load(ptr + user_of(sequence, n_trajectories), mask=sequence < end, other=0)
     return values
 
 
@@ -70,7 +76,7 @@ def memory_lengths(
     """
     GROUPS: tl.constexpr = 1 if SEQUENCES == 1 else M // GROUP
     sequence = first + tl.arange(0, GROUPS) * GROUP // SLOT
-    length = tl.load(lengths_ptr + sequence // n_trajectories, mask=sequence < end, other=0)
+    length = tl.load(lengths_ptr + user_of(sequence, n_trajectories), mask=sequence < end, other=0)
     return tl.minimum(length, size).to(tl.int32)
 
 
@@ -78,7 +84,7 @@ def memory_lengths(
 def sequence_lengths(lengths_ptr, first, end, n_trajectories, size, SEQUENCES: tl.constexpr):
     """Events of each slot's sequence: int32 [SEQUENCES]."""
     sequence = first + tl.arange(0, SEQUENCES)
-    length = tl.load(lengths_ptr + sequence // n_trajectories, mask=sequence < end, other=0)
+    length = tl.load(lengths_ptr + user_of(sequence, n_trajectories), mask=sequence < end, other=0)
     return tl.minimum(length, size).to(tl.int32)
 
 

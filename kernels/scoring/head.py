@@ -164,7 +164,7 @@ def hidden_kernel(
     if HEAD.DROPOUT:
         dropout = Dropout(threshold, scale, seed_ptr)
         row = tl.load(user_rows_ptr + user)
-        x = tl.where(hidden_keep(dropout, row, position, 0, first, BLOCK), x * scale, 0.0)
+        x = tl.where(hidden_keep(dropout, row, position, 0, first, x), x * scale, 0.0)
     _store(hidden_ptr, rows, row_0, inside, units, x, H1, PRECISION)
 
 
@@ -183,11 +183,11 @@ def _second_layer(
 
 
 @triton.jit
-def _second_keep(user_rows_ptr, rows, row_0, inside, dropout, HEAD: tl.constexpr):
-    """Say which units of the second layer are kept, bool [ROWS, H2_TILE]."""
+def _second_keep(user_rows_ptr, rows, row_0, inside, dropout, like):
+    """Say which units of the second layer, ``like`` [ROWS, H2_TILE], are kept: bool."""
     user, position = _locate(rows, row_0, inside)
     row = tl.load(user_rows_ptr + user)
-    return hidden_keep(dropout, row, position, 1, 0, HEAD.H2_TILE)
+    return hidden_keep(dropout, row, position, 1, 0, like)
 
 
 @triton.jit
@@ -227,7 +227,7 @@ def output_kernel(
     x = relu(t2)
     if HEAD.DROPOUT:
         dropout = Dropout(threshold, scale, seed_ptr)
-        keep = _second_keep(user_rows_ptr, rows, row_0, inside, dropout, HEAD)
+        keep = _second_keep(user_rows_ptr, rows, row_0, inside, dropout, t2)
         x = tl.where(keep, x * scale, 0.0)
     y = tl.sum(x * third_layer_weights(mlp, HEAD)[None, :], 1) + tl.load(mlp.b3).to(tl.float32)
     if HEAD.DOT:
@@ -276,7 +276,7 @@ def output_bwd_kernel(
     dt2 = tl.where(t2 > 0, dy[:, None] * third_layer_weights(mlp, HEAD)[None, :], 0.0)
     if HEAD.DROPOUT:
         dropout = Dropout(threshold, scale, seed_ptr)
-        keep = _second_keep(user_rows_ptr, rows, row_0, inside, dropout, HEAD)
+        keep = _second_keep(user_rows_ptr, rows, row_0, inside, dropout, t2)
         x2 = tl.where(keep, x2 * scale, 0.0)
         dt2 = tl.where(keep, dt2 * scale, 0.0)
     outputs = tl.arange(0, HEAD.H2_TILE)

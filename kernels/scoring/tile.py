@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from lcr_fast.kernels.core.layout import laid_out_as
 from lcr_fast.kernels.core.noise import DROPOUT_COUNTER
 from lcr_fast.kernels.core.product import (
     load_operand,
@@ -139,15 +140,16 @@ def attend(
 
 
 @triton.jit
-def hidden_keep(dropout, row, positions, LAYER: tl.constexpr, first, UNITS: tl.constexpr):
-    """Say which hidden units first .. first + UNITS of a layer, 0 or 1, are kept: bool [P, UNITS].
+def hidden_keep(dropout, row, positions, LAYER: tl.constexpr, first, like):
+    """Say which hidden units of a layer, 0 or 1, are kept of ``like`` [P, UNITS]: bool.
 
     ``dropout`` is a :class:`Dropout`, ``row`` [P] the users' and ``positions`` [P] the candidates';
-    a Philox call serves eight units, so ``first`` and UNITS are multiples of 8. The numbers are
-    those of :func:`dropout_keep`.
+    a Philox call serves eight units, so ``first``, the first unit, and UNITS are multiples of 8.
+    The numbers are those of :func:`dropout_keep`.
     """
-    P: tl.constexpr = positions.shape[0]
-    halves = tl.zeros([P, UNITS], tl.int32)
+    P: tl.constexpr = like.shape[0]
+    UNITS: tl.constexpr = like.shape[1]
+    halves = tl.zeros([P, UNITS], tl.uint16)
     if dropout.threshold > 0:  # always; a branch keeps the drawing out of the products before it
         octets = (first // 8 + tl.arange(0, UNITS // 8)).to(tl.uint32)[None, :]
         zero = tl.zeros([P, UNITS // 8], tl.uint32)
@@ -159,10 +161,9 @@ def hidden_keep(dropout, row, positions, LAYER: tl.constexpr, first, UNITS: tl.c
             row.to(tl.uint32)[:, None] + zero,
         )
         # A join adds the fastest axis; in order: octet, high bit of the word, low bit, half.
-        low = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
-        high = tl.join(tl.join(w0 >> 16, w2 >> 16), tl.join(w1 >> 16, w3 >> 16))
-        halves = tl.reshape(tl.join(low, high), [P, UNITS]).to(tl.int32)
-    return halves >= dropout.threshold
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+        halves = tl.join(words.to(tl.uint16), (words >> 16).to(tl.uint16)).reshape(P, UNITS)
+    return laid_out_as(halves.to(tl.int32), like) >= dropout.threshold
 
 
 @triton.jit
@@ -219,7 +220,7 @@ def _second_layer(
         units = first + tl.arange(0, H1_BLOCK)
         x = relu(_first_layer(z_r, z_s, e, user_ptr, mlp, units, HEAD, PRECISION))
         if HEAD.DROPOUT:
-            keep = hidden_keep(dropout, row, positions, 0, first, H1_BLOCK)
+            keep = hidden_keep(dropout, row, positions, 0, first, x)
             x = tl.where(keep, x * dropout.scale, 0.0)
         offsets = outputs[:, None] * HEAD.H1 + units[None, :]
         mask = (outputs < HEAD.H2)[:, None] & (units < HEAD.H1)[None, :]
@@ -248,7 +249,7 @@ def score_tile(
         )  # fmt: skip
         x = relu(t2)
         if HEAD.DROPOUT:
-            keep = hidden_keep(dropout, row, positions, 1, 0, HEAD.H2_TILE)
+            keep = hidden_keep(dropout, row, positions, 1, 0, x)
             x = tl.where(keep, x * dropout.scale, 0.0)
         mlp_score = tl.sum(x * third_layer_weights(mlp, HEAD)[None, :], 1)
         mlp_score += tl.load(mlp.b3).to(tl.float32)
