@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +12,9 @@ pytest.importorskip("triton")
 import kernel_counts
 from kernel_counts import Counts, count_pass, count_step
 from test_sass import listing
+
+from lcr_fast.kernels.reasoning import backward
+from lcr_fast.kernels.reasoning.config import Shape
 
 HEADS = [
     ".L_heads:",
@@ -87,13 +91,36 @@ def test_a_pass_whose_loops_were_unrolled_counts_as_it_stands():
         count_pass(listing(*steps), (4, 2))
 
 
+@pytest.mark.parametrize(
+    ("name", "parked", "loops"),
+    [("ffn_bwd", False, 2), ("cross_bwd", True, 2), ("self_bwd", False, 1)],
+)
+def test_a_kernel_of_backward_passes_its_blocks(monkeypatch, name, parked, loops):
+    shape = Shape(D=64, F=96, H=4, BLOCK_HEADS=16, BLOCK_F=32, PRECISION="ieee")
+    given = {"SHAPE": shape, "SEQUENCES": 2, "PARKED": parked}
+    kernel = getattr(backward, f"{name}_kernel")
+    variant = SimpleNamespace(kernel=kernel, constexprs=given, options={"num_warps": 4})
+    bodies = (HEADS, UNITS)[:loops]
+    listed = listing("LDS R3, [R4]", *(line for body in bodies for line in body))
+    monkeypatch.setattr(kernel_counts.sass, "disassemble", lambda _: listed)
+    found = kernel_counts.counts(variant, SimpleNamespace(asm={"cubin": None}))
+    in_loops = 5 + 3 if loops == 2 else 5  # instructions
+    times = 3 if name == "ffn_bwd" else 4
+    # Of both streams, a program each for two sequences; listings end with an instruction.
+    assert found.instructions == 4 * (2 + times * in_loops)
+
+
 @pytest.mark.full
-def test_scoring_is_counted():
+def test_scoring_and_backward_are_counted():
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    only = "scoring.(hidden|state_bwd)-fp32-bf16x3-d64.*C100|operands"
+    only = (
+        "scoring.(hidden|state_bwd)-fp32-bf16x3-d64.*C100|operands"  # of operands W1 and W2
+        "|reasoning.(ffn_bwd-train|cross_bwd)-bf16-d64-L30"
+    )
     command = [sys.executable, kernel_counts.__file__, "--arch", "sm_90", "--only", only]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    rows = [row for row in done.stdout.splitlines() if row.startswith("| scoring")]
-    assert len(rows) == 4  # of operands W1 and W2
-    assert all(float(row.split(" | ")[2].replace(",", "")) > 10_000 for row in rows)
+    rows = [row.split(" | ") for row in done.stdout.splitlines()[2:]]
+    assert len(rows) == 6
+    instructions = {row[0]: float(row[2].replace(",", "")) for row in rows}
+    assert all(n > 9_000 for n in instructions.values()), instructions

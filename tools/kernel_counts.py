@@ -2,13 +2,14 @@
 
     python tools/kernel_counts.py [--arch sm_90] [--only REGEX]
 
-Of reasoning and the encoders, forward, a step or layer is told; of scoring's kernels (``--only
-"scoring.*d64.*C100|operands"``) a whole pass, of one trajectory and 100 candidates with 30 + 30
-events.
+Of reasoning and the encoders a step or layer is told, forward or (``--only "bwd|recompute"``) by
+backward's kernels; of scoring's kernels (``--only "scoring.*d64.*C100|operands"``) a whole pass, of
+one trajectory and 100 candidates with 30 + 30 events.
 
-A program takes its sequences through the loop over the steps, in an encoder over the layers; what
-that loop executes once, times the warps, over the sequences, is what is told. Loops inside have
-trip counts known at compile time: over the two streams, if they take turns in the same code; over
+Forward, a program takes its sequences through the loop over the steps, in an encoder over the
+layers; what that loop executes once, times the warps, over the sequences, is what is told. A
+kernel of backward has a program for each stream, and is told whole. Loops inside have trip counts
+known at compile time: over the two streams, if they take turns in the same code; over
 blocks of heads, which exponentiate between their products; and over blocks of hidden units. Bytes
 are those of a warp's loads and stores: addresses that its lanes share are counted for each. What
 wgmma reads of shared memory by itself is not among them.
@@ -32,10 +33,21 @@ import kernel_resources
 import sass
 from lcr_fast.kernels.encoding.forward import encode_fwd_kernel
 from lcr_fast.kernels.launch import Variant
+from lcr_fast.kernels.reasoning.backward import (
+    cross_bwd_kernel,
+    ffn_bwd_kernel,
+    recompute_cross_kernel,
+    recompute_self_kernel,
+    self_bwd_kernel,
+)
 from lcr_fast.kernels.reasoning.forward import latent_reasoning_fwd_kernel
 from lcr_fast.kernels.weight_gradients import operands_product_kernel
 
-_KERNELS = (latent_reasoning_fwd_kernel, encode_fwd_kernel)
+_FORWARD = (latent_reasoning_fwd_kernel, encode_fwd_kernel)
+_BACKWARD = (
+    recompute_self_kernel, recompute_cross_kernel, ffn_bwd_kernel, cross_bwd_kernel,
+    self_bwd_kernel,
+)  # fmt: skip
 _CANDIDATES, _EVENTS = 100, 30  # of a user, whom scoring's kernels are counted for
 _LANES = 32
 _PRODUCT = re.compile(r"HMMA|[HQI]GMMA|UTC\w*MMA")
@@ -203,7 +215,15 @@ def _scoring(variant: Variant) -> tuple[list[int], float] | None:
 def counts(variant: Variant, compiled: Any) -> Counts | None:
     """Count a compiled variant, or return None of a kernel that is not counted."""
     listing = sass.disassemble(compiled.asm["cubin"])
-    if variant.kernel in _KERNELS:
+    if variant.kernel in _BACKWARD:
+        shape, parked = variant.constexprs["SHAPE"], variant.constexprs.get("PARKED", False)
+        if variant.kernel is ffn_bwd_kernel:  # forward again, then backward
+            trips = [shape.F // shape.BLOCK_F] * 2
+        else:  # parked, gradients of the inputs have a loop of their own
+            trips = [shape.D // shape.BLOCK_HEADS] * (1 + parked)
+        of_warp = count_pass(listing, trips)
+        programs = 2 / variant.constexprs["SEQUENCES"]
+    elif variant.kernel in _FORWARD:
         shape = variant.constexprs["SHAPE"]
         of_warp = count_step(
             listing,
