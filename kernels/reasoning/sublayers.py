@@ -378,6 +378,7 @@ def attention_bwd(
     """
     D: tl.constexpr = SHAPE.D
     BLOCK: tl.constexpr = SHAPE.BLOCK_HEADS
+    PRECISION: tl.constexpr = SHAPE.PRECISION
     SCALE: tl.constexpr = LOG2_E * (D // SHAPE.H) ** -0.5
     dtype: tl.constexpr = x.dtype
     column = tl.arange(0, D)
@@ -395,7 +396,7 @@ def attention_bwd(
         dy = unpark(dy, dy_at, D, PARKED)
         do = weight_product(dy, weights.out_weight, column, head, D, D, False, SHAPE).to(dtype)
         o, dq, dk, dv = _heads_bwd(
-            q, k, v, do, query_slot, key_slot, BLOCK * SHAPE.H // D, SHAPE.PRECISION
+            q, k, v, do, query_slot, key_slot, BLOCK * SHAPE.H // D, PRECISION
         )
         store_tile(columns(heads_at, start), o, BLOCK)
         store_tile(columns(dq_at, start), dq, BLOCK)
