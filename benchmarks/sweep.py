@@ -90,17 +90,18 @@ def jobs() -> Iterator[Job]:
                         yield Job("forward", kind, dim, size, config)
                     # Two programs a multiprocessor wait for each other's barriers: would three or
                     # four, which hold less?
-                    limits = (None, 168, 128) if (warps, rows) == (4, 64) else (None,)
-                    for parked, registers in itertools.product((False, True), limits):
-                        config = Config(warps, parked, rows, registers=registers)
+                    is_usual = (warps, rows) == (4, 64)
+                    limits = (None, 168, 128) if is_usual else (None,)
+                    for parked, registers, heads in itertools.product(
+                        (False, True), limits, (32, 64) if is_usual else (32,)
+                    ):
+                        config = Config(warps, parked, rows, block_heads=heads, registers=registers)
                         yield Job("backward", kind, dim, size, config)
                 if slot <= 64:  # one stream needs fewer registers than two
-                    for registers in (None, 168, 128):
-                        config = Config(4, registers=registers)
+                    for registers, heads in itertools.product((None, 168, 128), (32, 64)):
+                        config = Config(4, block_heads=heads, registers=registers)
                         yield Job("encode backward", kind, dim, size, config)
-                        for heads in (32, 64):
-                            config = config._replace(block_heads=heads, block_f=64)
-                            yield Job("encode", kind, dim, size, config)
+                        yield Job("encode", kind, dim, size, config._replace(block_f=64))
             for candidates, hidden, warps in (
                 (16, 16, 4), (32, 16, 4), (32, 32, 4), (32, 32, 8), (64, 32, 4), (64, 32, 8),
             ):  # fmt: skip
