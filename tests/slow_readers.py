@@ -238,15 +238,21 @@ def text(value, nullable=False):
 
 def terms_of(value, han_alone=True):
     """Cut a text into words of letters and digits with their marks; Han letters stand alone."""
-    words, run = [], ""
-    for letter in unicodedata.normalize("NFC", value.lower()) + " ":
+    words, run, joined = [], "", ""
+    plain = "".join(letter for letter in value.lower() if letter not in "\xad\u2060\ufeff")
+    for letter in unicodedata.normalize("NFC", plain) + " ":
         kind = unicodedata.category(letter)[0]
         alone = han_alone and is_han(letter)
-        if run and (kind not in "LNM" or alone or (kind != "M" and han_alone and is_han(run[0]))):
-            words.append(run)
-            run = ""
+        after_han = run and han_alone and is_han(run[0])
+        if run and letter in "\u200c\u200d" and not after_han:
+            joined += letter
+            continue
+        if run and (kind not in "LNM" or alone or (after_han and kind != "M")):
+            last = joined[:1] if unicodedata.category(run[-1])[0] == "M" else ""
+            words.append(run + last.replace("\u200c", ""))
+            run = joined = ""
         if run or kind in "LN":
-            run += letter
+            run, joined = run + joined + letter, ""
     return words
 
 

@@ -23,9 +23,12 @@ _FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0
 _PER_MS = {"s": (1000, 1), "ms": (1, 1), "us": (1, 1000), "ns": (1, 10**6)}  # times, divided by
 BREAK = r"[\t\r\n]"
 # A letter or digit may carry marks: accents, vowel signs. A word is a run of such; as a term, a
-# Chinese character stands alone.
-WORD = r"[\p{L}\p{N}][\p{L}\p{N}\p{M}]*"
-TERM = r"\p{Han}\p{M}*|[\p{L}\p{N}--\p{Han}][\p{L}\p{N}\p{M}--\p{Han}]*"
+# Chinese character stands alone. Joiners (ZWNJ, ZWJ) are spelling within a word, as in Persian, and
+# ZWJ also behind its last mark, where Malayalam makes a letter of the two.
+_RUN = r"(?:\p{{M}}\u200D|{0}|[\u200C\u200D]+{0})*"
+WORD = r"[\p{L}\p{N}]" + _RUN.format(r"[\p{L}\p{N}\p{M}]")
+TERM = r"\p{Han}\p{M}*|[\p{L}\p{N}--\p{Han}]" + _RUN.format(r"[\p{L}\p{N}\p{M}--\p{Han}]")
+_UNSEEN = "[\u00ad\u2060\ufeff]"  # says where a line may break, and where not
 _DATE_TIME = r"^[1-9][0-9]{3}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-5][0-9]$"
 _CODE = "(?:0|[1-9][0-9]{0,2})"  # a byte
 _CODES = rf"^\[[ \n]*{_CODE}(?:[ \n,]+{_CODE})*[ \n]*\]$"
@@ -58,7 +61,8 @@ def is_positive(number: pl.Expr) -> pl.Expr:
 def terms(text: pl.Expr, pattern: str = TERM) -> pl.Expr:
     """Cut a text into its terms, in lower case; a letter is one however its marks are encoded."""
     # Normalised last: a lower letter may have a code of its own where the capital has none.
-    return text.str.to_lowercase().str.normalize("NFC").str.extract_all(pattern)
+    lower = text.str.to_lowercase().str.replace_all(_UNSEEN, "")
+    return lower.str.normalize("NFC").str.extract_all(pattern)
 
 
 def _is_text(dtype: pl.DataType) -> bool:

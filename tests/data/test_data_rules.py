@@ -101,8 +101,18 @@ TYPED = {
     "Cafe\u0301 CAF\u00c9": ["caf\u00e9", "caf\u00e9"],
     "J\u030c": ["\u01f0"],  # the small one alone has a code of its own
     "1. a-b \u0301": ["1", "a", "b"],
+    # Persian "I write", and a joiner left behind; Marathi "of the valley", Hindi in half forms.
+    "می\u200cنویسم کتب\u200c \u200cدل": ["می\u200cنویسم", "کتب", "دل"],
+    "दर्\u200dयाचे क्\u200cष": ["दर्\u200dयाचे", "क्\u200cष"],
+    "അവന്\u200d വാക്ക്\u200c": ["അവന്\u200d", "വാക്ക്"],  # Malayalam: ZWJ makes the last letter
+    "a\u200d \u200d": ["a"],
+    "Groß\u00adhandel wo\u2060rd": ["großhandel", "word"],
 }
-WRITTEN = {"红色shoe": ["红", "色", "shoe"], "か\u3099红\U000e0100x": ["が", "红\U000e0100", "x"]}
+WRITTEN = {
+    "红色shoe": ["红", "色", "shoe"],
+    "红\u200c色a\u200c红": ["红", "色", "a", "红"],
+    "か\u3099红\U000e0100x": ["が", "红\U000e0100", "x"],
+}
 
 
 @pytest.mark.parametrize("source", ["trivago", "qilin", "ubi"])
