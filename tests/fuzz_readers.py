@@ -179,7 +179,7 @@ def mutate_frame(path, rng):
     dtypes = (
         pl.Float64, pl.Int32, pl.String, pl.Boolean, pl.UInt64, pl.Categorical, pl.Float32,
         pl.Datetime("ms"), pl.Datetime("ns"), pl.Date, pl.List(pl.Int32), pl.List(pl.String),
-        pl.List(pl.Float64), pl.Binary, pl.Decimal(20, 2), pl.Null,
+        pl.List(pl.Float64), pl.Binary, pl.Decimal(20, 2), pl.Decimal(20, 0), pl.Null,
     )  # fmt: skip
     row = rng.randrange(max(frame.height, 1))
     here = pl.int_range(pl.len()) == row

@@ -6,6 +6,7 @@ gives the values alone. A file that breaks a rule raises RefusedError.
 
 import calendar
 import datetime
+import decimal
 import gzip
 import json
 import math
@@ -144,10 +145,7 @@ def rows_of(path, wanted, optional=(), separator=",", quote='"'):
             columns = [*wanted, *(column for column in optional if column in there)]
             singles = {c for c in columns if there[c] == pl.Float32}
             for row in pl.read_parquet(path, columns=columns).to_dicts():
-                yield {
-                    c: Single(value) if c in singles and value is not None else value
-                    for c, value in row.items()
-                }
+                yield {c: _plain(value, c in singles) for c, value in row.items()}
         except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
             raise RefusedError(error) from None
         return
@@ -161,6 +159,12 @@ def rows_of(path, wanted, optional=(), separator=",", quote='"'):
         for value in row.values():
             require(value is None or not re.search("[\ud800-\udfff]", value), "not UTF-8")
         yield row
+
+
+def _plain(value, single):
+    if isinstance(value, decimal.Decimal):
+        return int(value) if value == int(value) else float(value)
+    return Single(value) if single and value is not None else value
 
 
 def distinct(rows):
@@ -213,7 +217,9 @@ def one_line(value):
     return value
 
 
-def milliseconds(value, unit="ms", least=-MAX_MS):
+def milliseconds(value, unit="ms", least=-MAX_MS, days=False):
+    if days and type(value) is datetime.date:
+        value = datetime.datetime(value.year, value.month, value.day)
     if isinstance(value, datetime.datetime):
         since = value.replace(tzinfo=None) - datetime.datetime(1970, 1, 1)
         value, unit = since // datetime.timedelta(microseconds=1), "us"
@@ -482,8 +488,8 @@ def frames(folder):
 def _frame_rows(path, wanted, optional):
     rules = {
         "user": an_id, "item": an_id, "search": an_id, "order": integer, "target": _flag,
-        "time": milliseconds, "terms": _words, "impressions": _ids, "relevant": _label,
-        "topic": _label,
+        "time": lambda value: milliseconds(value, days=True), "terms": _words,
+        "impressions": _ids, "relevant": _label, "topic": _label,
     }  # fmt: skip
     names = {name: name for name in (*wanted, *optional)}
     separator, quote = ("\t" if ".tsv" in path.suffixes else ","), '"'

@@ -119,7 +119,7 @@ def _read(name: str, file: Path, unit: str) -> tuple[pl.DataFrame, list[str]]:
     if _ends_with(file, _ATOMIC):
         names = _ATOMIC_FIELDS
     fields = {
-        there: rules.time(unit) if column == "time" else _RULES[column]
+        there: rules.time(unit, days=True) if column == "time" else _RULES[column]
         for there, column in names.items()
     }
     time = next(there for there, column in names.items() if column == "time")
@@ -135,6 +135,13 @@ def _read(name: str, file: Path, unit: str) -> tuple[pl.DataFrame, list[str]]:
     ).rename(names)
     others = [column for column in present if column not in names]
     notes = [f"{file.name}: ignored the columns {', '.join(others)}"] if others else []
+    if present[time] == pl.Date:
+        notes.append(
+            f"{file.name}: {time} is a day: what a user does on it ties, and is not the history of "
+            "another target of that day"
+        )
+    if isinstance(present[time], pl.Datetime) and present[time].time_zone is None:
+        notes.append(f"{file.name}: {time} names no time zone: read as UTC")
     return table, notes
 
 

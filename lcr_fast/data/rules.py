@@ -70,6 +70,8 @@ def _is_text(dtype: pl.DataType) -> bool:
 
 
 def _text(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
+    if isinstance(dtype, pl.Decimal):
+        return _whole(column, dtype).cast(pl.String)
     return column.cast(pl.String) if _is_text(dtype) or dtype.is_integer() else None
 
 
@@ -78,7 +80,15 @@ def _line(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
     return None if text is None else pl.when(~text.str.contains(BREAK)).then(text)
 
 
+def _whole(column: pl.Expr, dtype: pl.DataType) -> pl.Expr:
+    """Give the integers among decimals."""
+    whole = column.cast(pl.Int64, strict=False)
+    return pl.when(whole.cast(dtype, strict=False) == column).then(whole)
+
+
 def _integer(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
+    if isinstance(dtype, pl.Decimal):
+        return _whole(column, dtype)
     if dtype.is_integer():
         return column.cast(pl.Int64, strict=False)
     if dtype.is_float():
@@ -93,7 +103,7 @@ def _integer(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
 
 
 def _number(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
-    if not (dtype.is_integer() or dtype.is_float() or dtype == pl.String):
+    if not (dtype.is_numeric() or dtype == pl.String):
         return None
     number = column.cast(pl.Float64, strict=False)
     return pl.when(number.is_finite()).then(number)
@@ -185,11 +195,14 @@ DATE_TIME = Rule("a time as 2022-07-01 12:30:00", _date_time)
 CODES = Rule("a list of codes 0..255", _codes)
 
 
-def time(unit: str, *, least_ms: int = -MAX_MS, expected: str | None = None) -> Rule:
+def time(
+    unit: str, *, least_ms: int = -MAX_MS, days: bool = False, expected: str | None = None
+) -> Rule:
     """Make the rule of times in a unit ("s", "ms", "us", "ns"): Int64 ms, rounded, within range.
 
     The range is ``least_ms`` to ``MAX_MS``, so that a time in a finer unit breaks the rule. A
-    Datetime column has a unit of its own; of Float32, which holds a unix time in s to two minutes,
+    Datetime column has a unit of its own; without a time zone it is UTC. A Date column is its
+    midnights (UTC) where ``days`` will do. Of Float32, which holds a unix time in s to two minutes,
     there is no time.
     """
     if unit not in _PER_MS:
@@ -197,6 +210,10 @@ def time(unit: str, *, least_ms: int = -MAX_MS, expected: str | None = None) -> 
 
     def typed(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
         times, divided = _PER_MS[unit]
+        if days and dtype == pl.Date:
+            column, dtype = column.cast(pl.Datetime("ms")), pl.Datetime("ms")
+        if isinstance(dtype, pl.Decimal) and not dtype.scale:
+            column, dtype = _whole(column, dtype), pl.Int64()
         if isinstance(dtype, pl.Datetime):
             times, divided = _PER_MS[dtype.time_unit]
             column, dtype = column.cast(pl.Int64), pl.Int64()

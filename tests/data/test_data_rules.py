@@ -32,6 +32,11 @@ def single(values):
     return pl.Series("x", values, dtype=pl.Float32)
 
 
+def decimals(scale, values):
+    texts = [None if value is None else str(value) for value in values]
+    return pl.Series("x", texts).cast(pl.Decimal(38, scale))
+
+
 @pytest.mark.parametrize(
     ("rule", "values", "expected"),
     [
@@ -77,6 +82,19 @@ def single(values):
         (rules.time("s"), [1.5, 2.0**63, NAN], [1500, None, None]),
         (rules.time("s"), [datetime.datetime(1970, 1, 2)], [86_400_000]),
         (rules.time("ms"), [True], None),
+        (rules.INTEGER, decimals(0, [7, -3, 2**63, None]), [7, -3, None, None]),
+        (rules.INTEGER, decimals(2, ["7.00", "7.50"]), [7, None]),
+        (rules.ID, decimals(0, [2**62 + 1]), [2**62 + 1]),
+        (rules.NUMBER, decimals(1, ["2.5", None]), [2.5, None]),
+        (rules.FLAG, decimals(0, [1, 0, 2]), [True, False, None]),
+        (rules.LINE, decimals(0, [7]), ["7"]),
+        (rules.IDS, decimals(0, [7]).implode(), [[7]]),
+        (rules.WORDS, decimals(0, [7]).implode(), [["7"]]),
+        (rules.time("ns"), decimals(0, [MS * 10**6 + 1, 10**20 + 1]), [MS, None]),
+        (rules.time("s"), decimals(3, ["1700000000.001"]), [MS + 1]),
+        (rules.time("ms", days=True), [datetime.date(1970, 1, 2)], [86_400_000]),
+        (rules.SECONDS, [datetime.date(1970, 1, 2)], None),
+        (rules.DATE_TIME, [datetime.date(1970, 1, 2)], None),
         (rules.time("s"), single([1_700_000_000, 7]), None),
     ],
 )
@@ -578,6 +596,35 @@ def test_times_in_another_unit(tables, tmp_path):
     assert (
         frames.read(write_tables(tmp_path / "d", dated)).events["time"].equals(log.events["time"])
     )
+
+
+def test_ids_that_are_decimals_and_times_that_are_days(tables, tmp_path):
+    """As Spark writes Oracle's NUMBER, and a date without a clock."""
+    plain = frames.read(write_tables(tmp_path / "plain", tables))
+    decimal = {
+        name: table.cast({pl.selectors.integer(): pl.Decimal(20, 0)})
+        for name, table in tables.items()
+    }
+    log = frames.read(write_tables(tmp_path / "decimal", decimal))
+    for name in tables:
+        assert getattr(log, name).equals(getattr(plain, name))
+    day = pl.lit(datetime.date(2024, 6, 1))
+    dated = {name: table.with_columns(time=day) for name, table in tables.items()}
+    log = frames.read(write_tables(tmp_path / "dated", dated))
+    assert log.clicks["time"].unique().to_list() == [1_717_200_000_000]
+    assert "events.parquet: time is a day: what a user does on it ties, and is not" in "".join(
+        log.notes
+    )
+    hour = pl.lit(datetime.datetime(2024, 6, 1, 1))
+    dated["searches"] = dated["searches"].with_columns(time=hour)
+    with pytest.raises(ValueError, match=r"clicks\.parquet, row 1, field time: .* not before its"):
+        frames.read(write_tables(tmp_path / "mixed", dated))
+    at = {name: table.with_columns(time=hour) for name, table in tables.items()}
+    at["clicks"] = at["clicks"].cast({"time": pl.Datetime("us", "Europe/Paris")})
+    notes = frames.read(write_tables(tmp_path / "zones", at)).notes
+    assert [note for note in notes if "zone" in note] == [
+        f"{name}.parquet: time names no time zone: read as UTC" for name in ("events", "searches")
+    ]
 
 
 @pytest.mark.parametrize(
