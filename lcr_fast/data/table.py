@@ -12,9 +12,10 @@ from pathlib import Path
 import polars as pl
 
 from . import progress
-from .rules import BREAK, Rule, is_missing
+from .rules import BREAK, TEXT, Rule, is_missing
 
 _AS_READ = " as read"  # behind the name of a field that comes a second time
+_LIKE_ROWS = " like rows"  # and of a column of text whose value may hold other rows
 
 
 def read_table(
@@ -35,13 +36,18 @@ def read_table(
     large file need not fit into memory; rows it drops are checked all the same. Of the fields
     ``as_read`` the values of the file come too, for ``without_repeated``. Raises FileNotFoundError
     for a missing file and ValueError for a folder, for a column that is missing, there twice or of
-    a type without sense, and for a field that breaks its rule, such as
+    a type without sense, for a column of text, read or not, that holds other rows behind a quote,
+    and for a field that breaks its rule, such as
     "rec_inter.csv, row 17, field timestamp: expected a number, got 'abc'".
     """
     path = Path(path)
     raw = scan(path, separator, quote_char)
     with readable(path, partial(_odd_line, path, separator, quote_char)):
         schema = raw.collect_schema()
+        quoted = not is_columnar(path) and quote_char is not None
+        for name in schema if quoted else ():
+            if "\n" in name and separator in name:
+                raise ValueError(f"{path.name}: the name of a column {_holds_rows(name)}")
         for name in fields:
             if name not in schema:
                 raise ValueError(
@@ -58,14 +64,22 @@ def read_table(
         bad = pl.any_horizontal(pl.lit(False), *(_flag_of(name) for name in fields))
         # Of a line of text all fields are parsed: polars would not miss, nor mind, one too many.
         flags = pl.QueryOptFlags(projection_pushdown=is_columnar(path))
-        with progress.passing(raw.select(*fields), path.name) as rows:
+        texts = [
+            name
+            for name in schema
+            if quoted and fields.get(name, TEXT) is TEXT and fields.keys() - {name}
+        ]
+        like_rows = [_like_rows(name, list(schema), separator) for name in texts]
+        odd = pl.any_horizontal(bad, *(pl.col(name + _LIKE_ROWS).is_not_null() for name in texts))
+        with progress.passing(raw.select(*fields, *like_rows), path.name) as rows:
             frame = rows.with_row_index("row", offset=1).select(
                 pl.col("row").cast(pl.Int64),
                 *(value.alias(name) for name, value in typed.items()),
                 *(pl.col(name).alias(name + _AS_READ) for name in as_read),
                 *(value.alias(_flag_of(name)) for name, value in broken.items()),
+                *(name + _LIKE_ROWS for name in texts),
             )
-            kept = frame if keep is None else frame.filter(keep | bad)
+            kept = frame if keep is None else frame.filter(keep | odd)
             table = kept.collect(engine="streaming", optimizations=flags)
         wrong = table.filter(bad)
         if wrong.height:
@@ -74,7 +88,61 @@ def read_table(
             got = raw.select(field).slice(row - 1, 1).collect().item()
             error = field_error(path, row, field, fields[field].expected, got)
             raise ValueError(f"{error}{_reason(path, got)}")
+        for name in texts:
+            _refuse_rows_within(table, name, list(schema), fields, nullable, path, separator)
+    table = table if keep is None else table.filter(keep)
     return table.select("row", *fields, *(name + _AS_READ for name in as_read))
+
+
+def _like_rows(name: str, names: list[str], separator: str) -> pl.Expr:
+    """Give a text that ends one row and begins another: so many fields are in its lines."""
+    place, one = names.index(name), f"[^{separator}\n]*"
+    first, last = (f"(?:{each}){{{n}}}" for each, n in (
+        (separator + one, len(names) - place - 1), (one + separator, place),
+    ))  # fmt: skip
+    held = pl.col(name).str.contains(rf"\A{one}{first}\n(?s:.*\n)?{last}{one}\z")
+    return pl.when(held).then(name).alias(name + _LIKE_ROWS)
+
+
+def _refuse_rows_within(
+    table: pl.DataFrame,
+    name: str,
+    names: list[str],
+    fields: Mapping[str, Rule],
+    nullable: tuple[str, ...],
+    path: Path,
+    separator: str,
+) -> None:
+    """Raise where what a text holds are rows: then the fields in them keep their rules."""
+    place, text = names.index(name), name + _LIKE_ROWS
+    held = table.filter(pl.col(text).is_not_null())
+    first, last = (
+        held[text].str.extract(line).str.strip_suffix("\r").str.split(separator)
+        for line in (r"\A(.*)", r"(.*)\z")
+    )
+    others = {each: rule for each, rule in fields.items() if each != name}
+    places = {each: names.index(each) for each in others}
+    within = held.select(
+        "row",
+        text,
+        *(
+            (last.list.get(n) if n < place else first.list.get(n - place)).alias(each)
+            for each, n in places.items()
+        ),
+    )
+    keep_rules = (
+        rule.typed(pl.col(each), pl.String()).is_not_null()  # type: ignore[union-attr]
+        | (is_missing(pl.col(each), pl.String()) if each in nullable else pl.lit(False))
+        for each, rule in others.items()
+    )
+    wrong = within.filter(pl.all_horizontal(keep_rules)).sort("row")
+    if wrong.height:
+        row, got = wrong.select("row", text).row(0)
+        raise ValueError(f"{path.name}, row {row}, field {name}: {_holds_rows(got)}")
+
+
+def _holds_rows(text: str) -> str:
+    return f"holds other rows, {_shown(text)}: a quote was probably opened and not closed"
 
 
 def _reason(path: Path, got: object) -> str:

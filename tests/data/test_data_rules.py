@@ -400,6 +400,55 @@ def test_a_quote_that_is_not_closed_swallows_no_rows(tmp_path, source, name, tex
         read(source, tmp_path)
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (
+            ["user,note,item,time", '1,"nice w18,5,10', "2,x,6,11", '3,tv 27",7,12'],
+            "row 1, field note: holds other rows, 'nice w18,5,10",
+        ),
+        (
+            ["user,item,time,note", "1,5,9,", '1,5,10,"nice w18', '2,6,11,tv 27"'],
+            "row 2, field note: holds other rows, 'nice w18",
+        ),
+        (
+            ["note,user,item,time", '"nice w18,1,5,10', 'tv 27",2,6,11'],
+            "row 1, field note: holds other rows, 'nice w18,1,5,10",
+        ),
+        (
+            ["user,item,time,terms,note", '1,5,10,"nice w18,a', '2,6,11,tv 27",b'],
+            "row 1, field terms: holds other rows, 'nice w18,a",
+        ),
+        (
+            ["user,item,time,note", '1,5,10,"', '2,6,11,"""tv"""'],
+            "cannot be read: .*; quotes may only enclose whole fields",
+        ),
+        (
+            ["user,item,time,row", '1,5,10,"nice w18', '2,6,11,tv 27"'],
+            "row 1, field row: holds other rows, 'nice w18",
+        ),
+        (['user,item,time,"note', '1,5,10,x"', "2,6,11,y"], "the name of a column holds other row"),
+        (["user,item,time,note", '1,5,10,"so, a, b', 'c, d,e,f"'], None),  # e is no time
+        (["note,user,item,time", '"a,b', 'c",1,5,10'], None),
+        (["user,item,time,note", '1,5,10,"a,b,c,', '"'], None),
+    ],
+)
+def test_a_quote_that_is_not_closed_in_a_column_that_is_not_read(tmp_path, lines, message, end):
+    path = tmp_path / "t.csv"
+    path.write_text(end.join([*lines, ""]), newline="")
+    fields = {"user": rules.ID, "item": rules.ID, "time": rules.time("ms")}
+    if "terms" in lines[0]:
+        fields["terms"] = rules.TEXT
+    if message is None:
+        assert read_table(path, fields).height == 1
+        # What ``keep`` drops may hold lines of any kind.
+        assert read_table(path, fields, keep=pl.col("time") > 99).height == 0
+    else:
+        with pytest.raises(ValueError, match=rf"\At\.csv[,:] {message}[^\n]*\Z"):
+            read_table(path, fields)
+
+
 def test_a_file_that_is_a_folder(tmp_path):
     for source, name in {
         "frames": "events.parquet", "kuaisar": "rec_inter.csv", "ubi": "ubi_events.ndjson",
