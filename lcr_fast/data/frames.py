@@ -19,7 +19,7 @@ import polars as pl
 
 from . import rules
 from .log import COLUMNS, OPTIONAL, InteractionLog
-from .table import check, read_table, readable, scan, without_repeated
+from .table import check, columns_of, read_table, without_repeated
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t", ".inter": "\t"}
 _ENDS = (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
@@ -93,7 +93,7 @@ def _paths(path: Path) -> dict[str, Path]:
     for name in COLUMNS:
         found = [path / f"{name}{end}" for end in _ENDS if (path / f"{name}{end}").exists()]
         if name == "events":
-            found += sorted(file for file in path.glob("*.inter*") if _ends_with(file, _ATOMIC))
+            found += sorted(file for file in path.glob("[!.]*.inter*") if _ends_with(file, _ATOMIC))
         if len(found) > 1:
             raise ValueError(f"{path} holds {' and '.join(f.name for f in found)}: keep one")
         if found:
@@ -111,8 +111,7 @@ def _read(name: str, file: Path, unit: str) -> tuple[pl.DataFrame, list[str]]:
     """Read the columns of a table that are there; some need not be."""
     separator = _SEPARATORS.get(Path(file.name.removesuffix(".gz")).suffix, ",")
     quote_char = None if _ends_with(file, _ATOMIC) else '"'
-    with readable(file):
-        present = scan(file, separator, quote_char).collect_schema()
+    present = columns_of(file, separator, quote_char)
     columns = (*COLUMNS[name], *OPTIONAL[name])
     names = {column: column for column in columns if column in present}
     names |= {c: c for c in COLUMNS[name] if c not in _DEFAULTS}  # missed where they are
@@ -124,7 +123,8 @@ def _read(name: str, file: Path, unit: str) -> tuple[pl.DataFrame, list[str]]:
     }
     time = next(there for there, column in names.items() if column == "time")
     # Rounding to ms may make two rows one; whole ms stay what they are.
-    whole = unit == "ms" and time in present and present[time].is_integer()
+    dtypes = present.get(time, [])
+    whole = unit == "ms" and all(dtype.is_integer() for dtype in dtypes)
     table = read_table(
         file,
         fields,
@@ -135,12 +135,12 @@ def _read(name: str, file: Path, unit: str) -> tuple[pl.DataFrame, list[str]]:
     ).rename(names)
     others = [column for column in present if column not in names]
     notes = [f"{file.name}: ignored the columns {', '.join(others)}"] if others else []
-    if present[time] == pl.Date:
+    if pl.Date in dtypes:
         notes.append(
             f"{file.name}: {time} is a day: what a user does on it ties, and is not the history of "
             "another target of that day"
         )
-    if isinstance(present[time], pl.Datetime) and present[time].time_zone is None:
+    if any(isinstance(dtype, pl.Datetime) and dtype.time_zone is None for dtype in dtypes):
         notes.append(f"{file.name}: {time} names no time zone: read as UTC")
     return table, notes
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -16,7 +17,7 @@ import pytest
 
 from lcr_fast.data import frames, read, reader_options, rules
 from lcr_fast.data.build import prepare
-from lcr_fast.data.table import read_table
+from lcr_fast.data.table import count_rows, read_table
 
 NAN = float("nan")
 MS = 1_700_000_000_000
@@ -327,6 +328,19 @@ def test_rows_that_repeat_another_are_dropped_and_counted(tmp_path):
     assert f"{path.name}: kept 2 rows that repeat another exactly" in kept.notes
 
 
+def test_qilin_rows_that_are_in_train_and_in_test_are_one(qilin_folder):
+    folder = qilin_folder()
+    plain = read("qilin", folder)
+    for stream in ("recommendation", "search"):
+        shutil.copy(folder / f"{stream}_train.parquet", folder / f"{stream}_test.parquet")
+    log = read("qilin", folder)
+    assert log.events.equals(plain.events)
+    assert log.searches.equals(plain.searches)
+    assert log.clicks.equals(plain.clicks)
+    assert "search: dropped 2 rows that repeat another exactly" in log.notes
+    assert read("qilin", folder, keep_duplicates=True).events.height == 2 * log.events.height
+
+
 def test_every_reader_of_files_can_keep_duplicates():
     for source in ("trivago", "kuaisar", "qilin", "jdsearch", "frames"):
         assert "keep_duplicates" in reader_options(source)
@@ -472,8 +486,74 @@ def test_a_parquet_folder_is_one_table_of_its_parts(tmp_path):
     (folder / "_SUCCESS").touch()
     assert read_table(folder, {"user": rules.ID}).rows() == [(1, 1), (2, 2), (3, 5)]
     pl.DataFrame({"user": [3.7]}).write_parquet(folder / "day=2" / "part-1.parquet")
-    with pytest.raises(ValueError, match=r"events\.parquet: cannot be read: .*mismatch"):
+    with pytest.raises(
+        ValueError, match=r"events\.parquet, row 4, field user: expected an id, got 3"
+    ):
         read_table(folder, {"user": rules.ID})
+    (folder / "day=2" / "part-1.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"part-1\.parquet: cannot be read: "):
+        read_table(folder, {"user": rules.ID})
+
+
+FIELDS = {
+    "user": rules.ID, "time": rules.time("ms"), "shown": rules.IDS, "words": rules.WORDS,
+}  # fmt: skip
+PARTS = [
+    pl.DataFrame({"user": [1], "time": [MS], "shown": [[7]], "words": [["a"]], "x": [1]}),
+    # Of narrower integers, floats and dates; in another order; a column without a value, and none.
+    pl.DataFrame({"words": [None], "time": [float(MS)], "user": [2.0], "x": ["b"]}),
+    pl.DataFrame(
+        {"shown": [[8]], "time": [datetime.datetime(1970, 1, 2)], "user": [3], "words": [["c"]]},
+        schema_overrides={"user": pl.Int16, "shown": pl.List(pl.UInt8)},
+    ),
+]
+
+
+def write_parts(folder, parts):
+    folder.mkdir()
+    for number, part in enumerate(parts):
+        part.write_parquet(folder / f"part-{number}.parquet")
+    return folder
+
+
+def test_parts_of_a_parquet_folder_may_differ_in_their_types(tmp_path):
+    folder = write_parts(tmp_path / "t.parquet", PARTS)
+    table = read_table(folder, FIELDS, nullable=("shown", "words"), as_read=("time",))
+    assert table.drop("time as read").rows() == [
+        (1, 1, MS, [7], ["a"]),
+        (2, 2, MS, None, None),
+        (3, 3, 86_400_000, [8], ["c"]),
+    ]
+    kept = read_table(folder, {"user": rules.ID}, keep=pl.col("user") > 1)
+    assert kept.rows() == [(2, 2), (3, 3)]
+    assert kept.schema["user"] == pl.Int64
+    assert count_rows(folder) == 3
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (
+            {"user": ["4"]},
+            "column user is Int64 in t.parquet/part-0.parquet, but String in t.parqu",
+        ),
+        (
+            {"shown": [["4"]]},
+            "column shown is List.Int64. in t.parquet/part-0.parquet, but List.Str",
+        ),
+        ({"user": [[4]]}, "/part-3.parquet: column user is List.Int64., expected an id"),
+        ({"time": [True]}, "/part-3.parquet: column time is Boolean, expected a time in ms"),
+        ({"user": [3.7]}, ", row 4, field user: expected an id, got 3.7"),
+        ({"user": [None]}, ", row 4, field user: expected an id, got nothing"),
+        ({"time": None}, "/part-3.parquet: column time is missing among 'user, shown, words, x'"),
+    ],
+)
+def test_parts_that_are_no_table_together(tmp_path, part, message):
+    columns = PARTS[0].to_dict() | part
+    wrong = pl.DataFrame({name: values for name, values in columns.items() if values is not None})
+    folder = write_parts(tmp_path / "t.parquet", [*PARTS, wrong])
+    with pytest.raises(ValueError, match=rf"\At\.parquet(: )?{message}"):
+        read_table(folder, FIELDS, nullable=("shown", "words"))
 
 
 def test_what_a_parquet_folder_holds_beside_its_parts(tmp_path):
@@ -485,6 +565,46 @@ def test_what_a_parquet_folder_holds_beside_its_parts(tmp_path):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         table.write_parquet(folder / name)
     assert read_table(folder, {"user": rules.ID}).height == len(parts)
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "second"),
+    [
+        ("ubi", "ubi_events.ndjson", "ubi_events.ndjson.gz"),
+        ("ubi", "ubi_events.jsonl", "ubi_events (1).jsonl"),
+        ("amazon", "reviews_Toys_5.json", "reviews_Toys_5.json.gz"),
+        ("amazon", "reviews_Toys_5.json", "reviews_Toys_5 (1).json"),
+        ("frames", "events.csv", "events.csv.gz"),
+        ("frames", "shop.inter", "shop.inter.gz"),
+        ("frames", "shop.inter", "shop (1).inter"),
+        ("trivago", "t.csv", "t.csv.gz"),
+        ("trivago", "t.csv", "t - Copy.csv"),
+        ("qilin", "recommendation_train.csv", "recommendation_train.parquet"),
+        ("qilin", "recommendation_train.csv", "recommendation_train/part-0.parquet"),
+        (
+            "synerise",
+            "add_to_cart.parquet/part-0.parquet",
+            "add_to_cart.parquet/part-0 (1).parquet",
+        ),
+        (
+            "synerise",
+            "add_to_cart.parquet/part-0.parquet",
+            "add_to_cart.parquet/part-0.parquet.bak",
+        ),
+    ],
+)
+def test_a_file_that_is_there_twice_is_not_read_twice(tmp_path, source, name, second):
+    for each in (name, second):
+        (tmp_path / each).parent.mkdir(exist_ok=True)
+        pl.DataFrame({"x": [1]}).write_parquet(tmp_path / each)
+    with pytest.raises(ValueError, match=rf"\A{tmp_path}[^\n]* holds [^\n]*\Z") as told:
+        read(source, tmp_path)
+    assert "keep one" in str(told.value) or "expected one: " in str(told.value)
+    hidden = (tmp_path / second).with_name(f".{Path(second).name}")
+    (tmp_path / second).rename(hidden)
+    with pytest.raises((ValueError, FileNotFoundError)) as told:  # of the one that is left
+        read(source, tmp_path)
+    assert "keep one" not in str(told.value) or source == "qilin"
 
 
 @pytest.mark.parametrize("end", [".csv", ".parquet"])
