@@ -208,12 +208,12 @@ def an_id(value):
     # Python takes four separators for spaces, which Unicode does not.
     ends = {letter for letter in value[:1] + value[-1:] if letter.isspace()}
     require(value not in NO_IDS and ends <= set("\x1c\x1d\x1e\x1f"), value)
-    require(not re.fullmatch(r"-?[0-9]+\.0+", value), value)
+    require(not re.fullmatch(r"-?[0-9]+\.0+|-?[0-9]+(\.[0-9]+)?[eE][+][0-9]+", value), value)
     return one_line(value)
 
 
 def one_line(value):
-    require(not value or not re.search("[\t\r\n]", value), value)
+    require(not value or not re.search("[\t\r\n\0]", value), value)
     return value
 
 

@@ -3,8 +3,8 @@ r"""What a field may hold, whatever the file: one rule each for ids, times, numb
 A rule turns a column into its one type, with null for whatever breaks the rule. Nothing is bent to
 fit: 3.7 and "007" are no integers, "" and "nan" are no ids, infinity is no number. NaN is a missing
 value, as null is; what databases and R write for one, \N and NA, is no id. No id and no word holds
-a tab or line break: of a text file it would hold the rows behind a quote that was opened and not
-closed.
+a tab, line break or NUL: of a text file it would hold the rows behind a quote that was opened and
+not closed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ _NO_ID = ("", "nan", "NaN", "NaT", "None", "null", "NULL", "<NA>", "NA", r"\N")
 _FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 _PER_MS = {"s": (1000, 1), "ms": (1, 1), "us": (1, 1000), "ns": (1, 10**6)}  # times, divided by
 BREAK = r"[\t\r\n]"
+_UNFIT = r"[\t\r\n\x00]"
+# 7.0 and 1e+05, of a column of integers that was once of floats: another id than 7 and 100000.
+_FLOAT = r"^-?[0-9]+(?:\.0+|(?:\.[0-9]+)?[eE]\+[0-9]+)$"
 # A letter or digit may carry marks: accents, vowel signs. A word is a run of such; as a term, a
 # Chinese character stands alone. Joiners (ZWNJ, ZWJ) are spelling within a word, as in Persian, and
 # ZWJ also behind its last mark, where Malayalam makes a letter of the two.
@@ -77,7 +80,7 @@ def _text(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
 
 def _line(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
     text = _text(column, dtype)
-    return None if text is None else pl.when(~text.str.contains(BREAK)).then(text)
+    return None if text is None else pl.when(~text.str.contains(_UNFIT)).then(text)
 
 
 def _whole(column: pl.Expr, dtype: pl.DataType) -> pl.Expr:
@@ -115,9 +118,8 @@ def _id(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
     if not _is_text(dtype):
         return _integer(column, dtype)
     text = column.cast(pl.String)
-    # A column of integers that was once of floats: "7.0" would be another item than "7".
-    valid = ~text.is_in(_NO_ID) & (text.str.strip_chars() == text) & ~text.str.contains(BREAK)
-    return pl.when(valid & ~text.str.contains(r"^-?[0-9]+\.0+$")).then(text)
+    valid = ~text.is_in(_NO_ID) & (text.str.strip_chars() == text) & ~text.str.contains(_UNFIT)
+    return pl.when(valid & ~text.str.contains(_FLOAT)).then(text)
 
 
 def _flag(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
@@ -151,7 +153,7 @@ def _words(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
     if listed is None or (text := _text(pl.element(), listed[1])) is None:
         return None
     words = listed[0].list.eval(text.filter(text.is_not_null() & (text != "")))
-    return pl.when(~words.list.eval(pl.element().str.contains(BREAK)).list.any()).then(words)
+    return pl.when(~words.list.eval(pl.element().str.contains(_UNFIT)).list.any()).then(words)
 
 
 def _ids(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:

@@ -19,6 +19,10 @@ _ENDINGS = re.compile(
     r"(?:\.(?:parquet|csv|tsv|json|jsonl|ndjson|gz|zst|bz2|xz|zip|bak|old|orig)|~)+\Z"
 )
 _COPY = re.compile(r"(?:[ _-]+copy(?: ?\(?\d+\)?)?| ?\(\d+\))\Z", re.IGNORECASE)
+_FOREIGN = {
+    "a zip archive": b"PK\x03\x04", "packed by xz": b"\xfd7zXZ", "packed by bzip2": b"BZh",
+    "a 7z archive": b"7z\xbc\xaf", "UTF-16": (b"\xff\xfe", b"\xfe\xff"),
+}  # fmt: skip
 _LIKE_ROWS = " like rows"  # and of a column of text whose value may hold other rows
 
 
@@ -350,11 +354,19 @@ def is_columnar(path: Path) -> bool:
 
 
 def require_file(path: Path) -> None:
-    """Raise FileNotFoundError where nothing is there, and ValueError where a folder is."""
+    """Raise FileNotFoundError where nothing is there, and ValueError where a folder is.
+
+    A ValueError too for what begins as an archive or UTF-16 does, which nothing here reads.
+    """
     if path.is_dir():
         raise ValueError(f"{path}: is a folder, expected a file")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found")
+    with readable(path), path.open("rb") as file:
+        start = file.read(8)
+    for what, first in _FOREIGN.items():
+        if start.startswith(first):
+            raise ValueError(f"{path.name}: is {what}, expected UTF-8, as it is or as .gz")
 
 
 def keep_one(files: list[Path]) -> list[Path]:

@@ -1,9 +1,12 @@
 """The rules of fields, and that every reader keeps them."""
 
+import bz2
 import datetime
 import gzip
 import json
+import lzma
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -18,6 +21,7 @@ import pytest
 from lcr_fast.data import frames, read, reader_options, rules
 from lcr_fast.data.build import prepare
 from lcr_fast.data.table import count_rows, read_table
+from raw_folders import GENERATORS
 
 NAN = float("nan")
 MS = 1_700_000_000_000
@@ -52,7 +56,8 @@ def decimals(scale, values):
         (rules.NUMBER, [1.5, NAN, float("-inf")], [1.5, None, None]),
         (rules.NUMBER, [[1]], None),
         (rules.ID, ["a b", "", "nan", "None", " a", "7.0"], ["a b"] + [None] * 5),
-        (rules.ID, ["3.14", "007"], ["3.14", "007"]),
+        (rules.ID, ["3.14", "007", "1e5"], ["3.14", "007", "1e5"]),
+        (rules.ID, ["1e+05", "-1.5E+10", "a\0"], [None] * 3),  # as R writes 100000
         (rules.ID, [5.0, 3.7, NAN], [5, None, None]),
         (rules.ID, [False], None),
         (rules.ID, ["NA", r"\N", "NAN"], [None, None, "NAN"]),
@@ -475,6 +480,32 @@ def test_a_file_that_is_a_folder(tmp_path):
         expected = " without Parquet files" if name.endswith(".parquet") else ", expected a file"
         with pytest.raises(ValueError, match=f"{name}: is a folder{expected}$"):
             read(source, tmp_path / source)
+
+
+@pytest.mark.parametrize(
+    ("pack", "message"),
+    [
+        (gzip.compress, None),
+        (bz2.compress, "is packed by bzip2"),
+        (lzma.compress, "is packed by xz"),
+        (lambda text: b"PK\x03\x04" + text, "is a zip archive"),
+        (lambda text: text.decode().encode("utf-16"), "is UTF-16"),
+    ],
+)
+@pytest.mark.parametrize("source", ["trivago", "kuaisar", "jdsearch", "amazon", "ubi", "frames"])
+def test_text_files_are_utf_8_and_packed_by_gzip(tmp_path, source, pack, message):
+    """Whatever their names say."""
+    GENERATORS[source](tmp_path, random.Random(23))
+    plain = read(source, tmp_path)
+    for file in tmp_path.iterdir():
+        file.write_bytes(pack(file.read_bytes()))
+    if message is None:
+        assert read(source, tmp_path).events.equals(plain.events)
+        return
+    with pytest.raises(
+        ValueError, match=rf"\A\S+: {message}, expected UTF-8, as it is or as \.gz\Z"
+    ):
+        read(source, tmp_path)
 
 
 def test_a_parquet_folder_is_one_table_of_its_parts(tmp_path):
@@ -936,10 +967,10 @@ def test_names_that_the_locale_lacks_letters_for(tables, tmp_path):
         "import sys\n"
         "from lcr_fast.cli import main\n"
         "for name in ('shop', 'B\\udcc3\\udcbccher'):\n"
-        "    main(['prepare', 'frames', f'{sys.argv[1]}/{name}', sys.argv[2], '--n-negatives=2'])"
+        "    main(['prepare', 'frames', f'{sys.argv[1]}/{name}', *sys.argv[2:]])"
     )
     ended = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), str(out)],
+        [sys.executable, "-c", code, tmp_path, out, "--n-negatives=2", "--overwrite"],
         env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
         capture_output=True,
         timeout=120,
