@@ -26,6 +26,10 @@ _ENDS = (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
 _ATOMIC = ".inter"
 _ATOMIC_FIELDS = {"user_id:token": "user", "item_id:token": "item", "timestamp:float": "time"}
 _DEFAULTS = {"order": pl.col("row"), "target": pl.lit(True)}
+_COARSER = {
+    "ms": ("seconds", "s, or ms if they are meant"), "us": ("milliseconds", "ms"),
+    "ns": ("microseconds", "us"),
+}  # fmt: skip
 _SECONDS = (900_000_000, 2_500_000_000)  # as ms no unix times, but days 10 to 29 of a clock
 _NUMBER, _TERMS = pl.Int64(), pl.List(pl.String)
 _NULLABLE = ("terms", "impressions", "relevant", "topic")
@@ -46,8 +50,8 @@ def read(
     ``time_unit`` ("s", "ms", "us", "ns"; default: ms, and s in an atomic file) or Datetimes. A row
     that repeats another in all columns read, its time as the file has it, is dropped without
     ``keep_duplicates``. Raises FileNotFoundError for a missing file and ValueError for one that is
-    unreadable, lacks a column, or where a field is malformed, and where no unit is given but all
-    times look like unix seconds.
+    unreadable, lacks a column, or has one but for capitals or spaces, where a field is malformed,
+    and where all times look like unix times in a coarser unit (in s, where no unit is given).
     """
     path = Path(path)
     paths = _paths(path)
@@ -67,8 +71,8 @@ def read(
             columns = ("row", *COLUMNS[name])
             tables[name] = pl.DataFrame(schema={c: types.get(c, _NUMBER) for c in columns})
             notes.append(f"no {name}: there is no such file")
-    if time_unit is None and unit == "ms":
-        _refuse_seconds(tables, path)
+    if time_unit != "ms" and unit in _COARSER:
+        _refuse_coarser(tables, path, unit)
     notes += _share_ids(tables, paths, "user", "searches")
     notes += _share_ids(tables, paths, "item", "clicks")
     if not _ends_with(paths["events"], ".parquet"):
@@ -134,6 +138,9 @@ def _read(name: str, file: Path, unit: str) -> tuple[pl.DataFrame, list[str]]:
         quote_char=quote_char,
     ).rename(names)
     others = [column for column in present if column not in names]
+    for other in others:
+        if (meant := other.strip().lower()) in columns and meant not in names:
+            raise ValueError(f"{file.name}: column {other!r} would be ignored: rename it {meant!r}")
     notes = [f"{file.name}: ignored the columns {', '.join(others)}"] if others else []
     if pl.Date in dtypes:
         notes.append(
@@ -145,14 +152,17 @@ def _read(name: str, file: Path, unit: str) -> tuple[pl.DataFrame, list[str]]:
     return table, notes
 
 
-def _refuse_seconds(tables: dict[str, pl.DataFrame], path: Path) -> None:
-    """Raise where all times, taken as ms, would be unix seconds of 1998 to 2049."""
-    times = [table["time"] for table in tables.values() if table.height]
-    if times and all(each.is_between(*_SECONDS).all() for each in times):
-        raise ValueError(
-            f"{path}: all times are like {times[0][0]}, as unix seconds are: pass --time-unit s, "
-            "or ms if they are meant"
-        )
+def _refuse_coarser(tables: dict[str, pl.DataFrame], path: Path, unit: str) -> None:
+    """Raise where all known times are of January 1970, as unix times in a coarser unit would be."""
+    known = (table["time"].filter(table["time"] > 0) for table in tables.values())
+    times = [each for each in known if len(each)]
+    if not times or not all(each.is_between(*_SECONDS).all() for each in times):
+        return
+    like = times[0][0] * {"ms": 1, "us": 1000, "ns": 10**6}[unit]
+    coarser, meant = _COARSER[unit]
+    raise ValueError(
+        f"{path}: all times are like {like}, as unix {coarser} are: pass --time-unit {meant}"
+    )
 
 
 def _share_ids(

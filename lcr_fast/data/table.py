@@ -21,7 +21,7 @@ _ENDINGS = re.compile(
 _COPY = re.compile(r"(?:[ _-]+copy(?: ?\(?\d+\)?)?| ?\(\d+\))\Z", re.IGNORECASE)
 _FOREIGN = {
     "a zip archive": b"PK\x03\x04", "packed by xz": b"\xfd7zXZ", "packed by bzip2": b"BZh",
-    "a 7z archive": b"7z\xbc\xaf", "UTF-16": (b"\xff\xfe", b"\xfe\xff"),
+    "a 7z archive": b"7z\xbc\xaf", "UTF-16": b"\xff\xfe", "UTF-16 (big-endian)": b"\xfe\xff",
 }  # fmt: skip
 _LIKE_ROWS = " like rows"  # and of a column of text whose value may hold other rows
 

@@ -943,6 +943,42 @@ def test_seconds_are_not_taken_for_ms(tables, tmp_path):
     assert frames.read(tmp_path / "shop.inter").events["time"].to_list() == [MS]
 
 
+@pytest.mark.parametrize(
+    ("unit", "given", "message"),
+    [
+        (
+            "s",
+            {},
+            "like 1700000100, as unix seconds are: pass --time-unit s, or ms if they are meant",
+        ),
+        (
+            "ms",
+            {"time_unit": "us"},
+            "like 1700000100000, as unix milliseconds are: pass --time-unit ms",
+        ),
+        ("us", {"time_unit": "ns"}, "like 1700000100000000, as unix microseconds .*--time-unit us"),
+    ],
+)
+def test_times_in_a_unit_too_coarse(tables, tmp_path, unit, given, message):
+    """Also where one of them is 0, for unknown."""
+    times = {"s": 1, "ms": 1000, "us": 10**6}[unit]
+    at = {name: table.with_columns(time=(pl.col("time") + MS // 1000) * times)
+          for name, table in tables.items()}  # fmt: skip
+    unknown = pl.int_range(pl.len()) == 2
+    at["events"] = at["events"].with_columns(time=pl.when(unknown).then(0).otherwise("time"))
+    with pytest.raises(ValueError, match=rf"all times are {message}\Z"):
+        frames.read(write_tables(tmp_path / "f", at), **given)
+
+
+@pytest.mark.parametrize("column", ["Target", " target", "ORDER", "Impressions "])
+def test_a_column_that_is_meant_is_not_ignored(tables, tmp_path, column):
+    name = column.strip().lower()
+    tables["events"] = tables["events"].rename({name: column})
+    told = f"events.parquet: column {column!r} would be ignored: rename it {name!r}"
+    with pytest.raises(ValueError, match=rf"\A{told}\Z"):
+        frames.read(write_tables(tmp_path / "f", tables))
+
+
 @pytest.mark.parametrize("end", [".parquet", ".csv"])
 def test_rows_repeat_another_as_the_file_has_them(tables, tmp_path, end):
     """What rounding to ms makes equal was not."""
