@@ -370,19 +370,21 @@ def require_file(path: Path) -> None:
 
 
 def keep_one(files: list[Path]) -> list[Path]:
-    """Return the files; ValueError where two are one by their names, but for format, packing, copy.
+    """Return the files; ValueError where two are one, by a link or their names.
 
-    Such are x.json beside x.json.gz, or x.parquet beside "x (1).parquet".
+    Names are those of one but for format, packing and copy: x.json beside x.json.gz, or x.parquet
+    beside "x (1).parquet".
     """
-    titles: dict[Path, Path] = {}
+    known: dict[Path, Path] = {}
     for file in files:
         title = file.with_name(_COPY.sub("", _ENDINGS.sub("", file.name)) or file.name)
-        other = titles.setdefault(title, file)
-        if other is not file:
-            raise ValueError(
-                f"{file.parent} holds {other.name} and {file.name}, by their names one file twice: "
-                "keep one, or rename one"
-            )
+        for key, how in ((title, "by their names"), (file.resolve(), "by a link")):
+            other = known.setdefault(key, file)
+            if other != file:
+                raise ValueError(
+                    f"{file.parent} holds {other.name} and {file.name}, {how} one file twice: keep "
+                    "one, or rename one"
+                )
     return files
 
 
@@ -392,10 +394,19 @@ def parts_of(folder: Path) -> list[Path]:
     What begins with _ or . is none, as Spark reads: what a killed job left behind, or a checksum.
     ValueError where no part is there, or one twice.
     """
-    parts = keep_one(sorted(part for part in folder.rglob("*") if _is_part(part, folder)))
+    files = [
+        Path(root, name)
+        for root, _, names in os.walk(folder, followlinks=True)  # rglob passes links by
+        for name in names
+    ]
+    parts = [
+        file
+        for file in files
+        if not any(name.startswith(("_", ".")) for name in file.relative_to(folder).parts)
+    ]
     if not parts:
         raise ValueError(f"{folder}: is a folder without Parquet files")
-    return parts
+    return keep_one(sorted(parts))
 
 
 def scan(
@@ -427,8 +438,3 @@ def scan(
         if len(schemas) == 1:
             return {path: pl.scan_parquet(files, glob=False, hive_partitioning=False)}
         return raw
-
-
-def _is_part(path: Path, folder: Path) -> bool:
-    names = path.relative_to(folder).parts
-    return path.is_file() and not any(name.startswith(("_", ".")) for name in names)

@@ -526,6 +526,24 @@ def test_a_parquet_folder_is_one_table_of_its_parts(tmp_path):
         read_table(folder, {"user": rules.ID})
 
 
+def test_parts_behind_links_are_parts(tmp_path):
+    folder, elsewhere = tmp_path / "t.parquet", tmp_path / "disk"
+    for each in (folder, elsewhere):
+        each.mkdir()
+        pl.DataFrame({"user": [7]}).write_parquet(each / "part-0.parquet")
+    (folder / "day=2").symlink_to(elsewhere)
+    assert read_table(folder, {"user": rules.ID}).height == 2
+    (folder / "part-1.parquet").symlink_to(folder / "part-0.parquet")
+    with pytest.raises(
+        ValueError, match=r"part-0.parquet and part-1.parquet, by a link one file tw"
+    ):
+        read_table(folder, {"user": rules.ID})
+    (folder / "part-1.parquet").unlink()
+    (folder / "part-1.parquet").symlink_to(folder / "gone")
+    with pytest.raises(ValueError, match=r"part-1.parquet: cannot be read: No such file"):
+        read_table(folder, {"user": rules.ID})
+
+
 FIELDS = {
     "user": rules.ID, "time": rules.time("ms"), "shown": rules.IDS, "words": rules.WORDS,
 }  # fmt: skip
