@@ -315,7 +315,8 @@ def fuzz_reader(source, number, seed=0):
         GENERATORS[source](folder, rng)
         options = {"test_query": True} if source == "jdsearch" and rng.random() < 0.5 else {}
         for _ in range(number % 3 and rng.choice((1, 1, 2))):  # a third is left as it is
-            mutate(rng.choice(sorted(folder.iterdir())), rng)
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            mutate(rng.choice(files), rng)
         return try_reader(source, folder, options)
 
 

@@ -137,7 +137,21 @@ def records(path, separator=",", quote='"'):
 
 
 def rows_of(path, wanted, optional=(), separator=",", quote='"'):
-    """Read the wanted columns of a delimited text or Parquet file: a dict a row."""
+    """Read the wanted columns of a delimited text, or Parquet file or folder: a dict a row."""
+    if Path(path).is_dir():
+        parts = sorted(Path(path).iterdir())
+        try:
+            named = [pl.read_parquet_schema(part).keys() for part in parts]
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+            raise RefusedError(error) from None
+        columns = {*wanted, *optional} & {column for names in named for column in names}
+        require(set(wanted) <= columns, "a column is missing")
+        for part, names in zip(parts, named, strict=True):
+            lacked = columns - names
+            require(lacked <= {"terms", "impressions", "relevant", "topic"}, "a column is missing")
+            for row in rows_of(part, sorted(columns & names)):
+                yield dict.fromkeys(lacked) | row
+        return
     if ".parquet" in Path(path).suffixes:
         try:
             there = pl.read_parquet_schema(path)
@@ -203,7 +217,7 @@ def number(value, nullable=False):
 
 def an_id(value):
     if not isinstance(value, str):
-        require(type(value) in (int, float), value)
+        require(type(value) in (int, float, Single), value)
         return value if type(value) is int and value >= 2**63 else integer(value)
     # Python takes four separators for spaces, which Unicode does not.
     ends = {letter for letter in value[:1] + value[-1:] if letter.isspace()}
