@@ -77,6 +77,7 @@ def read(
     notes += _share_ids(tables, paths, "item", "clicks")
     if not _ends_with(paths["events"], ".parquet"):
         _check_lists(tables["events"], paths["events"])
+    notes += _missing_words(tables["searches"])
     _number_searches(tables, paths)
     events, searches, clicks = (tables[name].drop("row") for name in COLUMNS)
     kept = f"kept {events.height:,} events, {searches.height:,} searches, {clicks.height:,} clicks"
@@ -221,6 +222,17 @@ def _with_numbers(events: pl.DataFrame, path: Path) -> pl.DataFrame:
     valid = shown.is_null() | (numbers.cast(pl.List(pl.String)) == shown)
     check(events, valid, path, "impressions", "ids that are integers, as the items are")
     return events.with_columns(numbers)
+
+
+def _missing_words(searches: pl.DataFrame) -> list[str]:
+    """Say where searches are for what a program writes for nothing: a word, or none was typed."""
+    alone = searches["terms"].filter(searches["terms"].list.len() == 1).list.first()
+    counts = alone.filter(alone.is_in(rules.NO_ID)).value_counts().sort("terms")
+    return [
+        f"searches: {n:,} are for {word!r} alone, read as a word: if it says that none was typed, "
+        "leave terms empty"
+        for word, n in counts.iter_rows()
+    ]
 
 
 def _number_searches(tables: dict[str, pl.DataFrame], paths: dict[str, Path]) -> None:

@@ -18,7 +18,7 @@ MAX_MS = 10**14  # the year 5138; times in us or ns lie beyond it
 MIN_UNIX_MS = 10**11  # unix times in seconds lie below it
 _MAX_INT = 2**63 - 10**6  # of Int64, with room to round ns
 _EXACT, _EXACT_32 = 2**53, 2**24  # the floats of 64 and 32 bits up to here hold every integer
-_NO_ID = ("", "nan", "NaN", "NaT", "None", "null", "NULL", "<NA>", "NA", r"\N")
+NO_ID = ("", "nan", "NaN", "NaT", "None", "null", "NULL", "<NA>", "NA", r"\N")
 _FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 _PER_MS = {"s": (1000, 1), "ms": (1, 1), "us": (1, 1000), "ns": (1, 10**6)}  # times, divided by
 BREAK = r"[\t\r\n]"
@@ -118,7 +118,7 @@ def _id(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
     if not _is_text(dtype):
         return _integer(column, dtype)
     text = column.cast(pl.String)
-    valid = ~text.is_in(_NO_ID) & (text.str.strip_chars() == text) & ~text.str.contains(_UNFIT)
+    valid = ~text.is_in(NO_ID) & (text.str.strip_chars() == text) & ~text.str.contains(_UNFIT)
     return pl.when(valid & ~text.str.contains(_FLOAT)).then(text)
 
 

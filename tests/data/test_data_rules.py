@@ -988,6 +988,19 @@ def test_times_in_a_unit_too_coarse(tables, tmp_path, unit, given, message):
         frames.read(write_tables(tmp_path / "f", at), **given)
 
 
+def test_searches_for_what_stands_for_nothing_are_told(tables, tmp_path):
+    words = [["nan"], ["nan"], ["NULL", "pointer"], [r"\N"]]
+    tables["searches"] = tables["searches"].with_columns(terms=pl.Series(words))
+    notes = frames.read(write_tables(tmp_path / "f", tables, ".csv")).notes
+    told = [
+        note.partition(" alone, read as a word: if it says that none was typed") for note in notes
+    ]
+    assert [begin for begin, middle, _ in told if middle] == [
+        r"searches: 1 are for '\\N'",
+        "searches: 2 are for 'nan'",
+    ]
+
+
 @pytest.mark.parametrize("column", ["Target", " target", "ORDER", "Impressions "])
 def test_a_column_that_is_meant_is_not_ignored(tables, tmp_path, column):
     name = column.strip().lower()
