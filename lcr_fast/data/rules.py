@@ -175,6 +175,8 @@ def _date_time(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
 
 
 def _codes(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
+    if isinstance(dtype, pl.Array):
+        column, dtype = column.arr.to_list(), pl.List(dtype.inner)
     if dtype == pl.String:
         column = pl.when(column.str.contains(_CODES)).then(column.str.extract_all("[0-9]+"))
     elif not (isinstance(dtype, pl.List) and dtype.inner.is_integer()):

@@ -79,7 +79,6 @@ _FIELDS = {
     },
 }
 _ENDS = (".ndjson", ".jsonl", ".json")
-_PACKED = (".zst", ".zstd", ".bz2", ".xz", ".zip", ".7z", ".lz4")  # that nothing here opens
 _BULK = ("index", "create")
 
 
@@ -132,11 +131,15 @@ def _documents(folder: Path) -> dict[str, pl.DataFrame]:
     """Read the fields of all documents by index; ``row`` counts over all files."""
     files = []
     for file in sorted(folder.glob("ubi_*")):
-        if set(_ENDS) & set(file.suffixes) and _index_of(file.name) is not None:
-            if file.suffix in _PACKED:
-                raise ValueError(f"{file}: packed as {file.suffix}, expected .gz, or unpack it")
-            if file.name.removesuffix(".gz").endswith(_ENDS):
-                files.append(file)
+        if not set(_ENDS) & set(file.suffixes) or _index_of(file.name) is None:
+            continue
+        if not file.name.removesuffix(".gz").endswith(_ENDS):  # packed otherwise, rotated, half
+            ends = ", ".join(_ENDS)
+            raise ValueError(
+                f"{file}: would be left out, expected a name that ends in {ends} or .gz behind it: "
+                "unpack, rename or move it"
+            )
+        files.append(file)
     if not keep_one(files):
         raise FileNotFoundError(f"{folder}/ubi_queries.ndjson: not found, nor ubi_events.ndjson")
     parts: dict[str, list[pl.DataFrame]] = {name: [] for name in _FIELDS}

@@ -101,6 +101,7 @@ def decimals(scale, values):
         (rules.time("ms", days=True), [datetime.date(1970, 1, 2)], [86_400_000]),
         (rules.SECONDS, [datetime.date(1970, 1, 2)], None),
         (rules.DATE_TIME, [datetime.date(1970, 1, 2)], None),
+        (rules.CODES, pl.Series("x", [[1, 255]], dtype=pl.Array(pl.UInt8, 2)), [[1, 255]]),
         (rules.time("s"), single([1_700_000_000, 7]), None),
     ],
 )
