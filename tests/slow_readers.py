@@ -674,7 +674,7 @@ def amazon(folder):
                 asked.setdefault((user, fields[2]), []).append(lot)
     for (user, item), (line, time) in first.items():
         if lots := asked.get((user, item)):
-            terms = queries[min(lots)[1]].strip().split(" ")
+            terms = re.split("[ \t]", queries[min(lots)[1]].strip())
             told.search(line, user, time, terms)
             told.click(line, item, time)
     return told.done()

@@ -431,7 +431,7 @@ def kindle(tmp_path):
     folder.mkdir()
     reviews = "\n".join(map(json.dumps, REVIEWS)).encode()
     (folder / "reviews_Kindle_Store_5.json.gz").write_bytes(gzip.compress(reviews))
-    (folder / "query_text.txt").write_text("book kindle\nmystery  book \n")
+    (folder / "query_text.txt").write_text("book kindle\nmystery\t book \n")
     for name, text in QRELS.items():
         (folder / f"{name}.qrels").write_text(text)
     return folder

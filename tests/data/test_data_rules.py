@@ -309,6 +309,8 @@ JDSEARCH_HEADER = (
         ({"products": "10_٣"}, "history_wid_list: expected product ids"),
         ({"queries": "_-1"}, "history_qry_list: expected queries"),
         ({"queries": "5\x18_-1"}, "history_qry_list: expected queries"),
+        ({"queries": "5_-1.0"}, "history_qry_list: expected queries, or -1 for none"),
+        ({"queries": "5_ -1"}, "history_qry_list: expected queries, or -1 for none"),
         ({"labels": "nan_1.0"}, "candidate_label_list: expected numbers"),
         ({"labels": "1e400_1.0"}, "candidate_label_list: expected numbers"),
     ],
