@@ -42,7 +42,7 @@ VALUES = (
     "9223372036854775808", "99999999999999999999", "1700000000000", "1700000000", "1.7e15", "[]",
     "1700000000000.6", "[1, 2]", "[1 2]", "7||9|", "7|8", "7_8", "1_", "_", "-1_-1", "ü", "红色 x",
     "\x1f", X, '"', '""', "'", "a b", "a  b", "٣", "clickout item", "search for poi", "-0",
-    "1e-9", "[1] 2", "a\tb",
+    "1e-9", "1e+05", "a\0b", "[1] 2", "a\tb", "a\u200cb c\u0301\u200d d\u00ade",
 )  # fmt: skip
 # Columns that a reader might use within itself.
 NAMES = (
@@ -179,7 +179,7 @@ def mutate_frame(path, rng):
     dtypes = (
         pl.Float64, pl.Int32, pl.String, pl.Boolean, pl.UInt64, pl.Categorical, pl.Float32,
         pl.Datetime("ms"), pl.Datetime("ns"), pl.Date, pl.List(pl.Int32), pl.List(pl.String),
-        pl.List(pl.Float64), pl.Binary, pl.Decimal(20, 2), pl.Null,
+        pl.List(pl.Float64), pl.Binary, pl.Decimal(20, 2), pl.Decimal(20, 0), pl.Null,
     )  # fmt: skip
     row = rng.randrange(max(frame.height, 1))
     here = pl.int_range(pl.len()) == row
@@ -315,7 +315,8 @@ def fuzz_reader(source, number, seed=0):
         GENERATORS[source](folder, rng)
         options = {"test_query": True} if source == "jdsearch" and rng.random() < 0.5 else {}
         for _ in range(number % 3 and rng.choice((1, 1, 2))):  # a third is left as it is
-            mutate(rng.choice(sorted(folder.iterdir())), rng)
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            mutate(rng.choice(files), rng)
         return try_reader(source, folder, options)
 
 

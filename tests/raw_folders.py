@@ -124,7 +124,7 @@ def qilin(folder, rng):
 
 def frames(folder, rng):
     events, searches = happenings(rng)
-    kind = rng.choice(("parquet", "parquet", "csv", "tsv", "csv.gz", "inter"))
+    kind = rng.choice(("parquet", "parquet", "parts", "csv", "tsv", "csv.gz", "inter"))
     shown = [[i, i % 29 + 1] if rng.random() < 0.7 else None for _, i, _ in events]
     if kind == "inter":
         lines = ["user_id:token\titem_id:token\trating:float\ttimestamp:float"]
@@ -151,10 +151,30 @@ def frames(folder, rng):
         if kind == "parquet":
             table.write_parquet(path)
             continue
+        if kind == "parts":
+            write_parts(folder / f"{name}.parquet", table, rng)
+            continue
         lists = [c for c, dtype in table.schema.items() if isinstance(dtype, pl.List)]
         table = table.with_columns(pl.col(lists).cast(pl.List(pl.String)).list.join(" "))
         text = table.write_csv(separator="\t" if kind == "tsv" else ",")
         write_lines(path, text.splitlines())
+
+
+def write_parts(folder, table, rng):
+    """Write a table in parts whose columns differ in order and types."""
+    folder.mkdir()
+    place = rng.randrange(table.height + 1)
+    for number, part in enumerate((table[:place], table[place:])):
+        for column, dtypes in {
+            "user": (pl.Int16, pl.Float64, pl.Decimal(20, 0)),
+            "item": (pl.UInt8, pl.Float64, pl.Decimal(20, 0)),
+            "time": (pl.Datetime("ms"), pl.Float64, pl.Int64),
+            "impressions": (pl.List(pl.Float64), pl.Array(pl.Int64, 2), pl.List(pl.Int64)),
+        }.items():
+            if column in part.columns and rng.random() < 0.5:
+                part = part.cast({column: rng.choice(dtypes)})
+        columns = rng.sample(part.columns, len(part.columns))
+        part.select(columns).write_parquet(folder / f"part-{number}.parquet")
 
 
 def dated(ms):

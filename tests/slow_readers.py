@@ -6,6 +6,7 @@ gives the values alone. A file that breaks a rule raises RefusedError.
 
 import calendar
 import datetime
+import decimal
 import gzip
 import json
 import math
@@ -136,7 +137,21 @@ def records(path, separator=",", quote='"'):
 
 
 def rows_of(path, wanted, optional=(), separator=",", quote='"'):
-    """Read the wanted columns of a delimited text or Parquet file: a dict a row."""
+    """Read the wanted columns of a delimited text, or Parquet file or folder: a dict a row."""
+    if Path(path).is_dir():
+        parts = sorted(Path(path).iterdir())
+        try:
+            named = [pl.read_parquet_schema(part).keys() for part in parts]
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+            raise RefusedError(error) from None
+        columns = {*wanted, *optional} & {column for names in named for column in names}
+        require(set(wanted) <= columns, "a column is missing")
+        for part, names in zip(parts, named, strict=True):
+            lacked = columns - names
+            require(lacked <= {"terms", "impressions", "relevant", "topic"}, "a column is missing")
+            for row in rows_of(part, sorted(columns & names)):
+                yield dict.fromkeys(lacked) | row
+        return
     if ".parquet" in Path(path).suffixes:
         try:
             there = pl.read_parquet_schema(path)
@@ -144,10 +159,7 @@ def rows_of(path, wanted, optional=(), separator=",", quote='"'):
             columns = [*wanted, *(column for column in optional if column in there)]
             singles = {c for c in columns if there[c] == pl.Float32}
             for row in pl.read_parquet(path, columns=columns).to_dicts():
-                yield {
-                    c: Single(value) if c in singles and value is not None else value
-                    for c, value in row.items()
-                }
+                yield {c: _plain(value, c in singles) for c, value in row.items()}
         except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
             raise RefusedError(error) from None
         return
@@ -161,6 +173,12 @@ def rows_of(path, wanted, optional=(), separator=",", quote='"'):
         for value in row.values():
             require(value is None or not re.search("[\ud800-\udfff]", value), "not UTF-8")
         yield row
+
+
+def _plain(value, single):
+    if isinstance(value, decimal.Decimal):
+        return int(value) if value == int(value) else float(value)
+    return Single(value) if single and value is not None else value
 
 
 def distinct(rows):
@@ -199,21 +217,23 @@ def number(value, nullable=False):
 
 def an_id(value):
     if not isinstance(value, str):
-        require(type(value) in (int, float), value)
+        require(type(value) in (int, float, Single), value)
         return value if type(value) is int and value >= 2**63 else integer(value)
     # Python takes four separators for spaces, which Unicode does not.
     ends = {letter for letter in value[:1] + value[-1:] if letter.isspace()}
     require(value not in NO_IDS and ends <= set("\x1c\x1d\x1e\x1f"), value)
-    require(not re.fullmatch(r"-?[0-9]+\.0+", value), value)
+    require(not re.fullmatch(r"-?[0-9]+\.0+|-?[0-9]+(\.[0-9]+)?[eE][+][0-9]+", value), value)
     return one_line(value)
 
 
 def one_line(value):
-    require(not value or not re.search("[\t\r\n]", value), value)
+    require(not value or not re.search("[\t\r\n\0]", value), value)
     return value
 
 
-def milliseconds(value, unit="ms", least=-MAX_MS):
+def milliseconds(value, unit="ms", least=-MAX_MS, days=False):
+    if days and type(value) is datetime.date:
+        value = datetime.datetime(value.year, value.month, value.day)
     if isinstance(value, datetime.datetime):
         since = value.replace(tzinfo=None) - datetime.datetime(1970, 1, 1)
         value, unit = since // datetime.timedelta(microseconds=1), "us"
@@ -238,15 +258,21 @@ def text(value, nullable=False):
 
 def terms_of(value, han_alone=True):
     """Cut a text into words of letters and digits with their marks; Han letters stand alone."""
-    words, run = [], ""
-    for letter in unicodedata.normalize("NFC", value.lower()) + " ":
+    words, run, joined = [], "", ""
+    plain = "".join(letter for letter in value.lower() if letter not in "\xad\u2060\ufeff")
+    for letter in unicodedata.normalize("NFC", plain) + " ":
         kind = unicodedata.category(letter)[0]
         alone = han_alone and is_han(letter)
-        if run and (kind not in "LNM" or alone or (kind != "M" and han_alone and is_han(run[0]))):
-            words.append(run)
-            run = ""
+        after_han = run and han_alone and is_han(run[0])
+        if run and letter in "\u200c\u200d" and not after_han:
+            joined += letter
+            continue
+        if run and (kind not in "LNM" or alone or (after_han and kind != "M")):
+            last = joined[:1] if unicodedata.category(run[-1])[0] == "M" else ""
+            words.append(run + last.replace("\u200c", ""))
+            run = joined = ""
         if run or kind in "LN":
-            run += letter
+            run, joined = run + joined + letter, ""
     return words
 
 
@@ -476,8 +502,8 @@ def frames(folder):
 def _frame_rows(path, wanted, optional):
     rules = {
         "user": an_id, "item": an_id, "search": an_id, "order": integer, "target": _flag,
-        "time": milliseconds, "terms": _words, "impressions": _ids, "relevant": _label,
-        "topic": _label,
+        "time": lambda value: milliseconds(value, days=True), "terms": _words,
+        "impressions": _ids, "relevant": _label, "topic": _label,
     }  # fmt: skip
     names = {name: name for name in (*wanted, *optional)}
     separator, quote = ("\t" if ".tsv" in path.suffixes else ","), '"'
@@ -648,7 +674,7 @@ def amazon(folder):
                 asked.setdefault((user, fields[2]), []).append(lot)
     for (user, item), (line, time) in first.items():
         if lots := asked.get((user, item)):
-            terms = queries[min(lots)[1]].strip().split(" ")
+            terms = re.split("[ \t]", queries[min(lots)[1]].strip())
             told.search(line, user, time, terms)
             told.click(line, item, time)
     return told.done()

@@ -97,6 +97,7 @@ def add(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from lcr_fast import data
     from lcr_fast.data.build import prepare
+    from lcr_fast.data.folder import require_free
     from lcr_fast.data.prepared import PreparedData
 
     if arguments.n_negatives < 1:
@@ -110,6 +111,7 @@ def run(arguments: argparse.Namespace) -> None:
     for name in options.keys() - known:
         flag = name.replace("_", "-")
         raise ValueError(f"--{flag}: the reader of {arguments.source} has no such option")
+    require_free(arguments.out, arguments.overwrite)  # before hours of reading
     vocabulary = PreparedData.open(arguments.vocabulary) if arguments.vocabulary else None
     log = data.read(arguments.source, arguments.input, **options)
     prepared = prepare(

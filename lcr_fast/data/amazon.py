@@ -47,7 +47,7 @@ _REVIEW = {
     "time": Field(("unixReviewTime",), ndjson.SECONDS),
 }
 _QREL = re.compile(r"(\S+)_(0|[1-9][0-9]*)[ \t]+\S+[ \t]+(\S+)[ \t]+([01])", re.ASCII)
-_TERM = r"[^ ]+"
+_TERM = r"[^ \t]+"
 
 
 def read(path: str | os.PathLike, *, keep_duplicates: bool = False) -> InteractionLog:

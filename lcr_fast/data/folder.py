@@ -44,9 +44,9 @@ def write_folder(
     ``fill`` saves the ``.npy`` files into the temporary sibling folder it is given; ``manifest`` is
     completed with the format, its version, the checksum of every array and the fingerprint of them
     all. Raises ValueError if ``out`` is occupied: only a prepared folder is replaced, and only with
-    ``overwrite``.
+    ``overwrite``. Where ``out`` is a link, the folder is written that it names.
     """
-    out = Path(out)
+    out = Path(os.path.realpath(out))
     require_free(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{_PARTIAL}-{uuid.uuid4().hex}")
@@ -115,7 +115,7 @@ def require_free(out: str | os.PathLike, overwrite: bool) -> None:
 
     What a killed writer left beside ``out`` is removed, or put back where it was ``out`` itself.
     """
-    out = Path(out)
+    out = Path(os.path.realpath(out))
     _tidy(out)
     if not out.exists():
         return

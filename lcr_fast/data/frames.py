@@ -19,13 +19,17 @@ import polars as pl
 
 from . import rules
 from .log import COLUMNS, OPTIONAL, InteractionLog
-from .table import check, read_table, readable, scan, without_repeated
+from .table import check, columns_of, read_table, without_repeated
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t", ".inter": "\t"}
 _ENDS = (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
 _ATOMIC = ".inter"
 _ATOMIC_FIELDS = {"user_id:token": "user", "item_id:token": "item", "timestamp:float": "time"}
 _DEFAULTS = {"order": pl.col("row"), "target": pl.lit(True)}
+_COARSER = {
+    "ms": ("seconds", "s, or ms if they are meant"), "us": ("milliseconds", "ms"),
+    "ns": ("microseconds", "us"),
+}  # fmt: skip
 _SECONDS = (900_000_000, 2_500_000_000)  # as ms no unix times, but days 10 to 29 of a clock
 _NUMBER, _TERMS = pl.Int64(), pl.List(pl.String)
 _NULLABLE = ("terms", "impressions", "relevant", "topic")
@@ -46,8 +50,8 @@ def read(
     ``time_unit`` ("s", "ms", "us", "ns"; default: ms, and s in an atomic file) or Datetimes. A row
     that repeats another in all columns read, its time as the file has it, is dropped without
     ``keep_duplicates``. Raises FileNotFoundError for a missing file and ValueError for one that is
-    unreadable, lacks a column, or where a field is malformed, and where no unit is given but all
-    times look like unix seconds.
+    unreadable, lacks a column, or has one but for capitals or spaces, where a field is malformed,
+    and where all times look like unix times in a coarser unit (in s, where no unit is given).
     """
     path = Path(path)
     paths = _paths(path)
@@ -67,12 +71,13 @@ def read(
             columns = ("row", *COLUMNS[name])
             tables[name] = pl.DataFrame(schema={c: types.get(c, _NUMBER) for c in columns})
             notes.append(f"no {name}: there is no such file")
-    if time_unit is None and unit == "ms":
-        _refuse_seconds(tables, path)
+    if time_unit != "ms" and unit in _COARSER:
+        _refuse_coarser(tables, path, unit)
     notes += _share_ids(tables, paths, "user", "searches")
     notes += _share_ids(tables, paths, "item", "clicks")
     if not _ends_with(paths["events"], ".parquet"):
         _check_lists(tables["events"], paths["events"])
+    notes += _missing_words(tables["searches"])
     _number_searches(tables, paths)
     events, searches, clicks = (tables[name].drop("row") for name in COLUMNS)
     kept = f"kept {events.height:,} events, {searches.height:,} searches, {clicks.height:,} clicks"
@@ -93,7 +98,7 @@ def _paths(path: Path) -> dict[str, Path]:
     for name in COLUMNS:
         found = [path / f"{name}{end}" for end in _ENDS if (path / f"{name}{end}").exists()]
         if name == "events":
-            found += sorted(file for file in path.glob("*.inter*") if _ends_with(file, _ATOMIC))
+            found += sorted(file for file in path.glob("[!.]*.inter*") if _ends_with(file, _ATOMIC))
         if len(found) > 1:
             raise ValueError(f"{path} holds {' and '.join(f.name for f in found)}: keep one")
         if found:
@@ -111,20 +116,20 @@ def _read(name: str, file: Path, unit: str) -> tuple[pl.DataFrame, list[str]]:
     """Read the columns of a table that are there; some need not be."""
     separator = _SEPARATORS.get(Path(file.name.removesuffix(".gz")).suffix, ",")
     quote_char = None if _ends_with(file, _ATOMIC) else '"'
-    with readable(file):
-        present = scan(file, separator, quote_char).collect_schema()
+    present = columns_of(file, separator, quote_char)
     columns = (*COLUMNS[name], *OPTIONAL[name])
     names = {column: column for column in columns if column in present}
     names |= {c: c for c in COLUMNS[name] if c not in _DEFAULTS}  # missed where they are
     if _ends_with(file, _ATOMIC):
         names = _ATOMIC_FIELDS
     fields = {
-        there: rules.time(unit) if column == "time" else _RULES[column]
+        there: rules.time(unit, days=True) if column == "time" else _RULES[column]
         for there, column in names.items()
     }
     time = next(there for there, column in names.items() if column == "time")
     # Rounding to ms may make two rows one; whole ms stay what they are.
-    whole = unit == "ms" and time in present and present[time].is_integer()
+    dtypes = present.get(time, [])
+    whole = unit == "ms" and all(dtype.is_integer() for dtype in dtypes)
     table = read_table(
         file,
         fields,
@@ -134,18 +139,31 @@ def _read(name: str, file: Path, unit: str) -> tuple[pl.DataFrame, list[str]]:
         quote_char=quote_char,
     ).rename(names)
     others = [column for column in present if column not in names]
+    for other in others:
+        if (meant := other.strip().lower()) in columns and meant not in names:
+            raise ValueError(f"{file.name}: column {other!r} would be ignored: rename it {meant!r}")
     notes = [f"{file.name}: ignored the columns {', '.join(others)}"] if others else []
+    if pl.Date in dtypes:
+        notes.append(
+            f"{file.name}: {time} is a day: what a user does on it ties, and is not the history of "
+            "another target of that day"
+        )
+    if any(isinstance(dtype, pl.Datetime) and dtype.time_zone is None for dtype in dtypes):
+        notes.append(f"{file.name}: {time} names no time zone: read as UTC")
     return table, notes
 
 
-def _refuse_seconds(tables: dict[str, pl.DataFrame], path: Path) -> None:
-    """Raise where all times, taken as ms, would be unix seconds of 1998 to 2049."""
-    times = [table["time"] for table in tables.values() if table.height]
-    if times and all(each.is_between(*_SECONDS).all() for each in times):
-        raise ValueError(
-            f"{path}: all times are like {times[0][0]}, as unix seconds are: pass --time-unit s, "
-            "or ms if they are meant"
-        )
+def _refuse_coarser(tables: dict[str, pl.DataFrame], path: Path, unit: str) -> None:
+    """Raise where all known times are of January 1970, as unix times in a coarser unit would be."""
+    known = (table["time"].filter(table["time"] > 0) for table in tables.values())
+    times = [each for each in known if len(each)]
+    if not times or not all(each.is_between(*_SECONDS).all() for each in times):
+        return
+    like = times[0][0] * {"ms": 1, "us": 1000, "ns": 10**6}[unit]
+    coarser, meant = _COARSER[unit]
+    raise ValueError(
+        f"{path}: all times are like {like}, as unix {coarser} are: pass --time-unit {meant}"
+    )
 
 
 def _share_ids(
@@ -204,6 +222,17 @@ def _with_numbers(events: pl.DataFrame, path: Path) -> pl.DataFrame:
     valid = shown.is_null() | (numbers.cast(pl.List(pl.String)) == shown)
     check(events, valid, path, "impressions", "ids that are integers, as the items are")
     return events.with_columns(numbers)
+
+
+def _missing_words(searches: pl.DataFrame) -> list[str]:
+    """Say where searches are for what a program writes for nothing: a word, or none was typed."""
+    alone = searches["terms"].filter(searches["terms"].list.len() == 1).list.first()
+    counts = alone.filter(alone.is_in(rules.NO_ID)).value_counts().sort("terms")
+    return [
+        f"searches: {n:,} are for {word!r} alone, read as a word: if it says that none was typed, "
+        "leave terms empty"
+        for word, n in counts.iter_rows()
+    ]
 
 
 def _number_searches(tables: dict[str, pl.DataFrame], paths: dict[str, Path]) -> None:

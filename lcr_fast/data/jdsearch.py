@@ -21,6 +21,7 @@ _HISTORY = ("history_qry_list", "history_wid_list", "history_type_list")
 _TIMES = "history_time_list"
 _CANDIDATES = ("candidate_wid_list", "candidate_label_list")
 _NO_QUERY = "-1"
+_NO_QUERY_AMISS = r"^(?:-1\.0+|\s+-1\s*|-1\s+)$"
 _TERM_END = "\x18"
 _MAX_SECONDS = rules.MAX_MS // 1000
 _PRODUCT = pl.element().str.contains("^[0-9]+$")
@@ -104,7 +105,8 @@ def _behaviours(rows: pl.DataFrame, path: Path) -> tuple[pl.DataFrame, pl.DataFr
     products = pl.col("history_wid_list").list.eval(_PRODUCT).list.all()
     check(told, products, path, "history_wid_list", "product ids")
     # "" among the terms, or in place of them.
-    words = pl.element().str.split(_TERM_END).list.contains("").not_()
+    empty = pl.element().str.split(_TERM_END).list.contains("")
+    words = ~empty & ~pl.element().str.contains(_NO_QUERY_AMISS)
     queries = pl.col("history_qry_list").list.eval(words).list.all()
     check(told, queries, path, "history_qry_list", "queries, or -1 for none")
     asked = times.select(user="row", time=pl.col("seconds").list.sum() * 1000)

@@ -116,8 +116,8 @@ INSTANT = Kind("an ISO 8601 time or unix milliseconds", pl.Int64(), _instant)
 def documents(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the number of every line that is not blank, from 1, and the object on it.
 
-    ``.gz`` is decompressed. Raises FileNotFoundError for a missing file and ValueError for a line
-    that is no JSON object, such as "ubi_events.ndjson, row 3: not a JSON object: ...".
+    What is gzipped is decompressed. Raises FileNotFoundError for a missing file and ValueError for
+    a line that is no JSON object, such as "ubi_events.ndjson, row 3: not a JSON object: ...".
     """
     path = Path(path)
     for row, line in lines(path):
@@ -136,7 +136,7 @@ def documents(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the numbered lines of a UTF-8 text, from 1; ``.gz`` is decompressed.
+    """Yield the numbered lines of a UTF-8 text, from 1; what is gzipped is decompressed.
 
     Raises FileNotFoundError for a missing file and ValueError where it cannot be read or is no
     UTF-8, and for a folder.
@@ -144,7 +144,9 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
     require_file(path)
     row = 0
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with path.open("rb") as raw:
+            is_packed = raw.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if is_packed or path.suffix == ".gz" else path.open("rb") as file:
             for row, line in enumerate(file, 1):
                 yield row, line.removeprefix(b"\xef\xbb\xbf" if row == 1 else b"").decode()
     except UnicodeDecodeError:

@@ -24,7 +24,17 @@ from numpy.typing import NDArray
 from . import rules
 from .log import InteractionLog, Vectors
 from .rules import INTEGER, NUMBER, is_missing, is_positive
-from .table import check, count_rows, field_error, read_table, readable, scan, without_repeated
+from .table import (
+    check,
+    columns_of,
+    count_rows,
+    field_error,
+    is_columnar,
+    keep_one,
+    parts_of,
+    read_table,
+    without_repeated,
+)
 
 _RECOMMENDATIONS = "rec_result_details_with_idx"
 _RESULTS = "search_result_details_with_idx"
@@ -40,9 +50,9 @@ def read(path: str | os.PathLike, *, keep_duplicates: bool = False) -> Interacti
 
     Each is ``<name>/*.parquet``, ``<name>.parquet`` or ``<name>.csv``; the train parts must be
     there. Columns ``note_embedding`` and ``question_embedding``, where present, become frozen text
-    vectors. A click that is null or NaN is none. Rows that repeat another of their file are dropped
-    without ``keep_duplicates``. Raises ValueError naming file, row and field where a cell is
-    malformed.
+    vectors. A click that is null or NaN is none. Rows that repeat another, of train or test,
+    are dropped without ``keep_duplicates``. Raises ValueError naming file, row and field where a
+    cell is malformed.
     """
     folder = Path(path)
     requests, repeated = _read_parts(
@@ -72,13 +82,14 @@ def read(path: str | os.PathLike, *, keep_duplicates: bool = False) -> Interacti
 
 
 def _files(folder: Path, name: str) -> list[Path]:
+    found = [folder / f"{name}{end}" for end in (".parquet", ".csv")]
+    found = [file for file in found if file.exists()]
     if (folder / name).is_dir():
-        return sorted((folder / name).glob("*.parquet"))
-    return [
-        folder / f"{name}{end}"
-        for end in (".parquet", ".csv")
-        if (folder / f"{name}{end}").exists()
-    ][:1]
+        keep_one([folder / name, *found])
+        found = [part for part in parts_of(folder / name) if is_columnar(part)]
+        if not found:
+            raise ValueError(f"{folder / name}: is a folder without Parquet files")
+    return keep_one(found)
 
 
 def _read_parts(
@@ -93,19 +104,18 @@ def _read_parts(
 
     ``results`` is a list of structs note, click, time (ms, null where unknown).
     """
-    parts, notes, n_rows = [], [], 0
+    parts, n_rows = [], 0
     for name in (f"{stream}_train", f"{stream}_test"):
         files = _files(folder, name)
         if not files and name.endswith("_train"):
             raise FileNotFoundError(f"{folder / name}: no .parquet or .csv found")
         for file in files:
             part = _read_part(file, more, details, stamp)
-            distinct, repeated = without_repeated(part, file, keep_duplicates)
-            # Numbered as the file has them: text vectors go by these numbers.
-            parts.append(distinct.with_columns(request=pl.col("row") - 1 + n_rows).drop("row"))
-            notes += repeated
+            parts.append(part.with_columns(pl.col("row") + n_rows))
             n_rows += part.height
-    return pl.concat(parts), notes
+    rows, notes = without_repeated(pl.concat(parts), stream, keep_duplicates)
+    # Numbered as the files have them: text vectors go by these numbers.
+    return rows.with_columns(request=pl.col("row") - 1).drop("row"), notes
 
 
 def _read_part(file: Path, more: tuple[str, ...], details: str, stamp: str) -> pl.DataFrame:
@@ -248,7 +258,7 @@ def _searches(asked: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, list[str
 
 def _vectors(files: list[Path], column: str, key: str | None) -> Vectors | None:
     """Stream the vectors of a column, keyed by another column or by the row over all files."""
-    named = [column in _columns(file) for file in files]
+    named = [column in columns_of(file) for file in files]
     if not any(named):
         return None
 
@@ -269,11 +279,6 @@ def _vectors(files: list[Path], column: str, key: str | None) -> Vectors | None:
                 yield keys, vectors
 
     return chunks
-
-
-def _columns(file: Path) -> list[str]:
-    with readable(file):
-        return scan(file).collect_schema().names()
 
 
 def _matrix(frame: pl.DataFrame, column: str, file: Path, width: int | None) -> NDArray[np.float32]:

@@ -3,8 +3,8 @@ r"""What a field may hold, whatever the file: one rule each for ids, times, numb
 A rule turns a column into its one type, with null for whatever breaks the rule. Nothing is bent to
 fit: 3.7 and "007" are no integers, "" and "nan" are no ids, infinity is no number. NaN is a missing
 value, as null is; what databases and R write for one, \N and NA, is no id. No id and no word holds
-a tab or line break: of a text file it would hold the rows behind a quote that was opened and not
-closed.
+a tab, line break or NUL: of a text file it would hold the rows behind a quote that was opened and
+not closed.
 """
 
 from __future__ import annotations
@@ -18,14 +18,20 @@ MAX_MS = 10**14  # the year 5138; times in us or ns lie beyond it
 MIN_UNIX_MS = 10**11  # unix times in seconds lie below it
 _MAX_INT = 2**63 - 10**6  # of Int64, with room to round ns
 _EXACT, _EXACT_32 = 2**53, 2**24  # the floats of 64 and 32 bits up to here hold every integer
-_NO_ID = ("", "nan", "NaN", "NaT", "None", "null", "NULL", "<NA>", "NA", r"\N")
+NO_ID = ("", "nan", "NaN", "NaT", "None", "null", "NULL", "<NA>", "NA", r"\N")
 _FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 _PER_MS = {"s": (1000, 1), "ms": (1, 1), "us": (1, 1000), "ns": (1, 10**6)}  # times, divided by
 BREAK = r"[\t\r\n]"
+_UNFIT = r"[\t\r\n\x00]"
+# 7.0 and 1e+05, of a column of integers that was once of floats: another id than 7 and 100000.
+_FLOAT = r"^-?[0-9]+(?:\.0+|(?:\.[0-9]+)?[eE]\+[0-9]+)$"
 # A letter or digit may carry marks: accents, vowel signs. A word is a run of such; as a term, a
-# Chinese character stands alone.
-WORD = r"[\p{L}\p{N}][\p{L}\p{N}\p{M}]*"
-TERM = r"\p{Han}\p{M}*|[\p{L}\p{N}--\p{Han}][\p{L}\p{N}\p{M}--\p{Han}]*"
+# Chinese character stands alone. Joiners (ZWNJ, ZWJ) are spelling within a word, as in Persian, and
+# ZWJ also behind its last mark, where Malayalam makes a letter of the two.
+_RUN = r"(?:\p{{M}}\u200D|{0}|[\u200C\u200D]+{0})*"
+WORD = r"[\p{L}\p{N}]" + _RUN.format(r"[\p{L}\p{N}\p{M}]")
+TERM = r"\p{Han}\p{M}*|[\p{L}\p{N}--\p{Han}]" + _RUN.format(r"[\p{L}\p{N}\p{M}--\p{Han}]")
+_UNSEEN = "[\u00ad\u2060\ufeff]"  # says where a line may break, and where not
 _DATE_TIME = r"^[1-9][0-9]{3}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-5][0-9]$"
 _CODE = "(?:0|[1-9][0-9]{0,2})"  # a byte
 _CODES = rf"^\[[ \n]*{_CODE}(?:[ \n,]+{_CODE})*[ \n]*\]$"
@@ -58,7 +64,8 @@ def is_positive(number: pl.Expr) -> pl.Expr:
 def terms(text: pl.Expr, pattern: str = TERM) -> pl.Expr:
     """Cut a text into its terms, in lower case; a letter is one however its marks are encoded."""
     # Normalised last: a lower letter may have a code of its own where the capital has none.
-    return text.str.to_lowercase().str.normalize("NFC").str.extract_all(pattern)
+    lower = text.str.to_lowercase().str.replace_all(_UNSEEN, "")
+    return lower.str.normalize("NFC").str.extract_all(pattern)
 
 
 def _is_text(dtype: pl.DataType) -> bool:
@@ -66,15 +73,25 @@ def _is_text(dtype: pl.DataType) -> bool:
 
 
 def _text(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
+    if isinstance(dtype, pl.Decimal):
+        return _whole(column, dtype).cast(pl.String)
     return column.cast(pl.String) if _is_text(dtype) or dtype.is_integer() else None
 
 
 def _line(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
     text = _text(column, dtype)
-    return None if text is None else pl.when(~text.str.contains(BREAK)).then(text)
+    return None if text is None else pl.when(~text.str.contains(_UNFIT)).then(text)
+
+
+def _whole(column: pl.Expr, dtype: pl.DataType) -> pl.Expr:
+    """Give the integers among decimals."""
+    whole = column.cast(pl.Int64, strict=False)
+    return pl.when(whole.cast(dtype, strict=False) == column).then(whole)
 
 
 def _integer(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
+    if isinstance(dtype, pl.Decimal):
+        return _whole(column, dtype)
     if dtype.is_integer():
         return column.cast(pl.Int64, strict=False)
     if dtype.is_float():
@@ -89,7 +106,7 @@ def _integer(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
 
 
 def _number(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
-    if not (dtype.is_integer() or dtype.is_float() or dtype == pl.String):
+    if not (dtype.is_numeric() or dtype == pl.String):
         return None
     number = column.cast(pl.Float64, strict=False)
     return pl.when(number.is_finite()).then(number)
@@ -101,9 +118,8 @@ def _id(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
     if not _is_text(dtype):
         return _integer(column, dtype)
     text = column.cast(pl.String)
-    # A column of integers that was once of floats: "7.0" would be another item than "7".
-    valid = ~text.is_in(_NO_ID) & (text.str.strip_chars() == text) & ~text.str.contains(BREAK)
-    return pl.when(valid & ~text.str.contains(r"^-?[0-9]+\.0+$")).then(text)
+    valid = ~text.is_in(NO_ID) & (text.str.strip_chars() == text) & ~text.str.contains(_UNFIT)
+    return pl.when(valid & ~text.str.contains(_FLOAT)).then(text)
 
 
 def _flag(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
@@ -137,7 +153,7 @@ def _words(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
     if listed is None or (text := _text(pl.element(), listed[1])) is None:
         return None
     words = listed[0].list.eval(text.filter(text.is_not_null() & (text != "")))
-    return pl.when(~words.list.eval(pl.element().str.contains(BREAK)).list.any()).then(words)
+    return pl.when(~words.list.eval(pl.element().str.contains(_UNFIT)).list.any()).then(words)
 
 
 def _ids(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
@@ -159,6 +175,8 @@ def _date_time(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
 
 
 def _codes(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
+    if isinstance(dtype, pl.Array):
+        column, dtype = column.arr.to_list(), pl.List(dtype.inner)
     if dtype == pl.String:
         column = pl.when(column.str.contains(_CODES)).then(column.str.extract_all("[0-9]+"))
     elif not (isinstance(dtype, pl.List) and dtype.inner.is_integer()):
@@ -181,11 +199,14 @@ DATE_TIME = Rule("a time as 2022-07-01 12:30:00", _date_time)
 CODES = Rule("a list of codes 0..255", _codes)
 
 
-def time(unit: str, *, least_ms: int = -MAX_MS, expected: str | None = None) -> Rule:
+def time(
+    unit: str, *, least_ms: int = -MAX_MS, days: bool = False, expected: str | None = None
+) -> Rule:
     """Make the rule of times in a unit ("s", "ms", "us", "ns"): Int64 ms, rounded, within range.
 
     The range is ``least_ms`` to ``MAX_MS``, so that a time in a finer unit breaks the rule. A
-    Datetime column has a unit of its own; of Float32, which holds a unix time in s to two minutes,
+    Datetime column has a unit of its own; without a time zone it is UTC. A Date column is its
+    midnights (UTC) where ``days`` will do. Of Float32, which holds a unix time in s to two minutes,
     there is no time.
     """
     if unit not in _PER_MS:
@@ -193,6 +214,10 @@ def time(unit: str, *, least_ms: int = -MAX_MS, expected: str | None = None) -> 
 
     def typed(column: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
         times, divided = _PER_MS[unit]
+        if days and dtype == pl.Date:
+            column, dtype = column.cast(pl.Datetime("ms")), pl.Datetime("ms")
+        if isinstance(dtype, pl.Decimal) and not dtype.scale:
+            column, dtype = _whole(column, dtype), pl.Int64()
         if isinstance(dtype, pl.Datetime):
             times, divided = _PER_MS[dtype.time_unit]
             column, dtype = column.cast(pl.Int64), pl.Int64()

@@ -42,7 +42,7 @@ from numpy.typing import NDArray
 
 from . import rules
 from .log import InteractionLog, Vectors
-from .table import check, count_rows, read_table, readable, scan, without_repeated
+from .table import check, columns_of, count_rows, read_table, without_repeated
 
 ACTIONS = ("add_to_cart", "product_buy")
 _COUNTED = {"remove_from_cart": "removals are no interest", "page_visit": "an url is no item"}
@@ -146,8 +146,7 @@ def _clicks(events: pl.DataFrame, searches: pl.DataFrame) -> pl.DataFrame:
 
 def _vectors(file: Path, items: pl.Series) -> Vectors:
     """Stream the vectors of the items that have events."""
-    with readable(file):
-        column = "name" if "name" in scan(file).collect_schema() else "embedding"
+    column = "name" if "name" in columns_of(file) else "embedding"
 
     def chunks() -> Iterator[tuple[pl.Series, NDArray[np.float32]]]:
         fields = {"sku": rules.INTEGER, column: rules.CODES}

@@ -106,7 +106,8 @@ def read(path: str | os.PathLike, *, keep_duplicates: bool = False) -> Interacti
 def _file(path: Path) -> Path:
     if not path.is_dir():
         return path
-    files = sorted(file for file in path.iterdir() if {".parquet", ".csv"} & set(file.suffixes))
+    files = sorted(file for file in path.glob("[!.]*") if {".parquet", ".csv"} & set(file.suffixes))
     if len(files) != 1:
-        raise ValueError(f"{path} holds {len(files)} .parquet or .csv files, expected one")
+        named = f": {', '.join(file.name for file in files)}" if files else ""
+        raise ValueError(f"{path} holds {len(files)} .parquet or .csv files, expected one{named}")
     return files[0]

@@ -56,7 +56,7 @@ import polars as pl
 from . import ndjson, rules
 from .log import InteractionLog
 from .ndjson import Columns, Field
-from .table import without_repeated
+from .table import keep_one, without_repeated
 
 ACTIONS = ("click", "click_through", "view", "watch", "add_to_cart", "purchase")
 _TARGETS = ("click", "click_through")
@@ -89,8 +89,9 @@ def read(
 
     ``targets`` are the actions whose events may be predicted; they are read whatever their name.
     Documents that repeat another in all that is read are dropped without ``keep_duplicates``.
-    Raises FileNotFoundError where no file is there, ValueError where the log has no query, no event
-    or no target, and naming file, row and field where one is malformed.
+    Raises FileNotFoundError where no file is there, ValueError where one is there twice (as it is
+    and as .gz), where the log has no query, no event or no target, and naming file, row and field
+    where one is malformed.
     """
     folder = Path(path)
     tables = _documents(folder)
@@ -128,12 +129,18 @@ def read(
 
 def _documents(folder: Path) -> dict[str, pl.DataFrame]:
     """Read the fields of all documents by index; ``row`` counts over all files."""
-    files = [
-        file
-        for file in sorted(folder.glob("ubi_*"))
-        if file.name.removesuffix(".gz").endswith(_ENDS) and _index_of(file.name) is not None
-    ]
-    if not files:
+    files = []
+    for file in sorted(folder.glob("ubi_*")):
+        if not set(_ENDS) & set(file.suffixes) or _index_of(file.name) is None:
+            continue
+        if not file.name.removesuffix(".gz").endswith(_ENDS):  # packed otherwise, rotated, half
+            ends = ", ".join(_ENDS)
+            raise ValueError(
+                f"{file}: would be left out, expected a name that ends in {ends} or .gz behind it: "
+                "unpack, rename or move it"
+            )
+        files.append(file)
+    if not keep_one(files):
         raise FileNotFoundError(f"{folder}/ubi_queries.ndjson: not found, nor ubi_events.ndjson")
     parts: dict[str, list[pl.DataFrame]] = {name: [] for name in _FIELDS}
     start = 0

@@ -470,6 +470,20 @@ class TestFolder:
         assert (mine / "thesis.txt").read_text() == "precious"
         assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
 
+    def test_a_link_is_followed(self, shop, tmp_path, monkeypatch):
+        link, there = tmp_path / "link", tmp_path / "disk" / "data"
+        link.symlink_to(there)
+        for n_negatives in (2, 3):
+            prepare(shop, link, n_negatives=n_negatives, overwrite=n_negatives == 3)
+            assert link.is_symlink()
+            assert PreparedData.open(there).test_negatives.shape[1] == n_negatives
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+        assert [path.name for path in there.parent.iterdir()] == ["data"]
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        prepare(shop, ".", n_negatives=2)
+        assert (tmp_path / "here" / "manifest.json").exists()
+
     @pytest.mark.parametrize("step", ["_sha256", "_swap"])
     @pytest.mark.parametrize("existed", [False, True])
     def test_a_failure_leaves_nothing_half_written(

@@ -370,6 +370,18 @@ def test_ubi_malformed(tmp_path, line, message):
     assert re.match(rf"ubi_events\.ndjson, row 2[:,] {re.escape(message)}", complaint(ubi, folder))
 
 
+@pytest.mark.parametrize(
+    "name", ["ubi_events_2.ndjson.zst", "ubi_events.json.1", "ubi_queries.json.part"]
+)
+def test_ubi_files_that_would_be_left_out(tmp_path, name):
+    write_ubi(tmp_path)
+    for other in ("ubi_settings.json", "ubi_events.md", ".ubi_events.ndjson.crc"):
+        (tmp_path / other).touch()
+    ubi.read(tmp_path)
+    (tmp_path / name).touch()
+    assert complaint(ubi, tmp_path).startswith(f"{tmp_path / name}: would be left out, expected a ")
+
+
 def test_ubi_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"ubi_queries\.ndjson: not found"):
         ubi.read(tmp_path)
@@ -419,7 +431,7 @@ def kindle(tmp_path):
     folder.mkdir()
     reviews = "\n".join(map(json.dumps, REVIEWS)).encode()
     (folder / "reviews_Kindle_Store_5.json.gz").write_bytes(gzip.compress(reviews))
-    (folder / "query_text.txt").write_text("book kindle\nmystery  book \n")
+    (folder / "query_text.txt").write_text("book kindle\nmystery\t book \n")
     for name, text in QRELS.items():
         (folder / f"{name}.qrels").write_text(text)
     return folder

@@ -568,11 +568,12 @@ def test_qilin_with_every_documented_column(tmp_path):
         for name, columns in frames.items():
             folder = tmp_path / f"{name}_{part}"
             folder.mkdir()
-            frame = pl.DataFrame({"user_idx": [9], **more, **columns}, strict=False)
+            user = {"user_idx": [9 + (part == "test")]}
+            frame = pl.DataFrame(user | more | columns, strict=False)
             frame.write_parquet(folder / "train-00000-of-00001.parquet")
     (tmp_path / "dqa").mkdir()
     (tmp_path / "user_feat").mkdir()
     log = qilin.read(tmp_path)
-    assert rows_of(log.events, "user", "item", "time") == [(9, 5, MS), (9, 5, MS)]
-    assert rows_of(log.searches, "user", "time", "terms") == [(9, MS, ["q"]), (9, MS, ["q"])]
+    assert rows_of(log.events, "user", "item", "time") == [(9, 5, MS), (10, 5, MS)]
+    assert rows_of(log.searches, "user", "time", "terms") == [(9, MS, ["q"]), (10, MS, ["q"])]
     assert log.clicks["item"].to_list() == [6, 6]

@@ -1,14 +1,18 @@
 """The rules of fields, and that every reader keeps them."""
 
+import bz2
 import datetime
 import gzip
 import json
+import lzma
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -16,7 +20,8 @@ import pytest
 
 from lcr_fast.data import frames, read, reader_options, rules
 from lcr_fast.data.build import prepare
-from lcr_fast.data.table import read_table
+from lcr_fast.data.table import count_rows, read_table
+from raw_folders import GENERATORS
 
 NAN = float("nan")
 MS = 1_700_000_000_000
@@ -30,6 +35,11 @@ def typed(rule, values):
 
 def single(values):
     return pl.Series("x", values, dtype=pl.Float32)
+
+
+def decimals(scale, values):
+    texts = [None if value is None else str(value) for value in values]
+    return pl.Series("x", texts).cast(pl.Decimal(38, scale))
 
 
 @pytest.mark.parametrize(
@@ -46,7 +56,8 @@ def single(values):
         (rules.NUMBER, [1.5, NAN, float("-inf")], [1.5, None, None]),
         (rules.NUMBER, [[1]], None),
         (rules.ID, ["a b", "", "nan", "None", " a", "7.0"], ["a b"] + [None] * 5),
-        (rules.ID, ["3.14", "007"], ["3.14", "007"]),
+        (rules.ID, ["3.14", "007", "1e5"], ["3.14", "007", "1e5"]),
+        (rules.ID, ["1e+05", "-1.5E+10", "a\0"], [None] * 3),  # as R writes 100000
         (rules.ID, [5.0, 3.7, NAN], [5, None, None]),
         (rules.ID, [False], None),
         (rules.ID, ["NA", r"\N", "NAN"], [None, None, "NAN"]),
@@ -77,6 +88,20 @@ def single(values):
         (rules.time("s"), [1.5, 2.0**63, NAN], [1500, None, None]),
         (rules.time("s"), [datetime.datetime(1970, 1, 2)], [86_400_000]),
         (rules.time("ms"), [True], None),
+        (rules.INTEGER, decimals(0, [7, -3, 2**63, None]), [7, -3, None, None]),
+        (rules.INTEGER, decimals(2, ["7.00", "7.50"]), [7, None]),
+        (rules.ID, decimals(0, [2**62 + 1]), [2**62 + 1]),
+        (rules.NUMBER, decimals(1, ["2.5", None]), [2.5, None]),
+        (rules.FLAG, decimals(0, [1, 0, 2]), [True, False, None]),
+        (rules.LINE, decimals(0, [7]), ["7"]),
+        (rules.IDS, decimals(0, [7]).implode(), [[7]]),
+        (rules.WORDS, decimals(0, [7]).implode(), [["7"]]),
+        (rules.time("ns"), decimals(0, [MS * 10**6 + 1, 10**20 + 1]), [MS, None]),
+        (rules.time("s"), decimals(3, ["1700000000.001"]), [MS + 1]),
+        (rules.time("ms", days=True), [datetime.date(1970, 1, 2)], [86_400_000]),
+        (rules.SECONDS, [datetime.date(1970, 1, 2)], None),
+        (rules.DATE_TIME, [datetime.date(1970, 1, 2)], None),
+        (rules.CODES, pl.Series("x", [[1, 255]], dtype=pl.Array(pl.UInt8, 2)), [[1, 255]]),
         (rules.time("s"), single([1_700_000_000, 7]), None),
     ],
 )
@@ -101,8 +126,18 @@ TYPED = {
     "Cafe\u0301 CAF\u00c9": ["caf\u00e9", "caf\u00e9"],
     "J\u030c": ["\u01f0"],  # the small one alone has a code of its own
     "1. a-b \u0301": ["1", "a", "b"],
+    # Persian "I write", and a joiner left behind; Marathi "of the valley", Hindi in half forms.
+    "می\u200cنویسم کتب\u200c \u200cدل": ["می\u200cنویسم", "کتب", "دل"],
+    "दर्\u200dयाचे क्\u200cष": ["दर्\u200dयाचे", "क्\u200cष"],
+    "അവന്\u200d വാക്ക്\u200c": ["അവന്\u200d", "വാക്ക്"],  # Malayalam: ZWJ makes the last letter
+    "a\u200d \u200d": ["a"],
+    "Groß\u00adhandel wo\u2060rd": ["großhandel", "word"],
 }
-WRITTEN = {"红色shoe": ["红", "色", "shoe"], "か\u3099红\U000e0100x": ["が", "红\U000e0100", "x"]}
+WRITTEN = {
+    "红色shoe": ["红", "色", "shoe"],
+    "红\u200c色a\u200c红": ["红", "色", "a", "红"],
+    "か\u3099红\U000e0100x": ["が", "红\U000e0100", "x"],
+}
 
 
 @pytest.mark.parametrize("source", ["trivago", "qilin", "ubi"])
@@ -274,6 +309,8 @@ JDSEARCH_HEADER = (
         ({"products": "10_٣"}, "history_wid_list: expected product ids"),
         ({"queries": "_-1"}, "history_qry_list: expected queries"),
         ({"queries": "5\x18_-1"}, "history_qry_list: expected queries"),
+        ({"queries": "5_-1.0"}, "history_qry_list: expected queries, or -1 for none"),
+        ({"queries": "5_ -1"}, "history_qry_list: expected queries, or -1 for none"),
         ({"labels": "nan_1.0"}, "candidate_label_list: expected numbers"),
         ({"labels": "1e400_1.0"}, "candidate_label_list: expected numbers"),
     ],
@@ -297,6 +334,19 @@ def test_rows_that_repeat_another_are_dropped_and_counted(tmp_path):
     kept = read("jdsearch", path, keep_duplicates=True)
     assert kept.events["user"].n_unique() == 4
     assert f"{path.name}: kept 2 rows that repeat another exactly" in kept.notes
+
+
+def test_qilin_rows_that_are_in_train_and_in_test_are_one(qilin_folder):
+    folder = qilin_folder()
+    plain = read("qilin", folder)
+    for stream in ("recommendation", "search"):
+        shutil.copy(folder / f"{stream}_train.parquet", folder / f"{stream}_test.parquet")
+    log = read("qilin", folder)
+    assert log.events.equals(plain.events)
+    assert log.searches.equals(plain.searches)
+    assert log.clicks.equals(plain.clicks)
+    assert "search: dropped 2 rows that repeat another exactly" in log.notes
+    assert read("qilin", folder, keep_duplicates=True).events.height == 2 * log.events.height
 
 
 def test_every_reader_of_files_can_keep_duplicates():
@@ -372,6 +422,55 @@ def test_a_quote_that_is_not_closed_swallows_no_rows(tmp_path, source, name, tex
         read(source, tmp_path)
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (
+            ["user,note,item,time", '1,"nice w18,5,10', "2,x,6,11", '3,tv 27",7,12'],
+            "row 1, field note: holds other rows, 'nice w18,5,10",
+        ),
+        (
+            ["user,item,time,note", "1,5,9,", '1,5,10,"nice w18', '2,6,11,tv 27"'],
+            "row 2, field note: holds other rows, 'nice w18",
+        ),
+        (
+            ["note,user,item,time", '"nice w18,1,5,10', 'tv 27",2,6,11'],
+            "row 1, field note: holds other rows, 'nice w18,1,5,10",
+        ),
+        (
+            ["user,item,time,terms,note", '1,5,10,"nice w18,a', '2,6,11,tv 27",b'],
+            "row 1, field terms: holds other rows, 'nice w18,a",
+        ),
+        (
+            ["user,item,time,note", '1,5,10,"', '2,6,11,"""tv"""'],
+            "cannot be read: .*; quotes may only enclose whole fields",
+        ),
+        (
+            ["user,item,time,row", '1,5,10,"nice w18', '2,6,11,tv 27"'],
+            "row 1, field row: holds other rows, 'nice w18",
+        ),
+        (['user,item,time,"note', '1,5,10,x"', "2,6,11,y"], "the name of a column holds other row"),
+        (["user,item,time,note", '1,5,10,"so, a, b', 'c, d,e,f"'], None),  # e is no time
+        (["note,user,item,time", '"a,b', 'c",1,5,10'], None),
+        (["user,item,time,note", '1,5,10,"a,b,c,', '"'], None),
+    ],
+)
+def test_a_quote_that_is_not_closed_in_a_column_that_is_not_read(tmp_path, lines, message, end):
+    path = tmp_path / "t.csv"
+    path.write_text(end.join([*lines, ""]), newline="")
+    fields = {"user": rules.ID, "item": rules.ID, "time": rules.time("ms")}
+    if "terms" in lines[0]:
+        fields["terms"] = rules.TEXT
+    if message is None:
+        assert read_table(path, fields).height == 1
+        # What ``keep`` drops may hold lines of any kind.
+        assert read_table(path, fields, keep=pl.col("time") > 99).height == 0
+    else:
+        with pytest.raises(ValueError, match=rf"\At\.csv[,:] {message}[^\n]*\Z"):
+            read_table(path, fields)
+
+
 def test_a_file_that_is_a_folder(tmp_path):
     for source, name in {
         "frames": "events.parquet", "kuaisar": "rec_inter.csv", "ubi": "ubi_events.ndjson",
@@ -386,6 +485,32 @@ def test_a_file_that_is_a_folder(tmp_path):
             read(source, tmp_path / source)
 
 
+@pytest.mark.parametrize(
+    ("pack", "message"),
+    [
+        (gzip.compress, None),
+        (bz2.compress, "is packed by bzip2"),
+        (lzma.compress, "is packed by xz"),
+        (lambda text: b"PK\x03\x04" + text, "is a zip archive"),
+        (lambda text: text.decode().encode("utf-16"), "is UTF-16"),
+    ],
+)
+@pytest.mark.parametrize("source", ["trivago", "kuaisar", "jdsearch", "amazon", "ubi", "frames"])
+def test_text_files_are_utf_8_and_packed_by_gzip(tmp_path, source, pack, message):
+    """Whatever their names say."""
+    GENERATORS[source](tmp_path, random.Random(23))
+    plain = read(source, tmp_path)
+    for file in tmp_path.iterdir():
+        file.write_bytes(pack(file.read_bytes()))
+    if message is None:
+        assert read(source, tmp_path).events.equals(plain.events)
+        return
+    with pytest.raises(
+        ValueError, match=rf"\A\S+: {message}, expected UTF-8, as it is or as \.gz\Z"
+    ):
+        read(source, tmp_path)
+
+
 def test_a_parquet_folder_is_one_table_of_its_parts(tmp_path):
     """As Spark writes one: rows count on from part to part, in the order of their names."""
     folder = tmp_path / "events.parquet"
@@ -395,8 +520,92 @@ def test_a_parquet_folder_is_one_table_of_its_parts(tmp_path):
     (folder / "_SUCCESS").touch()
     assert read_table(folder, {"user": rules.ID}).rows() == [(1, 1), (2, 2), (3, 5)]
     pl.DataFrame({"user": [3.7]}).write_parquet(folder / "day=2" / "part-1.parquet")
-    with pytest.raises(ValueError, match=r"events\.parquet: cannot be read: .*mismatch"):
+    with pytest.raises(
+        ValueError, match=r"events\.parquet, row 4, field user: expected an id, got 3"
+    ):
         read_table(folder, {"user": rules.ID})
+    (folder / "day=2" / "part-1.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"part-1\.parquet: cannot be read: "):
+        read_table(folder, {"user": rules.ID})
+
+
+def test_parts_behind_links_are_parts(tmp_path):
+    folder, elsewhere = tmp_path / "t.parquet", tmp_path / "disk"
+    for each in (folder, elsewhere):
+        each.mkdir()
+        pl.DataFrame({"user": [7]}).write_parquet(each / "part-0.parquet")
+    (folder / "day=2").symlink_to(elsewhere)
+    assert read_table(folder, {"user": rules.ID}).height == 2
+    (folder / "part-1.parquet").symlink_to(folder / "part-0.parquet")
+    with pytest.raises(
+        ValueError, match=r"part-0.parquet and part-1.parquet, by a link one file tw"
+    ):
+        read_table(folder, {"user": rules.ID})
+    (folder / "part-1.parquet").unlink()
+    (folder / "part-1.parquet").symlink_to(folder / "gone")
+    with pytest.raises(ValueError, match=r"part-1.parquet: cannot be read: No such file"):
+        read_table(folder, {"user": rules.ID})
+
+
+FIELDS = {
+    "user": rules.ID, "time": rules.time("ms"), "shown": rules.IDS, "words": rules.WORDS,
+}  # fmt: skip
+PARTS = [
+    pl.DataFrame({"user": [1], "time": [MS], "shown": [[7]], "words": [["a"]], "x": [1]}),
+    # Of narrower integers, floats and dates; in another order; a column without a value, and none.
+    pl.DataFrame({"words": [None], "time": [float(MS)], "user": [2.0], "x": ["b"]}),
+    pl.DataFrame(
+        {"shown": [[8]], "time": [datetime.datetime(1970, 1, 2)], "user": [3], "words": [["c"]]},
+        schema_overrides={"user": pl.Int16, "shown": pl.List(pl.UInt8)},
+    ),
+]
+
+
+def write_parts(folder, parts):
+    folder.mkdir()
+    for number, part in enumerate(parts):
+        part.write_parquet(folder / f"part-{number}.parquet")
+    return folder
+
+
+def test_parts_of_a_parquet_folder_may_differ_in_their_types(tmp_path):
+    folder = write_parts(tmp_path / "t.parquet", PARTS)
+    table = read_table(folder, FIELDS, nullable=("shown", "words"), as_read=("time",))
+    assert table.drop("time as read").rows() == [
+        (1, 1, MS, [7], ["a"]),
+        (2, 2, MS, None, None),
+        (3, 3, 86_400_000, [8], ["c"]),
+    ]
+    kept = read_table(folder, {"user": rules.ID}, keep=pl.col("user") > 1)
+    assert kept.rows() == [(2, 2), (3, 3)]
+    assert kept.schema["user"] == pl.Int64
+    assert count_rows(folder) == 3
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (
+            {"user": ["4"]},
+            "column user is Int64 in t.parquet/part-0.parquet, but String in t.parqu",
+        ),
+        (
+            {"shown": [["4"]]},
+            "column shown is List.Int64. in t.parquet/part-0.parquet, but List.Str",
+        ),
+        ({"user": [[4]]}, "/part-3.parquet: column user is List.Int64., expected an id"),
+        ({"time": [True]}, "/part-3.parquet: column time is Boolean, expected a time in ms"),
+        ({"user": [3.7]}, ", row 4, field user: expected an id, got 3.7"),
+        ({"user": [None]}, ", row 4, field user: expected an id, got nothing"),
+        ({"time": None}, "/part-3.parquet: column time is missing among 'user, shown, words, x'"),
+    ],
+)
+def test_parts_that_are_no_table_together(tmp_path, part, message):
+    columns = PARTS[0].to_dict() | part
+    wrong = pl.DataFrame({name: values for name, values in columns.items() if values is not None})
+    folder = write_parts(tmp_path / "t.parquet", [*PARTS, wrong])
+    with pytest.raises(ValueError, match=rf"\At\.parquet(: )?{message}"):
+        read_table(folder, FIELDS, nullable=("shown", "words"))
 
 
 def test_what_a_parquet_folder_holds_beside_its_parts(tmp_path):
@@ -408,6 +617,46 @@ def test_what_a_parquet_folder_holds_beside_its_parts(tmp_path):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         table.write_parquet(folder / name)
     assert read_table(folder, {"user": rules.ID}).height == len(parts)
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "second"),
+    [
+        ("ubi", "ubi_events.ndjson", "ubi_events.ndjson.gz"),
+        ("ubi", "ubi_events.jsonl", "ubi_events (1).jsonl"),
+        ("amazon", "reviews_Toys_5.json", "reviews_Toys_5.json.gz"),
+        ("amazon", "reviews_Toys_5.json", "reviews_Toys_5 (1).json"),
+        ("frames", "events.csv", "events.csv.gz"),
+        ("frames", "shop.inter", "shop.inter.gz"),
+        ("frames", "shop.inter", "shop (1).inter"),
+        ("trivago", "t.csv", "t.csv.gz"),
+        ("trivago", "t.csv", "t - Copy.csv"),
+        ("qilin", "recommendation_train.csv", "recommendation_train.parquet"),
+        ("qilin", "recommendation_train.csv", "recommendation_train/part-0.parquet"),
+        (
+            "synerise",
+            "add_to_cart.parquet/part-0.parquet",
+            "add_to_cart.parquet/part-0 (1).parquet",
+        ),
+        (
+            "synerise",
+            "add_to_cart.parquet/part-0.parquet",
+            "add_to_cart.parquet/part-0.parquet.bak",
+        ),
+    ],
+)
+def test_a_file_that_is_there_twice_is_not_read_twice(tmp_path, source, name, second):
+    for each in (name, second):
+        (tmp_path / each).parent.mkdir(exist_ok=True)
+        pl.DataFrame({"x": [1]}).write_parquet(tmp_path / each)
+    with pytest.raises(ValueError, match=rf"\A{tmp_path}[^\n]* holds [^\n]*\Z") as told:
+        read(source, tmp_path)
+    assert "keep one" in str(told.value) or "expected one: " in str(told.value)
+    hidden = (tmp_path / second).with_name(f".{Path(second).name}")
+    (tmp_path / second).rename(hidden)
+    with pytest.raises((ValueError, FileNotFoundError)) as told:  # of the one that is left
+        read(source, tmp_path)
+    assert "keep one" not in str(told.value) or source == "qilin"
 
 
 @pytest.mark.parametrize("end", [".csv", ".parquet"])
@@ -570,6 +819,35 @@ def test_times_in_another_unit(tables, tmp_path):
     )
 
 
+def test_ids_that_are_decimals_and_times_that_are_days(tables, tmp_path):
+    """As Spark writes Oracle's NUMBER, and a date without a clock."""
+    plain = frames.read(write_tables(tmp_path / "plain", tables))
+    decimal = {
+        name: table.cast({pl.selectors.integer(): pl.Decimal(20, 0)})
+        for name, table in tables.items()
+    }
+    log = frames.read(write_tables(tmp_path / "decimal", decimal))
+    for name in tables:
+        assert getattr(log, name).equals(getattr(plain, name))
+    day = pl.lit(datetime.date(2024, 6, 1))
+    dated = {name: table.with_columns(time=day) for name, table in tables.items()}
+    log = frames.read(write_tables(tmp_path / "dated", dated))
+    assert log.clicks["time"].unique().to_list() == [1_717_200_000_000]
+    assert "events.parquet: time is a day: what a user does on it ties, and is not" in "".join(
+        log.notes
+    )
+    hour = pl.lit(datetime.datetime(2024, 6, 1, 1))
+    dated["searches"] = dated["searches"].with_columns(time=hour)
+    with pytest.raises(ValueError, match=r"clicks\.parquet, row 1, field time: .* not before its"):
+        frames.read(write_tables(tmp_path / "mixed", dated))
+    at = {name: table.with_columns(time=hour) for name, table in tables.items()}
+    at["clicks"] = at["clicks"].cast({"time": pl.Datetime("us", "Europe/Paris")})
+    notes = frames.read(write_tables(tmp_path / "zones", at)).notes
+    assert [note for note in notes if "zone" in note] == [
+        f"{name}.parquet: time names no time zone: read as UTC" for name in ("events", "searches")
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
@@ -686,6 +964,55 @@ def test_seconds_are_not_taken_for_ms(tables, tmp_path):
     assert frames.read(tmp_path / "shop.inter").events["time"].to_list() == [MS]
 
 
+@pytest.mark.parametrize(
+    ("unit", "given", "message"),
+    [
+        (
+            "s",
+            {},
+            "like 1700000100, as unix seconds are: pass --time-unit s, or ms if they are meant",
+        ),
+        (
+            "ms",
+            {"time_unit": "us"},
+            "like 1700000100000, as unix milliseconds are: pass --time-unit ms",
+        ),
+        ("us", {"time_unit": "ns"}, "like 1700000100000000, as unix microseconds .*--time-unit us"),
+    ],
+)
+def test_times_in_a_unit_too_coarse(tables, tmp_path, unit, given, message):
+    """Also where one of them is 0, for unknown."""
+    times = {"s": 1, "ms": 1000, "us": 10**6}[unit]
+    at = {name: table.with_columns(time=(pl.col("time") + MS // 1000) * times)
+          for name, table in tables.items()}  # fmt: skip
+    unknown = pl.int_range(pl.len()) == 2
+    at["events"] = at["events"].with_columns(time=pl.when(unknown).then(0).otherwise("time"))
+    with pytest.raises(ValueError, match=rf"all times are {message}\Z"):
+        frames.read(write_tables(tmp_path / "f", at), **given)
+
+
+def test_searches_for_what_stands_for_nothing_are_told(tables, tmp_path):
+    words = [["nan"], ["nan"], ["NULL", "pointer"], [r"\N"]]
+    tables["searches"] = tables["searches"].with_columns(terms=pl.Series(words))
+    notes = frames.read(write_tables(tmp_path / "f", tables, ".csv")).notes
+    told = [
+        note.partition(" alone, read as a word: if it says that none was typed") for note in notes
+    ]
+    assert [begin for begin, middle, _ in told if middle] == [
+        r"searches: 1 are for '\\N'",
+        "searches: 2 are for 'nan'",
+    ]
+
+
+@pytest.mark.parametrize("column", ["Target", " target", "ORDER", "Impressions "])
+def test_a_column_that_is_meant_is_not_ignored(tables, tmp_path, column):
+    name = column.strip().lower()
+    tables["events"] = tables["events"].rename({name: column})
+    told = f"events.parquet: column {column!r} would be ignored: rename it {name!r}"
+    with pytest.raises(ValueError, match=rf"\A{told}\Z"):
+        frames.read(write_tables(tmp_path / "f", tables))
+
+
 @pytest.mark.parametrize("end", [".parquet", ".csv"])
 def test_rows_repeat_another_as_the_file_has_them(tables, tmp_path, end):
     """What rounding to ms makes equal was not."""
@@ -710,10 +1037,10 @@ def test_names_that_the_locale_lacks_letters_for(tables, tmp_path):
         "import sys\n"
         "from lcr_fast.cli import main\n"
         "for name in ('shop', 'B\\udcc3\\udcbccher'):\n"
-        "    main(['prepare', 'frames', f'{sys.argv[1]}/{name}', sys.argv[2], '--n-negatives=2'])"
+        "    main(['prepare', 'frames', f'{sys.argv[1]}/{name}', *sys.argv[2:]])"
     )
     ended = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), str(out)],
+        [sys.executable, "-c", code, tmp_path, out, "--n-negatives=2", "--overwrite"],
         env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
         capture_output=True,
         timeout=120,
