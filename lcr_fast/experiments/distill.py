@@ -1,6 +1,6 @@
 """Distil a trained model into one of fewer steps, and say what that keeps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from lcr_fast.config import TrainConfig
@@ -24,12 +24,16 @@ def distill(
     resume: bool = False,
     any_data: bool = False,
     report: Callable[[str], None] = lambda line: None,
+    given: Collection[str] = (),
 ) -> LCRSER:
-    """Train a student of fewer steps from a teacher's weights, in the folder ``out``."""
+    """Train a student of fewer steps from a teacher's weights, in the folder ``out``.
+
+    ``given`` are the options that were set, as :class:`Trainer` takes them.
+    """
     student = attach_text(student_of(teacher, steps), data)
     trainer = Trainer(
         student, data, config, DISTILL, out,
-        resume=resume, any_data=any_data, teacher=teacher, report=report,
+        resume=resume, any_data=any_data, teacher=teacher, report=report, given=given,
     )  # fmt: skip
     return trainer.run()
 

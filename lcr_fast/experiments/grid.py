@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from lcr_fast.experiments import plots
 from lcr_fast.experiments.comparison import VARIANTS, Job
 from lcr_fast.experiments.tables import markdown, protocol_titles, write_rows, write_tables
+from lcr_fast.training.idle import Trained
 from lcr_fast.training.ranks import spread, weighted_metric
 from lcr_fast.training.trainer import check_trainable
 
@@ -70,7 +71,15 @@ def run_grid_study(job: Job, n_seeds: int, names: Sequence[str]) -> str:
     job = dataclasses.replace(
         job, measures=(), last_measures=("test_ranks",), protocols=("sampled",)
     )
-    job.check(VARIANTS[part.variant].objective for part in maps)
+    variants = [VARIANTS[part.variant] for part in maps]
+    job.check([
+        *(VARIANTS[kind.start].trained for kind in variants if kind.start),
+        *(
+            Trained(kind.objective, {**kind.trained.fixed, **change})
+            for part, kind in zip(maps, variants, strict=True)
+            for _, change in _places(part)
+        ),
+    ])  # fmt: skip
     for part in maps:
         for _, change in _places(part):
             objective = VARIANTS[part.variant].objective
