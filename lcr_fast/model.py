@@ -21,6 +21,7 @@ from lcr_fast.ops.adaptive import adaptive_reasoning
 from lcr_fast.ops.noise import Dropout, Noise
 from lcr_fast.ops.reasoning import Reasoned
 from lcr_fast.parameters import Head, Packed, encoder_shapes, reasoning_shapes
+from lcr_fast.precision import autocast_dtype
 from lcr_fast.profiling import ranged
 from lcr_fast.reference import Exits, States, Steps, Streams
 from lcr_fast.storage import load_tensors, save_tensors
@@ -545,7 +546,8 @@ class LCRSER(nn.Module):
 
         Where that is Triton on a GPU, a last line names the ptxas that assembles its kernels.
 
-        ``device`` None is the model's. Raises ValueError where the config's backend cannot serve.
+        ``device`` None is the model's. Under ``torch.autocast`` it is of the dtypes of a call there.
+        Raises ValueError where the config's backend cannot serve.
         """
         device = device or str(self.head.target_weight.device)
         lines = []
@@ -558,10 +560,11 @@ class LCRSER(nn.Module):
 
     def _choices(self, device: str) -> dict[str, tuple[str, dict[str, str | None]]]:
         """Find, for each op, what serves it on a device, and what could."""
-        config, dtype = self.config, self.head.target_weight.dtype
+        config, tables = self.config, self.head.target_weight.dtype
+        dtype = autocast_dtype(device, tables)
         sparse = self._is_sparse and self.training
         cases: dict[Op, Case] = {
-            lookup.EMBED: lookup.LookupCase(device, dtype, sparse, self._has_text),
+            lookup.EMBED: lookup.LookupCase(device, tables, sparse, self._has_text),
             reasoning.ENCODE: reasoning.EncodeCase(
                 device, dtype, config.dim, config.n_heads, config.ffn_width,
                 config.max_search_len, config.max_rec_len,
