@@ -20,7 +20,13 @@ from lcr_fast.ops._triton import ptxas_in_use
 from lcr_fast.ops.adaptive import adaptive_reasoning
 from lcr_fast.ops.noise import Dropout, Noise
 from lcr_fast.ops.reasoning import Reasoned
-from lcr_fast.parameters import Head, Packed, encoder_shapes, reasoning_shapes
+from lcr_fast.parameters import (
+    Head,
+    Packed,
+    encoder_shapes,
+    reasoning_shapes,
+    require_gathered,
+)
 from lcr_fast.precision import autocast_dtype
 from lcr_fast.profiling import ranged
 from lcr_fast.reference import Exits, States, Steps, Streams
@@ -129,7 +135,8 @@ class LCRSER(nn.Module):
                 f"set_text({kind}_text=...) first"
             )
         # Row 0 may hold anything, so it must not enter the projection's gradient either.
-        vectors = table[ids].to(projection.weight.dtype)
+        # A layer that torch quantized has a method for its weight, and takes float32.
+        vectors = table[ids].to(getattr(projection.weight, "dtype", torch.float32))
         return projection(vectors.masked_fill((ids == 0).unsqueeze(-1), 0.0))
 
     def item_vectors(self, ids: Tensor) -> Tensor:
@@ -157,6 +164,7 @@ class LCRSER(nn.Module):
     def embed(self, batch: Batch) -> Streams:
         """Input vectors of both streams: [B, L_s, D], [B, L_r, D]."""
         config = self.config
+        require_gathered(self.item_embedding.weight)
         tables = (
             self.query_embedding.weight, self.item_embedding.weight, self.search_position,
             self.rec_position,
@@ -546,8 +554,8 @@ class LCRSER(nn.Module):
 
         Where that is Triton on a GPU, a last line names the ptxas that assembles its kernels.
 
-        ``device`` None is the model's. Under ``torch.autocast`` it is of the dtypes of a call there.
-        Raises ValueError where the config's backend cannot serve.
+        ``device`` None is the model's. Under ``torch.autocast`` it is of a call there. Raises
+        ValueError where the config's backend cannot serve.
         """
         device = device or str(self.head.target_weight.device)
         lines = []
@@ -596,7 +604,21 @@ class LCRSER(nn.Module):
             "vocabulary": self.vocabulary,
             "exits": None if self.exits is None else self.exits.to_dict(),
         }
-        save_tensors(path, _KIND, self.state_dict(), info)
+        save_tensors(path, _KIND, self._own_state(), info)
+
+    def _own_state(self) -> dict[str, Tensor]:
+        """Return ``state_dict()``; ValueError where it does not hold the tensors of the config."""
+        state = self.state_dict()
+        for kind, found in (
+            ("quantized", any("_packed_params" in name for name in state)),
+            ("sharded", hasattr(self.head.target_weight, "device_mesh")),
+        ):
+            if found:
+                raise ValueError(
+                    f"the model has layers that torch {kind}, which cannot be saved, extended or "
+                    "projected: do so before"
+                )
+        return state
 
     def copy_state(self, state: Mapping[str, Tensor]) -> None:
         """Copy tensors by name, each with its dtype and device; others than the model's are left.
@@ -621,7 +643,7 @@ class LCRSER(nn.Module):
                 raise ValueError(f"{name} must be at least the model's {known}, got {size}")
         self.check_padding()
         extended = LCRSER(self.config.replace(**sizes))
-        state = self.state_dict()
+        state = self._own_state()
         for name, tensor in extended.state_dict().items():
             rows = state[name]
             if len(tensor) > len(rows):
@@ -643,7 +665,7 @@ class LCRSER(nn.Module):
         if self.item_text_projection is None:
             return self
         made = LCRSER(self.config.replace(item_text_dim=0))
-        state = {**self.state_dict(), "item_embedding.weight": self.item_table()}
+        state = {**self._own_state(), "item_embedding.weight": self.item_table()}
         made.copy_state(state)
         made.query_text, made.exits, made.on_steps = self.query_text, self.exits, self.on_steps
         made.data_fingerprint, made.vocabulary = self.data_fingerprint, self.vocabulary
