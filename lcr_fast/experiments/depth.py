@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lcr_fast.data.prepared import PreparedData
 from lcr_fast.experiments.comparison import Job
 from lcr_fast.experiments.distill import distill
-from lcr_fast.experiments.tables import protocol_titles
+from lcr_fast.experiments.tables import protocol_titles, with_interval
 from lcr_fast.model import LCRSER
 from lcr_fast.training import adaptive
 from lcr_fast.training.adaptive import Choice, Depths
@@ -162,7 +162,7 @@ def named(name: str, found: Difference) -> dict[str, float]:
 
 def shown(found: Difference) -> str:
     """Write a difference for a table."""
-    text = f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+    text = with_interval(found._asdict(), "+", 4)
     if not np.isnan(found.seeds_low):
         text += f", seeds [{found.seeds_low:+.4f}, {found.seeds_high:+.4f}]"
     return text

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lcr_fast.config import TrainConfig
 from lcr_fast.data.prepared import PreparedData
-from lcr_fast.experiments.tables import markdown, protocol_titles
+from lcr_fast.experiments.tables import markdown, protocol_titles, with_interval
 from lcr_fast.model import LCRSER
 from lcr_fast.training.distillation import student_of
 from lcr_fast.training.evaluation import rank_model
@@ -52,7 +52,7 @@ def distillation_table(teacher: LCRSER, student: LCRSER, data: PreparedData) -> 
         [f"student, K = {student.config.steps}", *(f"{row['mean']:.4f}" for row in of_both[n:])],
         [
             "student less teacher",
-            *(f"{r['mean']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}]" for r in less),
+            *(with_interval(row, "+", 4) for row in less),
         ],
     ]
     title = f"test NDCG@5, {protocol_titles(ranks[0].n_negatives)['sampled']}"

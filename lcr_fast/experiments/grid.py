@@ -5,6 +5,7 @@ user? A map's region is what the data cannot tell from its best cell.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ class Cell(NamedTuple):
     @property
     def level(self) -> bool:
         """Whether the users cannot tell it from the best."""
-        return self.high >= 0
+        return not self.high < 0  # nor can one user alone
 
 
 def run_grid_study(job: Job, n_seeds: int, names: Sequence[str]) -> str:
@@ -160,7 +161,8 @@ def _table(part: Map, cells: dict[tuple[float, float], Cell]) -> str:
         for b in columns:
             cell = cells[a, b]
             mean = f"**{cell.mean:.3f}**" if cell.level else f"{cell.mean:.3f}"
-            text = f"{mean} [{cell.low:+.3f}, {cell.high:+.3f}]"
+            less = "-" if math.isnan(cell.low) else f"{cell.low:+.3f}, {cell.high:+.3f}"
+            text = f"{mean} [{less}]"
             if len(cell.seeds) > 1:
                 text += f", seeds [{cell.seeds_low:+.3f}, {cell.seeds_high:+.3f}]"
             texts.append(text)
