@@ -49,9 +49,9 @@ def _rows(
     for name, (title, rows) in titled.items():
         if row := _value(rows, protocol, targets, _METRIC):
             # No interval is drawn as one without a width.
-            ends = (row["mean"] if math.isnan(row[end]) else row[end] for end in ("low", "high"))
+            low, high = (row["mean"] if math.isnan(v) else v for v in (row["low"], row["high"]))
             text = with_interval(row, sign)
-            found.append(Row(title.strip(), colour(name), row["mean"], *ends, text))
+            found.append(Row(title.strip(), colour(name), row["mean"], low, high, text))
     return found
 
 
