@@ -15,7 +15,7 @@ from lcr_fast import reference
 from lcr_fast.batch import Batch, read_items, seen_items
 from lcr_fast.config import LCRConfig
 from lcr_fast.ops import lookup, reasoning, scoring
-from lcr_fast.ops._op import Case, Op
+from lcr_fast.ops._op import INTEGERS, Case, Op
 from lcr_fast.ops._triton import ptxas_in_use
 from lcr_fast.ops.adaptive import adaptive_reasoning
 from lcr_fast.ops.noise import Dropout, Noise
@@ -119,6 +119,10 @@ class LCRSER(nn.Module):
             width = getattr(self.config, f"{kind}_text_dim")
             if given is None:
                 continue
+            if not isinstance(given, (Tensor, np.ndarray)):
+                raise ValueError(
+                    f"{kind}_text must be a tensor or an array, got {type(given).__name__}"
+                )
             expected = (rows[kind] + 1, width)
             if not width or tuple(given.shape) != expected:
                 raise ValueError(
@@ -485,6 +489,8 @@ class LCRSER(nn.Module):
 
         Other items compete without the bonus of seen ones: ``exclude`` those.
         """
+        if target.shape != batch.user.shape:
+            raise ValueError(f"target must be int64 [{len(batch)}], got {list(target.shape)}")
         bonus = self._bonus(batch, target.unsqueeze(1))
         return scoring.score_rank(
             *self._catalogue(h, batch),
@@ -729,6 +735,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 def check_recommendation(batch: Batch, k: int, exclude: Tensor | None) -> None:
     """Raise ValueError for a ``k`` or ``exclude`` that :meth:`LCRSER.recommend` cannot take."""
+    if not hasattr(k, "__index__"):
+        raise ValueError(f"k must be an integer, got {k!r}")
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     B = batch.user.shape[0]
@@ -738,6 +746,8 @@ def check_recommendation(batch: Batch, k: int, exclude: Tensor | None) -> None:
         raise ValueError(f"exclude must be int64 [{B}, X], got {type(exclude).__name__}")
     if exclude.ndim != 2 or exclude.shape[0] != B:
         raise ValueError(f"exclude must be int64 [{B}, X], got {list(exclude.shape)}")
+    if exclude.dtype not in INTEGERS:
+        raise ValueError(f"exclude must be int64 [{B}, X], ids, got {exclude.dtype}")
 
 
 def _text_tensor(given: Any) -> Tensor:
