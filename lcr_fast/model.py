@@ -15,12 +15,19 @@ from lcr_fast import reference
 from lcr_fast.batch import Batch, read_items, seen_items
 from lcr_fast.config import LCRConfig
 from lcr_fast.ops import lookup, reasoning, scoring
-from lcr_fast.ops._op import Case, Op
+from lcr_fast.ops._op import INTEGERS, Case, Op
 from lcr_fast.ops._triton import ptxas_in_use
 from lcr_fast.ops.adaptive import adaptive_reasoning
 from lcr_fast.ops.noise import Dropout, Noise
 from lcr_fast.ops.reasoning import Reasoned
-from lcr_fast.parameters import Head, Packed, encoder_shapes, reasoning_shapes
+from lcr_fast.parameters import (
+    Head,
+    Packed,
+    encoder_shapes,
+    reasoning_shapes,
+    require_gathered,
+)
+from lcr_fast.precision import autocast_dtype
 from lcr_fast.profiling import ranged
 from lcr_fast.reference import Exits, States, Steps, Streams
 from lcr_fast.storage import load_tensors, save_tensors
@@ -112,6 +119,10 @@ class LCRSER(nn.Module):
             width = getattr(self.config, f"{kind}_text_dim")
             if given is None:
                 continue
+            if not isinstance(given, (Tensor, np.ndarray)):
+                raise ValueError(
+                    f"{kind}_text must be a tensor or an array, got {type(given).__name__}"
+                )
             expected = (rows[kind] + 1, width)
             if not width or tuple(given.shape) != expected:
                 raise ValueError(
@@ -128,7 +139,8 @@ class LCRSER(nn.Module):
                 f"set_text({kind}_text=...) first"
             )
         # Row 0 may hold anything, so it must not enter the projection's gradient either.
-        vectors = table[ids].to(projection.weight.dtype)
+        # A layer that torch quantized has a method for its weight, and takes float32.
+        vectors = table[ids].to(getattr(projection.weight, "dtype", torch.float32))
         return projection(vectors.masked_fill((ids == 0).unsqueeze(-1), 0.0))
 
     def item_vectors(self, ids: Tensor) -> Tensor:
@@ -156,6 +168,7 @@ class LCRSER(nn.Module):
     def embed(self, batch: Batch) -> Streams:
         """Input vectors of both streams: [B, L_s, D], [B, L_r, D]."""
         config = self.config
+        require_gathered(self.item_embedding.weight)
         tables = (
             self.query_embedding.weight, self.item_embedding.weight, self.search_position,
             self.rec_position,
@@ -476,6 +489,8 @@ class LCRSER(nn.Module):
 
         Other items compete without the bonus of seen ones: ``exclude`` those.
         """
+        if target.shape != batch.user.shape:
+            raise ValueError(f"target must be int64 [{len(batch)}], got {list(target.shape)}")
         bonus = self._bonus(batch, target.unsqueeze(1))
         return scoring.score_rank(
             *self._catalogue(h, batch),
@@ -545,7 +560,8 @@ class LCRSER(nn.Module):
 
         Where that is Triton on a GPU, a last line names the ptxas that assembles its kernels.
 
-        ``device`` None is the model's. Raises ValueError where the config's backend cannot serve.
+        ``device`` None is the model's. Under ``torch.autocast`` it is of a call there. Raises
+        ValueError where the config's backend cannot serve.
         """
         device = device or str(self.head.target_weight.device)
         lines = []
@@ -558,10 +574,11 @@ class LCRSER(nn.Module):
 
     def _choices(self, device: str) -> dict[str, tuple[str, dict[str, str | None]]]:
         """Find, for each op, what serves it on a device, and what could."""
-        config, dtype = self.config, self.head.target_weight.dtype
+        config, tables = self.config, self.head.target_weight.dtype
+        dtype = autocast_dtype(device, tables)
         sparse = self._is_sparse and self.training
         cases: dict[Op, Case] = {
-            lookup.EMBED: lookup.LookupCase(device, dtype, sparse, self._has_text),
+            lookup.EMBED: lookup.LookupCase(device, tables, sparse, self._has_text),
             reasoning.ENCODE: reasoning.EncodeCase(
                 device, dtype, config.dim, config.n_heads, config.ffn_width,
                 config.max_search_len, config.max_rec_len,
@@ -593,7 +610,21 @@ class LCRSER(nn.Module):
             "vocabulary": self.vocabulary,
             "exits": None if self.exits is None else self.exits.to_dict(),
         }
-        save_tensors(path, _KIND, self.state_dict(), info)
+        save_tensors(path, _KIND, self._own_state(), info)
+
+    def _own_state(self) -> dict[str, Tensor]:
+        """Return ``state_dict()``; ValueError where it does not hold the tensors of the config."""
+        state = self.state_dict()
+        for kind, found in (
+            ("quantized", any("_packed_params" in name for name in state)),
+            ("sharded", hasattr(self.head.target_weight, "device_mesh")),
+        ):
+            if found:
+                raise ValueError(
+                    f"the model has layers that torch {kind}, which cannot be saved, extended or "
+                    "projected: do so before"
+                )
+        return state
 
     def copy_state(self, state: Mapping[str, Tensor]) -> None:
         """Copy tensors by name, each with its dtype and device; others than the model's are left.
@@ -618,7 +649,7 @@ class LCRSER(nn.Module):
                 raise ValueError(f"{name} must be at least the model's {known}, got {size}")
         self.check_padding()
         extended = LCRSER(self.config.replace(**sizes))
-        state = self.state_dict()
+        state = self._own_state()
         for name, tensor in extended.state_dict().items():
             rows = state[name]
             if len(tensor) > len(rows):
@@ -640,7 +671,7 @@ class LCRSER(nn.Module):
         if self.item_text_projection is None:
             return self
         made = LCRSER(self.config.replace(item_text_dim=0))
-        state = {**self.state_dict(), "item_embedding.weight": self.item_table()}
+        state = {**self._own_state(), "item_embedding.weight": self.item_table()}
         made.copy_state(state)
         made.query_text, made.exits, made.on_steps = self.query_text, self.exits, self.on_steps
         made.data_fingerprint, made.vocabulary = self.data_fingerprint, self.vocabulary
@@ -704,6 +735,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 def check_recommendation(batch: Batch, k: int, exclude: Tensor | None) -> None:
     """Raise ValueError for a ``k`` or ``exclude`` that :meth:`LCRSER.recommend` cannot take."""
+    if not hasattr(k, "__index__"):
+        raise ValueError(f"k must be an integer, got {k!r}")
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     B = batch.user.shape[0]
@@ -713,6 +746,8 @@ def check_recommendation(batch: Batch, k: int, exclude: Tensor | None) -> None:
         raise ValueError(f"exclude must be int64 [{B}, X], got {type(exclude).__name__}")
     if exclude.ndim != 2 or exclude.shape[0] != B:
         raise ValueError(f"exclude must be int64 [{B}, X], got {list(exclude.shape)}")
+    if exclude.dtype not in INTEGERS:
+        raise ValueError(f"exclude must be int64 [{B}, X], ids, got {exclude.dtype}")
 
 
 def _text_tensor(given: Any) -> Tensor:

@@ -98,7 +98,8 @@ def tcl(
     before, after = distance(target[:, None, None, None], pooled, kind).unbind(2)  # [B, K, 2]
     if detach_negative:
         before = before.detach()
-    counts = torch.stack((lengths[REC] > 0, lengths[SEARCH] > 0), -1).unsqueeze(1)  # [B, 1, 2]
-    counts = counts.expand_as(after)
-    hinge = F.relu(after - before + margin) * counts
+    there = torch.stack((lengths[SEARCH] > 0, lengths[REC] > 0), -1).unsqueeze(1)  # [B, 1, 2]
+    counts = there.flip(-1).expand_as(after)
+    # Of an empty stream both distances are |e_t|, whose gradients a detached one would not cancel.
+    hinge = F.relu((after - before).masked_fill(~there, 0.0) + margin) * counts
     return hinge.sum() / counts.sum().clamp(min=1)

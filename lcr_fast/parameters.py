@@ -34,10 +34,23 @@ class Packed(nn.Module):
         return self.weights_type(*_tensors(self, self.weights_type._fields))
 
 
+def require_gathered(parameter: Tensor) -> None:
+    """Raise ValueError for a parameter that torch's FSDP has not gathered."""
+    if hasattr(parameter, "device_mesh"):
+        raise ValueError(
+            "weights are sharded where they are read: fully_shard the whole model and call it as "
+            "model(batch), or register_fsdp_forward_method what else you call; its parts, such as "
+            "model.encoder, have no forward that would gather them"
+        )
+
+
 def _tensors(module: nn.Module, names: Iterable[str]) -> list[Tensor]:
     """List a module's parameters, as their parametrizations and pruning masks make them."""
     own: dict[str, Any] = module._parameters  # it has them all as a rule, and getattr is slow
-    return [own[name] if name in own else getattr(module, name) for name in names]
+    tensors = [own[name] if name in own else getattr(module, name) for name in names]
+    if tensors:
+        require_gathered(tensors[0])
+    return tensors
 
 
 def _init_linear(weight: Tensor) -> None:
@@ -125,5 +138,6 @@ class Head(nn.Module):
         """Return the parameters as the ops take them."""
         # By their numbers: parameters() would list once what two layers share.
         layers = [str(i) for i in range(len(self.mlp_weights))]
+        require_gathered(self.target_weight)
         weights, biases = _tensors(self.mlp_weights, layers), _tensors(self.mlp_biases, layers)
         return ScoringWeights(self.target_weight, tuple(weights), tuple(biases), self.dot)

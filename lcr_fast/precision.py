@@ -37,6 +37,13 @@ def is_autocast(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)  # which raises for meta
 
 
+def autocast_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
+    """Give the dtype that ``torch.autocast`` casts states of another one to: float32 to its own."""
+    if dtype == torch.float32 and is_autocast(device):
+        return torch.get_autocast_dtype(device)
+    return dtype
+
+
 def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
     """Leave ``torch.autocast`` for a while: products are in the dtypes that they are given."""
     if is_autocast(device):
@@ -57,8 +64,7 @@ def autocasts(op: _F) -> _F:
         device = search.device.type
         if not is_autocast(device):
             return op(search, rec, *args, **kwargs)
-        low = torch.get_autocast_dtype(device)
-        search, rec = (x.to(low) if x.dtype == torch.float32 else x for x in (search, rec))
+        search, rec = (x.to(autocast_dtype(device, x.dtype)) for x in (search, rec))
         with without_autocast(device):
             return op(search, rec, *args, **kwargs)
 

@@ -365,6 +365,7 @@ def test_adapt_evaluate_recommend(model, prepared, prepared_folder, tmp_path, ca
         ({"cross_memory": "initial"}, [], "none stands alone"),
         ({}, ["--metric", "hr@100"], "nothing can be chosen by hr@100"),
         ({}, ["--loss", "-1"], "the loss must be at least 0, got -1.0"),
+        ({}, ["--loss", "nan"], "the loss must be at least 0, got nan"),
         ({}, ["--mean-steps", "-1"], "no threshold of fixed, change, curvature, confidence"),
         ({}, ["--metric", "auc"], "TrainConfig.valid_metric must be hr@k"),
     ],

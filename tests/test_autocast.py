@@ -10,6 +10,7 @@ from lcr_fast import LCRSER, Batch, LCRConfig, grpo, ops
 from lcr_fast.capture import capture
 from lcr_fast.objectives import alignment, rank_loss, tcl
 from lcr_fast.ops._extension import extension_error
+from lcr_fast.ops._op import Op
 from lcr_fast.ops.noise import Noise
 from lcr_fast.reference import Exits, Steps
 from lcr_fast.testing import (
@@ -217,3 +218,22 @@ def test_a_graph_keeps_no_copy_of_weights_that_autocast_made():
     with torch.autocast("cpu", torch.bfloat16):
         model(batch)  # autocast keeps the projection's weight until the block ends
         capture(model, (2,), 6, 3, graph=Replayed)
+
+
+@pytest.mark.parametrize("low", [None, *BOTH], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"item_text_dim": 6}], ids=str)
+def test_the_report_is_of_the_dtypes_that_a_call_has(monkeypatch, low, dtype, changes):
+    model, batch = make_case("auto", dtype, **changes)
+    cases, choose = {}, Op.choose
+
+    def spied(op, backend, case, **options):
+        cases.setdefault(op.name, set()).add((case.device, case.dtype))
+        return choose(op, backend, case, **options)
+
+    monkeypatch.setattr(Op, "choose", spied)
+    with torch.autocast("cpu", low, enabled=low is not None), torch.no_grad():
+        model(batch)
+        called, cases = cases, {}
+        model.backend_report()
+        assert cases == called

@@ -663,3 +663,61 @@ def test_a_seed_that_is_a_tensor_compiles_once_for_all_masks(backend):
         torch.testing.assert_close(found[-1], model(batch))
     assert len(graphs) == 1
     assert not torch.allclose(found[0], found[1])
+
+
+# -- torch's own ways to change a model ----------------------------------------------------------
+
+
+def float_case(**changes) -> tuple[LCRSER, Batch]:
+    model, batch = make_case(**changes)
+    model.float().eval()
+    for name in ("item_text", "query_text"):
+        if getattr(model, name) is not None:
+            setattr(model, name, getattr(model, name).float())
+    return model, batch
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("changes", [{}, CONFIGS["text"]], ids=["default", "text"])
+@torch.no_grad()
+def test_a_model_with_quantized_projections_scores(changes, tmp_path):
+    model, batch = float_case(**changes)
+    if not torch.backends.quantized.supported_engines[1:]:
+        pytest.skip("this torch has no quantized layers")
+    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
+    torch.testing.assert_close(quantized(batch), model(batch), rtol=0.05, atol=0.3)
+    assert quantized.recommend(batch, 2)[0].shape == (len(batch), 2)
+    quantized.backend_report()
+    if changes:
+        for refused in (lambda: quantized.save(tmp_path / "m"), quantized.projected):
+            with pytest.raises(
+                ValueError, match="layers that torch quantized, which cannot be sav"
+            ):
+                refused()
+
+
+def test_sharded_parts_are_refused_and_a_sharded_model_scores(tmp_path):
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        for part in ("encoder", "reasoning", "head"):
+            model, batch = float_case()
+            fsdp.fully_shard(getattr(model, part))
+            with pytest.raises(
+                ValueError, match="fully_shard the whole model and call it as model"
+            ):
+                model(batch)
+        model, batch = float_case()
+        expected = model(batch), model.recommend(batch, 2)
+        fsdp.fully_shard(model)
+        with pytest.raises(ValueError, match="weights are sharded where they are read"):
+            model.recommend(batch, 2)
+        with pytest.raises(ValueError, match="layers that torch sharded, which cannot be saved"):
+            model.save(tmp_path / "model.safetensors")
+        fsdp.register_fsdp_forward_method(model, "recommend")
+        assert torch.equal(model(batch), expected[0])
+        assert all(map(torch.equal, model.recommend(batch, 2), expected[1]))
+    finally:
+        torch.distributed.destroy_process_group()

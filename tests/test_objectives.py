@@ -178,8 +178,9 @@ def test_gradients_of_tcl_with_empty_streams(kind):
         assert torch.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("detach", [False, True])
 @pytest.mark.parametrize("user", [1, 2, 3])
-def test_a_user_with_an_empty_stream_gives_tcl_no_gradient(user):
+def test_a_user_with_an_empty_stream_gives_tcl_no_gradient(user, detach):
     """Nothing was exchanged there: after and before differ by LN2 and the FFN alone."""
     states, lengths, target, weight = reasoned()
     one = slice(user, user + 1)
@@ -187,10 +188,11 @@ def test_a_user_with_an_empty_stream_gives_tcl_no_gradient(user):
         *([tuple(t[one].requires_grad_() for t in pair) for pair in part] for part in states)
     )
     lengths = tuple(n[one] for n in lengths)
-    loss = tcl_of(states, lengths, target[one], weight, margin=5.0)
+    target = target[one].clone().requires_grad_()
+    loss = tcl_of(states, lengths, target, weight, margin=5.0, detach_negative=detach)
     # The stream without events is at the same distance, |e_t|, before and after.
     assert loss.item() == (5.0 if any(lengths) else 0.0)
-    leaves = [t for pair in (*states.h[1:], *states.a) for t in pair]
+    leaves = [target, *(t for pair in (*states.h[1:], *states.a) for t in pair)]
     for gradient in torch.autograd.grad(loss, leaves, allow_unused=True):
         assert gradient is None or not gradient.any()
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lcr_fast.data.prepared import PreparedData
+from lcr_fast.experiments import depth, tables
 from lcr_fast.training.ranks import (
     CUTS,
     RANKS,
@@ -17,6 +18,7 @@ from lcr_fast.training.ranks import (
     differences,
     rank_metrics,
     samples_digest,
+    spread,
 )
 
 METRICS = tuple(rank_metrics(np.ones(1)))
@@ -56,7 +58,36 @@ def test_bootstrap_of_next_to_nothing():
     empty = bootstrap(np.zeros(0))
     assert empty.n == 0
     assert all(math.isnan(value) for value in empty[:3])
-    assert bootstrap(np.ones(1)) == Interval(1.0, 1.0, 1.0, 1)
+    one = bootstrap(np.ones(1))
+    assert (one.mean, one.n) == (1.0, 1)
+    assert math.isnan(one.low)
+    assert math.isnan(one.high)
+    assert bootstrap(np.ones(2)) == Interval(1.0, 1.0, 1.0, 2)
+
+
+def ranks_of(samples: str, *ranks: int) -> Ranks:
+    groups = {"all": np.ones(len(ranks), bool), "one": np.arange(len(ranks)) == 0}
+    return Ranks(samples, groups, {"sampled": np.array(ranks)}, 9)
+
+
+def test_one_user_has_no_interval_and_tables_say_so():
+    """Nor have the pairs of which one is of a single user, whose spread nobody knows."""
+    pairs = [(ranks_of("a", 1, 4, 9), ranks_of("a", 2, 3, 1))]
+    two_seeds = [*pairs, (ranks_of("b", 2), ranks_of("b", 5))]
+    for rows, alone in ((pairs[0][0].rows(), False), (differences(pairs), False),
+                        (differences(two_seeds), True)):  # fmt: skip
+        rows = [row for row in rows if row["metric"] == "mrr"]
+        assert [math.isnan(row["low"]) for row in rows] == [alone, True]
+        assert [math.isnan(row["high"]) for row in rows] == [alone, True]
+        assert not any(math.isnan(row["mean"]) for row in rows)
+        (table,) = tables.rank_tables(rows, 9)
+        cells = [cell.strip() for cell in table.splitlines()[-1].split("|")[1:-1]]
+        assert [cell.endswith(" [-]") for cell in cells[1:]] == [alone, True]
+        shown = tables.strata_table({"m": {"title": "M", "rows": rows}}, "sampled", metric="mrr")
+        assert (" [-]" in shown) == alone
+    assert tables.with_interval({"mean": math.nan, "low": math.nan, "high": math.nan}) == ""
+    less = spread(np.array([[0.5], [0.25]]))
+    assert depth.shown(less).startswith("+0.3750 [-], seeds [")
 
 
 def test_bootstrap_covers_the_truth():

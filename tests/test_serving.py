@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import math
 import re
 import socket
 import threading
@@ -391,3 +392,9 @@ def test_a_queue_has_an_end():
     asyncio.run(scenario())
     with pytest.raises(ValueError, match="at least 1"):
         MicroBatcher(list, max_batch=0)
+
+
+@pytest.mark.parametrize("wait", [-0.1, math.nan, math.inf])
+def test_a_wait_is_a_time(wait):
+    with pytest.raises(ValueError, match="max_wait at least 0 and finite, got 64, 1024 and"):
+        MicroBatcher(list, max_wait=wait)

@@ -20,6 +20,8 @@ Commands = argparse._SubParsersAction  # what add_subparsers returns
 # Fields of LCRConfig that the data decides.
 FROM_DATA = ("n_items", "n_users", "n_queries", "n_terms", "item_text_dim", "query_text_dim")
 
+_RANKING = ("protocols", "catalogue_users")
+
 
 class Parser(argparse.ArgumentParser):
     """Complain in one line: the usage of ``train`` alone would fill a screen."""
@@ -177,8 +179,15 @@ def given_fields(arguments: argparse.Namespace, kind: type) -> dict[str, Any]:
 
 
 def ranking_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what --protocols and --catalogue-users ask of a ranking."""
-    return {"protocols": arguments.protocols, "catalogue_users": arguments.catalogue_users}
+    """Return what --protocols and --catalogue-users ask of a ranking, where a command has them.
+
+    Raises ValueError where the latter speaks of a catalogue that the former leave out.
+    """
+    options = {name: vars(arguments)[name] for name in _RANKING if name in arguments}
+    n = options.get("catalogue_users")
+    if n is not None and "catalogue" not in options.get("protocols", ("catalogue",)):
+        raise ValueError(f"--catalogue-users {n}: --protocols leaves the catalogue out")
+    return options
 
 
 # -- checks --------------------------------------------------------------------------------------

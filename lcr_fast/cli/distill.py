@@ -42,13 +42,14 @@ def run(arguments: argparse.Namespace) -> None:
     from lcr_fast.storage import claimed
 
     apply_run_options(arguments)
-    train = TrainConfig(**given_fields(arguments, TrainConfig))
+    given = given_fields(arguments, TrainConfig)
+    train = TrainConfig(**given)
     out = arguments.out
     check_unoccupied(out, resume=arguments.resume)
     teacher, data = open_model(arguments, arguments.teacher)
     with claimed(out):
         student = distill(
             teacher, data, train, arguments.steps, out, resume=arguments.resume,
-            any_data=arguments.any_data, report=say,
+            any_data=arguments.any_data, report=say, given=given,
         )  # fmt: skip
         print(f"\n{distillation_table(teacher, student, data)}\n\nmodel: {out}")

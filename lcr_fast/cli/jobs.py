@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from lcr_fast.cli.arguments import (
     FROM_DATA,
     add_any_data,
-    add_catalogue_users,
     add_config_options,
     add_run_options,
     apply_run_options,
     check_unoccupied,
     given_fields,
+    ranking_options,
     say,
 )
 from lcr_fast.config import LCRConfig, TrainConfig
@@ -41,7 +41,6 @@ def add_job_options(parser: argparse.ArgumentParser, defaults: dict[str, dict]) 
     parser.add_argument("--out", type=Path, help="folder to write; default: the next runs/NAME-N")
     parser.add_argument("--resume", action="store_true", help="continue the job in --out")
     add_any_data(parser, "resume although the models in --out are of other data")
-    add_catalogue_users(parser)
     parser.add_argument(
         "--config", type=Path, help='JSON file {"model": {...}, "train": {...}}; flags override it'
     )
@@ -55,7 +54,8 @@ def add_job_options(parser: argparse.ArgumentParser, defaults: dict[str, dict]) 
 
 
 def merged_configs(arguments: argparse.Namespace, defaults: dict[str, dict]) -> dict[str, Any]:
-    """Merge defaults, --config and flags into the two configs."""
+    """Merge defaults, --config and flags into the two configs; ``given``: what was set."""
+    named: dict[str, None] = {}
     values = {section: dict(defaults.get(section, {})) for section in _SECTIONS}
     if arguments.config:
         try:
@@ -75,13 +75,17 @@ def merged_configs(arguments: argparse.Namespace, defaults: dict[str, dict]) -> 
                 raise ValueError(f"{arguments.config}: the data decides {name}, leave it out")
         for section, options in given.items():
             values[section] |= options
+            named |= dict.fromkeys(options)
     for section, kind in _SECTIONS.items():
         given = given_fields(arguments, kind)
         # Absent flags are not there at all, apart from --backend.
-        values[section] |= {name: value for name, value in given.items() if value is not None}
+        given = {name: value for name, value in given.items() if value is not None}
+        values[section] |= given
+        named |= dict.fromkeys(given)
     return {
         "model": LCRConfig.from_dict(values["model"]),
         "train": TrainConfig.from_dict(values["train"]),
+        "given": list(named),
     }
 
 
@@ -99,10 +103,10 @@ def open_job(
     from lcr_fast.model import LCRSER
     from lcr_fast.storage import claimed
     from lcr_fast.training import distributed
-    from lcr_fast.training.evaluation import PROTOCOLS
     from lcr_fast.training.models import fit_config
 
     apply_run_options(arguments)
+    ranking = ranking_options(arguments)
     configs = merged_configs(arguments, defaults)
     # Fails where the backend cannot serve it, before a file is written.
     LCRSER(configs["model"]).backend_report(arguments.device)
@@ -131,9 +135,9 @@ def open_job(
             device=arguments.device,
             resume=arguments.resume,
             any_data=arguments.any_data,
-            protocols=vars(arguments).get("protocols", PROTOCOLS),
-            catalogue_users=arguments.catalogue_users,
+            given=configs["given"],
             report=say,
+            **ranking,
         )
 
 

@@ -5,7 +5,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lcr_fast.cli.arguments import Commands, add_command, apply_run_options
+from lcr_fast.cli.arguments import (
+    Commands,
+    add_catalogue_users,
+    add_command,
+    apply_run_options,
+    given_fields,
+)
 from lcr_fast.cli.jobs import (
     SYNTHETIC_DEFAULTS,
     add_job_options,
@@ -68,6 +74,7 @@ def _add_rl(studies: Commands) -> argparse.ArgumentParser:
         metavar="NAME[=V,V,...]",
         help="fields of phase 2 to vary one at a time, with the values to try",
     )
+    add_catalogue_users(rl)
     return rl
 
 
@@ -104,6 +111,7 @@ def _add_paper(studies: Commands) -> argparse.ArgumentParser:
         metavar="K",
         help="numbers of reasoning steps to compare",
     )
+    add_catalogue_users(paper)
     return paper
 
 
@@ -202,6 +210,7 @@ def _run_strata(arguments: argparse.Namespace) -> None:
 
     if arguments.runs:
         apply_run_options(arguments)
+        _refuse_training(arguments)
         data = PreparedData.open(arguments.data) if arguments.data else None
         with out_folder(arguments, "study-strata") as out:
             table = run_strata_of_runs(arguments.runs, out, data, any_data=arguments.any_data)
@@ -213,6 +222,18 @@ def _run_strata(arguments: argparse.Namespace) -> None:
         worlds.append(World(disjoint=True))
     with _open_job(arguments, "depth") as job:
         print_results(job, run_strata_study(job, n_seeds, worlds))
+
+
+def _refuse_training(arguments: argparse.Namespace) -> None:
+    """Raise ValueError for options of training beside --runs, which trains nothing."""
+    names = [
+        n for n in ("seeds", "quick", "noise", "disjoint", "resume", "config") if vars(arguments)[n]
+    ]
+    for kind in (LCRConfig, TrainConfig):
+        names += [n for n, value in given_fields(arguments, kind).items() if value is not None]
+    if names:
+        flag = names[0].replace("_", "-")
+        raise ValueError(f"--runs trains nothing: leave out --{flag}")
 
 
 def _n_seeds(arguments: argparse.Namespace) -> int:

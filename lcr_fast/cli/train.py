@@ -2,7 +2,12 @@
 
 import argparse
 
-from lcr_fast.cli.arguments import Commands, add_command, add_protocols
+from lcr_fast.cli.arguments import (
+    Commands,
+    add_catalogue_users,
+    add_command,
+    add_protocols,
+)
 from lcr_fast.cli.jobs import SYNTHETIC_DEFAULTS, add_job_options, open_job, print_results
 
 
@@ -23,6 +28,7 @@ def add(commands: Commands) -> None:
         "rl brings tcl and control along",
     )
     add_protocols(parser)
+    add_catalogue_users(parser)
     add_job_options(parser, SYNTHETIC_DEFAULTS)
 
 

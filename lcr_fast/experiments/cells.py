@@ -7,20 +7,16 @@ Differences are paired: within a seed first.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lcr_fast.experiments.comparison import VARIANTS, Job
 from lcr_fast.experiments.tables import protocol_titles, write_rows, write_tables
+from lcr_fast.training.idle import PHASE_2, POLICY, Trained
 from lcr_fast.training.ranks import Interval, across_seeds
-from lcr_fast.training.trainer import PHASE_2, validation_scores
+from lcr_fast.training.trainer import validation_scores
 
-# Fields of phase 2 that its control knows nothing of.
-POLICY = (
-    "reward", "action", "scale_advantages", "silent_groups", "kl", "kl_weight", "clip",
-    "temperature",
-)  # fmt: skip
 DIVERSITY = ("entropy", "coverage", "tail")
 SIGNAL = ("signal", "silent_pull")  # of GRPO's log
 METRICS = ("hr@1", "hr@5", "ndcg@5", "ndcg@10", "mrr")
@@ -31,15 +27,28 @@ Change = Mapping[str, Any]
 
 
 class Cells:
-    """The cells of a study, by seed; each is trained at most once."""
+    """The cells of a study, by seed; each is trained at most once.
 
-    def __init__(self, job: Job, n_seeds: int, measures: tuple[str, ...] = ()) -> None:
+    ``changes`` are those that will be made of phase 2 and the number of steps.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        n_seeds: int,
+        changes: Iterable[Change] = (),
+        measures: tuple[str, ...] = (),
+    ) -> None:
         self.job = dataclasses.replace(
             job, measures=(*_MEASURES, *measures), last_measures=("rows", "diversity")
         )
         self.seeds = job.seeds(n_seeds)
         self.results: dict[tuple[int, str], dict[str, Any]] = {}
-        self.job.check(kind.objective for kind in VARIANTS.values())
+        self.job.check(
+            Trained(kind.objective, {**change, **kind.trained.fixed})
+            for change in ({}, *changes)
+            for kind in VARIANTS.values()
+        )
         self.job.open()
 
     def _resolve(self, variant: str, change: Change) -> tuple[str, dict[str, Any]]:

@@ -6,7 +6,7 @@ job can be resumed: what is finished is read back.
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from lcr_fast.storage import load_info, load_json, save_json
 from lcr_fast.training import analysis, evaluation
 from lcr_fast.training.baselines import TITLES
 from lcr_fast.training.diversity import list_diversity
+from lcr_fast.training.idle import PHASE_2, Trained, changed, warn_of_idle
 from lcr_fast.training.models import OTHER_DATA, attach_text, load_model
 from lcr_fast.training.objective import check_deep_supervision
 from lcr_fast.training.ranks import RANKS, Ranks, differences
@@ -30,7 +31,6 @@ from lcr_fast.training.trainer import (
     CHECKPOINT_KIND,
     METRICS,
     MODEL,
-    PHASE_2,
     Trainer,
     check_trainable,
     phase_1_fields,
@@ -65,6 +65,11 @@ class Variant(NamedTuple):
         """What the variant fixes of the job's TrainConfig."""
         tcl = {} if self.tcl else {"tcl_weight": 0.0}
         return tcl if self.searches else {**tcl, "align_queries": 0.0}
+
+    @property
+    def trained(self) -> Trained:
+        """How it is trained, and all that it fixes."""
+        return Trained(self.objective, self.model_changes | self.train_changes)
 
 
 VARIANTS = {
@@ -108,6 +113,7 @@ class Job:
     device: str = "cpu"
     resume: bool = False
     any_data: bool = False  # resume although the folder's models are of other data
+    given: Collection[str] | None = None  # options that were set; None: those that are no default
     protocols: Sequence[str] = evaluation.PROTOCOLS
     catalogue_users: int | None = None  # as evaluation.catalogue_rows takes it
     report: Report = lambda line: None
@@ -133,16 +139,22 @@ class Job:
         """Return n seeds, from the config's on."""
         return range(self.train.seed, self.train.seed + n)
 
-    def check(self, objectives: Iterable[str]) -> None:
-        """Raise ValueError, before anything is written, where training or evaluation would fail."""
+    def check(self, trained: Iterable[Trained]) -> None:
+        """Raise ValueError, before anything is written, where training or evaluation would fail.
+
+        Warns of options that act on none of the models.
+        """
+        trained = list(trained)
         if not len(self.data.split("test")):
             raise ValueError("the data has no test samples")
         evaluation.catalogue_rows(self.data, "test", self.catalogue_users)
         evaluation.check_protocols(self.data, "test", self.protocols)
-        check_trainable(self.data, self.train, objectives)
+        check_trainable(self.data, self.train, [each.objective for each in trained])
         check_deep_supervision(self.model, self.train)
         if self.train.capture and torch.device(self.device).type != "cuda":
             raise ValueError(f"capture=True needs a GPU, the device is {self.device}")
+        given = changed(self.model, self.train) if self.given is None else self.given
+        warn_of_idle(self.model, self.train, trained, given)
 
     def open(self) -> None:
         """Note down data and configs, or raise ValueError where a job with others is resumed."""
@@ -232,7 +244,7 @@ class Job:
             network = attach_text(network, self.data)
         trainer = Trainer(
             network, self.data, training, objective, folder,
-            resume=self.resume, any_data=self.any_data, report=self.report,
+            resume=self.resume, any_data=self.any_data, report=self.report, given=(),
         )  # fmt: skip
         network = trainer.train()
         measured_last = {name: _MEASURES[name](network, self) for name in sorted(last)}
@@ -291,7 +303,7 @@ def baseline_results(data: PreparedData, **ranking: Any) -> dict[str, dict[str, 
 def run_comparison(job: Job, variants: list[str]) -> str:
     """Train, evaluate and compare; write the results to the job's folder, return the tables."""
     cells = {name: VARIANTS[name] for name in with_requirements(variants)}
-    job.check(variant.objective for variant in cells.values())
+    job.check(variant.trained for variant in cells.values())
     job.open()
     results = baseline_results(job.data, **job.ranking)
     for name, result in results.items():

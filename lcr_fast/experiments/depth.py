@@ -15,18 +15,20 @@ from numpy.typing import NDArray
 from lcr_fast.data.prepared import PreparedData
 from lcr_fast.experiments.comparison import Job
 from lcr_fast.experiments.distill import distill
-from lcr_fast.experiments.tables import protocol_titles
+from lcr_fast.experiments.tables import protocol_titles, with_interval
 from lcr_fast.model import LCRSER
 from lcr_fast.training import adaptive
 from lcr_fast.training.adaptive import Choice, Depths
 from lcr_fast.training.evaluation import rank_model
+from lcr_fast.training.idle import Trained
 from lcr_fast.training.models import load_model
 from lcr_fast.training.ranks import Difference, weighted_metric
-from lcr_fast.training.trainer import MODEL
+from lcr_fast.training.trainer import DISTILL, MODEL
 
 METRIC = "ndcg@5"
 DEEP_SUPERVISION = 0.3  # where the config has none
 LOSS = 0.002  # that an adaptive model may lose on validation
+_ALONE: dict[str, Any] = {"tcl_weight": 0.0, "deep_supervision": 0.0}  # no loss but of the ranking
 ENDS = ("low", "high", "seeds_low", "seeds_high")  # of a Difference
 
 
@@ -47,23 +49,32 @@ def open_seeds(job: Job, n_seeds: int) -> list[SeedModels]:
         raise ValueError(
             "a study of depth needs steps that stand alone, unlike cross_memory=initial"
         )
-    job.check(["supervised"])
+    phase_1 = [
+        Trained("supervised", {"steps": steps, **changes})
+        for _, steps, changes in _cells(job).values()
+    ]
+    job.check([*phase_1, Trained(DISTILL, {"steps": 0, **_ALONE})])
     job.open()
     return [train_models(job, seed) for seed in job.seeds(n_seeds)]
+
+
+def _cells(job: Job) -> dict[str, tuple[str, int, dict[str, Any]]]:
+    """Give title, steps and what is fixed of the training of each model of phase 1."""
+    K = job.model.steps
+    cells = {"base": ("Base (K = 0)", 0, _ALONE)}
+    cells |= {f"k{k}": (f"LCR, K = {k}", k, _ALONE) for k in range(1, K + 1)}
+    cells["deep"] = (f"LCR, K = {K}, every step supervised", K, {"tcl_weight": 0.0})
+    longer = {"epochs": 2 * job.train.epochs, "min_updates": 2 * job.train.min_updates}
+    return cells | {"long": ("Base, twice as long", 0, {**_ALONE, **longer})}
 
 
 def train_models(job: Job, seed: int) -> SeedModels:
     """Train, or with ``resume`` read back, the models of a seed."""
     job = job.of_seed(seed, measures=(), last_measures=(), protocols=("sampled",))
-    K, train = job.model.steps, {"tcl_weight": 0.0}
     weight = job.train.deep_supervision or DEEP_SUPERVISION
-    cells: dict[str, tuple[str, int, dict[str, Any]]] = {"base": ("Base (K = 0)", 0, train)}
-    cells |= {f"k{k}": (f"LCR, K = {k}", k, train) for k in range(1, K + 1)}
-    cells["deep"] = (f"LCR, K = {K}, every step supervised", K, {"deep_supervision": weight})
-    longer = {"epochs": 2 * job.train.epochs, "min_updates": 2 * job.train.min_updates}
-    cells["long"] = ("Base, twice as long", 0, longer)
+    cells = _cells(job)
     for name, (title, steps, changes) in cells.items():
-        changes = {"deep_supervision": 0.0, **train, **changes}
+        changes = {"deep_supervision": weight, **changes}
         job.cell(name, f"seed {seed}, {title}", "supervised", model={"steps": steps}, train=changes)
     models = {
         name: load_model(job.out / name / MODEL, job.data, job.device, any_data=job.any_data)
@@ -71,7 +82,7 @@ def train_models(job: Job, seed: int) -> SeedModels:
     }
     job.report(f"seed {seed}, student of K = 0:")
     models["distilled"] = distill(
-        models["deep"], job.data, job.train.replace(deep_supervision=0.0, **train), 0,
+        models["deep"], job.data, job.train.replace(**_ALONE), 0,
         job.out / "distilled", resume=job.resume, any_data=job.any_data, report=job.report,
     )  # fmt: skip
     scores = {
@@ -151,7 +162,7 @@ def named(name: str, found: Difference) -> dict[str, float]:
 
 def shown(found: Difference) -> str:
     """Write a difference for a table."""
-    text = f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+    text = with_interval(found._asdict(), "+", 4)
     if not np.isnan(found.seeds_low):
         text += f", seeds [{found.seeds_low:+.4f}, {found.seeds_high:+.4f}]"
     return text

@@ -1,11 +1,11 @@
 """Distil a trained model into one of fewer steps, and say what that keeps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from lcr_fast.config import TrainConfig
 from lcr_fast.data.prepared import PreparedData
-from lcr_fast.experiments.tables import markdown, protocol_titles
+from lcr_fast.experiments.tables import markdown, protocol_titles, with_interval
 from lcr_fast.model import LCRSER
 from lcr_fast.training.distillation import student_of
 from lcr_fast.training.evaluation import rank_model
@@ -24,12 +24,16 @@ def distill(
     resume: bool = False,
     any_data: bool = False,
     report: Callable[[str], None] = lambda line: None,
+    given: Collection[str] = (),
 ) -> LCRSER:
-    """Train a student of fewer steps from a teacher's weights, in the folder ``out``."""
+    """Train a student of fewer steps from a teacher's weights, in the folder ``out``.
+
+    ``given`` are the options that were set, as :class:`Trainer` takes them.
+    """
     student = attach_text(student_of(teacher, steps), data)
     trainer = Trainer(
         student, data, config, DISTILL, out,
-        resume=resume, any_data=any_data, teacher=teacher, report=report,
+        resume=resume, any_data=any_data, teacher=teacher, report=report, given=given,
     )  # fmt: skip
     return trainer.run()
 
@@ -48,7 +52,7 @@ def distillation_table(teacher: LCRSER, student: LCRSER, data: PreparedData) -> 
         [f"student, K = {student.config.steps}", *(f"{row['mean']:.4f}" for row in of_both[n:])],
         [
             "student less teacher",
-            *(f"{r['mean']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}]" for r in less),
+            *(with_interval(row, "+", 4) for row in less),
         ],
     ]
     title = f"test NDCG@5, {protocol_titles(ranks[0].n_negatives)['sampled']}"

@@ -5,6 +5,7 @@ user? A map's region is what the data cannot tell from its best cell.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from lcr_fast.experiments import plots
 from lcr_fast.experiments.comparison import VARIANTS, Job
 from lcr_fast.experiments.tables import markdown, protocol_titles, write_rows, write_tables
+from lcr_fast.training.idle import Trained
 from lcr_fast.training.ranks import spread, weighted_metric
 from lcr_fast.training.trainer import check_trainable
 
@@ -57,7 +59,7 @@ class Cell(NamedTuple):
     @property
     def level(self) -> bool:
         """Whether the users cannot tell it from the best."""
-        return self.high >= 0
+        return not self.high < 0  # nor can one user alone
 
 
 def run_grid_study(job: Job, n_seeds: int, names: Sequence[str]) -> str:
@@ -70,7 +72,15 @@ def run_grid_study(job: Job, n_seeds: int, names: Sequence[str]) -> str:
     job = dataclasses.replace(
         job, measures=(), last_measures=("test_ranks",), protocols=("sampled",)
     )
-    job.check(VARIANTS[part.variant].objective for part in maps)
+    variants = [VARIANTS[part.variant] for part in maps]
+    job.check([
+        *(VARIANTS[kind.start].trained for kind in variants if kind.start),
+        *(
+            Trained(kind.objective, {**kind.trained.fixed, **change})
+            for part, kind in zip(maps, variants, strict=True)
+            for _, change in _places(part)
+        ),
+    ])  # fmt: skip
     for part in maps:
         for _, change in _places(part):
             objective = VARIANTS[part.variant].objective
@@ -151,7 +161,8 @@ def _table(part: Map, cells: dict[tuple[float, float], Cell]) -> str:
         for b in columns:
             cell = cells[a, b]
             mean = f"**{cell.mean:.3f}**" if cell.level else f"{cell.mean:.3f}"
-            text = f"{mean} [{cell.low:+.3f}, {cell.high:+.3f}]"
+            less = "-" if math.isnan(cell.low) else f"{cell.low:+.3f}, {cell.high:+.3f}"
+            text = f"{mean} [{less}]"
             if len(cell.seeds) > 1:
                 text += f", seeds [{cell.seeds_low:+.3f}, {cell.seeds_high:+.3f}]"
             texts.append(text)

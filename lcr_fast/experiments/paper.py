@@ -27,8 +27,8 @@ def run_paper_study(job: Job, n_seeds: int, steps: Sequence[int] = STEPS) -> str
     step; latency of a forward. Writes ``cells.csv``, ``results.csv``,
     ``distances.csv``, ``latency.csv``, ``results.md`` and plots.
     """
-    cells = Cells(job, n_seeds, ("searches",))
     steps = tuple(dict.fromkeys(steps))
+    cells = Cells(job, n_seeds, [{"steps": k} for k in steps], ("searches",))
     for seed in cells.seeds:
         for variant in _ABLATION:
             cells.train(seed, variant, {})

@@ -12,7 +12,6 @@ from lcr_fast.config import TrainConfig
 from lcr_fast.experiments import plots
 from lcr_fast.experiments.cells import (
     DIVERSITY,
-    POLICY,
     SIGNAL,
     Cells,
     Numbers,
@@ -23,7 +22,8 @@ from lcr_fast.experiments.cells import (
 )
 from lcr_fast.experiments.comparison import Job
 from lcr_fast.experiments.tables import markdown
-from lcr_fast.training.trainer import PHASE_2, check_trainable
+from lcr_fast.training.idle import PHASE_2, POLICY
+from lcr_fast.training.trainer import check_trainable
 
 REWARDS = ("hr@1", "hr@5", "ndcg@5", "ndcg@10", "mrr", "0.5*hr@1+0.5*ndcg@10")
 AXES: dict[str, tuple[Any, ...]] = {
@@ -79,7 +79,7 @@ def run_rl_study(
     for name, values in axes:
         for value in values:
             check_trainable(job.data, job.train.replace(**{name: value}), ("grpo", "noisy"))
-    cells = Cells(job, n_seeds)
+    cells = Cells(job, n_seeds, [{name: value} for name, values in axes for value in values])
     for seed in cells.seeds:
         for name, values in axes:
             for value in values:

@@ -1,7 +1,8 @@
 """Results as Markdown tables and as CSV."""
 
 import csv
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,14 @@ BASE = "base"  # the variant that tables compare to
 def markdown(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
     """Lay texts out as a table of Markdown."""
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def with_interval(row: Mapping[str, Any], sign: str = "", digits: int = 3) -> str:
+    """Write a mean and its interval, ``[-]`` where there is none; nothing without a mean."""
+    mean, low, high = (f"{row[name]:{sign}.{digits}f}" for name in ("mean", "low", "high"))
+    if math.isnan(row["mean"]):
+        return ""
+    return f"{mean} [-]" if math.isnan(row["low"]) else f"{mean} [{low}, {high}]"
 
 
 def protocol_titles(n_negatives: int | str) -> dict[str, str]:
@@ -41,11 +50,7 @@ def rank_tables(rows: list[dict[str, Any]], n_negatives: int | str) -> list[str]
         lines = [
             [
                 metric,
-                *(
-                    f"{row['mean']:.4f} [{row['low']:.4f}, {row['high']:.4f}]"
-                    for row in mine
-                    if row["metric"] == metric
-                ),
+                *(with_interval(row, digits=4) for row in mine if row["metric"] == metric),
             ]
             for metric in dict.fromkeys(row["metric"] for row in mine)
         ]
@@ -182,9 +187,7 @@ def _count(result: dict[str, Any], protocol: str) -> int:
 def _cell(row: dict | None, interval: bool = False, sign: str = "") -> str:
     if row is None or not row["n"]:
         return ""
-    text = f"{row['mean']:{sign}.3f}"
-    if interval:
-        text += f" [{row['low']:{sign}.3f}, {row['high']:{sign}.3f}]"
+    text = with_interval(row, sign) if interval else f"{row['mean']:{sign}.3f}"
     if row.get("seeds", 1) > 1:
         text += f", seeds [{row['seeds_low']:{sign}.3f}, {row['seeds_high']:{sign}.3f}]"
     return text

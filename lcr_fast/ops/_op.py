@@ -232,6 +232,8 @@ class Op:
         """
         if forward_ad._current_level >= 0:  # an integer: -1 outside of forward mode
             self._refuse_tangents(backend, call)
+        if not torch.compiler.is_compiling() and _C._are_functorch_transforms_active():
+            self._refuse_batches(backend, call)
         if not self.gradients:
             return self.run(backend, self.name, *call)
         if torch.is_grad_enabled():
@@ -246,6 +248,14 @@ class Op:
         if not self.saved:
             return self.run(backend, f"{self.name}_fwd", *call)
         return self.run(backend, f"{self.name}_fwd", *call, False)[: len(self.results)]
+
+    def _refuse_batches(self, backend: str, call: Any) -> None:
+        """Raise RuntimeError where torch.func.vmap maps over a tensor of a call."""
+        if any(_C._functorch.is_batchedtensor(t) for t in _tensors(call)):
+            raise RuntimeError(
+                f"{self.name} on {backend} is not mapped by torch.func.vmap: ask for "
+                "backend='reference'"
+            )
 
     def _refuse_tangents(self, backend: str, call: Any) -> None:
         """Raise RuntimeError where a tensor of a call has a tangent, which would be lost."""

@@ -1,5 +1,6 @@
 """Counter-based noise and dropout, by the C++ extension on CPU and by plain torch elsewhere."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -157,10 +158,14 @@ class Dropout(NamedTuple):
     rows: Tensor  # int64 [B]
 
     def check(self, states: Tensor) -> None:
-        """Raise ValueError on states that are not [B, L, D], and on rows that are not theirs.
+        """Raise ValueError on another rate, states or rows.
+
+        Rates are in [0, 1), states [B, L, D], and rows theirs.
 
         A mask has no trajectory axis.
         """
+        if not 0 <= self.rate < 1 or noise.dropout_threshold(self.rate) > 65535:
+            raise ValueError(f"dropout's rate must be in [0, 1), got {self.rate}")
         _check_users("dropout", self.rows, states)
 
     def again(self, k: int) -> "Dropout":
@@ -196,6 +201,8 @@ class Noise(NamedTuple):
         """Raise ValueError on numbers out of range, and as :meth:`Dropout.check` does."""
         if self.n_trajectories < 1:
             raise ValueError(f"n_trajectories must be at least 1, got {self.n_trajectories}")
+        if not 0 <= self.scale < math.inf:
+            raise ValueError(f"the noise's scale must be finite and not negative, got {self.scale}")
         _check_users("noise", self.rows, states)
 
     def added(self, x: Tensor, stream: int) -> Tensor:

@@ -327,6 +327,12 @@ def catalogue_rank(
     return _rank_dtype(rank.squeeze(-1), ties)
 
 
+def _require_tensors(**given: object) -> None:
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
 def _rank(
     scores: Tensor,
     target: Tensor | None,
@@ -342,6 +348,9 @@ def _rank(
 ) -> Tensor:
     """Return rows [..., M] of the named metrics, or sums [M + 1], as the op does."""
     check_choice("ties", ties, TIES)
+    _require_tensors(
+        scores=scores, target=target, relevance=relevance, counts=counts, excluded=excluded
+    )
     if scores.dim() == 0 or scores.dtype not in _FLOATS:
         raise ValueError(
             f"scores must be [..., C] in float32, float16, bfloat16 or float64, got "
@@ -404,6 +413,7 @@ def _rank_catalogue(
     backend: str,
 ) -> Tensor:
     check_choice("ties", ties, TIES)
+    _require_tensors(users=users, items=items, target=target, seen=seen)
     if (
         users.dim() != 2
         or items.dim() != 2

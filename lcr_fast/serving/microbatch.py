@@ -7,6 +7,7 @@ company, which may be nothing at all: then batches form only of what arrived dur
 import asyncio
 import collections
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -36,10 +37,10 @@ class MicroBatcher:
         max_queue: int = 1024,
         observe: Callable[[int], None] = lambda size: None,
     ) -> None:
-        if max_batch < 1 or max_queue < 1 or max_wait < 0:
+        if max_batch < 1 or max_queue < 1 or not 0 <= max_wait < math.inf:
             raise ValueError(
-                "max_batch and max_queue must be at least 1 and max_wait at least 0, got "
-                f"{max_batch}, {max_queue} and {max_wait}"
+                "max_batch and max_queue must be at least 1 and max_wait at least 0 and finite, "
+                f"got {max_batch}, {max_queue} and {max_wait}"
             )
         self._run, self._observe = run, observe
         self._max_batch, self._max_wait, self._max_queue = max_batch, max_wait, max_queue

@@ -254,7 +254,7 @@ def adapt(
     if model.config.cross_memory == "initial":
         raise ValueError("cross_memory=initial reads h^(0) in every step: none stands alone")
     selecting_gains(make_batcher(data, "valid", None), metric)
-    if loss is not None and loss < 0:
+    if loss is not None and not loss >= 0:
         raise ValueError(f"the loss must be at least 0, got {loss}")
     model.exits = None
     depths = read_depths(model, data)

@@ -54,7 +54,7 @@ def cuts_of(metrics: Iterable[str]) -> tuple[int, ...]:
 
 
 class Interval(NamedTuple):
-    """A mean with its confidence interval."""
+    """A mean with its confidence interval, which one value alone does not have: NaN."""
 
     mean: float
     low: float
@@ -65,7 +65,10 @@ class Interval(NamedTuple):
 def bootstrap(
     values: NDArray, *, level: float = 0.95, draws: int = _DRAWS, seed: int = 0
 ) -> Interval:
-    """Mean of a per-user metric [n] with its percentile bootstrap interval over users."""
+    """Mean of a per-user metric [n] with its percentile bootstrap interval over users.
+
+    One user alone has no interval (NaN), and none has no mean either.
+    """
     return _intervals(values[:, None], _bootstrap_means(values[:, None], draws, seed), level)[0]
 
 
@@ -98,11 +101,18 @@ def _intervals(values: NDArray, means: NDArray, level: float = 0.95) -> list[Int
     n, n_metrics = values.shape
     if not n:
         return [Interval(math.nan, math.nan, math.nan, 0)] * n_metrics
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    low, high = _quantiles(means, level, n)
     return [
         Interval(float(mean), float(lo), float(hi), n)
         for mean, lo, hi in zip(values.mean(0), low, high, strict=True)
     ]
+
+
+def _quantiles(means: NDArray, level: float, fewest: int) -> NDArray:
+    """Low and high ends of resampled means [draws, M]; NaN where one user is all there is."""
+    if fewest < 2:  # drawn again and again it is the same
+        return np.full((2, means.shape[1]), np.nan)
+    return np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
 
 
 def across_seeds(values: Iterable[float]) -> Interval:
@@ -192,7 +202,7 @@ class Difference(NamedTuple):
     """The mean difference of a metric, with two intervals that ask two questions."""
 
     mean: float
-    low: float  # over users: would other users of these models show it?
+    low: float  # over users: would other users of these models show it? NaN for one user
     high: float
     n: int  # users
     seeds_low: float  # over seeds: would other trainings show it? NaN for one pair
@@ -282,7 +292,7 @@ def _differences(pairs: Sequence[tuple[Ranks, Ranks]], columns: list[NDArray]) -
         values = np.mean(group, 0)
         means += len(group) / len(there) * _bootstrap_means(values, seed=seed)
         n += len(values)
-    low, high = np.quantile(means, [0.025, 0.975], axis=0)
+    low, high = _quantiles(means, 0.95, min(len(group[0]) for group in of_samples.values()))
     found = []
     for column in range(n_metrics):
         spread = across_seeds(float(values[:, column].mean()) for _, values in there)

@@ -6,7 +6,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from lcr_fast.training.captured import CapturedStep, Logged
 from lcr_fast.training.distillation import Distilled
 from lcr_fast.training.evaluation import chance_level, make_batcher, validation_score
 from lcr_fast.training.identity import assign, count_unknown
+from lcr_fast.training.idle import PHASE_2, Trained, own_options, warn_of_idle
 from lcr_fast.training.inputs import Epoch, StepInputs, assemble
 from lcr_fast.training.models import OTHER_DATA
 from lcr_fast.training.objective import OBJECTIVES, Objective, warn_if_sinking
@@ -40,12 +41,6 @@ _READOUTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 CHECKPOINT, MODEL, METRICS = "checkpoint.safetensors", "model.safetensors", "metrics.jsonl"
 DISTILL = "distill"  # the objective that has a teacher
 _CHECK_BLOCK = 4096  # samples whose seen items are counted at a time
-# Fields that phase 1 does not read.
-PHASE_2 = (
-    "reward", "action", "scale_advantages", "silent_groups", "kl", "kl_weight", "clip",
-    "temperature", "n_trajectories", "noise_scale", "inner_epochs", "rl_epochs", "rl_epoch_size",
-    "rl_batch_size", "rl_learning_rate", "rl_negatives", "rl_trainable",
-)  # fmt: skip
 # Fields that say how to compute, not what.
 _HOW = ("capture", "workers")
 # Fields that say nothing but when to stop, by phase.
@@ -167,6 +162,9 @@ class Trainer:
     With the config's ``capture`` a step on a GPU is replayed as a CUDA graph, which ``graph`` makes
     (:mod:`lcr_fast.training.captured`), by torch's fused AdamW.
 
+    It warns of options that were set and cannot act (:mod:`lcr_fast.training.idle`): of ``given``,
+    by default those that differ from their defaults.
+
     Raises ValueError where the data cannot be trained on, where nothing is left to train or row 0
     of a table is not 0 (:meth:`LCRSER.check_padding`), and on a checkpoint of another run or,
     without ``any_data``, of other data.
@@ -185,6 +183,7 @@ class Trainer:
         teacher: LCRSER | None = None,
         report: Callable[[str], None] = lambda line: None,
         graph: Callable[[], Graph] | None = None,
+        given: Collection[str] | None = None,
     ) -> None:
         self.model, self.config, self.out, self.report = model, config, Path(out), report
         self._given = model.config  # the readout may change
@@ -210,6 +209,8 @@ class Trainer:
         self.schedule = self.objective.schedule
         if (reason := self.objective.idle()) is not None:
             _LOG.warning("%s: %s", objective, reason)
+        given = own_options(model.config, config, objective) if given is None else given
+        warn_of_idle(model.config, config, [Trained(objective)], given)
         self._device = model.head.target_weight.device
         self._graph = self._chosen_graph(graph)
         self._captured: CapturedStep | None = None

@@ -18,6 +18,7 @@ from lcr_fast.report import charts
 from lcr_fast.report.html import join, raw, tag
 from lcr_fast.report.make import report
 from lcr_fast.report.run import read_run
+from lcr_fast.report.sections import results
 from lcr_fast.report.users import look_at_users
 from lcr_fast.training.evaluation import rank_model
 from lcr_fast.training.models import load_model
@@ -266,6 +267,16 @@ def test_intervals_stand_where_their_numbers_are():
     signed = charts.intervals([rows[0]._replace(low=0.5)], zero=True, sign="+")
     assert 'class="zero" style="left:0.00%"' in signed
     assert ">+1.0<" in signed
+
+
+def test_one_user_is_a_dot_without_an_interval():
+    row = {"protocol": "sampled", "targets": "all", "metric": "ndcg@5", "mean": 0.5, "n": 1}
+    row |= {"low": math.nan, "high": math.nan}
+    assert "[-]" in results._cell(row)
+    drawn = charts.intervals(results._rows({"lcr": ("LCR", [row])}, "sampled", "all"))
+    assert "0.500 [-]" in drawn
+    assert "width:0.00%" in drawn
+    assert "nan" not in drawn
 
 
 def test_lines_stay_in_their_frame():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from lcr_fast.experiments.tables import BASE
+from lcr_fast.experiments.tables import BASE, with_interval
 from lcr_fast.training.ranks import differences
 
 from .. import charts
@@ -37,12 +38,8 @@ def _number(row: dict | None, sign: str = "") -> Html:
 def _cell(row: dict | None, sign: str = "") -> Html:
     if row is None:
         return join("")
-    low, high = f"{row['low']:{sign}.3f}", f"{row['high']:{sign}.3f}"
-    return join(f"{row['mean']:{sign}.3f}", tag("small", f"[{low}, {high}]"))
-
-
-def _text(row: dict[str, Any], sign: str = "") -> str:
-    return f"{row['mean']:{sign}.3f} [{row['low']:{sign}.3f}, {row['high']:{sign}.3f}]"
+    mean, interval = with_interval(row, sign).split(" ", 1)
+    return join(mean, tag("small", interval))
 
 
 def _rows(
@@ -51,8 +48,10 @@ def _rows(
     found = []
     for name, (title, rows) in titled.items():
         if row := _value(rows, protocol, targets, _METRIC):
-            values = (row["mean"], row["low"], row["high"])
-            found.append(Row(title.strip(), colour(name), *values, _text(row, sign)))
+            # No interval is drawn as one without a width.
+            low, high = (row["mean"] if math.isnan(v) else v for v in (row["low"], row["high"]))
+            text = with_interval(row, sign)
+            found.append(Row(title.strip(), colour(name), row["mean"], low, high, text))
     return found
 
 
@@ -75,8 +74,9 @@ def summary(page: Page) -> Html:
         rows = differences([(models[compared]["ranks"], models[BASE]["ranks"])])
         if row := _value(rows, protocol, "all", _METRIC):
             holds = "leaves out" if row["low"] > 0 or row["high"] < 0 else "holds"
+            said = "one user has no interval" if row["n"] == 1 else f"its interval {holds} 0"
             title = models[compared]["title"].strip()
-            tiles.append((f"{row['mean']:+.3f}", f"{title} less Base; its interval {holds} 0"))
+            tiles.append((f"{row['mean']:+.3f}", f"{title} less Base; {said}"))
     tiles.append((f"{len(page.run.ranks.by_protocol[protocol]):,}", "test users"))
     if page.facts:
         sizes = {fact.name: fact.text for fact in page.facts.facts}
