@@ -111,7 +111,10 @@ def moved(policy: oracle.Model, direction, size: float) -> oracle.Model:
 
 
 def slow_phase_1(policy, batch, config, negative=None):
-    """L_rank + lambda L_TCL; TCL's negatives are those of the policy ``negative``, if given."""
+    """L_rank + lambda L_TCL; TCL's negatives are those of the policy ``negative``, if given.
+
+    A stream without events is at one distance before and after, of whichever policy.
+    """
     losses, distances = [], []
     for b in range(len(batch)):
         pairs = []
@@ -120,7 +123,13 @@ def slow_phase_1(policy, batch, config, negative=None):
             target = each.item(int(batch.candidates[b, 0]))
             weight = each.head().target_weight
             pairs.append(oracle.tcl_distances(after, before, target, weight, config.tcl_distance))
-        distances += [(mine[0], its[1]) for mine, its in zip(*pairs, strict=True)]
+        there = [
+            len(h[x]) > 0 for h in before for x in (oracle.SEARCH, oracle.REC) if len(h[1 - x])
+        ]
+        distances += [
+            (mine[0], its[1]) if is_there else (0.0, 0.0)
+            for is_there, mine, its in zip(there, *pairs, strict=True)
+        ]
         scores = list(policy.forward(batch, b, SEED))
         losses.append(oracle.rank_loss(scores, int(batch.target[b]), config.rank_loss))
     tcl = oracle.hinge(distances, config.tcl_margin)

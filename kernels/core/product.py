@@ -96,13 +96,13 @@ def _sum_of_products(a, b, PARTS: tl.constexpr, c):
 
 
 @triton.constexpr_function
-def _n_tiles(precision: str) -> int:
-    return 1 if precision.endswith(" cut") else n_parts(precision)
+def _is_cut(precision: str) -> bool:
+    return precision.endswith(" cut")
 
 
 @triton.constexpr_function
-def _is_cut(precision: str) -> bool:
-    return precision.endswith(" cut")
+def _n_tiles(precision: str) -> int:
+    return 1 if _is_cut(precision) else n_parts(precision)
 
 
 @triton.constexpr_function
@@ -123,8 +123,8 @@ def _load(ptrs, mask):
 
 
 @triton.jit
-def _sum(x):
-    """Add up tiles, the smallest first: float32."""
+def whole(x):
+    """Add up an operand, in float32; of three parts that is the number that was split."""
     LAST: tl.constexpr = len(x) - 1
     y = x[LAST].to(tl.float32)
     for i in tl.static_range(LAST):
@@ -147,7 +147,7 @@ def load_operand(ptr, offsets, mask, part, PRECISION: tl.constexpr):
             third = _load(ptr + 2 * part + offsets, mask)
             made = (first, second, third)  # type: ignore[assignment]
         if _is_cut(PRECISION):
-            made = (_sum(made),)  # type: ignore[assignment]
+            made = (whole(made),)  # type: ignore[assignment]
     return made
 
 
@@ -170,12 +170,6 @@ def transposed(x, PRECISION: tl.constexpr):
     else:
         made = (x[0].trans(), x[1].trans(), x[2].trans())  # type: ignore[assignment]
     return made
-
-
-@triton.jit
-def whole(x, PRECISION: tl.constexpr):
-    """Add up an operand, in float32; of three parts that is the number that was split."""
-    return _sum(x)
 
 
 @triton.jit

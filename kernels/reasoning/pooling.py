@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from lcr_fast.kernels.reasoning.sublayers import LOG2_E, LOWEST_SCORE, add_pairs
-from lcr_fast.kernels.reasoning.tile import by_sequence, user_of
+from lcr_fast.kernels.reasoning.tile import by_sequence, sequence_at
 
 
 @triton.jit
@@ -46,10 +46,10 @@ def pool(
 ):
     """Store each sequence's pooled state, z = sum_j alpha_j state_j; 0 without an event."""
     D: tl.constexpr = state.shape[1]
-    sequence = first + tl.arange(0, SEQUENCES)
+    sequence = sequence_at(first, tl.arange(0, SEQUENCES))
     exists = sequence < end
     state = by_sequence(state.to(tl.float32), SEQUENCES)
-    user = user_of(sequence, n_trajectories).to(tl.int64)
+    user = (sequence // n_trajectories).to(tl.int64)
     key = _load_vectors(keys_ptr, user * (2 * D), exists, D)
     alpha = _exponentials(state, key, lengths)
     alpha = alpha / tl.maximum(tl.sum(alpha, 1), 1.0)[:, None]
@@ -78,10 +78,10 @@ def pool_bwd(
     dstate_j += alpha_j dz + s_j key;   dkey = sum_j s_j state_j
     """
     D: tl.constexpr = state.shape[1]
-    sequence = first + tl.arange(0, SEQUENCES)
+    sequence = sequence_at(first, tl.arange(0, SEQUENCES))
     exists = sequence < end
     state = by_sequence(state.to(tl.float32), SEQUENCES)
-    user = user_of(sequence, n_trajectories).to(tl.int64)
+    user = (sequence // n_trajectories).to(tl.int64)
     key = _load_vectors(keys_ptr, user * (2 * D), exists, D)
     dz = _load_vectors(dpooled_ptr, sequence * pooled_stride, exists, D)
     alpha = _exponentials(state, key, lengths)  # [SEQUENCES, SLOT], still to be divided

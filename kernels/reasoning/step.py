@@ -19,7 +19,6 @@ import triton.language as tl
 
 from lcr_fast.kernels.core.noise import dropout_keep, normal_noise
 from lcr_fast.kernels.reasoning.sublayers import attention, ffn, layer_norm, rounded
-from lcr_fast.kernels.reasoning.tile import user_of
 from lcr_fast.kernels.reasoning.weights import attention_at, ffn_at, norm_at
 
 # Dropout sites, as in lcr_fast/ops/noise.py: a step or a layer has one a sublayer and stream.
@@ -66,12 +65,11 @@ def load_initial(
 ):  # fmt: skip
     """h^(0) + noise_scale eps on valid positions, 0 elsewhere, in the tensor's dtype: [M, D]."""
     valid = (rows.position < rows.length)[:, None]
-    user = user_of(rows.sequence, n_trajectories)
+    user = rows.sequence // n_trajectories
     offsets = (user.to(tl.int64) * size + rows.position)[:, None] * D + tl.arange(0, D)[None, :]
     h = tl.load(x_ptr + offsets, mask=valid, other=0.0)
     if NOISE:
-        trajectory = rows.sequence.to(tl.int32) - user * n_trajectories
-        trajectory_stream = 2 * trajectory + stream
+        trajectory_stream = 2 * (rows.sequence - user * n_trajectories) + stream
         seed = tl.load(noise.seed)
         eps = normal_noise(user_row, rows.position, trajectory_stream, seed, D)
         h = tl.where(valid, h.to(tl.float32) + noise.scale * eps, 0.0)

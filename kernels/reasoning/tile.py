@@ -19,7 +19,7 @@ import triton.language as tl
 class Rows(NamedTuple):
     """What stands in each row of a tile, [M] each, and where."""
 
-    sequence: Any  # int64
+    sequence: Any
     position: Any  # in its sequence
     length: Any  # events of its sequence
     stored: Any  # whether tensors [sequences, size, ...] have the row
@@ -28,20 +28,21 @@ class Rows(NamedTuple):
 
 
 @triton.jit
-def user_of(sequence, n_trajectories):
-    """User of each sequence: int32. There are no 2^31 sequences, and 64 bits divide slowly."""
-    return sequence.to(tl.int32) // n_trajectories
+def sequence_at(first, slot):
+    """Sequence in a slot of the tile: int32. There are no 2^31, and 64 bits divide slowly."""
+    return first.to(tl.int32) + slot
 
 
 @triton.jit
 def load_of_user(ptr, first, end, n_trajectories, M: tl.constexpr, SLOT: tl.constexpr):
     """Element of each row's user in a tensor [B], 0 beyond the last sequence: [M]."""
     if M == SLOT:  # one sequence: a number for all rows, not a register for each
-        value = tl.load(ptr + user_of(first, n_trajectories), mask=first < end, other=0)
+        sequence = sequence_at(first, 0)
+        value = tl.load(ptr + sequence // n_trajectories, mask=sequence < end, other=0)
         values = tl.zeros([M], value.dtype) + value
     else:
-        sequence = first + tl.arange(0, M) // SLOT
-        values = tl.load(ptr + user_of(sequence, n_trajectories), mask=sequence < end, other=0)
+        sequence = sequence_at(first, tl.arange(0, M) // SLOT)
+        values = tl.load(ptr + sequence // n_trajectories, mask=sequence < end, other=0)
     return values
 
 
@@ -54,7 +55,7 @@ def locate_rows(first, end, lengths_ptr, n_trajectories, size, M: tl.constexpr, 
     """
     row = tl.arange(0, M)
     position = row % SLOT
-    sequence = first + row // SLOT
+    sequence = sequence_at(first, row // SLOT)
     length = load_of_user(lengths_ptr, first, end, n_trajectories, M, SLOT)
     length = tl.minimum(length, size).to(tl.int32)
     stored = (sequence < end) & (position < size)
@@ -75,16 +76,16 @@ def memory_lengths(
     Where one sequence fills the tile all queries are one group: [1].
     """
     GROUPS: tl.constexpr = 1 if SEQUENCES == 1 else M // GROUP
-    sequence = first + tl.arange(0, GROUPS) * GROUP // SLOT
-    length = tl.load(lengths_ptr + user_of(sequence, n_trajectories), mask=sequence < end, other=0)
+    sequence = sequence_at(first, tl.arange(0, GROUPS) * GROUP // SLOT)
+    length = tl.load(lengths_ptr + sequence // n_trajectories, mask=sequence < end, other=0)
     return tl.minimum(length, size).to(tl.int32)
 
 
 @triton.jit
 def sequence_lengths(lengths_ptr, first, end, n_trajectories, size, SEQUENCES: tl.constexpr):
     """Events of each slot's sequence: int32 [SEQUENCES]."""
-    sequence = first + tl.arange(0, SEQUENCES)
-    length = tl.load(lengths_ptr + user_of(sequence, n_trajectories), mask=sequence < end, other=0)
+    sequence = sequence_at(first, tl.arange(0, SEQUENCES))
+    length = tl.load(lengths_ptr + sequence // n_trajectories, mask=sequence < end, other=0)
     return tl.minimum(length, size).to(tl.int32)
 
 

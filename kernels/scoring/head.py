@@ -194,7 +194,7 @@ def _second_keep(user_rows_ptr, rows, row_0, inside, dropout, like):
 def _load_input(inputs_ptr, rows, row_0, inside, which, D: tl.constexpr, PRECISION: tl.constexpr):
     """Load z_r (0), z_s (1) or e (2) as a whole: float32 [ROWS, D]."""
     columns = which * D + tl.arange(0, D)
-    return whole(_load(inputs_ptr, rows, row_0, inside, columns, 3 * D, PRECISION), PRECISION)
+    return whole(_load(inputs_ptr, rows, row_0, inside, columns, 3 * D, PRECISION))
 
 
 @kernel(do_not_specialize=_NUMBERS)
@@ -414,9 +414,9 @@ def user_bwd_kernel(
             mask = (first + row < rows_of_user)[:, None] & is_unit[None, :]
             rows_ptr = dt1_ptr + tl.cast(first, tl.int64) * H1
             dt1 = load_operand(rows_ptr, offsets, mask, part, PRECISION)
-            sums += tl.sum(whole(dt1, PRECISION), 0)
+            sums += tl.sum(whole(dt1), 0)
         tl.store(dt1_sums_ptr + b * H1 + units, sums, mask=is_unit)
         offsets = units[:, None] * (4 * D) + (3 * D + axis)[None, :]
         w_u = load_operand(w1_ptr, offsets, is_unit[:, None], H1 * 4 * D, PRECISION)
-        du += tl.sum(whole(w_u, PRECISION) * sums[:, None], 0)
+        du += tl.sum(whole(w_u) * sums[:, None], 0)
     tl.store(duser_ptr + b * D + axis, du.to(duser_ptr.dtype.element_ty))

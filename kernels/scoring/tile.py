@@ -195,7 +195,7 @@ def _first_layer(z_r, z_s, e, user_ptr, mlp, units, HEAD: tl.constexpr, PRECISIO
         u = tl.load(user_ptr + axis).to(e.dtype).to(tl.float32)
         offsets = units[:, None] * (4 * D) + (axis + 3 * D)[None, :]
         mask = (units < HEAD.H1)[:, None]
-        w_u = whole(load_operand(mlp.w1, offsets, mask, HEAD.H1 * 4 * D, PRECISION), PRECISION)
+        w_u = whole(load_operand(mlp.w1, offsets, mask, HEAD.H1 * 4 * D, PRECISION))
         shared += tl.sum(w_u * u[None, :], 1)
     return t + shared[None, :]
 
