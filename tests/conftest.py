@@ -6,7 +6,8 @@ need compilers: they run where FULL=1 is in the environment, some of them in the
 is left out.
 
 Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before they or
-the ops are imported.
+the ops are imported. With COMPILED=sm_90 in the environment, or another of
+``ptx_emulation.gpu.EMULATED``, they are compiled for that GPU instead, and their PTX is emulated.
 """
 
 import importlib.util
@@ -17,7 +18,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+from where import COMPILED, GPU
+
+if COMPILED:
+    os.environ["TRITON_INTERPRET"] = "0"
+    from ptx_emulation import gpu
+
+    gpu.install(COMPILED)
+elif not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import fused_reasoning

@@ -24,11 +24,10 @@ from lcr_fast.testing import (
     random_reasoning,
 )
 from lcr_fast.weights import ReasoningWeights
+from where import DEVICE, GPU
 
-GPU = torch.cuda.is_available()
-DEVICES = {"triton": "cuda" if GPU else "cpu", "cpp": "cpu"}
+DEVICES = {"triton": DEVICE, "cpp": "cpu"}
 DEFAULT = ReasoningCase()
-HALVES = [torch.float16, torch.bfloat16] if GPU else [torch.float16]
 BIT_CASES = {
     "dropout": ReasoningCase(dropout=0.2, n_users=6 if GPU else 4),
     "trajectories": ReasoningCase(n_trajectories=2, n_users=4 if GPU else 3),

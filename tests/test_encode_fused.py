@@ -16,8 +16,6 @@ import tensor_core
 from fused_reasoning import (
     CONFIGS,
     DEVICES,
-    GPU,
-    HALVES,
     assert_same_bits,
     leave_out,
     precisions_of,
@@ -34,6 +32,7 @@ from lcr_fast.testing import (
     run_encoder,
 )
 from lcr_fast.weights import REC, SEARCH, EncoderWeights
+from where import GPU, HALVES, INTERPRETED
 
 DEFAULT = EncoderCase()
 
@@ -127,7 +126,7 @@ def test_parity_in_half_precision(backend, dtype, weights):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU, or its emulation")
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("case", ON_A_GPU)
 def test_parity_of_large_calls(case, dtype):
@@ -135,7 +134,7 @@ def test_parity_of_large_calls(case, dtype):
 
 
 @pytest.mark.full
-@pytest.mark.skipif(GPU, reason="a GPU has tensor cores")
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU has tensor cores")
 def test_parity_with_the_rounding_of_tensor_cores(monkeypatch):
     call = draw("triton", CASES["three layers, dropout"])
     with tensor_core.multiplying(monkeypatch, "highest"):
@@ -239,7 +238,7 @@ def test_a_stream_has_the_same_bits_whatever_the_other_is_padded_to(backend, cal
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU, or its emulation")
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("case", ["D=64, 32 events", "D=64, 50 events, dropout"])
 def test_no_bit_depends_on_the_slot(case, dtype):

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import tensor_core
-from fused_reasoning import HALVES
 from graphs import Recorded
 from lcr_fast.batch import Batch
 from lcr_fast.capture import capture
@@ -19,8 +18,8 @@ from lcr_fast.config import LCRConfig
 from lcr_fast.model import LCRSER
 from lcr_fast.ops import lookup
 from lcr_fast.testing import assert_parity, random_batch, random_model
+from where import DEVICE, HALVES, INTERPRETED
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIG = LCRConfig(
     n_items=20, n_users=3, n_queries=6, n_terms=9, dim=32, ffn_dim=32, steps=1, max_search_len=3,
     max_rec_len=4, max_clicks=3, mlp_hidden=(16, 16), backend="triton",
@@ -206,7 +205,7 @@ def assert_gradients(batch: Batch, dtype: torch.dtype = torch.float32, **changes
 
 def rounding_of_tensor_cores(monkeypatch) -> contextlib.AbstractContextManager:
     """Multiply as a GPU does, in the interpreter too."""
-    if DEVICE == "cuda":
+    if not INTERPRETED:
         return contextlib.nullcontext()
     return tensor_core.multiplying(monkeypatch, "highest")
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from where import DEVICE
+
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
@@ -12,7 +14,6 @@ from lcr_fast import noise
 from lcr_fast.kernels.core.noise import _philox, dropout_keep, normal_noise
 
 pytestmark = pytest.mark.gpu
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Rows that use the upper bits of a word, and more than a word.
 ROWS = [0, 5, 2**31 + 7, 2**32 + 5, -1, 3, 4, 2**40, 11, 12, 13, 14, 15, 16, 17, 18]
 SEEDS = [0, 12345678901234567, -3]

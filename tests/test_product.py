@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import tensor_core
+from where import DEVICE, INTERPRETED
 
 pytest.importorskip("triton")
 
@@ -14,9 +15,8 @@ from lcr_fast.kernels.core.product import parts, product
 from lcr_fast.kernels.weight_parts import for_products
 from lcr_fast.testing import tf32
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N = 64
-compiled = pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter knows no instructions")
+compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter knows no instructions")
 # Relative to the sum of the products' sizes.
 BOUNDS = {"bf16x6": 2**-20, "bf16x3": 2**-15}
 

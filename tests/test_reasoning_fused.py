@@ -12,8 +12,6 @@ from fused_reasoning import (
     BIT_CASES,
     CONFIGS,
     DEFAULT,
-    GPU,
-    HALVES,
     assert_same_bits,
     draw,
     forward,
@@ -30,6 +28,7 @@ from lcr_fast.testing import (
     run_reasoning,
 )
 from lcr_fast.weights import REC, SEARCH, ReasoningWeights
+from where import GPU, HALVES, INTERPRETED
 
 # -- parity ---------------------------------------------------------------------------------------
 
@@ -195,7 +194,7 @@ def test_pieces_fit_scratch_and_are_even(monkeypatch, n_users, n_steps, expected
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU, or its emulation")
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("case", ON_A_GPU)
 def test_parity_of_large_calls(case, dtype):
@@ -204,7 +203,7 @@ def test_parity_of_large_calls(case, dtype):
     assert_call_parity(call, "triton")
 
 
-@pytest.mark.skipif(GPU, reason="a GPU has tensor cores")
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU has tensor cores")
 @pytest.mark.parametrize(
     "case",
     ["dropout", pytest.param("three trajectories", marks=pytest.mark.full), "states far from 0"],
@@ -219,7 +218,7 @@ def test_parity_with_the_rounding_of_tensor_cores(monkeypatch, case):
 @pytest.mark.parametrize("name", ["ffn_in_weight", "ffn_in_bias"])
 def test_a_nan_before_a_relu_is_not_dropped(backend, name, monkeypatch):
     """As the maximum of a GPU would, unlike that of Triton's interpreter."""
-    if backend == "triton" and not GPU:
+    if backend == "triton" and INTERPRETED:
         from triton.runtime.interpreter import InterpreterBuilder
 
         def maximum(self, a, b):

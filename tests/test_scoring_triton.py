@@ -23,10 +23,8 @@ from scoring_cases import (
     catalogue_case,
     check_registered_ops,
 )
+from where import DEVICE, GPU, HALVES, INTERPRETED
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-HALVES = [torch.float16, torch.bfloat16] if GPU else [torch.float16]  # interpreted, it truncates
 triton_installed = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )
@@ -119,7 +117,7 @@ def test_triton_parity_in_other_shapes(changes):
 
 
 @triton_installed
-@pytest.mark.skipif(GPU, reason="a GPU has tensor cores")
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU has tensor cores")
 @pytest.mark.parametrize(
     ("head", "precision"), [("mlp", "highest"), ("mlp", "high"), ("mlp and dot", "highest")]
 )
