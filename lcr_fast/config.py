@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import math
+import sys
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from lcr_fast.metrics import parse_reward
 
 Backend = Literal["auto", "reference", "triton", "cpp"]
 _Config = TypeVar("_Config", bound="_JsonConfig")
+_MOST_COUNT = 2**31 - 1
 
 
 def _describe(kind: Any) -> str:
@@ -30,7 +32,7 @@ def _matches(value: Any, kind: Any) -> bool:
         return isinstance(value, tuple) and all(_matches(v, get_args(kind)[0]) for v in value)
     if kind is float:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return number and math.isfinite(value)
+        return number and abs(value) <= sys.float_info.max  # an integer may be beyond any float
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, kind)
@@ -47,8 +49,12 @@ class _JsonConfig:
                 raise ValueError(f"{name}.{key} must be {_describe(kind)}, got {value!r}")
             if key in minimum and value < minimum[key]:
                 raise ValueError(f"{name}.{key} must be at least {minimum[key]}, got {value}")
-            if key in maximum and value > maximum[key]:
-                raise ValueError(f"{name}.{key} must be at most {maximum[key]}, got {value}")
+            # What is counted is laid out in arrays, of which none can be as large.
+            most = maximum.get(key, _MOST_COUNT if kind is int else math.inf)
+            if kind in (int, float) and value > most:
+                raise ValueError(f"{name}.{key} must be at most {most}, got {value}")
+            if get_origin(kind) is tuple and max(value, default=0) > _MOST_COUNT:
+                raise ValueError(f"{name}.{key} must be at most {_MOST_COUNT} each, got {value}")
 
     @classmethod
     def from_dict(cls: type[_Config], values: dict[str, Any]) -> _Config:

@@ -21,6 +21,7 @@ Commands = argparse._SubParsersAction  # what add_subparsers returns
 FROM_DATA = ("n_items", "n_users", "n_queries", "n_terms", "item_text_dim", "query_text_dim")
 
 _RANKING = ("protocols", "catalogue_users")
+_MOST_THREADS = 4096  # OpenMP crashes where it cannot start as many as were asked for
 
 
 class Parser(argparse.ArgumentParser):
@@ -216,8 +217,8 @@ def apply_run_options(arguments: argparse.Namespace) -> None:
     import torch
 
     if arguments.threads is not None:
-        if arguments.threads < 1:
-            raise ValueError(f"--threads must be at least 1, got {arguments.threads}")
+        if not 1 <= arguments.threads <= _MOST_THREADS:
+            raise ValueError(f"--threads must be in 1..{_MOST_THREADS}, got {arguments.threads}")
         torch.set_num_threads(arguments.threads)
     try:
         device = torch.device(arguments.device)

@@ -356,7 +356,8 @@ def test_same_log_and_seed_give_the_same_bytes(shop, tmp_path):
 @pytest.mark.parametrize(
     "bad",
     [{"negatives": "hard"}, {"min_targets": 0}, {"n_negatives": -1}, {"seed": -5}, {"split": "x"},
-     {"k_core": -1}, {"time_shares": (0.5, 0.5), "split": "time"}],
+     {"k_core": -1}, {"n_negatives": 2**64}, {"min_history": 2**64},
+     {"time_shares": (0.5, 0.5), "split": "time"}],
 )  # fmt: skip
 def test_bad_options(shop, tmp_path, bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
