@@ -60,7 +60,7 @@ def merged_configs(arguments: argparse.Namespace, defaults: dict[str, dict]) -> 
     if arguments.config:
         try:
             given = json.loads(arguments.config.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{arguments.config}: not valid JSON: {error}") from None
         if not isinstance(given, dict) or given.keys() - _SECTIONS.keys():
             raise ValueError(

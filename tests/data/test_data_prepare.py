@@ -461,6 +461,10 @@ class TestFolder:
         with pytest.raises(ValueError, match=r"overwrite it \(--overwrite\)"):
             prepare(shop, out, n_negatives=2)
         assert len(prepare(shop, out, n_negatives=3, overwrite=True).test_negatives[0]) == 3
+        (out / "run").mkdir()
+        with pytest.raises(ValueError, match="holds run beside prepared data, which would be lost"):
+            prepare(shop, out, n_negatives=2, overwrite=True)
+        assert PreparedData.open(out).test_negatives.shape[1] == 3
         mine = tmp_path / "mine"
         mine.mkdir()
         (mine / "thesis.txt").write_text("precious")
@@ -617,6 +621,7 @@ class TestDamage:
         [
             (None, "not found"),
             ("{", "not valid JSON"),
+            ("[" * 9999, "not valid JSON"),
             ("[]", "does not describe"),
             ('{"format": "lcr_fast prepared data", "version": 99}', "format version 99"),
             ('{"format": "lcr_fast prepared data", "version": 1}', "lists no arrays"),
