@@ -221,7 +221,8 @@ def _with_samples(log: InteractionLog, history: dict[str, int], needed: bool) ->
     if needed and not events["sample"].any():
         raise ValueError(
             f"{log.source}: no target event has a history of at least {_wanted(history)}, "
-            "so there is nothing to prepare"
+            f"so there is nothing to prepare (events: {events.height:,}, of them targets: "
+            f"{events['target'].sum():,})"
         )
     return events
 

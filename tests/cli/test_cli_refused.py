@@ -81,14 +81,16 @@ def test_what_is_written_takes_no_models_place(capsys, job, command, flag):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "manifest.json", "rec_items.npy"])
 def test_a_file_that_may_not_be_read_is_said_to_be_there(capsys, job, monkeypatch, name):
-    original = Path.open
+    def refusing(original):
+        def opened(path, *arguments, **options):
+            if str(path).endswith(name):  # whose permissions would stop nobody who is root
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return original(path, *arguments, **options)
 
-    def refuse(path, *arguments, **options):
-        if path.name == name:  # of which the permissions stop nobody who is root
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return original(path, *arguments, **options)
+        return opened
 
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "open", refusing(Path.open))
+    monkeypatch.setattr("builtins.open", refusing(open))  # numpy's
     model = job / "run" / "lcr" / "model.safetensors"
     line = fails(capsys, "evaluate", model, "--data", job / "data")
     assert re.search(rf"{name}: (cannot be read: )?Permission denied$", line)
