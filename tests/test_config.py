@@ -66,6 +66,7 @@ REFUSED = [
     (TrainConfig, {"reward": "mrr@5"}, "TrainConfig.reward must be hr@k, ndcg@k, mrr or a sum"),
     (TrainConfig, {"reward": "ndcg"}, "such as 0.5*hr@1+0.5*ndcg@10, got 'ndcg'"),
     (TrainConfig, {"reward": "hr@0"}, "TrainConfig.reward must be"),
+    (TrainConfig, {"reward": f"hr@{2**64}"}, "TrainConfig.reward must be"),
     (TrainConfig, {"reward": "0.5*hr@1+map"}, "TrainConfig.reward must be"),
     (TrainConfig, {"reward": "hr@1+-1*mrr"}, "TrainConfig.reward must be"),
     (TrainConfig, {"reward": "hr@1+"}, "TrainConfig.reward must be"),
