@@ -17,6 +17,15 @@ _Config = TypeVar("_Config", bound="_JsonConfig")
 _MOST_COUNT = 2**31 - 1
 
 
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of JSON's pairs; ValueError for a key that is there twice."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return values
+
+
 def _describe(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(get_args(kind))
@@ -74,8 +83,8 @@ class _JsonConfig:
     def from_json(cls: type[_Config], text: str) -> _Config:
         """Read what :meth:`to_json` wrote."""
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
+            values = json.loads(text, object_pairs_hook=unique)
+        except ValueError as error:
             raise ValueError(f"{cls.__name__}: not valid JSON: {error}") from None
         if not isinstance(values, dict):
             raise ValueError(f"{cls.__name__} must be a JSON object, got {type(values).__name__}")

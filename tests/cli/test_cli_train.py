@@ -187,6 +187,7 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has 
         (["--config", '{"model": [1]}'], "model"),
         (["--config", '{"model": {'], "config.json: not valid JSON"),
         (["--config", "[" * 9999], "config.json: not valid JSON"),
+        (["--config", '{"train": {"seed": 1, "seed": 2}}'], "'seed' is there twice"),
         pytest.param(["--config", '{"model": {"backend": "triton"}}'], "triton", marks=NO_GPU),
         pytest.param(["--backend", "triton"], "triton", marks=NO_GPU),
         pytest.param(["--device", "cuda"], "sees no GPU", marks=NO_GPU),
