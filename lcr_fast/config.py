@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import math
+import sys
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,16 @@ from lcr_fast.metrics import parse_reward
 
 Backend = Literal["auto", "reference", "triton", "cpp"]
 _Config = TypeVar("_Config", bound="_JsonConfig")
+_MOST_COUNT = 2**31 - 1
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of JSON's pairs; ValueError for a key that is there twice."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return values
 
 
 def _describe(kind: Any) -> str:
@@ -30,7 +41,7 @@ def _matches(value: Any, kind: Any) -> bool:
         return isinstance(value, tuple) and all(_matches(v, get_args(kind)[0]) for v in value)
     if kind is float:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return number and math.isfinite(value)
+        return number and abs(value) <= sys.float_info.max  # an integer may be beyond any float
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, kind)
@@ -47,8 +58,12 @@ class _JsonConfig:
                 raise ValueError(f"{name}.{key} must be {_describe(kind)}, got {value!r}")
             if key in minimum and value < minimum[key]:
                 raise ValueError(f"{name}.{key} must be at least {minimum[key]}, got {value}")
-            if key in maximum and value > maximum[key]:
-                raise ValueError(f"{name}.{key} must be at most {maximum[key]}, got {value}")
+            # What is counted is laid out in arrays, of which none can be as large.
+            most = maximum.get(key, _MOST_COUNT if kind is int else math.inf)
+            if kind in (int, float) and value > most:
+                raise ValueError(f"{name}.{key} must be at most {most}, got {value}")
+            if get_origin(kind) is tuple and max(value, default=0) > _MOST_COUNT:
+                raise ValueError(f"{name}.{key} must be at most {_MOST_COUNT} each, got {value}")
 
     @classmethod
     def from_dict(cls: type[_Config], values: dict[str, Any]) -> _Config:
@@ -68,8 +83,8 @@ class _JsonConfig:
     def from_json(cls: type[_Config], text: str) -> _Config:
         """Read what :meth:`to_json` wrote."""
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
+            values = json.loads(text, object_pairs_hook=unique)
+        except ValueError as error:
             raise ValueError(f"{cls.__name__}: not valid JSON: {error}") from None
         if not isinstance(values, dict):
             raise ValueError(f"{cls.__name__} must be a JSON object, got {type(values).__name__}")

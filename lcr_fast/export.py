@@ -235,7 +235,8 @@ def load(path: str | Path, format: Format = "pt2") -> Callable[..., Any]:
 def _write_pt2(exported: ExportedProgram, path: Path) -> None:
     with path.open("wb") as file:
         torch.export.save(exported, file)
-    torch.export.load(path)  # torch writes what it cannot read: better no file than such a one
+    with path.open("rb") as file:  # by its temporary name torch would say that it is no .pt2
+        torch.export.load(file)  # torch writes what it cannot read: better no file than such a one
 
 
 def _compile(exported: ExportedProgram, path: Path) -> None:

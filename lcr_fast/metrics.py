@@ -1,6 +1,7 @@
 """Names of ranking metrics, of rewards and of the rules for ties."""
 
 RANKING_KINDS = ("hr", "ndcg", "ndcg_exp", "mrr", "recall", "precision", "map", "rank")
+_MOST_K = 2**31 - 1
 TIES = ("pessimistic", "optimistic", "average")
 
 
@@ -10,13 +11,13 @@ def parse_metric(name: str) -> tuple[str, int]:
     ``mrr``, ``map``, ``ndcg`` and ``ndcg_exp`` without ``@`` are over the whole list; ``rank`` has
     no cut-off. Any other name is a ValueError.
     """
-    kind, at, k = name.partition("@")
+    kind, at, k = name.partition("@") if isinstance(name, str) else ("", "", "")
     whole = kind in ("mrr", "map", "ndcg", "ndcg_exp", "rank") and not at
-    cut = kind in RANKING_KINDS and kind != "rank" and k.isdecimal() and int(k) > 0
+    cut = kind in RANKING_KINDS and kind != "rank" and k.isdecimal() and 0 < int(k) <= _MOST_K
     if not (whole or cut):
         raise ValueError(
             f"metric {name!r} is unknown: expected hr@k, ndcg@k, ndcg_exp@k, mrr@k, recall@k, "
-            "precision@k or map@k with k > 0, or mrr, map, ndcg, ndcg_exp or rank"
+            f"precision@k or map@k with k from 1 to {_MOST_K}, or mrr, map, ndcg, ndcg_exp or rank"
         )
     return kind, int(k) if at else 0
 

@@ -27,7 +27,7 @@ from lcr_fast.parameters import (
     reasoning_shapes,
     require_gathered,
 )
-from lcr_fast.precision import autocast_dtype
+from lcr_fast.precision import autocast_dtype, without_autocast
 from lcr_fast.profiling import ranged
 from lcr_fast.reference import Exits, States, Steps, Streams
 from lcr_fast.storage import load_tensors, save_tensors
@@ -35,6 +35,7 @@ from lcr_fast.weights import REC, SEARCH, EncoderWeights, ReasoningWeights, Scor
 
 _KIND = "model"
 _TABLE_BLOCK = 1 << 16  # items whose text is projected at once
+_MOST_K = 2**31 - 1
 
 
 class LCRSER(nn.Module):
@@ -147,7 +148,7 @@ class LCRSER(nn.Module):
         """Item vectors e_i: ids [...] -> [..., D]; id 0 is the zero vector."""
         vectors = self.item_embedding(ids)
         if self.item_text_projection is not None:
-            vectors = vectors + self._text("item", ids)
+            vectors = vectors + self._text("item", ids).to(vectors.dtype)
         return vectors
 
     def query_vectors(self, queries: Tensor, terms: Tensor) -> Tensor:
@@ -157,7 +158,7 @@ class LCRSER(nn.Module):
         else:
             vectors = _masked_mean(self.query_embedding(terms), terms > 0)
         if self.query_text_projection is not None:
-            vectors = vectors + self._text("query", queries)
+            vectors = vectors + self._text("query", queries).to(vectors.dtype)
         return vectors
 
     def user_vectors(self, users: Tensor) -> Tensor | None:
@@ -448,7 +449,7 @@ class LCRSER(nn.Module):
         """Vectors of the whole catalogue, [I + 1, D]; row 0 is padding."""
         if self.item_text_projection is None:
             return self.item_embedding.weight
-        return torch.cat([self.item_vectors(ids) for ids in self._item_ids().split(_TABLE_BLOCK)])
+        return _table([self.item_vectors(ids) for ids in self._item_ids().split(_TABLE_BLOCK)])
 
     def query_table(self) -> Tensor:
         """Give what the ids of queries stand for, [Q + 1, D]; row 0 is padding.
@@ -464,7 +465,7 @@ class LCRSER(nn.Module):
                 )
             return vectors
         ids = torch.arange(self.config.n_queries + 1, device=vectors.device)
-        texts = torch.cat([self._text("query", some) for some in ids.split(_TABLE_BLOCK)])
+        texts = _table([self._text("query", some) for some in ids.split(_TABLE_BLOCK)])
         return vectors + texts if self.config.query_encoder == "id" else texts
 
     def _item_ids(self) -> Tensor:
@@ -733,12 +734,19 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-def check_recommendation(batch: Batch, k: int, exclude: Tensor | None) -> None:
-    """Raise ValueError for a ``k`` or ``exclude`` that :meth:`LCRSER.recommend` cannot take."""
+def check_k(k: int) -> None:
+    """Raise ValueError for a length of lists that :meth:`LCRSER.recommend` cannot make."""
     if not hasattr(k, "__index__"):
         raise ValueError(f"k must be an integer, got {k!r}")
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
+    if k > _MOST_K:
+        raise ValueError(f"k must be at most {_MOST_K}, got {k}")
+
+
+def check_recommendation(batch: Batch, k: int, exclude: Tensor | None) -> None:
+    """Raise ValueError for a ``k`` or ``exclude`` that :meth:`LCRSER.recommend` cannot take."""
+    check_k(k)
     B = batch.user.shape[0]
     if exclude is None:
         return
@@ -761,6 +769,12 @@ def _text_tensor(given: Any) -> Tensor:
             np.memmap(given.filename, given.dtype, "c", given.offset, given.shape)
         )
     return torch.from_numpy(np.array(given))
+
+
+def _table(blocks: list[Tensor]) -> Tensor:
+    """Join blocks of rows; under autocast torch would refuse those in another half than its own."""
+    with without_autocast(blocks[0].device.type):
+        return torch.cat(blocks)
 
 
 def _masked_mean(vectors: Tensor, valid: Tensor) -> Tensor:

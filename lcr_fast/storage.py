@@ -59,7 +59,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(path.parent, f".{path.name}.*{_PARTIAL}")
-    handle, temporary = _create(path)
+    try:
+        handle, temporary = _create(path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     try:
         yield temporary
         os.fsync(handle)
@@ -189,6 +193,7 @@ def _opened(path: Path, kind: str) -> Iterator[tuple[Any, Any]]:
     from safetensors import SafetensorError, safe_open
 
     _require_file(path, kind)
+    path.open("rb").close()  # of a file that may not be read safetensors says that it is not there
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

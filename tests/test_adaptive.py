@@ -366,7 +366,8 @@ def test_adapt_evaluate_recommend(model, prepared, prepared_folder, tmp_path, ca
         ({}, ["--metric", "hr@100"], "nothing can be chosen by hr@100"),
         ({}, ["--loss", "-1"], "the loss must be at least 0, got -1.0"),
         ({}, ["--loss", "nan"], "the loss must be at least 0, got nan"),
-        ({}, ["--mean-steps", "-1"], "no threshold of fixed, change, curvature, confidence"),
+        ({}, ["--mean-steps", "-1"], "the mean steps must be at least 0, got -1.0"),
+        ({}, ["--mean-steps", "nan"], "the mean steps must be at least 0, got nan"),
         ({}, ["--metric", "auc"], "TrainConfig.valid_metric must be hr@k"),
     ],
 )

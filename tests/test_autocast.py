@@ -186,6 +186,16 @@ def test_every_way_through_a_model_follows_autocast(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_texts_are_in_the_dtype_of_their_table_under_autocast(backend):
+    """A projection is in autocast's dtype, which beside weights in the other half made float32."""
+    model, batch = make_case(backend, torch.bfloat16, item_text_dim=6, query_text_dim=5)
+    model.set_text(query_text=torch.randn(CONFIG.n_queries + 1, 5))
+    with torch.autocast("cpu", torch.float16), torch.no_grad():
+        assert model(batch).dtype == torch.bfloat16
+        assert model.recommend(batch, 3)[1].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2])
 def test_a_compiled_model_follows_autocast(backend):
     model, batch = make_case(backend)
     graphs = []

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import logging
 import shutil
 import subprocess
 from pathlib import Path
@@ -74,10 +75,11 @@ def test_a_program_gives_the_models_bits_for_every_size(backend, tmp_path):
     assert any(name.startswith("lcr_fast.") for name in names) == (backend != "reference")
 
 
-def test_a_program_reads_slices(tmp_path, monkeypatch):
+def test_a_program_reads_slices(tmp_path, monkeypatch, caplog):
     """Compiled code would take them for whole tensors, and is given none."""
     model, path = make("cpp", steps=1), tmp_path / "program.pt2"
     export.save(model, path, k=3)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     batch = random_batch(model.config, 8, 7, torch.Generator().manual_seed(4))
     every_other = batch.rows(slice(None, None, 2))
     exclude = batch.candidates[::2, :3]

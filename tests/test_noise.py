@@ -251,7 +251,7 @@ def test_a_seed_is_one_integer():
     for wrong in (torch.zeros(1, dtype=torch.int64), torch.tensor(1.0), rows.to("meta").sum()):
         with pytest.raises(ValueError, match=r"a seed must be an int, or int64 \[\] on cpu, got"):
             seed_tensor(wrong, rows)
-    for wrong in (0.5, 2**63, -(2**63) - 1):
+    for wrong in (0.5, "7", None, 2**63, -(2**63) - 1):
         with pytest.raises(ValueError, match=r"a seed must be an int of 64 bits with a sign, got"):
             seed_tensor(wrong, rows)
 

@@ -353,6 +353,8 @@ def test_bad_indices_name_the_row(backend):
         ({"target": None, "relevance": torch.zeros(2, 3).half()}, "relevance must be"),
         ({"metrics": ["hr"]}, "metric 'hr' is unknown"),
         ({"metrics": ["hr@0"]}, "metric 'hr@0' is unknown"),
+        ({"metrics": [f"hr@{2**64}"]}, f"metric 'hr@{2**64}' is unknown"),
+        ({"metrics": [5]}, "metric 5 is unknown"),
         ({"metrics": ["rank@2"]}, "metric 'rank@2' is unknown"),
         ({"metrics": ["auc"]}, "metric 'auc' is unknown"),
         ({"ties": "random"}, "ties must be one of pessimistic, optimistic, average, got 'random'"),

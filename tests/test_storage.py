@@ -1,6 +1,7 @@
 """Saved models: bit-equal, replaced atomically, and everything else refused in one sentence."""
 
 import ast
+import errno
 import json
 import os
 import resource
@@ -248,6 +249,16 @@ def test_a_save_that_fails_half_way_leaves_the_old_file(monkeypatch, model, path
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     model.save(path)
     assert torch.equal(LCRSER.load(path).rec_position, model.rec_position)
+
+
+def test_an_error_names_the_file_that_was_asked_for(model, path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise PermissionError(errno.EACCES, "Permission denied", ".name.of.our.own.partial")
+
+    monkeypatch.setattr(storage.tempfile, "mkstemp", refuse)
+    with pytest.raises(PermissionError) as error:
+        model.save(path)
+    assert error.value.filename == str(path)
 
 
 def test_the_file_holds_plain_json_beside_the_tensors(path):

@@ -1,6 +1,7 @@
 """Trainer: early stopping, schedules, what is trained, what is refused."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -191,6 +192,29 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(
     _, info = load_tensors(tmp_path / CHECKPOINT, "checkpoint")
     assert (info["progress"]["epoch"], info["progress"]["step"]) == (1, 0)
     LCRSER.load(tmp_path / MODEL)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("weight", [math.nan, 3e38])  # of the latter products overflow
+def test_weights_that_diverged_are_named(
+    prepared, make_model, tmp_path, monkeypatch, objective, weight
+):
+    n, original = N_UPDATES[objective], OBJECTIVES[objective].updates
+    counter = itertools.count(1)
+
+    def poisoned(self, batch, seed, extras):
+        for update in original(self, batch, seed, extras):
+            yield update
+            if next(counter) == n:  # what the update leaves behind, its own loss being finite
+                with torch.no_grad():
+                    self.model.head.target_weight.fill_(weight)
+
+    monkeypatch.setattr(OBJECTIVES[objective], "updates", poisoned)
+    with pytest.raises(FloatingPointError, match="training diverged after 1 epochs and 0 steps: "):
+        run(make_model, prepared, objective, tmp_path)
+    _, info = load_tensors(tmp_path / CHECKPOINT, "checkpoint")
+    assert (info["progress"]["epoch"], info["progress"]["step"]) == (0, 0)
+    assert LCRSER.load(tmp_path / MODEL).head.target_weight.abs().max() < 1e9
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])

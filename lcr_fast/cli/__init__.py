@@ -63,6 +63,14 @@ def main(argv: list[str] | None = None) -> None:
     except FloatingPointError as error:
         print(f"lcr-fast {arguments.command}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    except (MemoryError, RuntimeError) as error:
+        # torch says so in a RuntimeError of its own on a GPU, and in an ordinary one on a CPU.
+        told = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if not told and "can't allocate memory" not in str(error):
+            raise
+        first = next(iter(str(error).splitlines()), "")
+        print(f"lcr-fast {arguments.command}: out of memory: {first}", file=sys.stderr)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         # Some parsers have no such option.
         more = "; --resume continues from the last checkpoint" if "resume" in arguments else ""

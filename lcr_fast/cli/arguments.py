@@ -21,6 +21,7 @@ Commands = argparse._SubParsersAction  # what add_subparsers returns
 FROM_DATA = ("n_items", "n_users", "n_queries", "n_terms", "item_text_dim", "query_text_dim")
 
 _RANKING = ("protocols", "catalogue_users")
+_MOST_THREADS = 4096  # OpenMP crashes where it cannot start as many as were asked for
 
 
 class Parser(argparse.ArgumentParser):
@@ -193,10 +194,17 @@ def ranking_options(arguments: argparse.Namespace) -> dict[str, Any]:
 # -- checks --------------------------------------------------------------------------------------
 
 
-def check_file(flag: str, path: Path | None) -> None:
-    """Raise ValueError where a file cannot be written, before what it would hold is computed."""
-    if path is not None and path.is_dir():
+def check_file(flag: str, path: Path | None, model: Path | None = None) -> None:
+    """Raise ValueError where a file cannot be written, before what it would hold is computed.
+
+    Nor may it take the place of the ``model`` that the command reads.
+    """
+    if path is None:
+        return
+    if path.is_dir():
         raise ValueError(f"{flag} {path}: a folder; name a file in it")
+    if model is not None and path.exists() and model.exists() and path.samefile(model):
+        raise ValueError(f"{flag} {path}: the model that is read; name another file")
 
 
 def check_new(path: Path) -> None:
@@ -206,9 +214,20 @@ def check_new(path: Path) -> None:
 
 
 def check_unoccupied(folder: Path, *, resume: bool) -> None:
-    """Raise ValueError where a new job would write among other files."""
-    if not resume and folder.is_dir() and any(folder.iterdir()):
+    """Raise ValueError where a job would write among files that are not its own."""
+    if not folder.is_dir():
+        return
+    found = {path.name for path in folder.iterdir()}
+    if found and not resume:
         raise ValueError(f"{folder} is not empty: continue with --resume, or name another")
+    from lcr_fast.experiments.comparison import JOB
+    from lcr_fast.training.trainer import CHECKPOINT
+
+    # A job that was killed at once leaves its data alone, or what was half-written.
+    is_new = {name for name in found if not name.startswith(".")} <= {"data"}
+    places = (folder.glob(depth + CHECKPOINT) for depth in ("", "*/", "*/*/"))
+    if not (is_new or JOB in found or any(any(place) for place in places)):
+        raise ValueError(f"{folder} is not empty, and holds no job to continue: name another")
 
 
 def apply_run_options(arguments: argparse.Namespace) -> None:
@@ -216,8 +235,8 @@ def apply_run_options(arguments: argparse.Namespace) -> None:
     import torch
 
     if arguments.threads is not None:
-        if arguments.threads < 1:
-            raise ValueError(f"--threads must be at least 1, got {arguments.threads}")
+        if not 1 <= arguments.threads <= _MOST_THREADS:
+            raise ValueError(f"--threads must be in 1..{_MOST_THREADS}, got {arguments.threads}")
         torch.set_num_threads(arguments.threads)
     try:
         device = torch.device(arguments.device)

@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     from lcr_fast.training.identity import describe_unknown
 
     apply_run_options(arguments)
-    check_file("--csv", arguments.csv)
+    check_file("--csv", arguments.csv, arguments.model)
     if min(arguments.k) < 1:
         raise ValueError(f"-k must be at least 1, got {min(arguments.k)}")
     model, data = open_model(arguments, arguments.model)

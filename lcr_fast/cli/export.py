@@ -11,6 +11,7 @@ from lcr_fast.cli.arguments import (
     add_dtype,
     add_run_options,
     apply_run_options,
+    check_file,
 )
 
 
@@ -43,6 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     from lcr_fast.training.models import load_model
 
     apply_run_options(arguments)
+    check_file("--out", arguments.out, arguments.model)
     options: dict[str, Any] = {"device": arguments.device, "backend": arguments.backend}
     if arguments.data:
         data = PreparedData.open(arguments.data)

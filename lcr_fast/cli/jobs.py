@@ -18,7 +18,7 @@ from lcr_fast.cli.arguments import (
     ranking_options,
     say,
 )
-from lcr_fast.config import LCRConfig, TrainConfig
+from lcr_fast.config import LCRConfig, TrainConfig, unique
 
 if TYPE_CHECKING:
     from lcr_fast.experiments.comparison import Job
@@ -59,8 +59,9 @@ def merged_configs(arguments: argparse.Namespace, defaults: dict[str, dict]) -> 
     values = {section: dict(defaults.get(section, {})) for section in _SECTIONS}
     if arguments.config:
         try:
-            given = json.loads(arguments.config.read_text(encoding="utf-8"))
-        except ValueError as error:
+            text = arguments.config.read_text(encoding="utf-8")
+            given = json.loads(text, object_pairs_hook=unique)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{arguments.config}: not valid JSON: {error}") from None
         if not isinstance(given, dict) or given.keys() - _SECTIONS.keys():
             raise ValueError(

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import itertools
 import sys
 
 from lcr_fast.cli.arguments import (
@@ -45,7 +46,8 @@ def run(arguments: argparse.Namespace) -> None:
     model = model.projected()
     batch_size = 256
     if arguments.budget_ms is not None:
-        choice = with_budget(model, arguments.budget_ms, k=arguments.k)
+        k = min(arguments.k, model.config.n_items)  # as many as are found
+        choice = with_budget(model, arguments.budget_ms, k=k)
         print(choice.describe(), file=sys.stderr)
         model, batch_size = choice.model, 1
     recommender = captured(arguments, model, batch_size)
@@ -53,9 +55,10 @@ def run(arguments: argparse.Namespace) -> None:
     lines = recommend(model, data, arguments.users, arguments.k, batch_size, recommender)
     if unknown := describe_unknown(model.config, data):
         print(unknown, file=sys.stderr)
+    first = list(itertools.islice(lines, 1))  # what fails does so before a line is written
     writer = csv.writer(sys.stdout)
     writer.writerow(("user", "rank", "item", "score"))
-    for user, rank, item, score in lines:
+    for user, rank, item, score in itertools.chain(first, lines):
         writer.writerow((user, rank, item, f"{score:.6g}"))
     if taken := steps.describe():
         print(taken, file=sys.stderr)

@@ -57,7 +57,12 @@ def read(path: str | os.PathLike, *, keep_duplicates: bool = False) -> Interacti
     for a missing file and ValueError naming file, row and field where one is malformed.
     """
     folder = Path(path)
-    reviews = _file(folder, "reviews_*.json")
+    reviews = _find(folder, "reviews_*.json")
+    if reviews is None:
+        raise FileNotFoundError(
+            f"{folder / 'reviews_*.json'}: not found, nor with .gz; of reviews without queries, as "
+            "those of 2023 (.jsonl), write frames"
+        )
     rows = ndjson.read_documents(reviews, _REVIEW)
     rows, repeated = without_repeated(rows, reviews, keep_duplicates)
     events = rows.select("user", "item", "time", order="row", target=pl.lit(True))

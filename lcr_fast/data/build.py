@@ -22,6 +22,7 @@ from .segments import lower_bound, offsets_of, owners
 from .splits import Split
 
 _HISTORY = ("min_history", "min_rec_history", "min_search_history")
+_MOST = 2**63 - 1  # of Int64
 _N_STEPS = 7  # that a progress bar tells
 _NEGATIVES_CHUNK = 8192  # samples whose negatives are drawn at a time, to bound memory
 
@@ -180,6 +181,8 @@ def _check_options(options: dict[str, Any], least: dict[str, int]) -> None:
     for name, value in least.items():
         if options[name] < value:
             raise ValueError(f"{name} must be at least {value}, got {options[name]}")
+        if name != "seed" and options[name] > _MOST:
+            raise ValueError(f"{name} must be at most {_MOST}, got {options[name]}")
     shares = options.get("time_shares", [0.1, 0.1])
     if not (len(shares) == 2 and min(shares) > 0 and sum(shares) < 1):
         raise ValueError(f"time_shares must be two above 0 that sum to less than 1, got {shares}")
@@ -218,7 +221,8 @@ def _with_samples(log: InteractionLog, history: dict[str, int], needed: bool) ->
     if needed and not events["sample"].any():
         raise ValueError(
             f"{log.source}: no target event has a history of at least {_wanted(history)}, "
-            "so there is nothing to prepare"
+            f"so there is nothing to prepare (events: {events.height:,}, of them targets: "
+            f"{events['target'].sum():,})"
         )
     return events
 

@@ -50,7 +50,11 @@ def write_folder(
     require_free(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{_PARTIAL}-{uuid.uuid4().hex}")
-    partial.mkdir()
+    try:
+        partial.mkdir()
+    except OSError as error:
+        error.filename = str(out)  # the name that its user knows
+        raise
     try:
         with _held(partial):
             _write(partial, manifest, fill)
@@ -129,6 +133,12 @@ def require_free(out: str | os.PathLike, overwrite: bool) -> None:
         raise ValueError(
             f"{out} is not empty and not prepared data: it is never overwritten"
         ) from None
+    others = sorted(p.name for p in out.iterdir() if p.suffix != ".npy" and p.name != MANIFEST)
+    if overwrite and others:
+        raise ValueError(
+            f"{out} holds {others[0]} beside prepared data, which would be lost: move it, or name "
+            "another folder"
+        )
     if not overwrite:
         raise ValueError(
             f"{out} already holds prepared data: name another folder, or overwrite it (--overwrite)"
@@ -211,10 +221,13 @@ def _fsync(path: Path) -> None:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
+        with path.open(encoding="utf-8") as file:
+            manifest = json.load(file)
+    except (FileNotFoundError, NotADirectoryError):
         raise PreparedDataError(f"{path}: not found, so {folder} is not prepared data") from None
-    except ValueError:
+    except OSError as error:
+        raise PreparedDataError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
         raise PreparedDataError(f"{path}: not valid JSON") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise PreparedDataError(f"{path}: does not describe {FORMAT}")
@@ -232,6 +245,10 @@ def _open_array(path: Path, entry: Any, verify: bool) -> NDArray:
         raise PreparedDataError(f"{path}: its entry in the manifest is incomplete")
     if not path.is_file():
         raise PreparedDataError(f"{path}: missing")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise PreparedDataError(f"{path}: cannot be read: {error.strerror}") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")

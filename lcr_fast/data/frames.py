@@ -106,8 +106,10 @@ def _paths(path: Path) -> dict[str, Path]:
     lone = len(paths) == 1 and "events" in paths and _ends_with(paths["events"], _ATOMIC)
     for name in COLUMNS:
         if name not in paths and not lone:
+            header = ",".join(column for column in COLUMNS[name] if column not in _DEFAULTS)
+            more = "" if name == "events" else f"; where there are none, write {header} alone"
             raise FileNotFoundError(
-                f"{path / name}.parquet: not found, nor as {', '.join(_ENDS[1:])}"
+                f"{path / name}.parquet: not found, nor as {', '.join(_ENDS[1:])}{more}"
             )
     return paths
 

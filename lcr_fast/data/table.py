@@ -52,6 +52,8 @@ def read_table(
     parts = scan(path, separator, quote_char)
     with readable(path, partial(_odd_line, path, separator, quote_char)):
         schemas = {part: raw.collect_schema() for part, raw in parts.items()}
+        if not is_columnar(path):
+            _require_line_ends(path, list(schemas[path]))
         _require_columns(path, schemas, fields, nullable)
         texts, like_rows = [], []
         if not is_columnar(path) and quote_char is not None:
@@ -108,6 +110,16 @@ def _require_columns(
                 raise ValueError(f"{_told(path, part)}: column {name} is missing among {names}")
             if f"{name}_duplicated_0" in schema:  # as polars renames what is there again
                 raise ValueError(f"{_told(path, part)}: column {name} is there twice")
+
+
+def _require_line_ends(path: Path, names: list[str]) -> None:
+    """Raise where lines end in carriage returns alone: all rows would be one, that of the names."""
+    for name in names:
+        if re.search(r"\r(?![\r\n]|\Z)", name):
+            raise ValueError(
+                f"{path.name}: the name of a column holds a line's end, {_shown(name)}: lines end "
+                "in \\n or \\r\\n, not in \\r alone"
+            )
 
 
 def _checked(

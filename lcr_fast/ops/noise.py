@@ -81,8 +81,8 @@ def seed_tensor(seed: int | Tensor, like: Tensor) -> Tensor:
     on another tensor.
     """
     if not isinstance(seed, Tensor):
-        if isinstance(seed, float) or not -(2**63) <= seed < 2**63:
-            raise ValueError(f"a seed must be an int of 64 bits with a sign, got {seed}")
+        if not hasattr(seed, "__index__") or not -(2**63) <= seed < 2**63:
+            raise ValueError(f"a seed must be an int of 64 bits with a sign, got {seed!r}")
         return torch.full((), seed, dtype=torch.int64, device=like.device)
     if seed.shape != () or seed.dtype != torch.int64 or seed.device != like.device:
         raise ValueError(

@@ -129,7 +129,9 @@ class Engine:
         nothing = np.zeros((len(users), 0), dtype=np.int64)
         batch = self._batcher.at(users, times, nothing).to(self._read_on)
         seen = torch.from_numpy(padded_seen(self.data, users, times)).to(self._device)
-        items, scores = self._recommend(batch, max(r.k for r in requests), exclude=seen)
+        # Lists of more than the catalogue would end in nothing, and have to be held all the same.
+        k = min(max(r.k for r in requests), self.model.config.n_items)
+        items, scores = self._recommend(batch, k, exclude=seen)
         answers = []
         for request, *found in zip(requests, items.tolist(), scores.tolist(), strict=True):
             best = itertools.islice(zip(*found, strict=True), request.k)

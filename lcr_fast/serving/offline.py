@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from lcr_fast.capture import CapturedRecommender
 from lcr_fast.data.prepared import PreparedData
-from lcr_fast.model import LCRSER
+from lcr_fast.model import LCRSER, check_k
 from lcr_fast.serving.engine import Engine, RecommendRequest
 from lcr_fast.training import distributed
 
@@ -22,12 +22,13 @@ def recommend(
     ``users`` None means all; a user without any history gets what the model gives to nobody in
     particular. What of the data the model does not know is skipped, as ``make_batcher`` says.
     ``recommender`` is the model captured, where there is one.
-    Raises ValueError, before anything is computed, for a user that the data does not know, and
-    where the model knows items that it does not. Processes of one job share the work, and each
-    yields all of it.
+    Raises ValueError, before anything is computed, for a user that the data does not know, a ``k``
+    that is no number of items, and where the model knows items that the data does not. Processes
+    of one job share the work, and each yields all of it.
     """
     if isinstance(users, str):  # whose letters would be taken for users
         raise ValueError(f"users must be a sequence of ids, [{users!r}], got a text")
+    check_k(k)
     engine = Engine(model, data, recommender)
     if users is None:
         numbers = list(range(1, data.n_users + 1))

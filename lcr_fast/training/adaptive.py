@@ -256,6 +256,8 @@ def adapt(
     selecting_gains(make_batcher(data, "valid", None), metric)
     if loss is not None and not loss >= 0:
         raise ValueError(f"the loss must be at least 0, got {loss}")
+    if steps is not None and not steps >= 0:
+        raise ValueError(f"the mean steps must be at least 0, got {steps}")
     model.exits = None
     depths = read_depths(model, data)
     confidence = fit_confidence(depths)

@@ -119,6 +119,7 @@ def rank_targets(
             else:
                 excluded = batch.candidates == 0
                 scores = score(batch.candidates)
+                _require_numbers(scores)
                 rank = target_rank(scores, batch.target, excluded=excluded, backend=backend)
             ranks[rows] = rank.cpu().numpy()
             bar.update(share.count * len(rows))
@@ -182,16 +183,21 @@ def _catalogue_rank(score: Score, batch: Batch, seen: Tensor, n_items: int) -> T
     """Rank candidate 0 among all unseen items, block by block: [B]."""
     target = batch.candidates[:, :1]
     target_score = score(target)  # [B, 1]
+    _require_numbers(target_score)  # nothing would be ahead of NaN
     ahead = torch.zeros(len(batch), dtype=torch.int64, device=batch.device)
     # The target is taken out of the blocks, so that it never competes with itself.
     hidden = torch.cat((seen, target), 1)
     for first in range(1, n_items + 1, _CATALOGUE_BLOCK):
         ids = torch.arange(first, min(first + _CATALOGUE_BLOCK, n_items + 1), device=batch.device)
         scores = score(ids.unsqueeze(0)).masked_fill(listed(ids, hidden), -torch.inf)
-        if scores.isnan().any():
-            raise ValueError("the model's scores hold NaN")
+        _require_numbers(scores)
         ahead += ((scores >= target_score) & (scores > -torch.inf)).sum(1)
     return ahead + 1
+
+
+def _require_numbers(scores: Tensor) -> None:
+    if scores.isnan().any():
+        raise ValueError("the model's scores hold NaN")
 
 
 def strata(data: PreparedData, split: str) -> dict[str, NDArray[np.bool_]]:

@@ -1,12 +1,13 @@
 """The training loop of every phase: early stopping, logs, atomic checkpoints, exact resume."""
 
+import contextlib
 import functools
 import json
 import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -249,9 +250,10 @@ class Trainer:
         if not progress.finished:
             try:
                 self._require_gradients({name: name in self._trained for name in self._given_flags})
-                self._start()
-                while self._goes_on():
-                    self._epoch()
+                with self._diverging():
+                    self._start()
+                    while self._goes_on():
+                        self._epoch()
             finally:
                 self._require_gradients(self._given_flags)
             self._explain_end(self._is_stale())
@@ -263,6 +265,22 @@ class Trainer:
             self._read(progress.readout)
         use_rows(self.model, False)
         return self.model.eval()
+
+    @contextlib.contextmanager
+    def _diverging(self) -> Iterator[None]:
+        """Say that training diverged where an error comes of that: of what is no number."""
+        try:
+            yield
+        except (ValueError, RuntimeError) as error:
+            why = str(error)
+            if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+                why = "the weights hold NaN or infinities"
+            elif "NaN" not in why:  # as the scores do whose sums overflow
+                raise
+            raise FloatingPointError(
+                f"training diverged after {self.progress.epoch} epochs and {self.progress.step} "
+                f"steps: {why}; the last checkpoint is kept"
+            ) from error
 
     def _require_gradients(self, flags: Mapping[str, bool]) -> None:
         for name, parameter in self.model.named_parameters():

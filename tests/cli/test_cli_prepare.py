@@ -31,12 +31,12 @@ def frames(tmp_path):
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        pytest.param(lambda f: None, "no target event has a history", id="no-targets"),
+        pytest.param(lambda f: None, ", of them targets: 0)", id="no-targets"),
         pytest.param(
             lambda f: pl.read_parquet(f / "events.parquet").clear().write_parquet(
                 f / "events.parquet"
             ),
-            "no target event has a history", id="no-events",
+            "nothing to prepare (events: 0, of them targets: 0)", id="no-events",
         ),
         pytest.param(
             lambda f: rewrite(f / "clicks.parquet", lambda b: b.__delitem__(slice(100, None))),
@@ -48,7 +48,7 @@ def frames(tmp_path):
         ),
         pytest.param(
             lambda f: (f / "searches.parquet").unlink(),
-            "searches.parquet: not found", id="missing-file",
+            "are none, write search,user,time,terms alone", id="missing-file",
         ),
         pytest.param(
             lambda f: pl.read_parquet(f / "events.parquet").drop("time").write_parquet(

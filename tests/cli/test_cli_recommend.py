@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 import torch
 
-from command_line import WORLD, fails, run
+from command_line import WORLD, run
 from graphs import Recorded
 from lcr_fast import cli
 from lcr_fast.capture import capture_recommender
@@ -123,8 +123,33 @@ def test_what_cannot_be_captured_names_the_way_out(on_gpu, monkeypatch):
     [
         (["--users", "7", "nobody"], "user 'nobody' is not in the data"),
         (["-k", "0"], "k must be at least 1, got 0"),
+        (["-k", str(2**64)], f"k must be at most {2**31 - 1}, got {2**64}"),
+        (["--threads", "100000"], "--threads must be in 1..4096, got 100000"),
     ],
 )
 def test_recommend_refuses(capsys, job, options, message):
     model = job / "run" / "lcr" / "model.safetensors"
-    assert message in fails(capsys, "recommend", model, "--data", job / "data", *options)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["recommend", str(model), "--data", str(job / "data"), *options])
+    out, err = capsys.readouterr()
+    assert end.value.code == 2
+    assert message in err
+    assert not out  # not even the names of the columns
+
+
+def test_lists_longer_than_the_catalogue_take_no_memory(job):
+    argv = ["recommend", job / "run" / "lcr" / "model.safetensors", "--data", job / "data"]
+    argv += ["--users", "7", "-k"]
+    assert run(*argv, 2**31 - 1) == run(*argv, 1000)
+    assert run(*argv, 2**31 - 1, "--budget-ms", "1e9") == run(*argv, 1000)
+
+
+def test_scores_that_are_no_numbers_leave_no_file_of_names_alone(capsys, job, monkeypatch):
+    def fail(*arguments):
+        raise ValueError("user 0 of the batch has a NaN score")
+
+    monkeypatch.setattr("lcr_fast.model.LCRSER.best_items", fail)
+    model = job / "run" / "lcr" / "model.safetensors"
+    with pytest.raises(SystemExit):
+        cli.main(["recommend", str(model), "--data", str(job / "data")])
+    assert not capsys.readouterr().out

@@ -1,9 +1,11 @@
 """What commands refuse: damaged data and models, and what is of other data."""
 
 import dataclasses
+import errno
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -65,6 +67,33 @@ def test_damaged_data_is_refused(capsys, job, tmp_path, command, break_it, messa
     argv = ["--out", out, *TINY] if command == "train" else [model]
     assert message in fails(capsys, command, *argv, "--data", data)
     assert is_untouched(out)
+
+
+@pytest.mark.parametrize(("command", "flag"), [("export", "-o"), ("evaluate", "--csv")])
+def test_what_is_written_takes_no_models_place(capsys, job, command, flag):
+    model = job / "run" / "lcr" / "model.safetensors"
+    before = model.read_bytes()
+    beside = model.parent / ".." / "lcr" / model.name
+    argv = [command, model, "--data", job / "data", flag, beside]
+    assert "the model that is read; name another file" in fails(capsys, *argv)
+    assert model.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "manifest.json", "rec_items.npy"])
+def test_a_file_that_may_not_be_read_is_said_to_be_there(capsys, job, monkeypatch, name):
+    def refusing(original):
+        def opened(path, *arguments, **options):
+            if str(path).endswith(name):  # whose permissions would stop nobody who is root
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return original(path, *arguments, **options)
+
+        return opened
+
+    monkeypatch.setattr(Path, "open", refusing(Path.open))
+    monkeypatch.setattr("builtins.open", refusing(open))  # numpy's
+    model = job / "run" / "lcr" / "model.safetensors"
+    line = fails(capsys, "evaluate", model, "--data", job / "data")
+    assert re.search(rf"{name}: (cannot be read: )?Permission denied$", line)
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])

@@ -82,6 +82,14 @@ def test_resume_needs_a_folder(capsys, job):
     assert "--resume needs --out" in fails(capsys, "train", "--data", job / "data", "--resume")
 
 
+def test_resume_writes_among_no_other_files(capsys, job, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / ".theirs.partial").write_text("what a killed writer of a job leaves looks so")
+    argv = ["train", "--data", job / "data", "--out", tmp_path, "--resume", *TINY]
+    assert "is not empty, and holds no job to continue" in fails(capsys, *argv)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_resume_refuses_another_job(capsys, job, tmp_path):
     shutil.copytree(job / "run", tmp_path / "run")
     argv = ["train", "--data", job / "data", "--out", tmp_path / "run", "--resume", *TINY]

@@ -171,7 +171,8 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has 
         (["--dim", "wide"], "wide"),
         (["--frobnicate"], "--frobnicate"),
         (["--variants", "base", "ltr"], "base, lcr, nosearch, tcl, rl, control, got 'ltr'"),
-        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--threads", "0"], "--threads must be in 1..4096, got 0"),
+        (["--n-negatives", str(2**31)], f"n_negatives must be at most {2**31 - 1}"),
         (["--device", "abacus"], "--device must be cpu, cuda or cuda:N, got 'abacus'"),
         (["--device", "meta"], "--device must be cpu, cuda or cuda:N, got 'meta'"),
         (["--device", "mps"], "--device must be cpu, cuda or cuda:N, got 'mps'"),
@@ -185,6 +186,8 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has 
         (["--config", "[]"], "list"),
         (["--config", '{"model": [1]}'], "model"),
         (["--config", '{"model": {'], "config.json: not valid JSON"),
+        (["--config", "[" * 9999], "config.json: not valid JSON"),
+        (["--config", '{"train": {"seed": 1, "seed": 2}}'], "'seed' is there twice"),
         pytest.param(["--config", '{"model": {"backend": "triton"}}'], "triton", marks=NO_GPU),
         pytest.param(["--backend", "triton"], "triton", marks=NO_GPU),
         pytest.param(["--device", "cuda"], "sees no GPU", marks=NO_GPU),
@@ -267,3 +270,14 @@ def test_a_diverging_run_ends_in_one_line(capsys, job, tmp_path, monkeypatch):
     )
     argv = ["train", "--data", job / "data", "--out", tmp_path / "run", *TINY]
     assert "the loss is inf in epoch 1, step 1" in fails(capsys, *argv, code=1)
+
+
+@pytest.mark.parametrize("kind", [MemoryError, RuntimeError, torch.OutOfMemoryError])
+def test_a_full_memory_ends_in_one_line(capsys, job, tmp_path, monkeypatch, kind):
+    def fail(*arguments):
+        raise kind("can't allocate memory: you tried to allocate 9 bytes\nmore")
+
+    monkeypatch.setattr(Supervised, "updates", fail)
+    argv = ["train", "--data", job / "data", "--out", tmp_path / "run", *TINY]
+    line = fails(capsys, *argv, code=1)
+    assert line.endswith("out of memory: can't allocate memory: you tried to allocate 9 bytes")

@@ -356,7 +356,8 @@ def test_same_log_and_seed_give_the_same_bytes(shop, tmp_path):
 @pytest.mark.parametrize(
     "bad",
     [{"negatives": "hard"}, {"min_targets": 0}, {"n_negatives": -1}, {"seed": -5}, {"split": "x"},
-     {"k_core": -1}, {"time_shares": (0.5, 0.5), "split": "time"}],
+     {"k_core": -1}, {"n_negatives": 2**64}, {"min_history": 2**64},
+     {"time_shares": (0.5, 0.5), "split": "time"}],
 )  # fmt: skip
 def test_bad_options(shop, tmp_path, bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
@@ -460,6 +461,10 @@ class TestFolder:
         with pytest.raises(ValueError, match=r"overwrite it \(--overwrite\)"):
             prepare(shop, out, n_negatives=2)
         assert len(prepare(shop, out, n_negatives=3, overwrite=True).test_negatives[0]) == 3
+        (out / "run").mkdir()
+        with pytest.raises(ValueError, match="holds run beside prepared data, which would be lost"):
+            prepare(shop, out, n_negatives=2, overwrite=True)
+        assert PreparedData.open(out).test_negatives.shape[1] == 3
         mine = tmp_path / "mine"
         mine.mkdir()
         (mine / "thesis.txt").write_text("precious")
@@ -616,6 +621,7 @@ class TestDamage:
         [
             (None, "not found"),
             ("{", "not valid JSON"),
+            ("[" * 9999, "not valid JSON"),
             ("[]", "does not describe"),
             ('{"format": "lcr_fast prepared data", "version": 99}', "format version 99"),
             ('{"format": "lcr_fast prepared data", "version": 1}', "lists no arrays"),

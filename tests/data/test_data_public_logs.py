@@ -513,3 +513,6 @@ def test_amazon_missing_or_damaged(kindle):
     (kindle / "query_text.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"query_text\.txt: not found"):
         amazon.read(kindle)
+    (kindle / "reviews_Books_5.json").rename(kindle / "Books.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"of 2023 \(\.jsonl\), write frames$"):
+        amazon.read(kindle)

@@ -422,6 +422,16 @@ def test_a_quote_that_is_not_closed_swallows_no_rows(tmp_path, source, name, tex
         read(source, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv.gz"])
+def test_lines_that_end_in_carriage_returns_alone_are_not_all_names(tmp_path, name):
+    """As old spreadsheets write them: all of such a file would be names, and no row."""
+    path = tmp_path / name
+    text = b"a,b\r1,2\r"
+    path.write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    with pytest.raises(ValueError, match=rf"\A{name}: the name of a column holds a line's end, 'b"):
+        read_table(path, {"a": rules.TEXT})
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize(
     ("lines", "message"),
