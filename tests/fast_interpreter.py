@@ -16,6 +16,8 @@ def install() -> None:
     _sanitize_no_overflow()
     _patch_the_language_once()
     _remember_types()
+    _call_builtins_directly()
+    _broadcast_by_numpy()
     _combine_slices()
     _count_with_arrays_of_one()
 
@@ -70,6 +72,41 @@ def _remember_types() -> None:
     interpreter._get_np_dtype = lambda type: (
         np_dtype(type) if type.scalar.is_ptr() else of_scalar(type.scalar)
     )
+
+
+def _call_builtins_directly() -> None:
+    """Call a builtin without the wrapper that only checks for the argument which is given here."""
+
+    def patch_attr(obj, name, member, builder, scope):
+        function = getattr(member, "__wrapped__", member)
+        semantic = interpreter.interpreter_semantic
+
+        def call(*arguments, **options):
+            options["_semantic"] = semantic
+            return function(*arguments, **options)
+
+        scope.set_attr(obj, name, call)
+
+    interpreter._patch_attr = patch_attr
+
+
+def _broadcast_by_numpy() -> None:
+    """Broadcast two operands at once, without steps that each make a tensor or copy a number."""
+
+    def repeat(x, shape):
+        if x.type.is_block() and x.handle.data.shape == shape:
+            return x
+        data = np.broadcast_to(x.handle.data, shape)
+        return tl.tensor(interpreter.TensorHandle(data, x.dtype), tl.block_type(x.dtype, [*shape]))
+
+    def broadcast(self, lhs, rhs):
+        shapes = [x.handle.data.shape for x in (lhs, rhs) if x.type.is_block()]
+        if not shapes:
+            return lhs, rhs
+        shape = shapes[0] if shapes[0] == shapes[-1] else np.broadcast_shapes(*shapes)
+        return repeat(lhs, shape), repeat(rhs, shape)
+
+    interpreter.TritonSemantic.broadcast_impl_value = broadcast
 
 
 def _combine_slices() -> None:
