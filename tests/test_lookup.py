@@ -262,6 +262,7 @@ def test_an_item_that_is_read_once_has_its_events_gradient(monkeypatch):
     assert torch.equal(model.item_embedding.weight.grad[batch.rec_items], upstream)
 
 
+@pytest.mark.full  # whatever the interpreter runs, it runs in order
 def test_gradients_have_the_same_bits_each_time():
     batch, found = draw(60, n_items=3), []
     for _ in range(2):
