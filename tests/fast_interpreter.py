@@ -1,4 +1,4 @@
-"""Spare Triton's interpreter work that has no effect, three quarters of its time.
+"""Spare Triton's interpreter work that has no effect, nine tenths of its time.
 
 And let that of Triton 3.6 count with NumPy 2.4.
 """
@@ -6,6 +6,7 @@ And let that of Triton 3.6 count with NumPy 2.4.
 import dataclasses
 import functools
 
+import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -15,6 +16,9 @@ def install() -> None:
     _sanitize_no_overflow()
     _patch_the_language_once()
     _remember_types()
+    _call_builtins_directly()
+    _broadcast_by_numpy()
+    _combine_slices()
     _count_with_arrays_of_one()
 
 
@@ -68,6 +72,62 @@ def _remember_types() -> None:
     interpreter._get_np_dtype = lambda type: (
         np_dtype(type) if type.scalar.is_ptr() else of_scalar(type.scalar)
     )
+
+
+def _call_builtins_directly() -> None:
+    """Call a builtin without the wrapper that only checks for the argument which is given here."""
+
+    def patch_attr(obj, name, member, builder, scope):
+        function = getattr(member, "__wrapped__", member)
+        semantic = interpreter.interpreter_semantic
+
+        def call(*arguments, **options):
+            options["_semantic"] = semantic
+            return function(*arguments, **options)
+
+        scope.set_attr(obj, name, call)
+
+    interpreter._patch_attr = patch_attr
+
+
+def _broadcast_by_numpy() -> None:
+    """Broadcast two operands at once, without steps that each make a tensor or copy a number."""
+
+    def repeat(x, shape):
+        if x.type.is_block() and x.handle.data.shape == shape:
+            return x
+        data = np.broadcast_to(x.handle.data, shape)
+        return tl.tensor(interpreter.TensorHandle(data, x.dtype), tl.block_type(x.dtype, [*shape]))
+
+    def broadcast(self, lhs, rhs):
+        shapes = [x.handle.data.shape for x in (lhs, rhs) if x.type.is_block()]
+        if not shapes:
+            return lhs, rhs
+        shape = shapes[0] if shapes[0] == shapes[-1] else np.broadcast_shapes(*shapes)
+        return repeat(lhs, shape), repeat(rhs, shape)
+
+    interpreter.TritonSemantic.broadcast_impl_value = broadcast
+
+
+def _combine_slices() -> None:
+    """Reduce an axis slice by slice, not element by element: in the same order, so to the bit."""
+    of_elements = interpreter.ReduceOps.generic_reduce
+
+    def generic_reduce(self, input):
+        if self.axis is None:
+            return of_elements(self, input)
+        total: tuple = ()
+        for slices in zip(*(np.moveaxis(x.handle.data, self.axis, 0) for x in input), strict=True):
+            here = tuple(self.to_tensor(s, x.dtype) for s, x in zip(slices, input, strict=True))
+            total = self.combine_fn.fn(*total, *here) if total else here
+            total = total if isinstance(total, tuple) else (total,)
+        shape = np.delete(input[0].handle.data.shape, self.axis)
+        results = [t.handle.data.reshape(shape) for t in total]
+        if self.keep_dims:
+            results = [np.expand_dims(t, self.axis) for t in results]
+        return [self.to_tensor(t, x.dtype) for t, x in zip(results, input, strict=True)]
+
+    interpreter.ReduceOps.generic_reduce = generic_reduce
 
 
 def _count_with_arrays_of_one() -> None:

@@ -160,6 +160,21 @@ def frames(folder, rng):
         write_lines(path, text.splitlines())
 
 
+def write_tables(folder, tables, end=".parquet"):
+    """Write the tables of a log as ``frames`` reads them, as Parquet or as text."""
+    folder.mkdir(exist_ok=True)
+    for name, table in tables.items():
+        path = folder / f"{name}{end}"
+        if end == ".parquet":
+            table.write_parquet(path)
+            continue
+        lists = pl.selectors.by_dtype(pl.List(pl.Int64), pl.List(pl.String))
+        flat = table.with_columns(lists.cast(pl.List(pl.String)).list.join(" "))
+        text = flat.write_csv(separator="\t" if ".tsv" in end else ",").encode()
+        path.write_bytes(gzip.compress(text) if end.endswith(".gz") else text)
+    return folder
+
+
 def write_parts(folder, table, rng):
     """Write a table in parts whose columns differ in order and types."""
     folder.mkdir()

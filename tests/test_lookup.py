@@ -227,10 +227,15 @@ def test_gradients_in_half_precision(dtype):
     assert_gradients(draw(5), dtype)
 
 
-@pytest.mark.parametrize("n_users", [0, 1, 8, 16, 17, 300])
-def test_gradients_of_items_that_are_read_often(n_users):
-    """Of few items and terms: runs end within blocks of entries, at their ends, and far behind."""
-    few = {"n_items": 2, "max_search_len": 2}
+@pytest.mark.parametrize(
+    ("n_users", "rec_len"), [(0, 4), (1, 4), (8, 4), (16, 4), (17, 4), (30, 40)]
+)
+def test_gradients_of_items_that_are_read_often(n_users, rec_len):
+    """Of few items and terms: runs end within blocks of entries, at their ends, and far behind.
+
+    The longest goes on through more blocks than are read at once: 32 of 32 entries.
+    """
+    few = {"n_items": 2, "max_search_len": 2, "max_rec_len": rec_len}
     batch = draw(n_users, n_terms=2, **few)
     batch.rec_items.fill_(2)
     batch.search_terms[:, 0].fill_(5)
@@ -261,6 +266,7 @@ def test_an_item_that_is_read_once_has_its_events_gradient(monkeypatch):
     assert torch.equal(model.item_embedding.weight.grad[batch.rec_items], upstream)
 
 
+@pytest.mark.full  # whatever the interpreter runs, it runs in order
 def test_gradients_have_the_same_bits_each_time():
     batch, found = draw(60, n_items=3), []
     for _ in range(2):

@@ -131,8 +131,11 @@ def test_parity_of_half_states_under_float32_weights(backend, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("share_steps", [True, False], ids=["shared", "own"])
-@pytest.mark.parametrize("at_once", [(2, 1), (5, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("at_once", "share_steps"),
+    [((2, 1), True), ((2, 1), False), ((5, 2), False)],
+    ids=["2 users, 1 step, shared", "2 users, 1 step, own", "2 steps, own"],
+)
 def test_pieces_of_a_batch_add_up(monkeypatch, at_once, share_steps):
     case = ReasoningCase(n_users=5, steps=3, share_steps=share_steps)
     require("triton", case)

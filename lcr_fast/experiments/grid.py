@@ -5,7 +5,6 @@ user? A map's region is what the data cannot tell from its best cell.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +13,13 @@ from numpy.typing import NDArray
 
 from lcr_fast.experiments import plots
 from lcr_fast.experiments.comparison import VARIANTS, Job
-from lcr_fast.experiments.tables import markdown, protocol_titles, write_rows, write_tables
+from lcr_fast.experiments.tables import (
+    in_brackets,
+    markdown,
+    protocol_titles,
+    write_rows,
+    write_tables,
+)
 from lcr_fast.training.idle import Trained
 from lcr_fast.training.ranks import spread, weighted_metric
 from lcr_fast.training.trainer import check_trainable
@@ -161,10 +166,9 @@ def _table(part: Map, cells: dict[tuple[float, float], Cell]) -> str:
         for b in columns:
             cell = cells[a, b]
             mean = f"**{cell.mean:.3f}**" if cell.level else f"{cell.mean:.3f}"
-            less = "-" if math.isnan(cell.low) else f"{cell.low:+.3f}, {cell.high:+.3f}"
-            text = f"{mean} [{less}]"
+            text = f"{mean} {in_brackets(cell.low, cell.high, '+')}"
             if len(cell.seeds) > 1:
-                text += f", seeds [{cell.seeds_low:+.3f}, {cell.seeds_high:+.3f}]"
+                text += f", seeds {in_brackets(cell.seeds_low, cell.seeds_high, '+')}"
             texts.append(text)
         lines.append([str(a), *texts])
     headers = [f"{row} \\ {column}", *map(str, columns)]

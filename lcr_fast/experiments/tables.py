@@ -20,12 +20,18 @@ def markdown(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
+def in_brackets(low: float, high: float, sign: str = "", digits: int = 3) -> str:
+    """Write an interval, ``[-]`` where there is none."""
+    if math.isnan(low):
+        return "[-]"
+    return f"[{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+
+
 def with_interval(row: Mapping[str, Any], sign: str = "", digits: int = 3) -> str:
-    """Write a mean and its interval, ``[-]`` where there is none; nothing without a mean."""
-    mean, low, high = (f"{row[name]:{sign}.{digits}f}" for name in ("mean", "low", "high"))
+    """Write a mean and its interval (:func:`in_brackets`); nothing without a mean."""
     if math.isnan(row["mean"]):
         return ""
-    return f"{mean} [-]" if math.isnan(row["low"]) else f"{mean} [{low}, {high}]"
+    return f"{row['mean']:{sign}.{digits}f} {in_brackets(row['low'], row['high'], sign, digits)}"
 
 
 def protocol_titles(n_negatives: int | str) -> dict[str, str]:

@@ -79,6 +79,12 @@ def shop() -> InteractionLog:
     return _log(events, searches, shown)
 
 
+@pytest.fixture
+def tables(shop) -> dict[str, pl.DataFrame]:
+    """Give the tables of the shop by their names."""
+    return {name: getattr(shop, name) for name in ("events", "searches", "clicks")}
+
+
 @pytest.fixture(scope="session")
 def real_data():
     """Return the folder of a real data set under $LCR_FAST_DATA, or skip."""
