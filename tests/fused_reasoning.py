@@ -24,7 +24,7 @@ from lcr_fast.testing import (
     random_reasoning,
 )
 from lcr_fast.weights import ReasoningWeights
-from where import DEVICE, GPU
+from where import COMPILED, DEVICE, GPU
 
 DEVICES = {"triton": DEVICE, "cpp": "cpu"}
 DEFAULT = ReasoningCase()
@@ -66,6 +66,11 @@ def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> Non
     assert first.keys() == second.keys()
     for name, t in first.items():
         assert torch.equal(t, second[name]), name
+
+
+def large(case):
+    """Return a large case, or where a GPU is emulated, as many of its users as that affords."""
+    return case._replace(n_users=min(case.n_users, 5)) if COMPILED else case
 
 
 def leave_out(cases: Iterable, redundant: Collection) -> list:

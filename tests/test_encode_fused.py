@@ -17,6 +17,7 @@ from fused_reasoning import (
     CONFIGS,
     DEVICES,
     assert_same_bits,
+    large,
     leave_out,
     precisions_of,
     take,
@@ -32,7 +33,7 @@ from lcr_fast.testing import (
     run_encoder,
 )
 from lcr_fast.weights import REC, SEARCH, EncoderWeights
-from where import GPU, HALVES, INTERPRETED
+from where import COMPILED, GPU, HALVES, INTERPRETED
 
 DEFAULT = EncoderCase()
 
@@ -130,7 +131,7 @@ def test_parity_in_half_precision(backend, dtype, weights):
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("case", ON_A_GPU)
 def test_parity_of_large_calls(case, dtype):
-    assert_parity(draw("triton", ON_A_GPU[case], dtype), "triton")
+    assert_parity(draw("triton", large(ON_A_GPU[case]), dtype), "triton")
 
 
 @pytest.mark.full
@@ -155,6 +156,7 @@ def test_parity_in_every_configuration(monkeypatch, name):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(bool(COMPILED), reason="the reference on a CPU knows no TF32")
 def test_parity_where_tf32_is_allowed(monkeypatch, tf32_allowed):
     require("triton")
     from lcr_fast.kernels.encoding import launch as kernels

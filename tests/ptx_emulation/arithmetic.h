@@ -99,15 +99,16 @@ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
 template <class T>
 T extract_bits(T a, uint32_t from, uint32_t length) {
   using Bits = std::make_unsigned_t<T>;
+  constexpr uint32_t kLast = 8 * sizeof(T) - 1;
   from &= 255, length &= 255;
   if (length == 0) return 0;
   if constexpr (std::is_signed_v<T>) {
-    uint32_t top = std::min(from + length - 1, 31u);
-    if (from > 31) return a < 0 ? -1 : 0;
-    return T(int32_t(Bits(a) << (31 - top)) >> (31 - (top - from)));
+    uint32_t top = std::min(from + length - 1, kLast);
+    if (from > kLast) return a < 0 ? -1 : 0;
+    return T(Bits(a) << (kLast - top)) >> (kLast - (top - from));
   }
-  Bits field = from < 32 ? Bits(a) >> from : 0;
-  return length < 32 ? field & ((Bits(1) << length) - 1) : field;
+  Bits field = from <= kLast ? Bits(a) >> from : 0;
+  return length <= kLast ? field & ((Bits(1) << length) - 1) : field;
 }
 
 inline uint32_t reverse_bits(uint32_t a) {

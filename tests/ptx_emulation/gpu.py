@@ -78,7 +78,7 @@ class _Kernel:
                 arguments.append(int.from_bytes(struct.pack("<f", value), "little"))
             else:
                 arguments.append(int(value) % 2**64)
-        arguments += [0, 0]  # Triton's own scratch, of which these kernels ask for none
+        arguments += [0, 0]  # scratch of Triton, of which these kernels ask for none
         may_overwrite = self._name in _OVERWRITTEN
         try:
             self._program.run((x, y, z), self._shared, arguments, sorted(spans), may_overwrite)

@@ -171,6 +171,8 @@ void add_more_integers(Table& table) {
   THREE("prmt.b32", u32, u32, u32, u32, permute_bytes(a, b, c))
   THREE("bfe.u32", u32, u32, u32, u32, extract_bits(a, b, c))
   THREE("bfe.s32", s32, s32, u32, u32, extract_bits(a, b, c))
+  THREE("bfe.u64", u64, u64, u32, u32, extract_bits(a, b, c))
+  THREE("bfe.s64", s64, s64, u32, u32, extract_bits(a, b, c))
   THREE("shf.l.wrap.b32", u32, u32, u32, u32, u32((u64(b) << 32 | a) << (c & 31) >> 32))
   THREE("shf.r.wrap.b32", u32, u32, u32, u32, u32((u64(b) << 32 | a) >> (c & 31)))
   ONE("popc.b32", u32, u32, __builtin_popcount(a))
@@ -274,10 +276,12 @@ void add_memory(Table& table, const std::string& type) {
 }
 
 void add_more_memory(Table& table) {
-  for (const char* type : {"b8", "b16", "b32", "u32", "f32", "b64", "u64"}) {
-    table[std::string("ld.param.") + type] = load_argument<false>;
-  }
-  table["ld.param.s32"] = load_argument<true>;  // into 64 bits
+  table["ld.param.b8"] = table["ld.param.u8"] = load_argument<u16, uint8_t>;
+  table["ld.param.b16"] = table["ld.param.u16"] = load_argument<u16, u16>;
+  table["ld.param.b32"] = table["ld.param.u32"] = load_argument<u32, u32>;
+  table["ld.param.b64"] = table["ld.param.u64"] = load_argument<u64, u64>;
+  table["ld.param.f32"] = load_argument<u32, u32>;
+  table["ld.param.s32"] = load_argument<s64, s32>;  // it may fill 64 bits
   table["cp.async.cg.shared.global"] = copy_async;
   table["cp.async.ca.shared.global"] = copy_async;
   table["cp.async.commit_group"] = commit_copies;
@@ -430,13 +434,13 @@ void* ptx_create(const char* names, int n_instructions, const int* layout, const
 
 void ptx_destroy(void* machine) { delete static_cast<ptx::Machine*>(machine); }
 
-// `spans` has the begin and the end of each argument's memory. Counts go to `counts`, as they
+// `arguments` are as the entry lays them out. `spans` has the begin and the end of each argument's memory. Counts go to `counts`, as they
 // stand in ptx::Counts. Returns -1, or the instruction at fault and a sentence.
 int ptx_run(void* machine, const uint32_t* grid, int n_warps, int shared_bytes,
-            const uint64_t* arguments, const uint64_t* spans, int n_spans,
+            const uint8_t* arguments, int n_bytes, const uint64_t* spans, int n_spans,
             int programs_may_overwrite, uint64_t* counts, char* error, int error_size) {
   auto& m = *static_cast<ptx::Machine*>(machine);
-  m.arguments = arguments;
+  m.arguments.assign(arguments, arguments + n_bytes);
   m.programs_may_overwrite = programs_may_overwrite != 0;
   std::copy_n(grid, 3, m.grid.begin());
   m.shared.resize(shared_bytes);

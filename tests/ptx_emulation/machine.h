@@ -158,7 +158,7 @@ struct Machine {
   int n_registers = 0;
 
   // a launch
-  const uint64_t* arguments = nullptr;
+  std::vector<uint8_t> arguments;  // as the entry lays them out
   std::array<uint32_t, 3> grid{}, program_id{};
   int program_number = 0;
   bool programs_may_overwrite = false;

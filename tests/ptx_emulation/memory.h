@@ -80,12 +80,17 @@ void store(Warp& w, const Instruction& i) {  // base, offset, N registers
   }
 }
 
-template <bool kExtendsSign>
-void load_argument(Warp& w, const Instruction& i) {
-  uint64_t argument = w.machine->arguments[i.operand[1]];
-  if (kExtendsSign) argument = uint64_t(int64_t(int32_t(argument)));
-  uint64_t* d = w.lanes(i.operand[0]);
-  PTX_EACH_LANE(l) d[l] = argument;
+template <class To, class T>
+void load_argument(Warp& w, const Instruction& i) {  // a register, base, offset
+  const auto& arguments = w.machine->arguments;
+  uint64_t *d = w.lanes(i.operand[0]), *base = w.lanes(i.operand[1]);
+  PTX_EACH_LANE(l) {
+    uint64_t at = base[l] + i.operand[2];
+    if (at + sizeof(T) > arguments.size()) throw Fault("an argument that the kernel does not have");
+    T value;
+    std::memcpy(&value, &arguments[at], sizeof(T));
+    d[l] = bits_of(To(value));
+  }
 }
 
 // A copy lands when it is waited for, as late as it may.

@@ -31,6 +31,11 @@ class Counts(NamedTuple):
     fewest_passes: int  # without conflicts of banks
 
 
+class _Argument(NamedTuple):  # bytes
+    offset: int
+    size: int
+
+
 @functools.cache
 def _machine() -> ctypes.CDLL:
     """Build the machine, which takes some seconds, into a folder that only this process keeps."""
@@ -71,6 +76,7 @@ class Program:
     def __init__(self, ptx: str) -> None:
         self._text = ptx.splitlines()
         self._registers: dict[str, int] = {}
+        self._arguments: dict[str, _Argument] = {}
         self._constants: dict[int, int] = {}  # which register holds a number
         self._operands: list[int] = []
         self._names: list[str] = []
@@ -109,12 +115,17 @@ class Program:
 
         """
         error, counts = ctypes.create_string_buffer(_ERROR_SIZE), np.zeros(4, np.uint64)
+        laid_out = bytearray(max(map(sum, self._arguments.values())))
+        for place, bits in zip(self._arguments.values(), arguments, strict=True):
+            end = place.offset + place.size
+            laid_out[place.offset : end] = (bits % 256**place.size).to_bytes(place.size, "little")
         at = _machine().ptx_run(
             ctypes.c_void_p(self._handle),
             np.asarray([*grid, 1, 1][:3], np.uint32).ctypes,
             self.n_threads // 32,
             shared_bytes,
-            np.asarray(arguments, np.uint64).ctypes,
+            bytes(laid_out),
+            len(laid_out),
             np.asarray(spans, np.uint64).ctypes,
             len(spans),
             int(programs_may_overwrite),
@@ -157,9 +168,14 @@ class Program:
         """Read the body; return which instruction a label stands before."""
         labels: dict[str, int] = {}
         lines = iter(enumerate(line.split("//")[0].strip() for line in self._text))
+        end = 0
         for _, line in lines:
             if m := re.match(r"\.reqntid (\d+)", line):
                 self.n_threads = int(m[1])
+            if m := re.match(r"\.param \.[a-z](\d+) .*?(\w+),?$", line):
+                size = int(m[1]) // 8
+                self._arguments[m[2]] = _Argument(-(-end // size) * size, size)
+                end = self._arguments[m[2]].offset + size
             if line == "{":
                 break
         depth, source, unfinished = 1, "", ""
@@ -200,11 +216,6 @@ class Program:
             self._operands.append(-1)
             return name
         tokens = re.findall(r"\[[^\]]*\]|[^\s,{}|]+", text)
-        if name.startswith("ld.param"):
-            argument = re.search(r"_param_(\d+)\]$", text)
-            assert argument is not None, text
-            self._operands += [self._register(tokens[0]), int(argument[1])]
-            return name
         if name.startswith("mov.") and tokens[1] in _SPECIAL:
             self._operands.append(self._register(tokens[0]))
             return tokens[1]
@@ -228,6 +239,8 @@ class Program:
             return 0
         if token == "global_smem":
             return self._constant(_SHARED_BASE)
+        if token in self._arguments:
+            return self._constant(self._arguments[token].offset)
         if re.match(r"%?[A-Za-z_]\w*$", token):
             return self._register(token)
         if token.startswith(("0f", "0d")):
