@@ -5,7 +5,6 @@ import functools
 import pytest
 import torch
 
-from fused_reasoning import HALVES
 from lcr_fast import LCRSER, Batch, LCRConfig, grpo, ops
 from lcr_fast.capture import capture
 from lcr_fast.objectives import alignment, rank_loss, tcl
@@ -24,8 +23,8 @@ from lcr_fast.testing import (
 )
 from lcr_fast.weights import EncoderWeights, ReasoningWeights
 from scoring_cases import Case
+from where import GPU, HALVES
 
-GPU = torch.cuda.is_available()
 BOTH = [torch.bfloat16, torch.float16]
 CONFIG = LCRConfig(
     n_items=40, n_users=9, n_queries=9, n_terms=9, dim=32, n_heads=2, steps=2, max_search_len=4,

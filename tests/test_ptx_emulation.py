@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ptx_emulation.program import FaultError, Program
+from ptx_emulation.program import Counts, FaultError, Program
 
 pytestmark = [
     pytest.mark.full,
@@ -50,16 +50,27 @@ REVERSE = """
 """
 
 
-def run(ptx: str, n_programs: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def run(
+    ptx: str, n_programs: int = 1, shared_bytes: int = 256
+) -> tuple[torch.Tensor, torch.Tensor, Counts]:
     x, y = torch.arange(64, dtype=torch.int32), torch.full((64,), -1, dtype=torch.int32)
     spans = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in (x, y)]
-    Program(ptx).run((n_programs,), 256, [x.data_ptr(), y.data_ptr()], spans)
-    return x, y
+    arguments = [x.data_ptr(), y.data_ptr()]
+    return x, y, Program(ptx).run((n_programs,), shared_bytes, arguments, spans)
 
 
-def test_it_computes():
-    x, y = run(REVERSE)
+def test_it_computes_and_counts():
+    x, y, counts = run(REVERSE)
     assert torch.equal(y, x.flip(0))
+    assert counts == Counts(instructions=2 * 16, barriers=2, bank_passes=4, fewest_passes=4)
+
+
+def test_it_counts_conflicts_of_banks():
+    """Rows of 128 bytes: a warp's words are all in one bank."""
+    conflicts = REVERSE.replace("%r1, 2;", "%r1, 7;").replace("[%r6+252]", "[%r6+8064]")
+    x, y, counts = run(conflicts, shared_bytes=64 * 128)
+    assert torch.equal(y, x.flip(0))
+    assert (counts.bank_passes, counts.fewest_passes) == (4 * 32, 4)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +114,7 @@ def test_lanes_that_part_meet_again():
 $L__even:
     shfl.sync.bfly.b32 %r7, %r7, 1, 31, -1;
     """
-    x, y = run(REVERSE.replace("add.s64         %rd5", part + "add.s64         %rd5"))
+    x, y, _ = run(REVERSE.replace("add.s64         %rd5", part + "add.s64         %rd5"))
     expected = x.flip(0) + 100 * (x % 2 == 0)
     assert torch.equal(y, expected.view(32, 2).flip(1).flatten())
 

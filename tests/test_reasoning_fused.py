@@ -43,7 +43,7 @@ CASES = {
         search_len=3,
         rec_len=17,
         steps=1,
-        n_users=200 if GPU else 5,
+        n_users=200 if GPU else 24 if COMPILED else 5,
     ),
     "D=128 H=2, wide FFN": ReasoningCase(
         dim=128, n_heads=2, ffn_dim=160, search_len=2, rec_len=3, steps=2, n_users=64 if GPU else 3

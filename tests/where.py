@@ -4,8 +4,10 @@ import os
 
 import torch
 
-GPU = torch.cuda.is_available()
 COMPILED = os.environ.get("COMPILED")  # for which GPU, whose code is emulated (conftest.py)
+if COMPILED:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a real one is left alone
+GPU = torch.cuda.is_available()
 INTERPRETED = not (GPU or COMPILED)
 DEVICE = "cuda" if GPU else "cpu"
 # The interpreter truncates float32 to bfloat16, and multiplies none.

@@ -211,6 +211,20 @@ void add_halves(Table& table, const std::string& type, auto round) {
   table["setp.gt." + type + "x2"] = greater_pairs<H>;
 }
 
+struct Pair {
+  float low, high;
+};
+
+void add_pairs_of_floats(Table& table) {  // in 64 bits
+  for (const std::string mode : {"", ".rn", ".ftz", ".rn.ftz"}) {
+    TWO("add" + mode + ".f32x2", Pair, Pair, Pair, (Pair{a.low + b.low, a.high + b.high}))
+    TWO("sub" + mode + ".f32x2", Pair, Pair, Pair, (Pair{a.low - b.low, a.high - b.high}))
+    TWO("mul" + mode + ".f32x2", Pair, Pair, Pair, (Pair{a.low * b.low, a.high * b.high}))
+    THREE("fma" + mode + ".f32x2", Pair, Pair, Pair, Pair,
+          (Pair{std::fma(a.low, b.low, c.low), std::fma(a.high, b.high, c.high)}))
+  }
+}
+
 int64_t truncate(float a, int64_t low, int64_t high) {
   if (std::isnan(a)) return 0;
   return a <= low ? low : a >= high ? high : int64_t(a);
@@ -344,6 +358,7 @@ Table make_table() {
   add_integers<s64, u64, u64>(table, "64");
   add_more_integers(table);
   add_floats(table);
+  add_pairs_of_floats(table);
   add_memory<uint8_t>(table, "b8");
   add_memory<u16>(table, "b16");
   add_memory<u32>(table, "b32");
@@ -446,7 +461,7 @@ int ptx_run(void* machine, const uint32_t* grid, int n_warps, int shared_bytes,
   m.shared.resize(shared_bytes);
   m.shared_touched.assign(shared_bytes, {});
   m.spans.clear();
-  for (int s = 0; s < n_spans; ++s) m.spans.push_back({spans[2 * s], spans[2 * s + 1], {}});
+  for (int s = 0; s < n_spans; ++s) m.spans.emplace_back(spans[2 * s], spans[2 * s + 1]);
   m.warps.assign(n_warps, {});
   for (int n = 0; n < n_warps; ++n) {
     m.warps[n].machine = &m, m.warps[n].index = n;
@@ -462,8 +477,10 @@ int ptx_run(void* machine, const uint32_t* grid, int n_warps, int shared_bytes,
     }
   } catch (const ptx::Fault& fault) {
     std::snprintf(error, error_size, "program (%u, %u, %u): %s", x, y, z, fault.what());
+    m.spans.clear();
     return m.at;
   }
+  m.spans.clear();  // 24 bytes for each that was touched
   std::memcpy(counts, &m.counts, sizeof m.counts);
   return -1;
 }

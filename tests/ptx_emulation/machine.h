@@ -8,6 +8,7 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -60,9 +61,22 @@ struct Touched {
   uint8_t write_lane = 0, value = 0;
 };
 
-struct Span {  // an argument's memory
+class Span {  // an argument's memory
+ public:
   uint64_t begin, end;
-  std::vector<Touched> touched;  // a byte each, made at its first use
+
+  Span(uint64_t begin, uint64_t end)
+      : begin(begin), end(end), pages_((end - begin) / kPage + 1) {}
+
+  Touched& touched(uint64_t address) {
+    auto& page = pages_[(address - begin) / kPage];
+    if (!page) page = std::make_unique<Touched[]>(kPage);
+    return page[(address - begin) % kPage];
+  }
+
+ private:
+  static constexpr uint64_t kPage = 4096;
+  std::vector<std::unique_ptr<Touched[]>> pages_;  // made where they are touched
 };
 
 struct Access {
@@ -182,18 +196,17 @@ struct Machine {
 
   void touch_global(uint64_t address, int size, Access access, const uint8_t* values = nullptr) {
     Span& span = span_of(address, size);
-    if (span.touched.empty()) span.touched.resize(span.end - span.begin);
-    Touched* t = &span.touched[address - span.begin];
     for (int i = 0; i < size; ++i) {
-      bool written = t[i].write_program != Touched::kNobody;
-      bool read = t[i].read_program != Touched::kNobody;
-      bool by_others = written && t[i].write_program != program_number;
+      Touched& t = span.touched(address + i);
+      bool written = t.write_program != Touched::kNobody;
+      bool read = t.read_program != Touched::kNobody;
+      bool by_others = written && t.write_program != program_number;
       if (access.writes) {
         by_others = (by_others && !programs_may_overwrite) ||
-                    (read && t[i].read_program != program_number);
+                    (read && t.read_program != program_number);
       }
       if (by_others) throw Fault("a race of two programs for a byte of global memory");
-      touch(t[i], access, values ? values[i] : 0);
+      touch(t, access, values ? values[i] : 0);
     }
   }
 
