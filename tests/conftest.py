@@ -60,7 +60,7 @@ def pytest_cmdline_main(config):
     is_whole_run = config.args_source is of_all and not one
     if asked is None and is_whole_run and not _is_worker(config):
         most = _MOST_ON_CPU
-        if torch.cuda.is_available():
+        if GPU:
             memory = torch.cuda.get_device_properties(0).total_memory
             most = min(memory // _GPU_BYTES, _MOST_ON_GPU)
         option.numprocesses = min(most, os.cpu_count() or 1)
@@ -78,7 +78,7 @@ _LEFT_OUT = pytest.StashKey[int]()
 
 def _is_full(item) -> bool:
     mark = item.get_closest_marker("full")
-    if mark is None or (torch.cuda.is_available() and item.get_closest_marker("gpu")):
+    if mark is None or (GPU and item.get_closest_marker("gpu")):
         return False
     return not mark.args or item.callspec.params["backend"] in mark.args
 

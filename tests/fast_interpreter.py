@@ -1,4 +1,4 @@
-"""Spare Triton's interpreter work that has no effect, nine tenths of its time.
+"""Spare Triton's interpreter work that has no effect, most of its time.
 
 And let that of Triton 3.6 count with NumPy 2.4.
 """

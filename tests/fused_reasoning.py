@@ -1,8 +1,7 @@
 """Calls of the fused reasoning, and what its tests share.
 
-``cpp`` runs on the CPU. ``triton`` runs on a GPU where there is one, else in Triton's interpreter
-(tests/conftest.py asks for it), where a program is slow: shapes are small there, and larger on a
-GPU. The interpreter truncates float32 to bfloat16, so bfloat16 is tested on a GPU only.
+``cpp`` runs on the CPU. ``triton`` runs where tests/where.py says: without a GPU a program is slow,
+so shapes are small there, and larger on a GPU.
 
 Inputs carry NaN behind every length, upstream gradients random numbers: neither must matter. The
 first users of a call are the corners, among them each empty stream.

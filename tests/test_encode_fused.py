@@ -1,8 +1,8 @@
 """The fused backends of the encoders against the reference, through the public op.
 
-As tests/test_reasoning_fused.py does for reasoning: ``triton`` runs on a GPU where there is one,
-else in Triton's interpreter. Inputs carry NaN behind every length, upstream gradients random
-numbers: neither must matter. The first users have a full and an empty history, and one event.
+As tests/test_reasoning_fused.py does for reasoning: ``triton`` runs where tests/where.py says.
+Inputs carry NaN behind every length, upstream gradients random numbers: neither must matter. The
+first users have a full and an empty history, and one event.
 """
 
 import functools

@@ -1,6 +1,6 @@
 """Events' vectors and the bonus of seen items on Triton, against the model's own operations.
 
-``triton`` runs on a GPU where there is one, else in Triton's interpreter.
+``triton`` runs where tests/where.py says.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Scoring by the Triton kernels, on a GPU where there is one, else in the interpreter."""
+"""Scoring by the Triton kernels, which run where tests/where.py says."""
 
 import contextlib
 import copy

@@ -9,12 +9,10 @@ from typing import Any
 
 import torch
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.runtime import driver, jit
 
-from lcr_fast.kernels import gpu, ptxas
+from lcr_fast.kernels import gpu
 from lcr_fast.kernels.gpu import GPUS, Gpu
-from lcr_fast.kernels.launch import LAUNCH_OPTIONS
 from ptx_emulation.program import FaultError, Program
 
 # Those whose products are mma.sync or wgmma; of others' instructions the emulation knows none.
@@ -102,19 +100,16 @@ def install(arch: str) -> None:
     """
     if arch not in EMULATED:
         raise ValueError(f"{arch!r} is not emulated, only {', '.join(EMULATED)}")
-    capability = int(arch.removeprefix("sm_"))
+    compile_and_keep = jit.JITFunction._do_compile
 
-    def compile_for(self, key, signature, device, constexprs, options, attrs, warmup):
-        source = ASTSource(self, signature, constexprs, attrs)
-        target = GPUTarget("cuda", capability, 32)
-        chosen = {n: v for n, v in vars(options).items() if n in LAUNCH_OPTIONS}
-        compiled = ptxas.compile_with(ptxas.choose(capability), source, target, chosen)
+    def emulate(self, key, signature, device, *rest):
+        compiled = compile_and_keep(self, key, signature, device, *rest)
         kernels, *_ = self.device_caches[device]
         kernels[key] = _Kernel(self.fn.__name__, signature, compiled)
         return kernels[key]
 
-    driver.set_active(_Driver(capability))
-    jit.JITFunction._do_compile = compile_for
+    driver.set_active(_Driver(int(arch.removeprefix("sm_"))))
+    jit.JITFunction._do_compile = emulate
     gpu.gpu_of = lambda device: EMULATED[arch]
     # Imported now, launchers ask the function above, and ops serve CPU tensors as if interpreted.
     from lcr_fast.ops import _triton
