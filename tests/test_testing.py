@@ -173,7 +173,7 @@ def test_a_whole_run_takes_several_processes(monkeypatch, pytestconfig, change, 
         config = SimpleNamespace(option=option, args_source=pytest.Config.ArgsSource.TESTPATHS)
         for name, value in change.items():
             setattr(option if hasattr(option, name) else config, name, value)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        monkeypatch.setattr(conftest, "GPU", has_gpu)
         conftest.pytest_cmdline_main(config)
         assert option.numprocesses == expected
         assert option.dist == ("worksteal" if expected else "no")
