@@ -1,8 +1,9 @@
 // The LibTorch stable ABI, and what all operators need of it.
 //
-// The checks in torch's headers write to streams, see check.h. Both are macros, so they are
+// The checks in torch's headers write to streams, see check.h. They are macros, so they are
 // replaced here, before the headers that use them; every other file includes this one instead.
 #pragma once
+#include <torch/csrc/stable/macros.h>
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/shim_utils.h>
 
@@ -31,6 +32,9 @@ namespace lcr_fast {
   if ((call) != TORCH_SUCCESS) {     \
     ::lcr_fast::torch_failed();      \
   }
+
+#undef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

@@ -59,10 +59,16 @@ def test_the_table_obeys_the_limits(arch):
             assert_fits(row)
 
 
-def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess:
+def run_python(*arguments: object) -> subprocess.CompletedProcess:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, ROOT / "tools" / f"{name}.py", *map(str, arguments)]
+    paths = (str(ROOT / "tools"), env.get("PYTHONPATH"))
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess:
+    return run_python(ROOT / "tools" / f"{name}.py", *arguments)
 
 
 def run_resources(*arguments: object) -> subprocess.CompletedProcess:
@@ -95,6 +101,27 @@ def test_some_variants_compile_to_what_the_table_says():
         assert_fits(row)
     if compiled.compiled_by == TABLE.compiled_by:
         assert set(compiled.rows) <= set(TABLE.rows)
+
+
+_FUSED = """
+import re, sys
+import kernel_resources as resources
+
+arch, name = sys.argv[1:]
+ptx = resources.compile_variant(dict(resources.all_variants(arch))[name], arch).asm["ptx"]
+exchanged = set(re.findall(r"shfl\\.sync\\.bfly\\.b32\\s+(%\\w+)", ptx))
+added = re.findall(r"fma\\.rn\\S*\\s+%\\w+, %\\w+, %\\w+, (%\\w+);", ptx)
+print(len(exchanged), len(added), len(exchanged.intersection(added)))
+"""
+
+
+@pytest.mark.full
+def test_threads_that_share_a_sum_have_the_same_bits():
+    """None adds what another sent to a product that only the other rounded."""
+    done = run_python("-c", _FUSED, "sm_90", "reasoning.self_bwd-train-bf16-d32-L20")
+    n_exchanged, n_added, n_both = map(int, done.stdout.split())
+    assert n_exchanged and n_added
+    assert n_both == 0
 
 
 @pytest.mark.full

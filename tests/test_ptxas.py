@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,8 +187,11 @@ def test_the_wheels_own_are_found():
 
 
 def test_an_older_one_is_given_ptx_that_it_reads(monkeypatch):
-    """Triton writes for its own ptxas: at compute capability 100 for a newer one than at 80."""
+    """Triton writes for its own ptxas: at compute capability 100 perhaps for a newer one."""
     monkeypatch.setattr(ptxas.triton, "compile", lambda source, target, options, **_: options)
+    own = SimpleNamespace(ptxas=SimpleNamespace(version="12.8"))
+    own.ptxas_blackwell = SimpleNamespace(version="13.1")
+    monkeypatch.setattr(ptxas.knobs, "nvidia", own)
 
     def options(tool: Ptxas, capability: int, **given: int) -> dict:
         return ptxas.compile_with(tool, None, GPUTarget("cuda", capability, 32), given)

@@ -3,7 +3,12 @@
 import triton
 import triton.language as tl
 
-from lcr_fast.kernels.reasoning.sublayers import LOG2_E, LOWEST_SCORE, add_pairs
+from lcr_fast.kernels.reasoning.sublayers import (
+    LOG2_E,
+    LOWEST_SCORE,
+    add_pairs,
+    rounded_products,
+)
 from lcr_fast.kernels.reasoning.tile import by_sequence, sequence_at
 
 
@@ -53,7 +58,7 @@ def pool(
     key = _load_vectors(keys_ptr, user * (2 * D), exists, D)
     alpha = _exponentials(state, key, lengths)
     alpha = alpha / tl.maximum(tl.sum(alpha, 1), 1.0)[:, None]
-    z = tl.sum(alpha[:, :, None] * state, 1)
+    z = tl.sum(rounded_products(alpha[:, :, None], state), 1)
     _store_vectors(pooled_ptr, sequence * pooled_stride, exists, z, D)
 
 
@@ -86,10 +91,10 @@ def pool_bwd(
     dz = _load_vectors(dpooled_ptr, sequence * pooled_stride, exists, D)
     alpha = _exponentials(state, key, lengths)  # [SEQUENCES, SLOT], still to be divided
     t = tl.sum(state * dz, 2)
-    total, total_t = tl.reduce((alpha, alpha * t), 1, add_pairs)
+    total, total_t = tl.reduce((alpha, rounded_products(alpha, t)), 1, add_pairs)
     inverse = 1.0 / tl.maximum(total, 1.0)
     alpha = alpha * inverse[:, None]
     s = alpha * (t - (total_t * inverse)[:, None])
-    dkey = tl.sum(s[:, :, None] * state, 1)
+    dkey = tl.sum(rounded_products(s[:, :, None], state), 1)
     _store_vectors(dkeys_ptr, sequence * pooled_stride, exists, dkey, D)
     return dstate + (alpha[:, :, None] * dz + s[:, :, None] * key).reshape(dstate.shape)

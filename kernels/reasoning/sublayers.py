@@ -68,8 +68,9 @@ def rounded(x, dtype: tl.constexpr):
 def rounded_products(a, b):
     """Multiply a and b (float32), each product rounded before anything is added.
 
-    In a sum over a tile's keys all products but one would be fused into their addition, and which
-    one is rounded would depend on the slot.
+    Of a sum over a tile, all products but one would be fused into their addition. Which one is
+    rounded would depend on the slot, and threads that exchange their parts of a sum would each
+    fuse their own and end with different bits, of which one is stored by chance.
     """
     if _INTERPRETED:
         y = a * b
@@ -124,7 +125,7 @@ def layer_norm_bwd(dy, x, norm, dnorm_ptr, D: tl.constexpr):
     column = tl.arange(0, D)
     weight = tl.load(norm.weight + column).to(tl.float32)
     x_hat, rstd = standardise(x, D)
-    dw, db = tl.reduce((dy * x_hat, dy), 0, add_pairs)
+    dw, db = tl.reduce((rounded_products(dy, x_hat), dy), 0, add_pairs)
     tl.store(dnorm_ptr + column, dw)
     tl.store(dnorm_ptr + D + column, db)
     g = dy * weight[None, :]

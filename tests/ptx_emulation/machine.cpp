@@ -332,7 +332,7 @@ void add_matrices(Table& table) {
   table["wgmma.fence.sync.aligned"] = nothing;
   table["wgmma.commit_group.sync.aligned"] = commit_products;
   table["wgmma.wait_group.sync.aligned"] = wait_for_products;
-  table["fence.proxy.async.shared::cta"] = fence_proxies;
+  table["fence.proxy.async.shared"] = fence_proxies;
 }
 
 void add_control(Table& table) {

@@ -205,6 +205,7 @@ class Program:
         if m := re.match(r"@(!?)(%\w+)\s+(.*)", statement):
             guard, negated, statement = self._register(m[2]), int(bool(m[1])), m[3]
         name, *rest = statement.split(maxsplit=1)
+        name = name.replace("shared::cta", "shared")  # the same, where there are no clusters
         first = len(self._operands)
         self._names.append(self._read_operands(name, "".join(rest)))
         self._layout.append((guard, negated, first, len(self._operands) - first))
