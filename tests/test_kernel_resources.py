@@ -120,7 +120,7 @@ def test_threads_that_share_a_sum_have_the_same_bits():
     """None adds what another sent to a product that only the other rounded."""
     done = run_python("-c", _FUSED, "sm_90", "reasoning.self_bwd-train-bf16-d32-L20")
     n_exchanged, n_added, n_both = map(int, done.stdout.split())
-    assert n_exchanged and n_added
+    assert min(n_exchanged, n_added) > 0
     assert n_both == 0
 
 
