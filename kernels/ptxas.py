@@ -256,12 +256,15 @@ def compile_with(tool: Ptxas, source: Any, target: GPUTarget, options: dict[str,
     """Do what ``triton.compile`` does, with this ptxas; its version is part of the cache's key.
 
     The compiled kernel's ``metadata.ptxas`` names it. Triton writes PTX of the release of its own
-    ptxas, which an older one cannot read: for that one it is asked for older PTX.
+    ptxas. An older one cannot read that, and where Triton's does not know the GPU no such PTX may
+    be for it: then PTX of this one's release is asked for.
     """
-    of_triton = getattr(knobs.nvidia, _knob(target.arch)).version
-    release = f"{tool.release[0]}.{tool.release[1]}"
-    if options.get("ptx_version") is None and ptx_get_version(release) < ptx_get_version(of_triton):
-        options = options | {"ptx_version": ptx_get_version(release)}
+    own = getattr(knobs.nvidia, _knob(target.arch))
+    version = ptx_get_version(f"{tool.release[0]}.{tool.release[1]}")
+    is_older = version < ptx_get_version(own.version)
+    is_new_gpu = _architecture(target.arch) not in architectures(own.path)
+    if options.get("ptx_version") is None and (is_older or is_new_gpu):
+        options = options | {"ptx_version": version}
     environment = get_cache_invalidating_env_vars() | {"ptxas": tool.version}
     with _assembled_by(tool):
         return triton.compile(source, target=target, options=options, _env_vars=environment)

@@ -186,12 +186,14 @@ def test_the_wheels_own_are_found():
     assert ptxas.find(sys.executable, "not ptxas") is None
 
 
-def test_an_older_one_is_given_ptx_that_it_reads(monkeypatch):
+def test_ptx_is_of_a_release_that_can_be_read_and_knows_the_gpu(monkeypatch):
     """Triton writes for its own ptxas: at compute capability 100 perhaps for a newer one."""
+    own = {"ptxas": ("/own", "12.8"), "ptxas_blackwell": ("/own blackwell", "13.0")}
+    tools = {name: SimpleNamespace(path=path, version=v) for name, (path, v) in own.items()}
+    monkeypatch.setattr(ptxas.knobs, "nvidia", SimpleNamespace(**tools))
+    known = {"/own": {"sm_80", "sm_90a"}, "/own blackwell": {"sm_100a"}}
+    monkeypatch.setattr(ptxas, "architectures", known.get)
     monkeypatch.setattr(ptxas.triton, "compile", lambda source, target, options, **_: options)
-    own = SimpleNamespace(ptxas=SimpleNamespace(version="12.8"))
-    own.ptxas_blackwell = SimpleNamespace(version="13.1")
-    monkeypatch.setattr(ptxas.knobs, "nvidia", own)
 
     def options(tool: Ptxas, capability: int, **given: int) -> dict:
         return ptxas.compile_with(tool, None, GPUTarget("cuda", capability, 32), given)
@@ -200,6 +202,7 @@ def test_an_older_one_is_given_ptx_that_it_reads(monkeypatch):
     assert options(OLD, 100, ptx_version=86) == {"ptx_version": 86}
     assert options(OLD, 80) == {}
     assert options(NEWEST, 100) == {}
+    assert options(NEWEST, 110) == {"ptx_version": 91}
 
 
 _COMPILE = """
