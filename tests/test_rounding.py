@@ -20,7 +20,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lcr_fast.kernels.reasoning.sublayers import rounded, rounded_products
+from lcr_fast.kernels.core.product import rounded_products
+from lcr_fast.kernels.reasoning.sublayers import rounded
 
 ALIGNED = [["tt.divisibility", 16]]
 found = {}

@@ -215,3 +215,20 @@ def product(a, b, PRECISION: tl.constexpr, c=None):
     """Compute a b + c in float32, c being 0 by default."""
     right = operand(b, PRECISION)
     return multiply(operand(a, PRECISION), right, PRECISION, c)
+
+
+@triton.jit
+def rounded_products(a, b):
+    """Multiply a and b (float32), each product rounded before anything is added.
+
+    Of a sum over a tile, all products but one would be fused into their addition. Which one is
+    rounded would depend on the slot, and threads that exchange their parts of a sum would each
+    fuse their own and end with different bits, of which one is stored by chance.
+    """
+    if _INTERPRETED:
+        y = a * b
+    else:
+        y = tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return y

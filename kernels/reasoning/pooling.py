@@ -3,11 +3,11 @@
 import triton
 import triton.language as tl
 
+from lcr_fast.kernels.core.product import rounded_products
 from lcr_fast.kernels.reasoning.sublayers import (
     LOG2_E,
     LOWEST_SCORE,
     add_pairs,
-    rounded_products,
 )
 from lcr_fast.kernels.reasoning.tile import by_sequence, sequence_at
 

@@ -14,6 +14,7 @@ from lcr_fast.kernels.core.product import (
     multiply,
     operand,
     product,
+    rounded_products,
     transposed,
 )
 from lcr_fast.kernels.reasoning.tile import (
@@ -60,23 +61,6 @@ def rounded(x, dtype: tl.constexpr):
     else:
         y = tl.inline_asm_elementwise(
             "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], tl.float16, is_pure=True, pack=2
-        )
-    return y
-
-
-@triton.jit
-def rounded_products(a, b):
-    """Multiply a and b (float32), each product rounded before anything is added.
-
-    Of a sum over a tile, all products but one would be fused into their addition. Which one is
-    rounded would depend on the slot, and threads that exchange their parts of a sum would each
-    fuse their own and end with different bits, of which one is stored by chance.
-    """
-    if _INTERPRETED:
-        y = a * b
-    else:
-        y = tl.inline_asm_elementwise(
-            "mul.rn.f32 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.float32, is_pure=True, pack=1
         )
     return y
 

@@ -17,6 +17,7 @@ from lcr_fast.kernels.core.product import (
     multiply,
     n_parts,
     operand,
+    rounded_products,
     store_operand,
     transposed,
     whole,
@@ -282,7 +283,7 @@ def output_bwd_kernel(
     outputs = tl.arange(0, HEAD.H2_TILE)
     sums_ptrs = sums_ptr + tile.to(tl.int64) * (2 * H2) + outputs
     tl.store(sums_ptrs, tl.sum(dt2, 0), mask=outputs < H2)
-    tl.store(sums_ptrs + H2, tl.sum(dy[:, None] * x2, 0), mask=outputs < H2)
+    tl.store(sums_ptrs + H2, tl.sum(rounded_products(dy[:, None], x2), 0), mask=outputs < H2)
     _store(dt2_ptr, rows, row_0, inside, outputs, dt2, H2, PRECISION)
 
 
