@@ -27,20 +27,27 @@ inline uint16_t round_bf16(float x) {
 }
 inline uint16_t round_fp16(float x) { return as<uint16_t>(bits_of(_Float16(x))); }
 
+inline void require_operands(const Instruction& i, int n) {
+  if (i.n_operands != n) throw Fault(std::to_string(i.n_operands) + " operands");
+}
+
 template <class To, class A, auto F>
 void unary(Warp& w, const Instruction& i) {
+  require_operands(i, 2);
   uint64_t *d = w.lanes(i.operand[0]), *a = w.lanes(i.operand[1]);
   PTX_EACH_LANE(l) d[l] = bits_of(To(F(as<A>(a[l]))));
 }
 
 template <class To, class A, class B, auto F>
 void binary(Warp& w, const Instruction& i) {
+  require_operands(i, 3);
   uint64_t *d = w.lanes(i.operand[0]), *a = w.lanes(i.operand[1]), *b = w.lanes(i.operand[2]);
   PTX_EACH_LANE(l) d[l] = bits_of(To(F(as<A>(a[l]), as<B>(b[l]))));
 }
 
 template <class To, class A, class B, class C, auto F>
 void ternary(Warp& w, const Instruction& i) {
+  require_operands(i, 4);
   uint64_t *d = w.lanes(i.operand[0]), *a = w.lanes(i.operand[1]), *b = w.lanes(i.operand[2]),
            *c = w.lanes(i.operand[3]);
   PTX_EACH_LANE(l) d[l] = bits_of(To(F(as<A>(a[l]), as<B>(b[l]), as<C>(c[l]))));
@@ -48,8 +55,8 @@ void ternary(Warp& w, const Instruction& i) {
 
 template <class H>
 void greater_pairs(Warp& w, const Instruction& i) {  // two predicates, of the lower half first
-  uint64_t *low = w.lanes(i.operand[0]), *high = w.lanes(i.operand[1]),
-           *a = w.lanes(i.operand[2]), *b = w.lanes(i.operand[3]);
+  uint64_t *low = w.lanes(i.operand[0]), *high = w.lanes(i.operand[1]), *a = w.lanes(i.operand[2]),
+           *b = w.lanes(i.operand[3]);
   PTX_EACH_LANE(l) {
     low[l] = to_float(as<H>(a[l])) > to_float(as<H>(b[l]));
     high[l] = to_float(as<H>(a[l] >> 16)) > to_float(as<H>(b[l] >> 16));

@@ -15,11 +15,12 @@ from lcr_fast.kernels import gpu
 from lcr_fast.kernels.gpu import GPUS, Gpu
 from ptx_emulation.program import FaultError, Program
 
-# Those whose products are mma.sync or wgmma; of others' instructions the emulation knows none.
+# Those whose products are mma.sync, wgmma or tcgen05.mma.
 EMULATED = {
     "sm_80": GPUS["sm_80"],
     "sm_89": Gpu(8, 99 << 10),
     "sm_90": GPUS["sm_90"],
+    "sm_100": GPUS["sm_100"],
     "sm_120": Gpu(12, 99 << 10),
 }
 # Programs of sum_runs_kernel store what join_runs_kernel then overwrites.

@@ -2,10 +2,10 @@
 //
 // It shows what no interpreter of the source and no disassembly can: what compiled code computes,
 // and whether it may. Faults, with their instruction: memory outside of every argument, misaligned
-// addresses, shared memory that nobody wrote, wgmma before a fence, branches and barriers that part
-// a warp where they must not, and races. A race is two accesses to a byte, one of them a write, by
-// two warps with no barrier between them, or by two programs; writes of the same value are none.
-// What is asynchronous lasts as long as it may.
+// addresses, shared or tensor memory that nobody wrote, products before a fence, operands that
+// change under them, branches and barriers that part a warp where they must not, and races. A race
+// is two accesses to a byte, one of them a write, by two warps with no barrier between them, or by
+// two programs; writes of the same value are none. What is asynchronous lasts as long as it may.
 //
 // Not modelled: the rounding of approximate instructions and the order of a product's sums (both
 // are exact here, rounded once), denormals flushed to zero, and whatever ptxas makes of PTX.
@@ -17,6 +17,7 @@
 #include "arithmetic.h"
 #include "matrices.h"
 #include "memory.h"
+#include "tensor_memory.h"
 
 namespace ptx {
 namespace {
@@ -25,6 +26,7 @@ void nothing(Warp&, const Instruction&) {}
 
 void barrier(Warp& w, const Instruction&) {
   w.require_every_lane("a barrier");
+  require_no_load(w);
   ++w.machine->counts.barriers;
   w.next = Next::kBarrier;
 }
@@ -163,6 +165,8 @@ void add_more_integers(Table& table) {
   TWO("mul.wide.u16", u32, u16, u16, u32(a) * b)
   TWO("mul.wide.s32", s64, s32, s32, s64(a) * b)
   TWO("mul.wide.u32", u64, u32, u32, u64(a) * b)
+  THREE("mad.wide.s16", s32, s16, s16, s32, s32(u32(s32(a) * b) + u32(c)))
+  THREE("mad.wide.u16", u32, u16, u16, u32, u32(a) * b + c)
   THREE("mad.wide.s32", s64, s32, s32, s64, s64(u64(s64(a) * b) + u64(c)))
   THREE("mad.wide.u32", u64, u32, u32, u64, u64(a) * b + c)
   TWO("mul.hi.s32", s32, s32, s32, s64(a) * b >> 32)
@@ -199,6 +203,8 @@ void add_more_integers(Table& table) {
   ONE("cvt.u64.u32", u64, u32, a)
 }
 
+bool is_other(float a, float b) { return a < b || a > b; }  // false of what is no number
+
 template <class H>
 void add_halves(Table& table, const std::string& type, auto round) {
   using Round = decltype(round);
@@ -208,6 +214,13 @@ void add_halves(Table& table, const std::string& type, auto round) {
   TWO("setp.gt." + type, Predicate, H, H, to_float(a) > to_float(b))
   TWO("setp.lt." + type, Predicate, H, H, to_float(a) < to_float(b))
   TWO("setp.eq." + type, Predicate, H, H, to_float(a) == to_float(b))
+  TWO("setp.ne." + type, Predicate, H, H, is_other(to_float(a), to_float(b)))
+  TWO("setp.nan." + type, Predicate, H, H, std::isnan(to_float(a)) || std::isnan(to_float(b)))
+  for (const std::string mode : {"", ".rn"}) {  // to float32, as it is added or multiplied
+    TWO("add" + mode + ".f32." + type, float, H, float, to_float(a) + b)
+    TWO("sub" + mode + ".f32." + type, float, H, float, to_float(a) - b)
+    THREE("fma" + mode + ".f32." + type, float, H, H, float, std::fma(to_float(a), to_float(b), c))
+  }
   table["setp.gt." + type + "x2"] = greater_pairs<H>;
 }
 
@@ -230,11 +243,15 @@ int64_t truncate(float a, int64_t low, int64_t high) {
   return a <= low ? low : a >= high ? high : int64_t(a);
 }
 
+bool some_nan(float a, float b, float c = 0) {
+  return std::isnan(a) || std::isnan(b) || std::isnan(c);
+}
+
 void add_floats(Table& table) {
   for (const std::string mode : {"", ".rn", ".ftz", ".rn.ftz"}) {
     TWO("add" + mode + ".f32", float, float, float, a + b)
     TWO("sub" + mode + ".f32", float, float, float, a - b)
-    TWO("mul" + mode + ".f32", float, float, float, a * b)
+    TWO("mul" + mode + ".f32", float, float, float, a* b)
     THREE("fma" + mode + ".f32", float, float, float, float, std::fma(a, b, c))
   }
   for (const std::string mode : {"", ".ftz"}) {
@@ -242,10 +259,14 @@ void add_floats(Table& table) {
     ONE("abs" + mode + ".f32", float, float, std::fabs(a))
     TWO("max" + mode + ".f32", float, float, float, std::fmax(a, b))
     TWO("min" + mode + ".f32", float, float, float, std::fmin(a, b))
-    TWO("max.NaN" + mode + ".f32", float, float, float,
-        std::isnan(a) || std::isnan(b) ? NAN : std::fmax(a, b))
-    TWO("min.NaN" + mode + ".f32", float, float, float,
-        std::isnan(a) || std::isnan(b) ? NAN : std::fmin(a, b))
+    THREE("max" + mode + ".f32.of_3", float, float, float, float, std::fmax(std::fmax(a, b), c))
+    THREE("min" + mode + ".f32.of_3", float, float, float, float, std::fmin(std::fmin(a, b), c))
+    TWO("max.NaN" + mode + ".f32", float, float, float, some_nan(a, b) ? NAN : std::fmax(a, b))
+    TWO("min.NaN" + mode + ".f32", float, float, float, some_nan(a, b) ? NAN : std::fmin(a, b))
+    THREE("max.NaN" + mode + ".f32.of_3", float, float, float, float,
+          some_nan(a, b, c) ? NAN : std::fmax(std::fmax(a, b), c))
+    THREE("min.NaN" + mode + ".f32.of_3", float, float, float, float,
+          some_nan(a, b, c) ? NAN : std::fmin(std::fmin(a, b), c))
     TWO("div.full" + mode + ".f32", float, float, float, a / b)
     TWO("div.approx" + mode + ".f32", float, float, float, a / b)
     ONE("ex2.approx" + mode + ".f32", float, float, std::exp2(double(a)))
@@ -335,6 +356,34 @@ void add_matrices(Table& table) {
   table["fence.proxy.async.shared"] = fence_proxies;
 }
 
+template <int N>
+void add_tensor_memory_of(Table& table) {
+  std::string of = ".x" + std::to_string(N) + ".b32";
+  table["tcgen05.ld.sync.aligned.32x32b" + of] = load_tensor<N, false>;
+  table["tcgen05.ld.sync.aligned.16x32bx2" + of] = load_tensor<N, true>;
+  table["tcgen05.st.sync.aligned.32x32b" + of] = store_tensor<N, false>;
+  table["tcgen05.st.sync.aligned.16x32bx2" + of] = store_tensor<N, true>;
+}
+
+void add_tensor_memory(Table& table) {
+  add_tensor_memory_of<1>(table), add_tensor_memory_of<2>(table), add_tensor_memory_of<4>(table);
+  add_tensor_memory_of<8>(table), add_tensor_memory_of<16>(table), add_tensor_memory_of<32>(table);
+  add_tensor_memory_of<64>(table), add_tensor_memory_of<128>(table);
+  table["tcgen05.wait::ld.sync.aligned"] = wait_for_tensor_loads;
+  table["tcgen05.wait::st.sync.aligned"] = wait_for_tensor_stores;
+  std::string group = ".cta_group::1";
+  table["tcgen05.alloc" + group + ".sync.aligned.shared.b32"] = allocate_tensor_memory;
+  table["tcgen05.dealloc" + group + ".sync.aligned.b32"] = free_tensor_memory;
+  table["tcgen05.relinquish_alloc_permit" + group + ".sync.aligned"] = nothing;
+  table["tcgen05.mma" + group + ".kind::f16.shared"] = issue_product<true>;
+  table["tcgen05.mma" + group + ".kind::f16.tensor"] = issue_product<false>;
+  table["tcgen05.commit" + group + ".mbarrier::arrive::one.shared::cluster.b64"] = commit_arrival;
+  table["mbarrier.init.shared.b64"] = begin_arrivals;
+  table["mbarrier.inval.shared.b64"] = end_arrivals;
+  table["mbarrier.try_wait.parity.shared.b64"] = wait_for_arrivals;
+  table["elect.sync"] = elect;
+}
+
 void add_control(Table& table) {
   table["bra"] = table["bra.uni"] = branch;
   table["bar.sync"] = table["barrier.sync"] = barrier;
@@ -365,6 +414,7 @@ Table make_table() {
   add_memory<u64>(table, "b64");
   add_more_memory(table);
   add_matrices(table);
+  add_tensor_memory(table);
   add_control(table);
   return table;
 }
@@ -387,6 +437,25 @@ void step(Machine& m, Warp& w) {
   if (!w.parted.empty()) w.join();
 }
 
+// Those that wait for products go on when others have committed some.
+void run_to_barrier(Machine& m) {
+  for (Warp& w : m.warps) w.next = Next::kWait;
+  bool some_wait = true;
+  for (bool goes_on = true; goes_on && some_wait;) {
+    uint64_t n_commits = m.tensor.n_commits;
+    goes_on = some_wait = false;
+    for (Warp& w : m.warps) {
+      if (w.next != Next::kWait) continue;
+      w.next = Next::kGo;
+      while (w.next == Next::kGo) step(m, w);
+      some_wait |= w.next == Next::kWait;
+      goes_on |= w.next != Next::kWait || w.n_waits == 1;
+    }
+    goes_on |= m.tensor.n_commits > n_commits;
+  }
+  if (some_wait) throw Fault("a wait for products that nobody commits");
+}
+
 void run_program(Machine& m) {
   for (Warp& w : m.warps) {
     w.start();
@@ -395,17 +464,18 @@ void run_program(Machine& m) {
     for (auto [r, value] : m.constants) std::fill_n(w.lanes(r), kLanes, value);
   }
   std::fill(m.shared.begin(), m.shared.end(), uint8_t(0xcd));
+  m.arrivals.clear();
+  m.tensor.start();
   for (bool done = false; !done;) {
     ++m.when;
+    run_to_barrier(m);
     size_t n_done = 0;
-    for (Warp& w : m.warps) {
-      w.next = Next::kGo;
-      while (w.next == Next::kGo) step(m, w);
-      n_done += w.next == Next::kDone;
-    }
+    for (const Warp& w : m.warps) n_done += w.next == Next::kDone;
     done = n_done == m.warps.size();
     if (n_done && !done) throw Fault("a barrier that some warps never reach");
   }
+  if (m.tensor.n_columns) throw Fault("tensor memory is not freed");
+  if (!m.tensor.products.empty()) throw Fault("nobody waits for a product");
 }
 
 }  // namespace
@@ -449,8 +519,9 @@ void* ptx_create(const char* names, int n_instructions, const int* layout, const
 
 void ptx_destroy(void* machine) { delete static_cast<ptx::Machine*>(machine); }
 
-// `arguments` are as the entry lays them out. `spans` has the begin and the end of each argument's memory. Counts go to `counts`, as they
-// stand in ptx::Counts. Returns -1, or the instruction at fault and a sentence.
+// `arguments` are as the entry lays them out. `spans` has the begin and the end of each argument's
+// memory. Counts go to `counts`, as they stand in ptx::Counts. Returns -1, or the instruction at
+// fault and a sentence.
 int ptx_run(void* machine, const uint32_t* grid, int n_warps, int shared_bytes,
             const uint8_t* arguments, int n_bytes, const uint64_t* spans, int n_spans,
             int programs_may_overwrite, uint64_t* counts, char* error, int error_size) {
@@ -460,6 +531,7 @@ int ptx_run(void* machine, const uint32_t* grid, int n_warps, int shared_bytes,
   std::copy_n(grid, 3, m.grid.begin());
   m.shared.resize(shared_bytes);
   m.shared_touched.assign(shared_bytes, {});
+  m.tensor = {};
   m.spans.clear();
   for (int s = 0; s < n_spans; ++s) m.spans.emplace_back(spans[2 * s], spans[2 * s + 1]);
   m.warps.assign(n_warps, {});

@@ -8,6 +8,7 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -18,7 +19,8 @@ namespace ptx {
 
 constexpr int kLanes = 32;
 constexpr uint32_t kEveryLane = ~0u;
-constexpr uint32_t kSharedBase = 1024;  // aligned to the largest pattern of wgmma's operands
+constexpr uint32_t kSharedBase = 1024;  // aligned to the largest pattern of products' operands
+constexpr int kTensorLanes = 128, kTensorColumns = 512;  // of tensor memory
 
 struct Fault : std::runtime_error {
   using std::runtime_error::runtime_error;
@@ -65,8 +67,7 @@ class Span {  // an argument's memory
  public:
   uint64_t begin, end;
 
-  Span(uint64_t begin, uint64_t end)
-      : begin(begin), end(end), pages_((end - begin) / kPage + 1) {}
+  Span(uint64_t begin, uint64_t end) : begin(begin), end(end), pages_((end - begin) / kPage + 1) {}
 
   Touched& touched(uint64_t address) {
     auto& page = pages_[(address - begin) / kPage];
@@ -82,7 +83,7 @@ class Span {  // an argument's memory
 struct Access {
   int warp, lane;
   bool writes;
-  bool needs_no_fence;  // before wgmma reads it
+  bool needs_no_fence;  // before a product reads it
 };
 
 struct Copy {  // a cp.async
@@ -91,9 +92,31 @@ struct Copy {  // a cp.async
   int size, n_read;  // what is not read is 0
 };
 
-struct Piece {  // of shared memory
+struct Piece {  // of shared memory, as a product read it
   uint32_t address;
   int size;
+  uint32_t bits;
+};
+
+struct Cell {  // of tensor memory
+  int index;
+  uint32_t bits;
+};
+
+struct Product {  // a tcgen05.mma under way, with what it read when it was issued
+  int warp, m, n;
+  int sum;  // its first cell
+  bool adds;
+  std::vector<float> a, b;    // [m, kDepth], [kDepth, n]
+  std::vector<Piece> shared;  // that a and b came from
+  std::vector<Cell> cells;    // that a came from
+
+  static constexpr int kDepth = 16;
+};
+
+struct Arrivals {  // a barrier of products (mbarrier)
+  uint32_t expected, arrived = 0, phase = 0;
+  std::vector<uint64_t> commits;  // how many products had been issued at each
 };
 
 template <class Part>
@@ -117,7 +140,7 @@ struct Groups {  // of what is asynchronous: made, committed, and waited for in 
   void clear() { open.clear(), committed.clear(); }
 };
 
-enum class Next { kGo, kBarrier, kDone };
+enum class Next { kGo, kWait, kBarrier, kDone };
 
 struct Machine;
 
@@ -134,13 +157,17 @@ struct Warp {
 
   uint32_t fences = 0, fenced_when = 0;  // between the proxies of shared memory
   Groups<Copy> copies;
-  Groups<Piece> products;  // what wgmma reads
+  Groups<Piece> products;           // what wgmma reads
+  std::vector<Cell> tensor_stores;  // until they are waited for
+  bool loads_tensor = false;        // and has not waited for it
+  int n_waits = 0;                  // for the same products
 
   uint64_t* lanes(int r) { return &registers[size_t(r) * kLanes]; }
 
   void start() {
     at = 0, active = kEveryLane, next = Next::kGo, fences = 0, fenced_when = 0;
     parted.clear(), copies.clear(), products.clear();
+    tensor_stores.clear(), loads_tensor = false, n_waits = 0;
   }
 
   void require_every_lane(const char* what) const {
@@ -157,6 +184,22 @@ struct Warp {
       if (part.first == first) active |= part.second;
       return part.first == first;
     });
+  }
+};
+
+// Each lane has cells of 4 bytes; a column is one cell of every lane.
+struct TensorMemory {
+  std::vector<uint32_t> cells;  // [kTensorLanes, kTensorColumns]
+  std::vector<Touched> touched;
+  std::vector<uint8_t> n_sums;    // products under way whose sum a cell is
+  int first = 0, n_columns = 0;   // that are allocated
+  std::vector<Product> products;  // under way, in the order in which they finish
+  uint64_t n_issued = 0, n_finished = 0, n_commits = 0;
+
+  void start() {
+    std::fill(n_sums.begin(), n_sums.end(), uint8_t(0));
+    n_columns = 0, n_issued = n_finished = n_commits = 0;
+    products.clear();
   }
 };
 
@@ -180,11 +223,45 @@ struct Machine {
   std::vector<Span> spans;
   std::vector<uint8_t> shared;
   std::vector<Touched> shared_touched;
+  std::map<uint32_t, Arrivals> arrivals;  // by their address in shared memory
+  TensorMemory tensor;
   uint32_t when = 0;
   int at = 0;
   Counts counts;
 
   void touch_shared(uint32_t address, int size, Access access, const uint8_t* values = nullptr) {
+    for (const auto& [at, _] : arrivals) {
+      if (address < at + kArrivalsSize && at < address + size) throw Fault("it touches a mbarrier");
+    }
+    touch_bytes(address, size, access, values);
+  }
+
+  void touch_arrivals(uint32_t address, Access access) {
+    shared_at(address, kArrivalsSize);
+    touch_bytes(address, kArrivalsSize, access, nullptr);
+  }
+
+  void touch_tensor(int cell, Access access, uint32_t value = 0) {
+    Touched& t = tensor.touched[cell];
+    bool is_anew = t.write_program != program_number;
+    if (is_anew && !access.writes) throw Fault("it reads tensor memory that nobody wrote");
+    if (is_anew) t = Touched{};
+    touch(t, access, uint8_t(value));
+  }
+
+  // Index of a cell, whose address has the lane in the upper half.
+  int cell_at(uint32_t address) const {
+    int lane = int(address >> 16), column = int(address & 0xffff);
+    if (lane >= kTensorLanes || column < tensor.first ||
+        column >= tensor.first + tensor.n_columns) {
+      throw Fault("lane " + std::to_string(lane) + ", column " +
+                  std::to_string(column - tensor.first) + " of " +
+                  std::to_string(tensor.n_columns) + " of tensor memory");
+    }
+    return lane * kTensorColumns + column;
+  }
+
+  void touch_bytes(uint32_t address, int size, Access access, const uint8_t* values) {
     Touched* t = &shared_touched[address - kSharedBase];
     for (int i = 0; i < size; ++i) {
       bool is_anew = t[i].write_program != program_number;
@@ -202,8 +279,8 @@ struct Machine {
       bool read = t.read_program != Touched::kNobody;
       bool by_others = written && t.write_program != program_number;
       if (access.writes) {
-        by_others = (by_others && !programs_may_overwrite) ||
-                    (read && t.read_program != program_number);
+        by_others =
+            (by_others && !programs_may_overwrite) || (read && t.read_program != program_number);
       }
       if (by_others) throw Fault("a race of two programs for a byte of global memory");
       touch(t, access, values ? values[i] : 0);
@@ -225,19 +302,20 @@ struct Machine {
     return reinterpret_cast<uint8_t*>(address);
   }
 
-  // wgmma reads shared memory by another proxy, to which a fence must have made it visible: the
+  // Products read shared memory by another proxy, to which a fence must have made it visible: the
   // writer's before a barrier, or the reader's after it.
   void require_fence(uint32_t address, const Warp& reader) {
     const Touched& t = shared_touched[address - kSharedBase];
     if (t.write_fences == kNeedsNone) return;
     bool by_writer = warps[t.write_warp].fences > t.write_fences;
     if (!by_writer && reader.fenced_when <= t.write_when) {
-      throw Fault("wgmma reads what no fence.proxy.async made visible");
+      throw Fault("a product reads what no fence.proxy.async made visible");
     }
   }
 
  private:
   static constexpr uint32_t kNeedsNone = ~0u;
+  static constexpr int kArrivalsSize = 8;
 
   Span& span_of(uint64_t address, int size) {
     for (Span& span : spans) {
@@ -279,7 +357,7 @@ struct Machine {
   }
 };
 
-#define PTX_EACH_LANE(l)                 \
+#define PTX_EACH_LANE(l)                \
   for (int l = 0; l < ptx::kLanes; ++l) \
     if (w.mask >> l & 1)
 

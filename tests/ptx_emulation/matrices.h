@@ -113,8 +113,9 @@ void multiply(Warp& w, const Instruction& i) {  // mma: d, 4 registers; a, 4; b,
   }
 }
 
-// An operand of wgmma in shared memory (PTX manual, "Shared memory matrix layout"). Its rows are
-// A's rows, or B's columns; `is_transposed`: it has them along the lines of memory, not k.
+// An operand of wgmma or tcgen05.mma in shared memory (PTX manual, "Shared memory matrix layout").
+// Its rows are A's rows, or B's columns; `is_transposed`: it has them along the lines of memory,
+// not k.
 struct Descriptor {
   uint32_t start, leading, stride, swizzle;
 
@@ -141,9 +142,10 @@ struct Descriptor {
   }
 };
 
-// Reads of wgmma last from the instruction to its wait.
+// Reads of products last from the instruction to its wait.
 template <class H>
-float read_element(Warp& w, const Descriptor& d, int row, int k, bool is_transposed) {
+float read_element(Warp& w, const Descriptor& d, int row, int k, bool is_transposed,
+                   std::vector<Piece>& pieces) {
   constexpr int kSize = sizeof(H);
   Machine& m = *w.machine;
   uint32_t address = d.address(row, k, kSize, is_transposed);
@@ -151,8 +153,15 @@ float read_element(Warp& w, const Descriptor& d, int row, int k, bool is_transpo
   std::memcpy(&value, m.shared_at(address, kSize), kSize);
   m.touch_shared(address, kSize, {w.index, 0, false, false});
   m.require_fence(address, w);
-  w.products.open.push_back({address, kSize});
+  pieces.push_back({address, kSize, uint32_t(bits_of(value))});
   return to_float(value);
+}
+
+inline void finish_reading(Machine& m, int warp, const Piece& piece) {
+  m.touch_shared(piece.address, piece.size, {warp, 0, false, false});
+  if (std::memcmp(m.shared_at(piece.address, piece.size), &piece.bits, piece.size)) {
+    throw Fault("a product's operand changes before it is done");
+  }
 }
 
 // wgmma: d, N / 2 registers; a, 4 or its descriptor; b's descriptor; whether d is added to;
@@ -175,7 +184,8 @@ void multiply_group(Warp& w, const Instruction& i) {
     Descriptor descriptor(w.lanes(of_a[0])[0]);
     for (int row = 0; row < 16; ++row) {
       for (int k = 0; k < kDepth; ++k) {
-        a[row][k] = read_element<H>(w, descriptor, 16 * (w.index % 4) + row, k, a_transposed);
+        a[row][k] = read_element<H>(w, descriptor, 16 * (w.index % 4) + row, k, a_transposed,
+                                    w.products.open);
       }
     }
   } else {
@@ -184,7 +194,7 @@ void multiply_group(Warp& w, const Instruction& i) {
   Descriptor descriptor(w.lanes(of_b[0])[0]);
   for (int column = 0; column < N; ++column) {
     for (int k = 0; k < kDepth; ++k) {
-      b[k][column] = read_element<H>(w, descriptor, column, k, b_transposed);
+      b[k][column] = read_element<H>(w, descriptor, column, k, b_transposed, w.products.open);
     }
   }
   for (int n = 0; n < kD; ++n) {
@@ -202,9 +212,8 @@ void multiply_group(Warp& w, const Instruction& i) {
 inline void commit_products(Warp& w, const Instruction&) { w.products.commit(); }
 
 inline void wait_for_products(Warp& w, const Instruction& i) {
-  w.products.wait(size_t(w.lanes(i.operand[0])[0]), [&](const Piece& piece) {
-    w.machine->touch_shared(piece.address, piece.size, {w.index, 0, false, false});
-  });
+  w.products.wait(size_t(w.lanes(i.operand[0])[0]),
+                  [&](const Piece& piece) { finish_reading(*w.machine, w.index, piece); });
 }
 
 inline void fence_proxies(Warp& w, const Instruction&) {

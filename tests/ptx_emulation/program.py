@@ -84,6 +84,7 @@ class Program:
         self._lines: list[int] = []  # where instructions stand in the text
         self._sources: list[str] = []  # and the .loc before them
         self._jumps: list[tuple[int, str]] = []  # operands that are places of labels
+        self._scope = ""  # of inline assembly, whose labels are its own
         labels = self._read()
         for operand, label in self._jumps:
             self._operands[operand] = labels[label]
@@ -180,16 +181,16 @@ class Program:
                 break
         depth, source, unfinished = 1, "", ""
         for number, line in lines:
-            if line.startswith("{"):  # inline assembly in a scope of its own
-                depth, line = depth + 1, line[1:].strip()
+            if line.startswith("{"):
+                depth, line, self._scope = depth + 1, line[1:].strip(), f"{number}:"
             if line == "}":
-                depth -= 1
+                depth, self._scope = depth - 1, ""
                 if depth == 0:
                     break
             elif line.startswith(".loc"):
                 source = line
             elif m := re.match(r"(\$?\w+):$", line):
-                labels[m[1]] = len(self._names)
+                labels[self._label(m[1])] = len(self._names)
             elif line and not line.startswith("."):
                 unfinished += " " + line
                 if line.endswith(";"):
@@ -202,7 +203,7 @@ class Program:
 
     def _read_statement(self, statement: str) -> None:
         guard, negated = -1, 0
-        if m := re.match(r"@(!?)(%\w+)\s+(.*)", statement):
+        if m := re.match(r"@(!?)(%?\w+)\s+(.*)", statement):
             guard, negated, statement = self._register(m[2]), int(bool(m[1])), m[3]
         name, *rest = statement.split(maxsplit=1)
         name = name.replace("shared::cta", "shared")  # the same, where there are no clusters
@@ -213,7 +214,7 @@ class Program:
     def _read_operands(self, name: str, text: str) -> str:
         """Append operands; return the name, as machine.cpp knows it."""
         if name in ("bra", "bra.uni"):
-            self._jumps.append((len(self._operands), text))
+            self._jumps.append((len(self._operands), self._label(text)))
             self._operands.append(-1)
             return name
         tokens = re.findall(r"\[[^\]]*\]|[^\s,{}|]+", text)
@@ -232,7 +233,15 @@ class Program:
         if m := re.match(r"wgmma\.mma_async\.sync\.aligned\.(m64n\d+k\d+)\.f32\.(\w+)\.", name):
             a_in = "registers" if re.search(r"\}\s*,\s*\{", text) else "shared"
             return f"wgmma.{m[1]}.{m[2]}.{a_in}"
+        if name.startswith(("max.", "min.")) and len(tokens) == 4:
+            return name + ".of_3"
+        if name.startswith("tcgen05.mma."):
+            a_in = "tensor" if tokens[1].startswith("[") else "shared"
+            return f"{name}.{a_in}"
         return name
+
+    def _label(self, name: str) -> str:
+        return name if name.startswith("$") else self._scope + name
 
     def _value(self, token: str) -> int:
         """Return the register of a name or a number."""
