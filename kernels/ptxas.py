@@ -9,6 +9,7 @@ So our kernels take the newest release at hand that the driver can load, unless 
 
 import ctypes
 import functools
+import logging
 import os
 import re
 import shutil
@@ -26,6 +27,8 @@ from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import ptx_get_version
 from triton.runtime.jit import JITFunction
+
+_LOG = logging.getLogger("lcr_fast")
 
 Release = tuple[int, int]
 
@@ -209,6 +212,17 @@ def _assemble(tool: Ptxas, ptx: str, options: Any, capability: int) -> bytes:
         return out.read_bytes()
 
 
+@functools.cache
+def _tell(tool: Ptxas, capability: int) -> None:
+    """Log, once a process, why the first call of an op takes seconds."""
+    _LOG.info(
+        "Triton and %s compile kernels for %s, each where it is first needed; they are kept in %s",
+        tool,
+        _architecture(capability),
+        knobs.cache.dir,
+    )
+
+
 _assembling = threading.local()  # .tool: what this thread compiles with
 _hook_lock = threading.Lock()
 _hook_users = 0
@@ -229,6 +243,7 @@ def _replace_assembly(*call: Any) -> Any:
     if tool is not None:
         backend, stages, options, *_ = call
         arch = backend.target.arch
+        _tell(tool, arch)
         stages["cubin"] = lambda ptx, metadata: _assemble(tool, ptx, options, arch)
     return None
 

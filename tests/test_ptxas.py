@@ -206,7 +206,7 @@ def test_ptx_is_of_a_release_that_can_be_read_and_knows_the_gpu(monkeypatch):
 
 
 _COMPILE = """
-import json, os
+import json, logging, os
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -216,10 +216,14 @@ from lcr_fast.kernels import ptxas
 name, variant = next(
     (name, v) for name, v in resources.all_variants("sm_90") if "user_bwd-no-dot-bf16" in name
 )
+told = []
+logger = logging.getLogger("lcr_fast")
+logger.setLevel(logging.INFO)
+logger.addFilter(lambda record: told.append(record.getMessage()))
 before = dict(os.environ)
 hook = knobs.runtime.add_stages_inspection_hook
 tools = [tool for tool in ptxas.at_hand() if tool.origin.startswith("Triton's")]
-ours = [resources.compile_variant(variant, "sm_90", tool) for tool in tools]
+ours = [resources.compile_variant(variant, "sm_90", tool) for tool in [*tools, *tools]][:2]
 plain = []
 compile_plainly = ptxas.compile_with
 ptxas.compile_with = lambda tool, source, target, options: plain.append(
@@ -237,6 +241,7 @@ print(json.dumps({
     "hashes": [kernel.metadata.hash for kernel in [*ours, *plain]],
     "plain names one": hasattr(plain[0].metadata, "ptxas"),
     "environment": dict(os.environ) == before,
+    "told": told,
     "hook": knobs.runtime.add_stages_inspection_hook is hook,
 }))
 """
@@ -257,3 +262,6 @@ def test_ours_are_keyed_by_their_ptxas_and_others_are_left_alone(tmp_path):
     assert not found["plain names one"]
     assert found["environment"]
     assert found["hook"]
+    assert len(found["told"]) == 2  # once a ptxas
+    assert all("compile kernels for sm_90a" in text for text in found["told"])
+    assert all(str(tmp_path) in text for text in found["told"])

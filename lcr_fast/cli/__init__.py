@@ -42,6 +42,7 @@ _SHARED = ("train", "evaluate", "recommend")  # commands that several processes 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; bad input ends it with one sentence and exit code 2."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
+    logging.getLogger("lcr_fast").setLevel(logging.INFO)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # The ids of the data are any text, whatever the terminal's locale can spell.
         sys.stdout.reconfigure(encoding="utf-8")
