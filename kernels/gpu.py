@@ -39,11 +39,14 @@ class Gpu(NamedTuple):
         return self.major in (10, 11)
 
 
-# What is compiled ahead of time, by the CUDA programming guide's table of compute capabilities.
+# By the CUDA programming guide's table of compute capabilities.
 GPUS = {
     "sm_80": Gpu(8, 163 << 10),
+    "sm_89": Gpu(8, 99 << 10),
     "sm_90": Gpu(9, 227 << 10),
     "sm_100": Gpu(10, 227 << 10),
+    "sm_110": Gpu(11, 227 << 10),
+    "sm_120": Gpu(12, 99 << 10),
 }
 
 

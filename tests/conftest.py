@@ -7,7 +7,7 @@ is left out.
 
 Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before they or
 the ops are imported. With COMPILED=sm_90 in the environment, or another of
-``ptx_emulation.gpu.EMULATED``, they are compiled for that GPU instead, and their PTX is emulated.
+``lcr_fast.kernels.gpu.GPUS``, they are compiled for that GPU instead, and their PTX is emulated.
 """
 
 import importlib.util

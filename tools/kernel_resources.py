@@ -45,7 +45,8 @@ from lcr_fast.kernels import ptxas
 from lcr_fast.kernels.gpu import GPUS
 from lcr_fast.kernels.launch import Type, Variant
 
-SHARED_BYTES = {arch: gpu.shared for arch, gpu in GPUS.items()}  # that a program may have
+ARCHS = ("sm_80", "sm_90", "sm_100")  # of the table
+SHARED_BYTES = {arch: GPUS[arch].shared for arch in ARCHS}  # that a program may have
 # What one multiprocessor has, by the CUDA programming guide: threads, 32-bit registers, programs.
 # Of its shared memory a program takes 1 KiB for the system; one that takes all has the rest.
 _SM_THREADS, _SM_REGISTERS, _SM_PROGRAMS = 2048, 65536, 32

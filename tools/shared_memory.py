@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 
 from kernel_resources import TENSOR_MEMORY, ast_source
-from lcr_fast.kernels.gpu import GPUS, Gpu
+from lcr_fast.kernels.gpu import GPUS
 from lcr_fast.kernels.launch import Variant
 from lcr_fast.kernels.reasoning import backward
 from lcr_fast.kernels.reasoning.ahead_of_time import TRAIN, Call, make_variant
@@ -33,11 +33,6 @@ from lcr_fast.kernels.reasoning.forward import latent_reasoning_fwd_kernel
 from lcr_fast.kernels.scoring.ahead_of_time import variants_of_one_head
 from lcr_fast.kernels.scoring.config import MAX_HIDDEN
 
-ARCHS = GPUS | {
-    "sm_89": Gpu(8, 99 << 10),
-    "sm_110": Gpu(11, 227 << 10),
-    "sm_120": Gpu(12, 99 << 10),
-}
 PRECISIONS = {"ieee": torch.bfloat16, "bf16x3": torch.float32, "bf16x6": torch.float32}
 _KERNELS = {
     "fwd": ("fwd", latent_reasoning_fwd_kernel),
@@ -58,13 +53,13 @@ def variants(arch: str) -> Iterator[Variant]:
             )
             is_served = obstacle(
                 dim=dim, n_heads=heads, ffn_dim=4 * dim, search_len=size, rec_len=size,
-                dtype=call.dtype, gpu=ARCHS[arch] if precision == "bf16x6" else None,
+                dtype=call.dtype, gpu=GPUS[arch] if precision == "bf16x6" else None,
             ) is None  # fmt: skip
             for name, (which, kernel) in _KERNELS.items() if is_served else ():
                 full = f"{name}-{precision}-d{dim}-L{size}-H{heads}"
-                yield make_variant(full, which, kernel, call, TRAIN, ARCHS[arch])
+                yield make_variant(full, which, kernel, call, TRAIN, GPUS[arch])
     for hidden in ((200, 80), MAX_HIDDEN):
-        for variant in variants_of_one_head(ARCHS[arch], hidden, every=True):
+        for variant in variants_of_one_head(GPUS[arch], hidden, every=True):
             name = "-".join(["scoring", *map(str, hidden), variant.name])
             yield variant._replace(name=name)
 
@@ -100,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--arch", nargs="+", choices=ARCHS, default=list(ARCHS))
+    parser.add_argument("--arch", nargs="+", choices=GPUS, default=list(GPUS))
     parser.add_argument("--only", default="", help="a regular expression that names must contain")
     arguments = parser.parse_args(argv)
     too_much = 0
@@ -108,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         for variant in variants(arch):
             if re.search(arguments.only, variant.name):
                 size, columns = memory_of(variant, arch)
-                most = ARCHS[arch].shared
+                most = GPUS[arch].shared
                 end = f", more than {most}" if size > most else ""
                 end += f", {columns} columns of tensor memory" if columns else ""
                 end += f", more than {TENSOR_MEMORY}" if columns > TENSOR_MEMORY else ""

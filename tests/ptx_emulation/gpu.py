@@ -12,17 +12,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
 from lcr_fast.kernels import gpu
-from lcr_fast.kernels.gpu import GPUS, Gpu
+from lcr_fast.kernels.gpu import GPUS
 from ptx_emulation.program import FaultError, Program
 
-# Those whose products are mma.sync, wgmma or tcgen05.mma.
-EMULATED = {
-    "sm_80": GPUS["sm_80"],
-    "sm_89": Gpu(8, 99 << 10),
-    "sm_90": GPUS["sm_90"],
-    "sm_100": GPUS["sm_100"],
-    "sm_120": Gpu(12, 99 << 10),
-}
 # Programs of sum_runs_kernel store what join_runs_kernel then overwrites.
 _OVERWRITTEN = {"sum_runs_kernel"}
 
@@ -95,12 +87,12 @@ def _flat(types: tuple, values: Any) -> Iterator[tuple[str, Any]]:
 
 
 def install(arch: str) -> None:
-    """Launch every kernel, for the rest of the process, compiled for one of ``EMULATED``.
+    """Launch every kernel, for the rest of the process, compiled for one of ``GPUS``.
 
     Before any launcher is imported, and where Triton is not set to interpret.
     """
-    if arch not in EMULATED:
-        raise ValueError(f"{arch!r} is not emulated, only {', '.join(EMULATED)}")
+    if arch not in GPUS:
+        raise ValueError(f"{arch!r} is not emulated, only {', '.join(GPUS)}")
     compile_and_keep = jit.JITFunction._do_compile
 
     def emulate(self, key, signature, device, *rest):
@@ -111,7 +103,7 @@ def install(arch: str) -> None:
 
     driver.set_active(_Driver(int(arch.removeprefix("sm_"))))
     jit.JITFunction._do_compile = emulate
-    gpu.gpu_of = lambda device: EMULATED[arch]
+    gpu.gpu_of = lambda device: GPUS[arch]
     # Imported now, launchers ask the function above, and ops serve CPU tensors as if interpreted.
     from lcr_fast.ops import _triton
 
