@@ -377,7 +377,9 @@ void add_tensor_memory(Table& table) {
   table["tcgen05.relinquish_alloc_permit" + group + ".sync.aligned"] = nothing;
   table["tcgen05.mma" + group + ".kind::f16.shared"] = issue_product<true>;
   table["tcgen05.mma" + group + ".kind::f16.tensor"] = issue_product<false>;
-  table["tcgen05.commit" + group + ".mbarrier::arrive::one.shared::cluster.b64"] = commit_arrival;
+  for (const char* where : {"", ".shared::cluster"}) {
+    table["tcgen05.commit" + group + ".mbarrier::arrive::one" + where + ".b64"] = commit_arrival;
+  }
   table["mbarrier.init.shared.b64"] = begin_arrivals;
   table["mbarrier.inval.shared.b64"] = end_arrivals;
   table["mbarrier.try_wait.parity.shared.b64"] = wait_for_arrivals;
