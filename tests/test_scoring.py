@@ -97,9 +97,12 @@ def test_candidates_shared_by_all_users(by_id):
         assert_matches(case_with(case, candidates=case.items[:1]))
 
 
-@pytest.mark.parametrize("n_candidates", [1, 19, 130])
+@pytest.mark.parametrize("n_candidates", [1, 10, 19, 130])
 def test_order_copies_and_neighbours_change_no_bit(n_candidates):
-    """A score depends on its own user and item: permuted, duplicated, or the user alone."""
+    """A score depends on its own user and item: permuted, or the user alone, without padding.
+
+    What is folded is chosen by lengths: with 10 candidates some users' histories are.
+    """
     case = Case(n_candidates=n_candidates)
     scores = case.call("cpp")
     order = torch.randperm(n_candidates)
@@ -108,8 +111,9 @@ def test_order_copies_and_neighbours_change_no_bit(n_candidates):
     for b in range(6):
         t = case.tensors
         one = slice(b, b + 1)
+        n_search, n_rec = (n[b] for n in case.lengths)
         alone = ops.score(
-            t["search"][one], t["rec"][one], *(n[one] for n in case.lengths),
+            t["search"][one, :n_search], t["rec"][one, :n_rec], *(n[one] for n in case.lengths),
             t["candidates"][one], t["user"][one], case.weights, backend="cpp",
         )  # fmt: skip
         assert torch.equal(alone[0], scores[b])

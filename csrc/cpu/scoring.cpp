@@ -12,13 +12,8 @@ void score_cpu(const ScoringArgs& args, const CandidateArgs& candidates, float* 
                const Parallel& parallel) {
   const int64_t C = candidates.n_candidates, N = args.n_trajectories, D = args.dim;
   if (args.n_users == 0 || C == 0 || N == 0) return;
-  const int64_t events = args.size[0] + args.size[1];
   const int64_t H = args.widths.empty() ? 0 : args.widths[0];
-  // Multiplications with and without folding, by padded lengths: a user's bits must not depend on
-  // the rest of the batch.
-  const bool fold_keys = N * events < 2 * C;
-  const bool fold_layer = events * D * H + C * events * H < C * events * D + C * 2 * D * H;
-  const ScoringNet net(args, fold_keys, fold_layer);
+  const ScoringNet net(args, Fold::kCheaper, C);
   const ColumnCut cut(args.n_users, C);
   const int64_t fold_floats = net.fold_floats();
   // Folded histories of a few groups at a time.
@@ -37,7 +32,7 @@ void score_cpu(const ScoringArgs& args, const CandidateArgs& candidates, float* 
     }
     parallel((g1 - g0) * cut.n_tiles, [&](int64_t begin, int64_t end) {
       TileWork work(net, cut.ld);
-      const int64_t key_rows = net.fold_keys ? 0 : D;
+      const int64_t key_rows = net.all_fold_keys ? 0 : D;
       const Floats et = new_floats((D + 2 * key_rows + net.hidden) * cut.ld);
       float* const keys[2] = {et.get() + D * cut.ld, et.get() + (D + key_rows) * cut.ld};
       float* const first = et.get() + (D + 2 * key_rows) * cut.ld;
@@ -54,7 +49,9 @@ void score_cpu(const ScoringArgs& args, const CandidateArgs& candidates, float* 
         if (candidates.first != nullptr)
           item_rows(candidates, candidates.first, H, b0, b1, c0, c1, first_rows);
         const auto n = static_cast<int64_t>(rows.size());
-        prepare_items(net, rows.data(), n, cut.ld, et.get(), keys, first,
+        bool folded_keys = true;
+        for (int64_t b = b0; b < b1; ++b) folded_keys &= net.folds_keys(b);
+        prepare_items(net, rows.data(), n, cut.ld, et.get(), folded_keys ? nullptr : keys, first,
                       candidates.first == nullptr ? nullptr : first_rows.data());
         segments.clear();
         for (int64_t b = b0; b < b1; ++b) {

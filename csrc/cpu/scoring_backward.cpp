@@ -155,7 +155,7 @@ void attention_bwd(const ScoringNet& net, const std::vector<Segment>& segments, 
 void score_bwd_cpu(const ScoringArgs& args, const CandidateArgs& candidates, const float* dscores,
                    const ScoringGradients& gradients, const Parallel& parallel) {
   const int64_t C = candidates.n_candidates, N = args.n_trajectories, D = args.dim;
-  const ScoringNet net(args, false, false);
+  const ScoringNet net(args, Fold::kNone);
   const ColumnCut cut(args.n_users, C);
   const int64_t n_slices = C == 0 ? 0 : std::min(kSlices, cut.n_groups);
   const float kept = keep_scale(candidates.dropout.threshold);

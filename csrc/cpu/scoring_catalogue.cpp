@@ -27,7 +27,7 @@ template <class Hide, class Begin, class Visit, class Finish>
 void stream(const ScoringArgs& args, const ItemArgs& catalogue, const Parallel& parallel,
             const Hide& hide, const Begin& begin_users, const Visit& visit, const Finish& finish) {
   const int64_t D = args.dim;
-  const ScoringNet net(args, true, true);
+  const ScoringNet net(args, Fold::kAll);
   constexpr int64_t kTile = kColumns * kTilePanels;
   const int64_t fold_floats = net.fold_floats(), H = net.hidden;
   const int64_t block =

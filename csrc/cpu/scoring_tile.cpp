@@ -109,7 +109,7 @@ void first_layer_of_items(const ScoringArgs& args, bool pairs, const float* item
   });
 }
 
-ScoringNet::ScoringNet(const ScoringArgs& args, bool fold_keys, bool fold_layer)
+ScoringNet::ScoringNet(const ScoringArgs& args, Fold fold, int64_t n_candidates)
     : a(args),
       k(scoring_kernels(args.pairs)),
       pairs(args.pairs),
@@ -118,22 +118,40 @@ ScoringNet::ScoringNet(const ScoringArgs& args, bool fold_keys, bool fold_layer)
       dot(!mlp || args.dot),
       hidden(mlp ? args.widths[0] : 0),
       inputs(args.inputs()),
-      fold_keys(fold_keys || pairs),
-      fold_layer((fold_layer || pairs) && mlp),
       first_transposed(args.first_transposed),
+      fold_(args.pairs ? Fold::kAll : fold),
+      n_candidates_(n_candidates),
       inner_(pairs ? pair_count(dim) : dim),
       width_(pairs ? pair_row(dim) : dim) {
+  bool some_keys = false, some_layer = false;
+  for (int64_t b = 0; b < a.n_users; ++b) {
+    some_keys |= folds_keys(b), all_fold_keys &= folds_keys(b);
+    some_layer |= folds_layer(b), all_fold_layer &= folds_layer(b);
+  }
   const auto take = [this](bool wanted, int64_t n) {
     return std::exchange(fold_floats_, fold_floats_ + (wanted ? n : 0));
   };
   for (int x : {kSearch, kRec}) states_[x] = take(pairs && dot, a.size[x] * width_);
-  for (int x : {kSearch, kRec}) keys_[x] = take(this->fold_keys, a.size[x] * width_);
+  for (int x : {kSearch, kRec}) keys_[x] = take(some_keys, a.size[x] * width_);
   for (int x : {kSearch, kRec})
-    layer_[x] = take(this->fold_layer, (pairs ? pair_count(a.size[x]) : a.size[x]) * hidden);
+    layer_[x] = take(some_layer, (pairs ? pair_count(a.size[x]) : a.size[x]) * hidden);
   if (!mlp || first_transposed != nullptr) return;
   made_ = new_floats(inputs * hidden);
   transpose_first(args, made_.get());
   first_transposed = made_.get();
+}
+
+bool ScoringNet::folds_keys(int64_t b) const {
+  const int64_t events = length(kSearch, b) + length(kRec, b);
+  return fold_ == Fold::kAll ||
+         (fold_ == Fold::kCheaper && a.n_trajectories * events < 2 * n_candidates_);
+}
+
+bool ScoringNet::folds_layer(int64_t b) const {
+  if (!mlp || fold_ != Fold::kCheaper) return mlp && fold_ == Fold::kAll;
+  const int64_t events = length(kSearch, b) + length(kRec, b);
+  const int64_t folded = events * dim * hidden + n_candidates_ * events * hidden;
+  return folded < n_candidates_ * events * dim + n_candidates_ * 2 * dim * hidden;
 }
 
 MatrixA ScoringNet::history(int x, int64_t b, int64_t n, const float* folded) const {
@@ -153,13 +171,13 @@ void ScoringNet::fold(int64_t b, int64_t n, float* folded) const {
     const int64_t rows = length(x, b);
     const MatrixA h =
         k.left(rows, dim, states(x, b, n), dim, dot ? folded + states_[x] : words.get());
-    if (fold_keys) {
+    if (folds_keys(b)) {
       float* out = folded + keys_[x];
       float* made = pairs ? floats : out;
       k.gemm(rows, dim, dim, h, target_weight(x), dim, made, dim, {});
       k.left(rows, dim, made, dim, out);
     }
-    if (fold_layer) {
+    if (folds_layer(b)) {
       float* out = folded + layer_[x];
       float* made = pairs ? floats : out;
       k.gemm(rows, hidden, dim, h, first_rows(place(x)), hidden, made, hidden, {});
@@ -178,7 +196,7 @@ void ScoringNet::user_bias(int64_t b, float* out) const {
 
 TileWork::TileWork(const ScoringNet& net, int64_t ld) : ld(ld) {
   const ScoringArgs& a = net.a;
-  const int64_t pooled_rows = net.fold_layer ? 0 : 2 * net.dim;
+  const int64_t pooled_rows = net.all_fold_layer ? 0 : 2 * net.dim;
   const int64_t product_rows = net.dot ? std::max(a.size[0], a.size[1]) : 0;
   std::vector<int64_t> widths = a.widths;
   if (!net.mlp) widths.push_back(1);
@@ -210,7 +228,7 @@ ColumnCut::ColumnCut(int64_t n_users, int64_t n_candidates) {
 void prepare_items(const ScoringNet& net, const float* const* rows, int64_t n, int64_t ld,
                    float* et, float* const keys[2], float* first, const float* const* first_rows) {
   net.k.right_of_rows(rows, n, net.dim, et, ld);
-  if (!net.fold_keys)
+  if (keys != nullptr)
     for (int x : {kSearch, kRec})
       net.k.gemm(net.dim, n, net.dim, {net.a.target_weight + x * net.dim * net.dim, net.dim, 1}, et,
                  ld, keys[x], ld, {});
@@ -232,6 +250,7 @@ void score_tile(const ScoringNet& net, const Segment* segments, int64_t n_segmen
   for (int64_t s = 0; s < n_segments; ++s) {
     const Segment& segment = segments[s];
     const int64_t at = segment.begin, size = segment.size;
+    const bool folds_keys = net.folds_keys(segment.user);
     if (net.dot) std::fill_n(dots + at, size, 0.0f);
     // A single layer is the last too: its start replaces the zeros.
     if (net.mlp) k.add_bias(items.first + at, segment.bias, ld, net.hidden, size, top + at);
@@ -239,8 +258,8 @@ void score_tile(const ScoringNet& net, const Segment* segments, int64_t n_segmen
       const int64_t rows = net.length(x, segment.user);
       float* alpha = work.alpha[x] + at;
       const MatrixA history = net.history(x, segment.user, trajectory, segment.folded);
-      const MatrixA left = net.fold_keys ? net.keys(segment.folded, x) : history;
-      const float* right = net.fold_keys ? items.transposed : items.keys[x];
+      const MatrixA left = folds_keys ? net.keys(segment.folded, x) : history;
+      const float* right = folds_keys ? items.transposed : items.keys[x];
       k.gemm(rows, size, dim, left, right + at, ld, alpha, ld, {});
       k.softmax(alpha, ld, rows, size);
       if (net.dot) {
@@ -248,7 +267,7 @@ void score_tile(const ScoringNet& net, const Segment* segments, int64_t n_segmen
         k.gemm(rows, size, dim, history, items.transposed + at, ld, products, ld, {});
         k.column_dots(alpha, products, ld, rows, size, dots + at, true);
       }
-      if (net.fold_layer)
+      if (net.folds_layer(segment.user))
         k.gemm(net.hidden, size, rows, net.layer(segment.folded, x),
                k.right(rows, size, alpha, ld, work.words), ld, top + at, ld,
                {.add = true, .relu = deep && x == kRec});
@@ -258,9 +277,15 @@ void score_tile(const ScoringNet& net, const Segment* segments, int64_t n_segmen
     }
   }
   if (!net.mlp) return;
-  if (!net.fold_layer)
-    k.gemm(net.hidden, n, 2 * dim, {a.weights[0], net.inputs, 1}, work.pooled, ld, top, ld,
+  for (int64_t s = 0; s < n_segments; ++s) {  // those side by side that do not fold the layer
+    const int64_t first = s;
+    while (s < n_segments && !net.folds_layer(segments[s].user)) ++s;
+    if (s == first) continue;
+    const int64_t at = segments[first].begin;
+    k.gemm(net.hidden, segments[s - 1].begin + segments[s - 1].size - at, 2 * dim,
+           {a.weights[0], net.inputs, 1}, work.pooled + at, ld, top + at, ld,
            {.add = true, .relu = deep});
+  }
   const size_t last = a.widths.size() - 1;
   for (size_t l = 0; l < last; ++l) {
     float* x = work.layers[l];

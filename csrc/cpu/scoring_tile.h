@@ -24,14 +24,20 @@ constexpr Epilogue kAdd{.add = true};
 
 using Buffer = std::vector<float>;
 
+// Whose histories are folded: kCheaper, those of users for whom it is less work. That goes by a
+// user's own lengths, as its bits must not depend on the batch, to whose longest it is padded.
+enum class Fold { kNone, kAll, kCheaper };
+
 // One call's weights, and how its histories are folded.
 struct ScoringNet {
-  ScoringNet(const ScoringArgs& args, bool fold_keys, bool fold_layer);
+  ScoringNet(const ScoringArgs& args, Fold fold, int64_t n_candidates = 0);
 
   const float* states(int x, int64_t b, int64_t n) const {
     return a.states[x] + (b * a.n_trajectories + n) * a.size[x] * dim;
   }
   int64_t length(int x, int64_t b) const { return a.lengths[x][b]; }
+  bool folds_keys(int64_t b) const;
+  bool folds_layer(int64_t b) const;
   // Rows of W1^T that meet z_x: the recommendation stream comes first.
   int64_t place(int x) const { return x == kRec ? 0 : dim; }
   // The right factors W_x [dim, dim] and, of rows place .. place + dim of W1^T, [dim, hidden].
@@ -67,10 +73,12 @@ struct ScoringNet {
   const bool dot;
   const int64_t hidden;
   const int64_t inputs;
-  const bool fold_keys, fold_layer;
-  const float* first_transposed;  // [inputs, hidden]
+  bool all_fold_keys = true, all_fold_layer = true;  // all users
+  const float* first_transposed;                     // [inputs, hidden]
 
  private:
+  const Fold fold_;
+  const int64_t n_candidates_;
   const int64_t inner_, width_;  // rows of a right factor [dim, ..], floats in a row of a left one
   int64_t states_[2], keys_[2], layer_[2];  // in a folded history
   int64_t fold_floats_ = 0;
@@ -93,7 +101,7 @@ struct TileWork {
 
   int64_t ld;
   float* alpha[2];             // [size, ld]
-  float* pooled;               // [2 dim, ld] z_r, z_s; unless the layer is folded
+  float* pooled;               // [2 dim, ld] z_r, z_s; unless all fold the layer
   float* products;             // [size, ld] H_x e, of the dot product
   float* words;                // of a right factor of pairs
   std::vector<float*> layers;  // [width, ld] after ReLU and dropout
@@ -105,11 +113,11 @@ struct TileWork {
 // What the items of a tile contribute, whoever the user is.
 struct TileItems {
   const float* transposed;  // [dim, ld], a right factor
-  const float* keys[2];     // [dim, ld] W_x e; unless keys are folded
+  const float* keys[2];     // [dim, ld] W_x e; for users who do not fold keys
   const float* first;       // [hidden, ld] W1_e e
 };
 
-// Fill `et` [dim, ld], `keys` [dim, ld] unless they are folded, and `first` [hidden, ld], which
+// Fill `et` [dim, ld], `keys` [dim, ld] unless it is null, and `first` [hidden, ld], which
 // `first_rows` are the columns of, unless it is null.
 void prepare_items(const ScoringNet& net, const float* const* rows, int64_t n, int64_t ld,
                    float* et, float* const keys[2], float* first,
