@@ -249,6 +249,12 @@ def test_nan_is_an_error(backend):
     for function, argument in ((ops.score_topk, 3), (ops.score_rank, torch.full((6,), 2))):
         with pytest.raises(ValueError, match="user 0 of the batch has a NaN score"):
             case.catalogue(function, argument, items=table, backend=backend)
+    bonus = torch.tensor([0.0, 0.0, 0.0, torch.nan, 0.0, 0.0])
+    target = torch.full((6,), 2)
+    with pytest.raises(ValueError, match="user 3 of the batch has a NaN score"):
+        case.catalogue(ops.score_rank, target, bonus=bonus, backend=backend)
+    nobody = target * (bonus == 0)
+    case.catalogue(ops.score_rank, nobody, bonus=bonus, backend=backend)
     case.tensors["search"][2, 0] = torch.nan  # user 2 alone has it in a valid position
     assert case.lengths[0][2] > 0
     with pytest.raises(ValueError, match="user 2 of the batch"):

@@ -4,12 +4,15 @@ import functools
 from collections.abc import Iterator
 
 import torch
-import triton
 
 from lcr_fast.kernels.gpu import GPUS, Gpu
 from lcr_fast.kernels.launch import TYPES, Type, Variant, describe
 from lcr_fast.kernels.scoring.backward import candidate_bwd_kernel, state_bwd_kernel
-from lcr_fast.kernels.scoring.catalogue import score_rank_kernel, score_topk_kernel
+from lcr_fast.kernels.scoring.catalogue import (
+    list_tile,
+    score_rank_kernel,
+    score_topk_kernel,
+)
 from lcr_fast.kernels.scoring.config import (
     USER_CONFIG,
     catalogue_config,
@@ -45,7 +48,7 @@ def _types(dtype: torch.dtype) -> dict[str, Type]:
     """Types of arguments that are not numbers of the states' dtype, nor int32."""
     pointer = f"*{TYPES[dtype]}"
     operand = pointer if dtype != torch.float32 else "*bf16"  # its parts
-    stream = Stream(pointer, "*i64", "i32")
+    stream = Stream(pointer, "*i64")
     mlp = Mlp(*[pointer] * len(Mlp._fields))._replace(w1=operand, w2=operand)
     return {
         **{f"{name}_ptr": "*i64" for name in _INT64},
@@ -123,7 +126,7 @@ def variants_of_one_head(
                     yield variant(f"{name}-{suffix}-C{n_candidates}", of, compiled=compiled)
             scan = call | catalogue_config(dim, n_events, dtype, precision, gpu)
             for k in (10, 100):
-                top = scan | {"K_TILE": triton.next_power_of_2(k), "X_BLOCK": 128}
+                top = scan | {"K_TILE": list_tile(k)}
                 name = f"score_topk-{suffix}-k{k}"
                 yield variant(name, score_topk_kernel, compiled=top)
             yield variant(f"score_rank-{suffix}", score_rank_kernel, compiled=scan)

@@ -90,10 +90,12 @@ def _dkeys(
     return dkeys
 
 
-@kernel(do_not_specialize=["first_user"])
+@kernel(do_not_specialize=["search_size", "rec_size", "first_user"])
 def candidate_bwd_kernel(
     search,  # Stream
     rec,  # Stream
+    search_size,
+    rec_size,
     target_weight_ptr,  # [parts, 2, D, D]
     dinputs_ptr,  # [R, 3D]
     softmax_ptr,  # [2, 3, R]
@@ -125,14 +127,14 @@ def candidate_bwd_kernel(
     ditems_ptr += (b * n_candidates + first) * D
 
     dkeys_s = _dkeys(
-        search.states + b * n_trajectories * search.size * D,
-        load_length(search, b), search.size,
+        search.states + b * n_trajectories * search_size * D,
+        load_length(search, b, search_size), search_size,
         candidates_ptr, dkeys_ptr, dinputs_ptr + D, softmax_ptr, inside,
         n_trajectories, n_candidates, n_rows, D, EVENTS, PRECISION,
     )  # fmt: skip
     dkeys_r = _dkeys(
-        rec.states + b * n_trajectories * rec.size * D,
-        load_length(rec, b), rec.size,
+        rec.states + b * n_trajectories * rec_size * D,
+        load_length(rec, b, rec_size), rec_size,
         candidates_ptr + D, dkeys_ptr + D, dinputs_ptr, softmax_ptr + 3 * n_rows, inside,
         n_trajectories, n_candidates, n_rows, D, EVENTS, PRECISION,
     )  # fmt: skip
@@ -149,9 +151,10 @@ def candidate_bwd_kernel(
         _store(ditems_ptr, i, columns, D, de, inside, D)
 
 
-@kernel(do_not_specialize=["first_user"])
+@kernel(do_not_specialize=["size", "first_user"])
 def state_bwd_kernel(
     stream,  # Stream
+    size,
     keys_ptr,  # [users of the chunk x C, 3D], at the stream's k
     dz_ptr,  # [R, 3D], at the stream's dz
     softmax_ptr,  # [3, R]
@@ -165,12 +168,12 @@ def state_bwd_kernel(
     CANDIDATES: tl.constexpr,
     EVENTS: tl.constexpr,
 ):
-    n_blocks = tl.cdiv(stream.size, EVENTS)
+    n_blocks = tl.cdiv(size, EVENTS)
     pid = tl.program_id(0).to(tl.int64)
     block, bn_local = pid % n_blocks, pid // n_blocks
     b_local = bn_local // n_trajectories
     bn = first_user * n_trajectories + bn_local
-    length = load_length(stream, first_user + b_local)
+    length = load_length(stream, first_user + b_local, size)
     first_event = block.to(tl.int32) * EVENTS
     events = first_event + tl.arange(0, EVENTS)
     valid = events < length
@@ -178,7 +181,7 @@ def state_bwd_kernel(
     i = tl.arange(0, CANDIDATES)
     tile_offsets = i[:, None] * (3 * D) + axis[None, :]
 
-    h = load_events(stream.states + bn * stream.size * D, events, length, D)  # [EVENTS, D]
+    h = load_events(stream.states + bn * size * D, events, length, D)  # [EVENTS, D]
     dh = tl.zeros([EVENTS, D], tl.float32)
     for first in range(0, tl.where(first_event < length, n_candidates, 0), CANDIDATES):
         inside = first + i < n_candidates
@@ -196,8 +199,8 @@ def state_bwd_kernel(
         dh = product(p.to(h.dtype), dz, PRECISION, dh)
         dh = product(dl.to(h.dtype), keys, PRECISION, dh)
     dh = tl.where(valid[:, None], dh, 0.0)
-    dstates_ptr += bn * stream.size * D
-    _store(dstates_ptr, events, axis, D, dh, events < stream.size, D)
+    dstates_ptr += bn * size * D
+    _store(dstates_ptr, events, axis, D, dh, events < size, D)
 
 
 def _bytes_of_user(call: ScoreCall) -> int:
@@ -271,15 +274,15 @@ def _chunk_bwd(
     n_tiles = triton.cdiv(n_candidates, of_attention["CANDIDATES"])
     launch(
         candidate_bwd_kernel, (users * n_tiles,),
-        call.search, call.rec, call.target_weight, dinputs, softmax, candidates, dkeys, ditems,
-        *numbers, **of_attention,
+        call.search, call.rec, *call.sizes, call.target_weight, dinputs, softmax, candidates, dkeys,
+        ditems, *numbers, **of_attention,
     )  # fmt: skip
     for x, (stream, dstates) in enumerate(((call.search, dsearch), (call.rec, drec))):
-        n_event_blocks = triton.cdiv(stream.size, of_states["EVENTS"])
+        n_event_blocks = triton.cdiv(call.sizes[x], of_states["EVENTS"])
         launch(
             state_bwd_kernel, (users * n_trajectories * n_event_blocks,),
-            stream, candidates[:, x * dim :], dinputs[:, (1 - x) * dim :], softmax[x], dstates,
-            *numbers, **of_states,
+            stream, call.sizes[x], candidates[:, x * dim :], dinputs[:, (1 - x) * dim :],
+            softmax[x], dstates, *numbers, **of_states,
         )  # fmt: skip
     if call.head.HAS_USER:
         launch(

@@ -51,6 +51,11 @@ class ScoreCall(NamedTuple):
         return self.compiled["HEAD"]
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """L of both streams."""
+        return self.search.states.shape[2], self.rec.states.shape[2]
+
+    @property
     def rows_of_user(self) -> int:
         """Count the rows of a user."""
         return self.search.states.shape[1] * self.ids.shape[1]
@@ -64,8 +69,8 @@ class ScoreCall(NamedTuple):
         """Choose the compile-time arguments and launch options of a kernel."""
         states = self.search.states
         return self.compiled | config(
-            kernel, states.shape[-1], self.ids.shape[1], max(self.search.size, self.rec.size),
-            states.dtype, self.compiled["PRECISION"], gpu_of(states.device),
+            kernel, states.shape[-1], self.ids.shape[1], max(self.sizes), states.dtype,
+            self.compiled["PRECISION"], gpu_of(states.device),
         )  # fmt: skip
 
     def of_head(self) -> dict[str, Any]:
@@ -113,7 +118,7 @@ class ScoreCall(NamedTuple):
         n_run = n_trajectories if users * n_tiles >= PROGRAMS else 1
         launch(
             pool_kernel, (users * n_tiles * triton.cdiv(n_trajectories, n_run),),
-            self.search, self.rec, self.items, self.ids, self.target_weight, inputs,
+            self.search, self.rec, *self.sizes, self.items, self.ids, self.target_weight, inputs,
             inputs if softmax is None else softmax, inputs if candidates is None else candidates,
             self.ids_stride, n_trajectories, rows.n_candidates, rows.n_rows, rows.first_user, n_run,
             FOR_BACKWARD=softmax is not None, **compiled,
@@ -158,8 +163,8 @@ def score_call(
     compiled = constants(dim, dtype, user, mlp_weights, dropout_threshold, dot)
     weight, mlp = prepare(target_weight, mlp_weights, mlp_biases, dtype)
     return ScoreCall(
-        Stream(search.contiguous(), search_lengths.contiguous(), search.shape[2]),
-        Stream(rec.contiguous(), rec_lengths.contiguous(), rec.shape[2]),
+        Stream(search.contiguous(), search_lengths.contiguous()),
+        Stream(rec.contiguous(), rec_lengths.contiguous()),
         items.contiguous(), ids.contiguous(), weight, mlp, user.contiguous(),
         dropout_rows.contiguous(), dropout_arguments(dropout_threshold, dropout_seed), compiled,
         n_parts.fn(compiled["PRECISION"]),

@@ -13,7 +13,6 @@ from lcr_fast.kernels.launch import launch
 from lcr_fast.kernels.ptxas import kernel
 from lcr_fast.kernels.scoring.config import (
     PROGRAMS,
-    block,
     catalogue_config,
     constants,
     prepare,
@@ -33,6 +32,9 @@ _NAN_BITS = tl.constexpr(0x7FC00000)
 _NO_KEY = tl.constexpr(-(1 << 63))  # below the key of every score
 _HIGHEST_KEY = tl.constexpr((1 << 63) - 1)
 _LOWEST_KEY = -(((1 << 31) - 1) << 32)  # at or below the key of every score
+_EXCLUDED = tl.constexpr(128)  # ids that are compared at a time
+# Requests differ in them, and must not be compiled for.
+_SIZES = ["search_size", "rec_size", "n_rows", "n_excluded", "n_users", "tiles_per_split"]
 
 
 @triton.jit
@@ -41,6 +43,8 @@ def _score_items(
     valid,  # [P]
     search,  # Stream
     rec,  # Stream
+    search_size,
+    rec_size,
     search_length,
     rec_length,
     b,  # the user
@@ -57,8 +61,8 @@ def _score_items(
 ):
     """Score a tile of items as :func:`score_fwd` returns it, in the states' dtype: [P]."""
     DTYPE: tl.constexpr = search.states.dtype.element_ty
-    search_ptr = search.states + b * search.size * D
-    rec_ptr = rec.states + b * rec.size * D
+    search_ptr = search.states + b * search_size * D
+    rec_ptr = rec.states + b * rec_size * D
     user_ptr += b * D
     e = load_vectors(items_ptr, ids, valid, 0, D, D, DTYPE)  # [P, D]
     keys = target_keys(items_ptr, ids, valid, target_weight_ptr, 0, D, KEY_BLOCK, DTYPE, PRECISION)
@@ -80,10 +84,12 @@ def _sort_keys(scores, ids):
     return (bits.to(tl.int64) << 32) | (ids ^ _ID_BITS).to(tl.int64)
 
 
-@kernel(do_not_specialize=["k", "tiles_per_split"])
+@kernel(do_not_specialize=[*_SIZES, "k"])
 def score_topk_kernel(
     search,  # Stream
     rec,  # Stream
+    search_size,
+    rec_size,
     items_ptr,  # [I + 1, D]
     user_ptr,  # [B, D]
     target_weight_ptr,  # [parts, 2, D, D]
@@ -104,12 +110,11 @@ def score_topk_kernel(
     H1_BLOCK: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
     K_TILE: tl.constexpr,
-    X_BLOCK: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
     b, split = pid % n_users, pid // n_users
-    search_length = load_length(search, b)
-    rec_length = load_length(rec, b)
+    search_length = load_length(search, b, search_size)
+    rec_length = load_length(rec, b, rec_size)
     ceiling = tl.load(ceiling_ptr + b)
     slots = tl.arange(0, K_TILE)
     # Distinct, as one slot at a time is replaced; slots beyond k never are.
@@ -125,8 +130,9 @@ def score_topk_kernel(
         ids = 1 + tile * CANDIDATES + tl.arange(0, CANDIDATES)
         valid = ids < n_rows
         scores = _score_items(
-            ids, valid, search, rec, search_length, rec_length, b, items_ptr, user_ptr,
-            target_weight_ptr, mlp, D, HEAD, PRECISION, EVENTS, H1_BLOCK, KEY_BLOCK,
+            ids, valid, search, rec, search_size, rec_size, search_length, rec_length, b,
+            items_ptr, user_ptr, target_weight_ptr, mlp, D, HEAD, PRECISION, EVENTS, H1_BLOCK,
+            KEY_BLOCK,
         )  # fmt: skip
         n_nan += tl.sum((valid & (scores != scores)).to(tl.int32), 0)
         keys = _sort_keys(scores, ids)
@@ -137,8 +143,8 @@ def score_topk_kernel(
         while key > worst:
             item = (key & _ID_BITS) ^ _ID_BITS
             n_found = 0
-            for x in range(0, n_excluded, X_BLOCK):
-                place = x + tl.arange(0, X_BLOCK)
+            for x in range(0, n_excluded, _EXCLUDED):
+                place = x + tl.arange(0, _EXCLUDED)
                 excluded = tl.load(
                     exclude_ptr + b * n_excluded + place, mask=place < n_excluded, other=0
                 )
@@ -155,10 +161,12 @@ def score_topk_kernel(
     )
 
 
-@kernel(do_not_specialize=["tiles_per_split"])
+@kernel(do_not_specialize=_SIZES)
 def score_rank_kernel(
     search,  # Stream
     rec,  # Stream
+    search_size,
+    rec_size,
     items_ptr,  # [I + 1, D]
     user_ptr,  # [B, D]
     target_weight_ptr,  # [parts, 2, D, D]
@@ -181,8 +189,8 @@ def score_rank_kernel(
 ):
     pid = tl.program_id(0).to(tl.int64)
     b, split = pid % n_users, pid // n_users
-    search_length = load_length(search, b)
-    rec_length = load_length(rec, b)
+    search_length = load_length(search, b, search_size)
+    rec_length = load_length(rec, b, rec_size)
     target = tl.load(target_ptr + b).to(tl.int32)
     bonus = tl.load(bonus_ptr + b)
     goal = tl.zeros([1], tl.float32)
@@ -208,14 +216,16 @@ def score_rank_kernel(
         ids = tl.where(is_goal, target, ids)
         valid = (ids > 0) & (ids < n_rows)
         scores = _score_items(
-            ids, valid, search, rec, search_length, rec_length, b, items_ptr, user_ptr,
-            target_weight_ptr, mlp, D, HEAD, PRECISION, EVENTS, H1_BLOCK, KEY_BLOCK,
+            ids, valid, search, rec, search_size, rec_size, search_length, rec_length, b,
+            items_ptr, user_ptr, target_weight_ptr, mlp, D, HEAD, PRECISION, EVENTS, H1_BLOCK,
+            KEY_BLOCK,
         ).to(tl.float32)  # fmt: skip
         goal = tl.where(is_goal, tl.max(scores, 0) + bonus, goal)
         n_nan += tl.sum((valid & (scores != scores)).to(tl.int32), 0)
         ahead = valid & (ids != target) & (scores >= goal) & (scores > float("-inf"))
         count = tl.sum(ahead.to(tl.int32), 0)
         n_ahead += tl.where(is_goal, 0, tl.where(is_listed, -count, count))
+    n_nan += tl.max(((goal != goal) & (target > 0)).to(tl.int32), 0)
     n_splits = tl.cdiv(n_tiles, tiles_per_split)
     result = tl.where(n_nan > 0, -(1 << 40), n_ahead.to(tl.int64))  # type: ignore[attr-defined]
     tl.store(ahead_ptr + b * n_splits + split, result)
@@ -223,6 +233,13 @@ def score_rank_kernel(
 
 # A longer list is found in several passes over the catalogue.
 MAX_K = 512
+
+
+def list_tile(k: int) -> int:
+    """Choose the slots of a list of k, of few sizes, as each is compiled."""
+    return next(size for size in (32, 128, MAX_K) if k <= size)
+
+
 # A split has at least so many tiles: its programs fill their lists, or score the target, once.
 _SPLIT_TILES = 8
 
@@ -239,6 +256,8 @@ class _Catalogue(NamedTuple):
 
     search: Stream
     rec: Stream
+    search_size: int
+    rec_size: int
     items: Tensor
     user: Tensor
     target_weight: Tensor
@@ -260,8 +279,9 @@ def _prepare(
     """Make a launch's arguments, and its compile-time arguments and options."""
     sizes = search.shape[1], rec.shape[1]
     catalogue = _Catalogue(
-        Stream(search.contiguous(), search_lengths.contiguous(), sizes[0]),
-        Stream(rec.contiguous(), rec_lengths.contiguous(), sizes[1]),
+        Stream(search.contiguous(), search_lengths.contiguous()),
+        Stream(rec.contiguous(), rec_lengths.contiguous()),
+        *sizes,
         items.contiguous(),
         user.contiguous(),
         *prepare(target_weight, mlp_weights, mlp_biases, search.dtype),
@@ -314,8 +334,7 @@ def score_topk(
             launch(
                 score_topk_kernel, (n_users * n_splits,),
                 *catalogue, exclude, ceiling, keys, n_rows, exclude.shape[1], n_users, size,
-                per_split, K_TILE=triton.next_power_of_2(size),
-                X_BLOCK=block(exclude.shape[1], 256), **compiled,
+                per_split, K_TILE=list_tile(size), **compiled,
             )  # fmt: skip
         found.append(keys.flatten(1).sort(1, descending=True).values[:, :size])
         ceiling = found[-1][:, -1].contiguous()
@@ -329,7 +348,7 @@ def _read_keys(keys: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor
     scores = bits.to(torch.int32).view(torch.float32)
     absent = keys < _LOWEST_KEY
     scores = scores.masked_fill(absent, -torch.inf)
-    ids = (~keys & 0x7FFFFFFF).masked_fill(absent, 0)
+    ids = (~keys & 0x7FFFFFFF).masked_fill(absent | scores.isnan(), 0)
     missing = (0, k - keys.shape[1])
     ids = torch.nn.functional.pad(ids, missing)
     return ids, torch.nn.functional.pad(scores, missing, value=-torch.inf).to(dtype)

@@ -25,10 +25,12 @@ from lcr_fast.kernels.scoring.tile import (
 )
 
 
-@kernel(do_not_specialize=["n_run", "threshold"])
+@kernel(do_not_specialize=["search_size", "rec_size", "n_run", "threshold"])
 def score_fwd_kernel(
     search,  # Stream
     rec,  # Stream
+    search_size,
+    rec_size,
     items_ptr,  # [T, D]
     ids_ptr,  # [B or 1, C]
     user_ptr,  # [B, D]
@@ -58,8 +60,8 @@ def score_fwd_kernel(
     c = tile.to(tl.int32) * CANDIDATES + tl.arange(0, CANDIDATES)
     DTYPE: tl.constexpr = search.states.dtype.element_ty
 
-    search_length = load_length(search, b)
-    rec_length = load_length(rec, b)
+    search_length = load_length(search, b, search_size)
+    rec_length = load_length(rec, b, rec_size)
     row = tl.zeros([CANDIDATES], tl.int64) + (tl.load(user_rows_ptr + b) if HEAD.DROPOUT else b)
     inside = c < n_candidates
     ids = tl.load(ids_ptr + b * ids_stride + c, mask=inside, other=0)
@@ -74,9 +76,9 @@ def score_fwd_kernel(
     for n in range(run * n_run, tl.minimum((run + 1) * n_run, n_trajectories)):
         bn = b * n_trajectories + n
         z_s, _, _ = attend(
-            keys_s, search.states + bn * search.size * D, search_length, D, EVENTS, PRECISION
+            keys_s, search.states + bn * search_size * D, search_length, D, EVENTS, PRECISION
         )
-        z_r, _, _ = attend(keys_r, rec.states + bn * rec.size * D, rec_length, D, EVENTS, PRECISION)
+        z_r, _, _ = attend(keys_r, rec.states + bn * rec_size * D, rec_length, D, EVENTS, PRECISION)
         y = score_tile(
             z_r, z_s, e, user_ptr + b * D, mlp, Dropout(threshold, scale, seed_ptr), row, c,
             HEAD, H1_BLOCK, PRECISION,
@@ -133,8 +135,8 @@ def _score_tiles(call: ScoreCall, scores: Tensor) -> None:
     n_run = n_trajectories if n_users * n_tiles >= PROGRAMS else 1
     launch(
         score_fwd_kernel, (n_users * n_tiles * triton.cdiv(n_trajectories, n_run),),
-        call.search, call.rec, call.items, call.ids, call.user, call.target_weight, call.mlp,
-        call.dropout_rows, scores, call.ids_stride, n_trajectories, n_candidates, n_run,
+        call.search, call.rec, *call.sizes, call.items, call.ids, call.user, call.target_weight,
+        call.mlp, call.dropout_rows, scores, call.ids_stride, n_trajectories, n_candidates, n_run,
         *call.dropout, **compiled,
     )  # fmt: skip
 

@@ -14,10 +14,12 @@ def _store_softmax(softmax_ptr, r, top, inverse, inside, n_rows):
     tl.store(softmax_ptr + n_rows + r, inverse, mask=inside)
 
 
-@kernel(do_not_specialize=["n_rows", "n_run", "first_user"])
+@kernel(do_not_specialize=["search_size", "rec_size", "n_rows", "n_run", "first_user"])
 def pool_kernel(
     search,  # Stream
     rec,  # Stream
+    search_size,
+    rec_size,
     items_ptr,  # [T, D]
     ids_ptr,  # [B or 1, C]
     target_weight_ptr,  # [parts, 2, D, D]
@@ -54,8 +56,8 @@ def pool_kernel(
     part = n_rows.to(tl.int64) * (3 * D)
     DTYPE: tl.constexpr = search.states.dtype.element_ty
 
-    search_length = load_length(search, b)
-    rec_length = load_length(rec, b)
+    search_length = load_length(search, b, search_size)
+    rec_length = load_length(rec, b, rec_size)
     ids = tl.load(ids_ptr + b * ids_stride + c, mask=inside, other=0)
     keys_s = target_keys(
         items_ptr, ids, inside, target_weight_ptr, 0, D, KEY_BLOCK, DTYPE, PRECISION
@@ -74,13 +76,13 @@ def pool_kernel(
         row_0 = (b_local * n_trajectories + n) * n_candidates + tile * CANDIDATES
         row_ptr = inputs_ptr + row_0 * (3 * D)
         z, top, inverse = attend(
-            keys_s, search.states + bn * search.size * D, search_length, D, EVENTS, PRECISION
+            keys_s, search.states + bn * search_size * D, search_length, D, EVENTS, PRECISION
         )
         store_operand(row_ptr + D, offsets, z, mask, part, PRECISION)
         if FOR_BACKWARD:
             _store_softmax(softmax_ptr + row_0, r, top, inverse, inside, n_rows)
         z, top, inverse = attend(
-            keys_r, rec.states + bn * rec.size * D, rec_length, D, EVENTS, PRECISION
+            keys_r, rec.states + bn * rec_size * D, rec_length, D, EVENTS, PRECISION
         )
         store_operand(row_ptr, offsets, z, mask, part, PRECISION)
         if FOR_BACKWARD:

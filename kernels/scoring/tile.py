@@ -28,7 +28,6 @@ class Stream(NamedTuple):
 
     states: Any
     lengths: Any  # int64 [B]
-    size: Any  # L
 
 
 class Mlp(NamedTuple):
@@ -100,9 +99,9 @@ def target_keys(
 
 
 @triton.jit
-def load_length(stream, b):
+def load_length(stream, b, size):
     """Events of a user, int32: all of them where the length says more, as in the reference."""
-    return tl.minimum(tl.load(stream.lengths + b), stream.size).to(tl.int32)
+    return tl.minimum(tl.load(stream.lengths + b), size).to(tl.int32)
 
 
 @triton.jit

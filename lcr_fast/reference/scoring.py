@@ -170,7 +170,7 @@ def score_rank(
     bonus: Tensor,  # [B] added to the target's score alone
     exclude: Tensor,  # [B, X] ids; those outside 1..I are nothing
 ) -> Tensor:
-    """Find the target's place among all items, from 1, ties before it: [B], -1 for a NaN score.
+    """Find the target's place among all items, from 1, ties before it: [B], -1 for a NaN.
 
     1 + the number of other items, neither excluded nor of score -inf, that score at least as high.
     Two passes: a product of another shape may round the target's score differently.
@@ -185,6 +185,7 @@ def score_rank(
         of_target = torch.where(found.unsqueeze(1), value, of_target)
         bad = bad | scores.isnan().any(1)
     of_target = of_target + bonus.unsqueeze(1)
+    bad = bad | ((target > 0) & of_target.isnan().squeeze(1))
     ahead = torch.zeros_like(target)
     for ids, scores in _catalogue_scores(*arguments):
         competes = ~listed(ids, torch.cat((exclude, goal), 1)) & (scores > -torch.inf)
