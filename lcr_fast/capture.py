@@ -177,12 +177,14 @@ class _Captured:
         function: Callable[[Batch], Any],
         batch_sizes: Iterable[int],
         n_candidates: int,
-        max_terms: int,
+        max_terms: int | None,
         graph: Callable[[], Graph],
     ) -> None:
         self.batch_sizes = tuple(sorted(set(batch_sizes)))
         if not self.batch_sizes or self.batch_sizes[0] < 1:
             raise ValueError(f"batch_sizes must be positive numbers, got {self.batch_sizes}")
+        if max_terms is None:
+            max_terms = model.config.max_terms
         if max_terms < 0:
             raise ValueError(f"max_terms must not be negative, got {max_terms}")
         if model.training:
@@ -269,7 +271,7 @@ class CapturedRecommender(_Captured):
         self,
         model: LCRSER,
         batch_sizes: Iterable[int],
-        max_terms: int,
+        max_terms: int | None,
         graph: Callable[[], Graph],
     ) -> None:
         # One candidate, which is not read: the target of no user, 0, is a column.
@@ -309,12 +311,12 @@ def capture(
     model: LCRSER,
     batch_sizes: Iterable[int] = (1, 8, 64, 256),
     n_candidates: int = 100,
-    max_terms: int = 16,
+    max_terms: int | None = None,
     graph: Callable[[], Graph] | None = None,
 ) -> CapturedModel:
     """Capture ``model(batch)`` for serving, for each of ``batch_sizes``, on the model's GPU.
 
-    ``max_terms`` is the most terms of a query, 16 being a batcher's own limit. Weights may change
+    ``max_terms`` is the most terms of a query, by default those of the config. Weights may change
     in place and are read anew; a model that moves must be captured again. Calls share the graphs'
     memory: they must follow each other, on one CUDA stream. The result's ``memory_bytes`` tells
     what the graphs hold. ``graph`` makes what captures, by default a :class:`CudaGraph`.
@@ -333,7 +335,7 @@ def capture(
 def capture_recommender(
     model: LCRSER,
     batch_sizes: Iterable[int] = (1, 8, 64, 256),
-    max_terms: int = 16,
+    max_terms: int | None = None,
     graph: Callable[[], Graph] | None = None,
 ) -> CapturedRecommender:
     """Capture what ``model.recommend`` computes before the catalogue; all else as :func:`capture`.

@@ -127,6 +127,7 @@ class LCRConfig(_JsonConfig):
     max_search_len: int = _option(30, "most recent searches that are read; 0: none")
     max_rec_len: int = _option(30, "most recent recommendation events that are read")
     max_clicks: int = _option(5, "clicked items read per search")
+    max_terms: int = _option(16, "terms read of a query, from its beginning")
     dropout: float = _option(0.2, "dropout on every sublayer's output and in the head")
     query_encoder: Literal["terms", "id"] = _option(
         "terms", "a query's vector: its terms' mean or its id's"
@@ -156,7 +157,7 @@ class LCRConfig(_JsonConfig):
     backend: Backend = _option("auto", "which implementation the ops use")
 
     def __post_init__(self) -> None:
-        minimum = dict.fromkeys(("n_items", "dim", "n_heads", "n_layers"), 1)
+        minimum = dict.fromkeys(("n_items", "dim", "n_heads", "n_layers", "max_terms"), 1)
         minimum |= dict.fromkeys(
             (
                 "n_users", "n_queries", "n_terms", "ffn_dim", "steps", "max_search_len",

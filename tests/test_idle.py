@@ -28,7 +28,7 @@ TRAIN = {
 # Another value of every field that a loss can show.
 OTHER = {
     "n_heads": 4, "n_layers": 2, "ffn_dim": 5, "steps": 1, "max_search_len": 3, "max_rec_len": 4,
-    "max_clicks": 1, "dropout": 0.1, "query_encoder": "id", "user_embedding": False,
+    "max_clicks": 1, "max_terms": 1, "dropout": 0.1, "query_encoder": "id", "user_embedding": False,
     "step_ffn": False, "share_steps": False, "step_embedding": True, "update": "rec_first",
     "cross_memory": "step_input", "score": "mlp", "readout": 0.5, "seen_bonus": False,
     "mlp_hidden": (4,),

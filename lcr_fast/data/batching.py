@@ -16,8 +16,8 @@ class Batcher:
 
     Of each stream the most recent ``max_rec_len`` and ``max_search_len`` events strictly before the
     target's time, oldest first; of a search its first ``max_clicks`` clicks made strictly before
-    that time, so a search still open shows what was known then. ``max_terms`` defaults to the
-    longest query, at most 16. With ``trim`` the padding ends at the longest row of the batch,
+    that time, so a search still open shows what was known then. Of a query its first ``max_terms``
+    terms, by default all. With ``trim`` the padding ends at the longest row of the batch,
     without it every batch has the full shape. ``search_of`` [n] names for every sample the one
     whose searches it shows, -1 for none; default: its own. Users, queries and terms beyond the
     ``largest_ids`` of their fields are unknown: 0.
@@ -41,7 +41,7 @@ class Batcher:
         self.max_rec_len = max_rec_len
         self.max_search_len = max_search_len
         self.max_clicks = max_clicks
-        self.max_terms = min(data.max_terms, 16) if max_terms is None else max_terms
+        self.max_terms = data.max_terms if max_terms is None else max_terms
         self.trim = trim
         self.search_of = search_of
         sizes = {

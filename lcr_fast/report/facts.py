@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tabulate import tabulate
 
+from lcr_fast.config import LCRConfig
 from lcr_fast.data.prepared import SPLITS, PreparedData
 from lcr_fast.data.segments import owners, ranges
 from lcr_fast.training.analysis import searched
@@ -19,8 +20,10 @@ _LEAST_UNIX_MS = 10**11  # smaller times are of no calendar
 _BINS = (0, 1, 2, 3, 5, 8, 12, 20, 30, 50, 100)  # lower bounds of history lengths
 # Shares from which on a fact is worth a warning. Rules of thumb, said with the number itself.
 _MANY_REPEATS, _FEW_SEARCHES, _MANY_TIES, _LATE, _UNCOVERED = 0.3, 0.3, 0.02, 0.1, 0.5
-_APART, _LACKING, _ONE_USER = 0.05, 0.5, 0.1
+_APART, _LACKING, _ONE_USER, _MANY_LONG = 0.05, 0.5, 0.1, 0.01
 _FEW_CLICKS, _ONE_ITEM, _FEW_TESTED, _SHORT, _AGAIN, _EASY = 0.1, 0.1, 500, 3, 0.3, 0.5
+
+_LONG_QUERIES = f"searches with more than {LCRConfig.max_terms} terms"
 
 
 class Fact(NamedTuple):
@@ -93,6 +96,8 @@ def _streams(data: PreparedData) -> Iterator[Fact]:
     yield _share("searches", "searches with a click", (n_clicks > 0).sum(), len(n_clicks))
     n_terms = np.diff(data.query_term_offsets)[data.search_queries]
     yield _share("searches", "searches with a term", (n_terms > 0).sum(), len(n_terms))
+    long = (n_terms > LCRConfig.max_terms).sum()
+    yield _share("searches", _LONG_QUERIES, long, len(n_terms))
     busiest = np.diff(data.rec_offsets).max(initial=0)
     yield _share("events", "events of the busiest user", busiest, len(data.rec_items))
     counts = np.sort(data.item_count)[::-1]
@@ -240,6 +245,12 @@ def _warnings(data: PreparedData, values: dict[str, float], split: str) -> Itera
         yield (
             f"only {share:.0%} of the targets have a search before them: what searches add is "
             "measured on these alone (--min-search-history 1)"
+        )
+    share = values[_LONG_QUERIES]
+    if share > _MANY_LONG:
+        yield (
+            f"{share:.0%} of the searches have more than {LCRConfig.max_terms} terms, of which a "
+            "model reads the first ones: --max-terms says how many"
         )
     share = values["events at the time of another"]
     if share > _MANY_TIES:

@@ -45,7 +45,7 @@ def make_batcher(
     ``search_of`` and ``trim`` as in :class:`~lcr_fast.data.batching.Batcher`.
     """
     if model is None:
-        return Batcher(data, split, max_rec_len=1, max_search_len=1, max_clicks=1)
+        return Batcher(data, split, max_rec_len=1, max_search_len=1, max_clicks=1, max_terms=1)
     config = model.config
     return Batcher(
         data.without_items_above(config.n_items),
@@ -53,6 +53,7 @@ def make_batcher(
         max_rec_len=config.max_rec_len,
         max_search_len=config.max_search_len,
         max_clicks=config.max_clicks,
+        max_terms=min(data.max_terms, config.max_terms),
         trim=trim,
         search_of=search_of,
         largest_ids=config.largest_ids,

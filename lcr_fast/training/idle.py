@@ -49,7 +49,7 @@ RULES = (
     ),
     Rule(("max_clicks",), "max_search_len is 0", lambda m, t: m.max_search_len == 0),
     Rule(
-        ("query_encoder",),
+        ("query_encoder", "max_terms"),
         "max_search_len and align_queries are 0",
         lambda m, t: m.max_search_len == t.align_queries == 0,
     ),

@@ -7,10 +7,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lcr_fast import LCRSER, LCRConfig
 from lcr_fast.data.batching import Batcher
 from lcr_fast.data.build import prepare
 from lcr_fast.data.log import InteractionLog
 from lcr_fast.data.prepared import SPLITS
+from lcr_fast.report.facts import facts_of
+from lcr_fast.training.evaluation import make_batcher
 
 
 def slow_batch(data, split, rows, max_rec_len, max_search_len, max_clicks, max_terms):
@@ -131,12 +134,18 @@ def test_relevance_without_ground_truth(shop, tmp_path):
     assert batcher.relevant(np.arange(2), 3).tolist() == [[-1] * 3] * 2
 
 
-def test_terms_are_capped_at_16_by_default(make_log, tmp_path):
+def test_terms_are_as_many_as_the_model_reads(make_log, tmp_path):
     long = [str(n) for n in range(20)]
     data = prepare(make_log([(1, 1, 5, True)], [(1, 1, long, [])]), tmp_path / "out", n_negatives=0)
     assert data.max_terms == 20
     sizes = {"max_rec_len": 2, "max_search_len": 2, "max_clicks": 2}
-    assert Batcher(data, "train", **sizes).max_terms == 16
+    assert Batcher(data, "train", **sizes).max_terms == 20
+    for max_terms, read in ((16, 16), (30, 20)):
+        model = LCRSER(LCRConfig(n_items=1, n_terms=20, dim=4, n_heads=1, max_terms=max_terms))
+        assert make_batcher(data, "train", model).max_terms == read
+    assert {fact.name: fact.value for fact in facts_of(data).facts}[
+        "searches with more than 16 terms"
+    ] == 1.0
     batch = Batcher(data, "train", **sizes, max_terms=30).gather(
         np.array([0]), np.array([[1]]), np.array([0])
     )
