@@ -8,6 +8,8 @@ import torch
 
 from lcr_fast import LCRConfig, ops, ranking_metrics
 from lcr_fast.ops.noise import Dropout
+from lcr_fast.reference import Steps
+from lcr_fast.serving.scorer import Scorer
 from lcr_fast.testing import random_batch, random_model
 
 CONFIG = LCRConfig(
@@ -28,6 +30,13 @@ def encode(model, batch, rate):
     return ops.encode(
         *model.embed(batch), batch.search_lengths, batch.rec_lengths, model.encoder.weights(),
         n_heads=2, dropout=Dropout(rate, 0, batch.row), backend=model.config.backend,
+    )  # fmt: skip
+
+
+def reason(model, batch, n_users=4, **changes):
+    return ops.latent_reasoning(
+        *(torch.ones(4, 3, 8),) * 2, batch.search_lengths[:n_users], batch.rec_lengths,
+        model.reasoning.weights(), Steps(2, 2)._replace(**changes), backend=model.config.backend,
     )  # fmt: skip
 
 
@@ -53,6 +62,18 @@ CALLS = {
         )
         for rate in (1.5, -0.25, 1.0, 0.999999, math.nan)
     },
+    "update must be jacobi or search_first or rec_first, got 'Jacobi'": (
+        lambda m, b: reason(m, b, update="Jacobi")
+    ),
+    "cross_memory must be post_msa or step_input or initial, got 'foo'": (
+        lambda m, b: reason(m, b, cross_memory="foo")
+    ),
+    r"embedding must be \[2, 2, 8\], got \[1, 2, 8\]": (
+        lambda m, b: reason(m, b, embedding=torch.ones(1, 2, 8))
+    ),
+    r"search_lengths must be integers \[4\], got torch.int64 \[3\]": (
+        lambda m, b: reason(m, b, n_users=3)
+    ),
     "scores must be a tensor, got ndarray": lambda m, b: ranking_metrics(
         np.ones((2, 3)), b.target[:2], metrics=("mrr",)
     ),
@@ -87,3 +108,21 @@ def test_what_torch_func_would_map_is_refused_by_name(case):
     else:
         with torch.no_grad(), pytest.raises(RuntimeError, match=r"not mapped by torch.func.vmap"):
             ensemble()
+
+
+def test_tensors_without_numbers_are_refused(case):
+    """Torch would take them for what is to be traced, and return memory that nobody wrote."""
+    model, batch = case
+    if model.config.backend == "reference":
+        pytest.skip("torch refuses to compute with them")
+    bias = model.head.mlp_biases[0]
+    model.head.mlp_biases[0] = torch.nn.Parameter(bias.to("meta"))
+    try:
+        with pytest.raises(ValueError, match=r"score got mlp_biases on the meta device"):
+            model(batch)
+    finally:
+        model.head.mlp_biases[0] = bias
+    batch = batch.replace(search_lengths=batch.search_lengths.to("meta"))
+    for name, call in (("encode", lambda b: encode(model, b, 0.0)), ("request", Scorer(model))):
+        with pytest.raises(ValueError, match=f"{name} got search_lengths on the meta device"):
+            call(batch)

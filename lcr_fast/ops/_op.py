@@ -228,8 +228,10 @@ class Op:
 
         ``finish`` makes a field's gradient, where it is wanted, of the call and what the backward
         pass returns for it. Second derivatives, those in forward mode (jvp, dual tensors) and those
-        of ``torch.func`` are the reference's alone: RuntimeError.
+        of ``torch.func`` are the reference's alone: RuntimeError. ValueError where some tensors are
+        on the meta device.
         """
+        self._refuse_meta(call)
         if forward_ad._current_level >= 0:  # an integer: -1 outside of forward mode
             self._refuse_tangents(backend, call)
         if not torch.compiler.is_compiling() and _C._are_functorch_transforms_active():
@@ -248,6 +250,19 @@ class Op:
         if not self.saved:
             return self.run(backend, f"{self.name}_fwd", *call)
         return self.run(backend, f"{self.name}_fwd", *call, False)[: len(self.results)]
+
+    def _refuse_meta(self, call: Any) -> None:
+        """Raise ValueError for tensors without numbers beside others: torch would run the fake."""
+        first = call[0].device
+        if first.type == "meta":
+            return
+        for field, part in zip(call._fields, call, strict=True):
+            for t in part if isinstance(part, tuple) else (part,):
+                if isinstance(t, Tensor) and t.device.type == "meta":
+                    raise ValueError(
+                        f"{self.name} got {field} on the meta device, which holds no numbers, and "
+                        f"{call._fields[0]} on {first}"
+                    )
 
     def _refuse_batches(self, backend: str, call: Any) -> None:
         """Raise RuntimeError where torch.func.vmap maps over a tensor of a call."""

@@ -27,6 +27,7 @@ from lcr_fast.ops.noise import (
 )
 from lcr_fast.precision import autocasts
 from lcr_fast.reference import States, Steps, Streams
+from lcr_fast.reference.reasoning import CROSS_MEMORIES, UPDATES
 from lcr_fast.weights import REC, SEARCH, EncoderWeights, ReasoningWeights
 
 # -- who serves -----------------------------------------------------------------------------------
@@ -214,7 +215,10 @@ def _check_stream(names: tuple[str, str], x: Tensor, lengths: Tensor, dim: int) 
         raise ValueError(f"{name} must be [..., L, {dim}], got {list(x.shape)}")
     if not x.is_floating_point():
         raise ValueError(f"{name} must be floating point, got {x.dtype}")
-    if lengths.dtype not in INTEGERS or lengths.ndim != x.ndim - 2:
+    fits = lengths.ndim == x.ndim - 2 and all(
+        n in (1, m) for n, m in zip(lengths.shape, x.shape[:-2], strict=True)
+    )
+    if lengths.dtype not in INTEGERS or not fits:
         raise ValueError(
             f"{lengths_name} must be integers {list(x.shape[:-2])}, "
             f"got {lengths.dtype} {list(lengths.shape)}"
@@ -328,6 +332,17 @@ def check_reasoning(
     if steps.n_steps < 0 or (n_sets != 1 and n_sets < steps.n_steps):
         raise ValueError(
             f"n_steps must be 0..{n_sets} for {n_sets} sets of weights, got {steps.n_steps}"
+        )
+    for name, choices in (("update", UPDATES), ("cross_memory", CROSS_MEMORIES)):
+        if (choice := getattr(steps, name)) not in choices:
+            raise ValueError(f"{name} must be {' or '.join(choices)}, got {choice!r}")
+    if steps.embedding is not None and (
+        steps.embedding.ndim != 3
+        or len(steps.embedding) < steps.n_steps
+        or steps.embedding.shape[1:] != (2, dim)
+    ):
+        raise ValueError(
+            f"embedding must be [{steps.n_steps}, 2, {dim}], got {list(steps.embedding.shape)}"
         )
 
 
