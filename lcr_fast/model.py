@@ -625,6 +625,11 @@ class LCRSER(nn.Module):
                     f"the model has layers that torch {kind}, which cannot be saved, extended or "
                     "projected: do so before"
                 )
+        if other := sorted(state.keys() ^ _shapes(self.config).keys()):
+            raise ValueError(
+                f"the model's tensors are not those of its config, such as {other[0]!r}, so it "
+                "cannot be saved, extended or projected: remove pruning and parametrizations before"
+            )
         return state
 
     def copy_state(self, state: Mapping[str, Tensor]) -> None:
@@ -692,10 +697,18 @@ class LCRSER(nn.Module):
             config = LCRConfig.from_dict(
                 values if backend is None else {**values, "backend": backend}
             )
+            exits = None if info.get("exits") is None else Exits.from_dict(info["exits"])
+            if exits and [*exits.weight.shape, *exits.bias.shape] != [
+                2 * config.dim + 2,
+                config.steps,
+            ]:
+                raise ValueError("its exits are of another width or number of steps")
+            fingerprint = info["data"]
+            expected = _shapes(config)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        model = cls(config)
-        expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: it does not describe a model ({error!r})") from None
         found = {name: tuple(t.shape) for name, t in tensors.items()}
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):
@@ -707,15 +720,28 @@ class LCRSER(nn.Module):
                 raise ValueError(
                     f"{path}: tensor {name!r} should hold floats, not {tensors[name].dtype}"
                 )
+        model = cls(config)
         model.copy_state(tensors)
         try:
             model.check_padding()
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        model.data_fingerprint, model.vocabulary = info["data"], info.get("vocabulary")
-        if info.get("exits") is not None:
-            model.exits = Exits.from_dict(info["exits"])
+        model.data_fingerprint, model.vocabulary = fingerprint, info.get("vocabulary")
+        model.exits = exits
         return model.to(device).eval()
+
+
+def _shapes(config: LCRConfig) -> dict[str, tuple[int, ...]]:
+    """Give the shapes of a model's tensors, without memory for them.
+
+    ValueError where they are beyond what a tensor can hold.
+    """
+    try:
+        with torch.device("meta"):
+            state = LCRSER(config).state_dict()
+    except RuntimeError as error:
+        raise ValueError(f"its config asks for tensors that are too large ({error})") from None
+    return {name: tuple(t.shape) for name, t in state.items()}
 
 
 @contextlib.contextmanager

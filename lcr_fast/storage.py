@@ -11,6 +11,8 @@ import hashlib
 import itertools
 import json
 import os
+import secrets
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,10 +51,19 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary file that takes ``path``'s place once it is complete and on disk.
 
     A process killed at any moment leaves either the old file or the new one, and perhaps a
-    temporary one, which the next that writes ``path`` removes. Raises OSError, naming ``path``,
-    where there is no room for it.
+    temporary one, which the next that writes ``path`` removes. A link stays one, and the old file's
+    permissions stay. Raises OSError, naming ``path``, where there is no room for it, or where it is
+    no regular file.
     """
     path = Path(path)
+    if path.is_symlink():
+        path = path.resolve()
+    mode = None
+    if path.exists():
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
+            raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", str(path))
     if _discards:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder) / path.name
@@ -67,7 +78,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         os.fsync(handle)
-        temporary.chmod(0o644)
+        if mode is not None:
+            temporary.chmod(stat.S_IMODE(mode))
         temporary.replace(path)
     except OSError as error:
         # Of a write that fails the system does not say to which file.
@@ -81,11 +93,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def _create(path: Path) -> tuple[int, Path]:
     """Create a temporary file beside ``path``, locked as long as its handle is open."""
     while True:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
+        try:  # not by tempfile: its files are for the owner alone, whatever the umask
+            handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            continue
         with contextlib.suppress(OSError):  # not every file system has locks
             fcntl.flock(handle, fcntl.LOCK_EX)
-        if Path(name).exists():
-            return handle, Path(name)
+        if temporary.exists():
+            return handle, temporary
         os.close(handle)  # taken for abandoned before it was locked
 
 

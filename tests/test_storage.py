@@ -3,15 +3,18 @@
 import ast
 import errno
 import json
+import math
 import os
 import resource
 import signal
+import stat
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 from safetensors import safe_open
+from torch.nn.utils import parametrize, prune
 
 import lcr_fast
 from lcr_fast import LCRSER, LCRConfig, storage
@@ -23,6 +26,14 @@ CONFIG = LCRConfig(
     n_items=9, n_users=2, n_terms=4, dim=4, steps=2, max_search_len=2, max_rec_len=3,
     mlp_hidden=(5, 3), user_embedding=True,
 )  # fmt: skip
+
+
+def prune_it(module):
+    prune.l1_unstructured(module, "qkv_weight", amount=0.5)
+
+
+def parametrize_it(module):
+    parametrize.register_parametrization(module, "out_bias", torch.nn.Identity())
 
 
 @pytest.fixture
@@ -255,10 +266,84 @@ def test_an_error_names_the_file_that_was_asked_for(model, path, monkeypatch):
     def refuse(*arguments, **options):
         raise PermissionError(errno.EACCES, "Permission denied", ".name.of.our.own.partial")
 
-    monkeypatch.setattr(storage.tempfile, "mkstemp", refuse)
-    with pytest.raises(PermissionError) as error:
-        model.save(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.os, "open", refuse)
+        with pytest.raises(PermissionError) as error:
+            model.save(path)
     assert error.value.filename == str(path)
+
+
+def test_permissions_are_the_umasks_or_the_old_files(model, path):
+    before = os.umask(0o027)
+    try:
+        model.save(path.with_name("new"))
+    finally:
+        os.umask(before)
+    path.chmod(0o600)
+    model.save(path)
+    modes = [stat.S_IMODE(p.stat().st_mode) for p in (path.with_name("new"), path)]
+    assert modes == [0o640, 0o600]
+
+
+def test_a_link_stays_one_and_what_is_no_file_is_left_alone(model, path):
+    link, pipe = path.with_name("link"), path.with_name("pipe")
+    link.symlink_to(path)
+    with torch.no_grad():
+        model.rec_position.add_(1)
+    model.save(link)
+    assert link.is_symlink()
+    assert torch.equal(LCRSER.load(path).rec_position, model.rec_position)
+    os.mkfifo(pipe)
+    for other, kind in ((pipe, "a device or a pipe"), (path.parent, "a folder")):
+        with pytest.raises(OSError, match=f"it is {kind}, not a regular file") as error:
+            model.save(other)
+        assert error.value.filename == str(other)
+    assert pipe.is_fifo()
+
+
+@pytest.mark.parametrize("change", [prune_it, parametrize_it])
+def test_what_would_not_load_is_not_saved(model, path, change):
+    before = path.read_bytes()
+    change(model.encoder)
+    for function in (model.save, lambda _: model.extended(10, 2, 4, 4)):
+        with pytest.raises(ValueError, match="not those of its config, such as 'encoder"):
+            function(path)
+    assert path.read_bytes() == before
+
+
+INFO = {"config": CONFIG.to_dict(), "data": None, "vocabulary": None, "exits": None}
+EXITS = {"rule": "", "weight": [0.0] * 10, "bias": [0.0] * 2}
+
+
+@pytest.mark.parametrize(
+    ("info", "sentence"),
+    [
+        (None, "it does not describe a model"),
+        ([], "it does not describe a model"),
+        ({}, "it does not describe a model"),
+        ({**INFO, "config": []}, "it does not describe a model"),
+        ({"config": INFO["config"]}, "it does not describe a model"),
+        ({**INFO, "exits": 3}, "it does not describe a model"),
+        ({**INFO, "exits": {**EXITS, "bias": [0.0] * 3}}, "exits are of another width or number"),
+        ({**INFO, "exits": {**EXITS, "weight": [math.nan] * 10}}, "a list of finite numbers"),
+        ({**INFO, "exits": {**EXITS, "weight": "ab"}}, "it does not describe a model"),
+    ],
+)
+def test_a_file_that_describes_no_model_is_refused(model, path, info, sentence):
+    save_tensors(path, "model", model.state_dict(), {**INFO, "exits": EXITS})
+    assert LCRSER.load(path).exits is not None
+    save_tensors(path, "model", model.state_dict(), info)
+    with pytest.raises(ValueError, match=sentence) as error:
+        LCRSER.load(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_small_file_cannot_ask_for_much_memory(model, path):
+    """A table of 2^31 rows takes a hundred times what there is."""
+    config = {**CONFIG.to_dict(), "n_items": 2**31 - 1, "dim": 2048}
+    save_tensors(path, "model", model.state_dict(), {**INFO, "config": config})
+    with pytest.raises(ValueError, match=r"should have shape .*, the file has"):
+        LCRSER.load(path)
 
 
 def test_the_file_holds_plain_json_beside_the_tensors(path):

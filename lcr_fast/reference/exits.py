@@ -21,9 +21,12 @@ class Exits(NamedTuple):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Exits":
-        """Build from plain values."""
+        """Build from plain values. Raises ValueError for other than lists of finite numbers."""
         weight, bias = (torch.tensor(values[name]) for name in ("weight", "bias"))
-        return cls(weight, bias, values["rule"])
+        for name, found in (("weight", weight), ("bias", bias)):
+            if found.ndim != 1 or not found.is_floating_point() or not found.isfinite().all():
+                raise ValueError(f"the {name} of exits must be a list of finite numbers")
+        return cls(weight, bias, str(values["rule"]))
 
 
 def exit_features(
