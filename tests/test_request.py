@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lcr_fast.config import LCRConfig
+from lcr_fast.model import LCRSER
 from lcr_fast.ops import ranking
 from lcr_fast.ops._extension import extension_error
 from lcr_fast.serving.scorer import DTYPES, Scorer, fastest, obstacle
@@ -283,6 +284,32 @@ def test_what_one_call_cannot_serve(changes, why):
     assert obstacle(model) == why
     with pytest.raises(ValueError, match=f"one call cannot serve this model: {why}"):
         Scorer(model)
+
+
+class Other(LCRSER):
+    def score(self, states, batch, candidates=None):
+        return super().score(states, batch, candidates) + 1
+
+
+def test_what_computes_something_else_is_not_replaced():
+    model = make()
+    other = Other(model.config)
+    assert obstacle(other) == "its class Other may compute something else than LCRSER"
+    assert fastest(other) is other
+    hook = model.encoder.register_forward_hook(lambda *_: None)
+    assert obstacle(model) == "it has hooks, which one call would not run"
+    hook.remove()
+    assert isinstance(fastest(model), Scorer)
+
+
+def test_tables_may_be_strided():
+    model = make()
+    batch = random_batch(model.config, 3, 4, torch.Generator().manual_seed(0))
+    expected = Scorer(model)(batch)
+    for table in (model.item_embedding, model.query_embedding):
+        table.weight.data = table.weight.data.T.contiguous().T
+        assert not table.weight.is_contiguous()
+    assert torch.equal(Scorer(model)(batch), expected)
 
 
 def test_it_computes_float32_on_any_thread_but_none():

@@ -88,6 +88,18 @@ def test_answers_do_not_depend_on_their_batch(engine):
         assert [item for item, _ in found] == [item for item, _ in alone]
 
 
+def test_an_engine_takes_rows_of_its_tables_alone(engine):
+    assert engine.score([]) == engine.recommend([]) == []
+    for request in (ScoreRequest(-5, (1,)), ScoreRequest(10**6, (1,)), ScoreRequest(1.5, (1,))):
+        with pytest.raises(ValueError, match=r"the user of a request must be an integer 1\.\."):
+            engine.score([request])
+    for items in ((0,), (-1,), (1.7,), (10**6,)):
+        with pytest.raises(ValueError, match=r"the item of a request must be an integer 1\.\."):
+            engine.score([ScoreRequest(1, items)])
+    with pytest.raises(ValueError, match="the user of a request"):
+        engine.recommend([RecommendRequest(0, 3)])
+
+
 def test_many_clients_at_once_all_get_their_own_answers(engine):
     n_clients, n_requests = 8, 12
     app = create_app(engine, limits=LIMITS, max_batch=4, max_wait=0.002)
@@ -362,6 +374,38 @@ def test_an_error_is_every_ones_of_its_batch_and_the_next_works():
             await batcher.submit("late")
 
     asyncio.run(scenario())
+
+
+def test_a_result_for_each_request():
+    async def scenario():
+        async with MicroBatcher(lambda xs: xs[:1], max_wait=0.02) as batcher:
+            asked = [batcher.submit(x) for x in (1, 2)]
+            errors = await asyncio.gather(*asked, return_exceptions=True)
+            assert [str(error) for error in errors] == ["1 results for 2 requests"] * 2
+            assert await batcher.submit(3) == 3
+
+    asyncio.run(scenario())
+
+
+def test_both_kinds_of_requests_share_one_thread(prepared, make_model, monkeypatch):
+    engine, threads = Engine(make_model(prepared).eval(), prepared), []
+    running = threading.Semaphore(1)
+
+    def one_at_a_time(requests):
+        assert running.acquire(blocking=False)
+        threads.append(threading.get_ident())
+        time.sleep(0.05)
+        running.release()
+        return [[] for _ in requests]
+
+    monkeypatch.setattr(engine, "score", one_at_a_time)
+    monkeypatch.setattr(engine, "recommend", one_at_a_time)
+    user, items = ids(engine, 1, 1)
+    asked = [("/score", {"user": user, "items": items}), ("/recommend", {"user": user})]
+    with served(create_app(engine, limits=LIMITS)) as url, ThreadPoolExecutor(2) as pool:
+        posts = [pool.submit(httpx.post, url + path, json=body) for path, body in asked * 3]
+        assert {post.result().status_code for post in posts} == {200}
+    assert len(set(threads)) == 1
 
 
 def test_who_has_gone_away_is_not_computed():

@@ -21,7 +21,7 @@ from typing import Any
 from lcr_fast import __version__
 from lcr_fast.serving.engine import Engine
 from lcr_fast.serving.metrics import SECONDS, SIZES, Counter, Gauge, Histogram, exposition
-from lcr_fast.serving.microbatch import ClosedError, MicroBatcher, OverloadedError
+from lcr_fast.serving.microbatch import ClosedError, MicroBatcher, OverloadedError, one_thread
 from lcr_fast.serving.requests import (
     Limits,
     RequestError,
@@ -58,7 +58,9 @@ class _Service:
             "lcr_fast_request_seconds", "Time from a request's head to its answer.", SECONDS
         )
         self._sizes = Histogram("lcr_fast_batch_size", "Requests computed together.", SIZES)
+        self._thread = one_thread()
         options: dict[str, Any] = {
+            "executor": self._thread,
             "max_batch": max_batch,
             "max_wait": max_wait,
             "max_queue": max_queue,
@@ -78,7 +80,7 @@ class _Service:
         return lambda size: self._sizes.observe(size, path=path)
 
     def app(self) -> Starlette:
-        return Starlette(
+        app = Starlette(
             routes=[
                 Route("/score", self._timed(self._score), methods=["POST"]),
                 Route("/recommend", self._timed(self._recommend), methods=["POST"]),
@@ -88,11 +90,14 @@ class _Service:
             lifespan=self._lifespan,
             exception_handlers={HTTPException: _http_problem},
         )
+        app.router.redirect_slashes = False
+        return app
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         async with self._scoring, self._recommending:
             yield
+        self._thread.shutdown()
 
     def _timed(
         self, answer: Callable[[Request], Awaitable[Response]]

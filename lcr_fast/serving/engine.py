@@ -107,12 +107,16 @@ class Engine:
     @_on_its_gpu
     @torch.inference_mode()
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
-        """Score the items of each request, in their order. Raises ValueError on a NaN score."""
-        width = max(len(request.items) for request in requests)
+        """Score the items of each request, in their order.
+
+        Raises ValueError on a NaN score, and for numbers that :meth:`user` and :meth:`item` do not
+        give.
+        """
+        width = max((len(request.items) for request in requests), default=0)
         candidates = np.zeros((len(requests), width), dtype=np.int64)
         for row, request in zip(candidates, requests, strict=True):
-            row[: len(request.items)] = request.items
-        users = np.array([request.user for request in requests])
+            row[: len(request.items)] = _rows("item", request.items, self.model.config.n_items)
+        users = _rows("user", [request.user for request in requests], self.data.n_users)
         batch = self._batcher.at(users, _ends(users), candidates).to(self._device)
         scores = self.scorer(batch)
         if scores.isnan().any():
@@ -124,19 +128,27 @@ class Engine:
     @torch.inference_mode()
     def recommend(self, requests: Sequence[RecommendRequest]) -> list[list[tuple[str, float]]]:
         """Find the best items of each request, with their scores; fewer where all else is seen."""
-        users = np.array([request.user for request in requests])
+        users = _rows("user", [request.user for request in requests], self.data.n_users)
         times = _ends(users)
         nothing = np.zeros((len(users), 0), dtype=np.int64)
         batch = self._batcher.at(users, times, nothing).to(self._read_on)
         seen = torch.from_numpy(padded_seen(self.data, users, times)).to(self._device)
         # Lists of more than the catalogue would end in nothing, and have to be held all the same.
-        k = min(max(r.k for r in requests), self.model.config.n_items)
+        k = min(max((r.k for r in requests), default=1), self.model.config.n_items)
         items, scores = self._recommend(batch, k, exclude=seen)
         answers = []
         for request, *found in zip(requests, items.tolist(), scores.tolist(), strict=True):
             best = itertools.islice(zip(*found, strict=True), request.k)
             answers.append([(self.data.items[item], score) for item, score in best if item])
         return answers
+
+
+def _rows(kind: str, numbers: Sequence[int], most: int) -> NDArray[np.int64]:
+    """Check rows of a table, from 1."""
+    rows = np.array(numbers)
+    if rows.size and (rows.dtype.kind not in "iu" or rows.min() < 1 or rows.max() > most):
+        raise ValueError(f"the {kind} of a request must be an integer 1..{most}, got {numbers!r}")
+    return rows.astype(np.int64)
 
 
 def _ends(users: NDArray) -> NDArray[np.int64]:

@@ -1,7 +1,8 @@
 """MicroBatcher: requests that arrive while others are computed, or within a short wait, together.
 
-One thread computes, one batch after another. A request that finds it idle waits ``max_wait`` for
-company, which may be nothing at all: then batches form only of what arrived during the one before.
+One thread computes, one batch after another; several batchers may share it. A request that finds it
+idle waits ``max_wait`` for company, which may be nothing at all: then batches form only of what
+arrived during the one before.
 """
 
 import asyncio
@@ -21,11 +22,17 @@ class ClosedError(Exception):
     """The batcher takes no more requests."""
 
 
+def one_thread() -> ThreadPoolExecutor:
+    """Make a thread that batchers may share."""
+    return ThreadPoolExecutor(1, thread_name_prefix="lcr_fast")
+
+
 class MicroBatcher:
     """Hands requests to ``run``, which returns a result for each, in batches of ``max_batch``.
 
-    At most ``max_queue`` requests wait. ``observe(size)`` is told the size of each batch. Lives in
-    one event loop: ``async with`` starts it, and at its end answers what was taken.
+    At most ``max_queue`` requests wait. ``observe(size)`` is told the size of each batch.
+    ``executor`` is the thread that computes, its own where none is given. Lives in one event loop:
+    ``async with`` starts it, and at its end answers what was taken.
     """
 
     def __init__(
@@ -36,6 +43,7 @@ class MicroBatcher:
         max_wait: float = 0.0,
         max_queue: int = 1024,
         observe: Callable[[int], None] = lambda size: None,
+        executor: ThreadPoolExecutor | None = None,
     ) -> None:
         if max_batch < 1 or max_queue < 1 or not 0 <= max_wait < math.inf:
             raise ValueError(
@@ -49,7 +57,8 @@ class MicroBatcher:
         self._closed = False
         self._worker: asyncio.Task | None = None
         # One thread, so that torch's own threads are never asked for by two.
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="lcr_fast")
+        self._executor = executor or one_thread()
+        self._own_executor = executor is None
 
     async def __aenter__(self) -> "MicroBatcher":
         self._worker = asyncio.get_running_loop().create_task(self._work())
@@ -61,7 +70,8 @@ class MicroBatcher:
         self._arrived.set()
         self._full.set()
         await self._worker
-        self._executor.shutdown()
+        if self._own_executor:
+            self._executor.shutdown()
 
     @property
     def n_waiting(self) -> int:
@@ -104,12 +114,14 @@ class MicroBatcher:
     async def _compute(self, batch: list[tuple[Any, asyncio.Future]]) -> None:
         if not batch:
             return
-        self._observe(len(batch))
         loop = asyncio.get_running_loop()
         try:
+            self._observe(len(batch))
             results = await loop.run_in_executor(
                 self._executor, self._run, [request for request, _ in batch]
             )
+            if len(results) != len(batch):
+                raise RuntimeError(f"{len(results)} results for {len(batch)} requests")
         except Exception as error:
             for _, answer in batch:
                 if not answer.done():

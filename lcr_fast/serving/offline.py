@@ -23,12 +23,14 @@ def recommend(
     particular. What of the data the model does not know is skipped, as ``make_batcher`` says.
     ``recommender`` is the model captured, where there is one.
     Raises ValueError, before anything is computed, for a user that the data does not know, a ``k``
-    that is no number of items, and where the model knows items that the data does not. Processes
-    of one job share the work, and each yields all of it.
+    or ``batch_size`` that is no number of items or users, and where the model knows items that the
+    data does not. Processes of one job share the work, and each yields all of it.
     """
     if isinstance(users, str):  # whose letters would be taken for users
         raise ValueError(f"users must be a sequence of ids, [{users!r}], got a text")
     check_k(k)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     engine = Engine(model, data, recommender)
     if users is None:
         numbers = list(range(1, data.n_users + 1))

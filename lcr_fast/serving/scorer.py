@@ -28,13 +28,14 @@ class Scorer(nn.Module):
 
     On one thread, unless ``n_threads`` says otherwise: where others want the cores too, waiting for
     a second one costs more than it brings. The weights of the layers are packed here, once; vectors
-    of items, terms and users without texts are the model's own tensors, which must not move. What
-    the MLP's first layer makes of each item alone is computed here too with ``keep_items``, by
-    default in float32 where that takes at most 64 MiB: 4 bytes for each of ``mlp_hidden[0]`` and
-    each item. The scores are the same bits. In bfloat16 fetching it takes the time that the product
-    takes. Trained on, the model needs a new Scorer. No gradients. Raises ValueError where one call
-    cannot serve the model, its text vectors are not set or row 0 of a table is not 0, and
-    RuntimeError on ids or lengths out of range.
+    of items, terms and users without texts are the model's own tensors where contiguous, which must
+    not move. What the MLP's first layer makes of each item alone is computed here too with
+    ``keep_items``, by default in float32 where that takes at most 64 MiB: 4 bytes for each of
+    ``mlp_hidden[0]`` and each item. The scores are the same bits. In bfloat16 fetching it takes the
+    time that the product takes. Trained on, the model needs a new Scorer. No gradients. Raises
+    ValueError where one call cannot serve the model (as a subclass, or with hooks), its text
+    vectors are not set or row 0 of a table is not 0, and RuntimeError on ids or lengths out of
+    range.
     """
 
     def __init__(
@@ -56,19 +57,19 @@ class Scorer(nn.Module):
         config, head = model.config, model.head.weights()
         self.dtype, pairs = dtype, dtype == torch.bfloat16
         empty = model.search_position.detach().new_empty(0)
-        items, queries = model.item_table().detach(), model.query_embedding.weight.detach()
-        query_text = empty
-        if config.query_encoder == "id":
-            queries = model.query_table().detach()
-        elif config.query_text_dim:
-            query_text = model.query_table().detach()
-        users = model.user_embedding
-        bonus = model.head.seen_bonus
-        reasoning = model.reasoning.weights() if config.steps else ()
 
         def ready(tensors) -> tuple[Tensor, ...]:
             return tuple(t.detach().contiguous() for t in tensors)
 
+        items, queries = ready((model.item_table(), model.query_embedding.weight))
+        query_text = empty
+        if config.query_encoder == "id":
+            (queries,) = ready([model.query_table()])
+        elif config.query_text_dim:
+            (query_text,) = ready([model.query_table()])
+        users = model.user_embedding
+        bonus = model.head.seen_bonus
+        reasoning = model.reasoning.weights() if config.steps else ()
         kept = empty
         if head.mlp_weights:
             first = head.mlp_weights[0].detach()
@@ -82,9 +83,9 @@ class Scorer(nn.Module):
             "item_layer": kept,
             "queries": queries,
             "query_text": query_text,
-            "users": empty if users is None else users.weight.detach(),
-            "search_position": model.search_position.detach(),
-            "rec_position": model.rec_position.detach(),
+            "users": empty if users is None else users.weight.detach().contiguous(),
+            "search_position": model.search_position.detach().contiguous(),
+            "rec_position": model.rec_position.detach().contiguous(),
             "seen_bonus": empty if bonus is None else bonus.detach() * config.dim,
             "weights": pack_weights(
                 ready(model.encoder.weights()),
@@ -144,6 +145,10 @@ def obstacle(model: LCRSER) -> str | None:
         return f"its backend is {config.backend}"
     if model.exits is not None:
         return "its users leave the reasoning early"
+    if type(model) is not LCRSER:
+        return f"its class {type(model).__name__} may compute something else than LCRSER"
+    if any(part._forward_hooks or part._forward_pre_hooks for part in model.modules()):
+        return "it has hooks, which one call would not run"
     weight = model.head.target_weight
     case = RequestCase(
         weight.device.type,
