@@ -17,7 +17,7 @@ and, between cudaProfilerStart and cudaProfilerStop, the repeats without what pr
 
     ncu --profile-from-start off --nvtx --nvtx-include "reason/" --set full -o reason \
         python benchmarks/profile_step.py inference --device cuda --bare --repeats 1
-    ncu --profile-from-start off --kernel-name regex:_latent_reasoning --set full -o kernels \
+    ncu --profile-from-start off --kernel-name regex:latent_reasoning_fwd --set full -o kernels \
         python benchmarks/profile_step.py phase2 --device cuda --bare --repeats 1
 
 ncu runs every kernel many times over, so that its clock is of no use for anything but kernels.

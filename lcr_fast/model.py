@@ -44,8 +44,8 @@ class LCRSER(nn.Module):
     ``model(batch)`` scores the batch's candidates, [B, C]; candidate 0 (padding) scores -inf.
     Row 0 of the item and the query (or term) table stands for padding and is 0: own first values
     must leave it so. Raises ValueError on ids, lengths or widths that do not fit the config, and
-    where row 0 is not 0. Under ``torch.autocast`` float32 states are cast to its dtype, which is
-    that of the scores too; weights stay float32.
+    in training where row 0 is not 0. Under ``torch.autocast`` float32 states are cast to its
+    dtype, which is that of the scores too; weights stay float32.
     """
 
     def __init__(self, config: LCRConfig) -> None:
@@ -124,6 +124,13 @@ class LCRSER(nn.Module):
                 raise ValueError(
                     f"{kind}_text must be a tensor or an array, got {type(given).__name__}"
                 )
+            of_numbers = (
+                given.dtype.kind in "fiu"
+                if isinstance(given, np.ndarray)
+                else not given.is_complex() and given.dtype != torch.bool
+            )
+            if not of_numbers:
+                raise ValueError(f"{kind}_text must hold real numbers, got {given.dtype}")
             expected = (rows[kind] + 1, width)
             if not width or tuple(given.shape) != expected:
                 raise ValueError(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lcr_fast import LCRSER, Batch, LCRConfig, ops
 from lcr_fast.ops._extension import extension_error
@@ -74,6 +75,17 @@ def test_a_penalty_on_what_no_fused_op_touches_is_the_references():
         found[backend] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert found["cpp"]["encoder.qkv_weight"].abs().max() > 0
     torch.testing.assert_close(found["cpp"], found["reference"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["encode", "reasoning"])
+def test_the_reference_has_them_as_the_message_says(name):
+    model, batch = make_case("reference")
+    x = model.rec_position if name == "encode" else model.reasoning.self_out_bias
+    with sdpa_kernel(SDPBackend.MATH):
+        scores = model(batch).masked_fill(batch.candidates == 0, 0.0)
+        (gradient,) = torch.autograd.grad(scores.square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.square().sum(), x)
+    assert second.abs().max() > 0
 
 
 @pytest.mark.parametrize("name", STAGES)

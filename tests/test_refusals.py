@@ -51,6 +51,12 @@ CALLS = {
     ),
     "item_text must be a tensor or an array, got list": lambda m, b: m.set_text([[0.0] * 3] * 13),
     **{
+        f"item_text must hold real numbers, got {dtype}": (
+            lambda m, b, dtype=dtype: m.set_text(np.ones((13, 3), dtype))
+        )
+        for dtype in ("complex64", "object", "bool")
+    },
+    **{
         f"scale must be finite and not negative, got {scale}": (
             lambda m, b, scale=scale: m.rollout(m.encode(b), b, 2, scale, 1)
         )

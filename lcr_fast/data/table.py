@@ -302,6 +302,8 @@ def field_error(
     if isinstance(got, pl.Series):
         got = got.to_list()
     shown = "nothing" if got is None else _shown(got)
+    if expected.startswith("a time in") and re.match(r"\d{4}-\d\d-\d\d", str(got)):
+        shown += "; times with a date are read from Parquet, as a column of datetimes"
     return ValueError(
         f"{Path(path).name}, row {row}, field {field}: expected {expected}, got {shown}"
     )

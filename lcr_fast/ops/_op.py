@@ -31,6 +31,9 @@ _TYPES: dict[Any, str] = {
 #: What lengths may be; fused ops convert them to int64.
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
+# torch's fused attention on CPUs has no second derivatives, and none in forward mode, either.
+_PLAIN = "backend='reference' within torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+
 
 class Case(Protocol):
     """All that decides which backends can serve a call."""
@@ -276,8 +279,7 @@ class Op:
         """Raise RuntimeError where a tensor of a call has a tangent, which would be lost."""
         if any(forward_ad.unpack_dual(t).tangent is not None for t in _tensors(call)):
             raise RuntimeError(
-                f"{self.name} on {backend} has no derivatives in forward mode: ask for "
-                "backend='reference'"
+                f"{self.name} on {backend} has no derivatives in forward mode: ask for {_PLAIN}"
             )
 
 
@@ -319,7 +321,7 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *upstream):
         raise RuntimeError(
-            f"{ctx.op.name} on {ctx.backend} has no second derivatives: ask for backend='reference'"
+            f"{ctx.op.name} on {ctx.backend} has no second derivatives: ask for {_PLAIN}"
         )
 
 
