@@ -7,7 +7,8 @@ Inputs carry NaN behind every length, upstream gradients random numbers: neither
 first users of a call are the corners, among them each empty stream.
 """
 
-from collections.abc import Collection, Iterable
+import contextlib
+from collections.abc import Collection, Iterable, Iterator
 from types import ModuleType
 
 import pytest
@@ -47,6 +48,17 @@ def obstacle(backend: str, case: ReasoningCase, dtype: torch.dtype) -> str | Non
         DEVICES[backend], dtype, case.dim, case.n_heads, case.ffn_dim, case.search_len, case.rec_len
     )
     return op_layer.LATENT_REASONING.obstacles(asked)[backend]
+
+
+@contextlib.contextmanager
+def skipping_what_does_not_fit() -> Iterator[None]:
+    """Skip a configuration that takes more tensor memory than the GPU has, which none is given."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ != "OutOfResources" or "tensor memory" not in str(error):
+            raise
+        pytest.skip(str(error))
 
 
 def require(backend: str, case: ReasoningCase, dtype: torch.dtype = torch.float32) -> None:

@@ -20,6 +20,7 @@ from fused_reasoning import (
     large,
     leave_out,
     precisions_of,
+    skipping_what_does_not_fit,
     take,
 )
 from lcr_fast.ops import reasoning as op_layer
@@ -152,7 +153,8 @@ def test_parity_in_every_configuration(monkeypatch, name):
 
     monkeypatch.setattr(reasoning_config, "config", lambda *_: reasoning_config.Config(**config))
     case = EncoderCase(dim=128, ffn_dim=32, n_users=FEW, dropout=0.2)
-    assert_parity(draw("triton", case), "triton")
+    with skipping_what_does_not_fit():
+        assert_parity(draw("triton", case), "triton")
 
 
 @pytest.mark.gpu

@@ -19,6 +19,7 @@ from fused_reasoning import (
     leave_out,
     precisions_of,
     require,
+    skipping_what_does_not_fit,
 )
 from lcr_fast import ops
 from lcr_fast.reference import Steps
@@ -256,7 +257,8 @@ def test_parity_in_every_configuration(monkeypatch, name, dtype):
 
     monkeypatch.setattr(reasoning_config, "config", chosen)
     call = draw("triton", case, dtype=dtype)
-    assert_call_parity(call, "triton")
+    with skipping_what_does_not_fit():
+        assert_call_parity(call, "triton")
     assert set(asked) == {"fwd", "recompute", "bwd", "cross_bwd"}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
+from triton.runtime.errors import OutOfResources
 
 from lcr_fast.kernels import gpu
 from lcr_fast.kernels.gpu import GPUS
@@ -17,6 +18,7 @@ from ptx_emulation.program import FaultError, Program
 
 # Programs of sum_runs_kernel store what join_runs_kernel then overwrites.
 _OVERWRITTEN = {"sum_runs_kernel"}
+_TENSOR_COLUMNS = 512  # of tensor memory; Triton itself asks where it loads a kernel
 
 
 class _Driver:
@@ -51,6 +53,9 @@ class _Kernel:
     def __init__(self, name: str, signature: dict[str, Any], compiled: Any) -> None:
         self._name = name
         self._types = tuple(signature.values())
+        columns = getattr(compiled.metadata, "tmem_size", None) or 0
+        if columns > _TENSOR_COLUMNS:
+            raise OutOfResources(columns, _TENSOR_COLUMNS, "tensor memory")
         self._program = Program(compiled.asm["ptx"])
         self._shared = compiled.metadata.shared
 
