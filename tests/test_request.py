@@ -314,8 +314,9 @@ def test_tables_may_be_strided():
 
 def test_it_computes_float32_on_any_thread_but_none():
     assert obstacle(make().bfloat16()) == "it computes float32, not torch.bfloat16"
-    with pytest.raises(ValueError, match="n_threads must be at least 1, got 0"):
-        Scorer(make(), 0)
+    for n_threads in (0, 1.5):
+        with pytest.raises(ValueError, match=f"integer of at least 1, got {n_threads}"):
+            Scorer(make(), n_threads)
     with pytest.raises(ValueError, match=r"float32 or bfloat16, not torch\.float16"):
         Scorer(make(), dtype=torch.float16)
 

@@ -329,6 +329,7 @@ def test_refusals():
         (ValueError, "one entry a layer, got 3 and 2", lambda: unbiased.catalogue(
             ops.score_topk, 1)),
         (ValueError, "k must be at least 1", lambda: case.catalogue(ops.score_topk, 0)),
+        (ValueError, "k must be an integer, got 2.5", lambda: case.catalogue(ops.score_topk, 2.5)),
         (ValueError, "exclude must be", lambda: case.catalogue(
             ops.score_topk, 1, exclude=EXCLUDED[:2])),
         (ValueError, r"target must be ids in 0\.\.20, got 21", lambda: case.catalogue(

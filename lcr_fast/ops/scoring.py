@@ -393,6 +393,8 @@ def score_topk(
     other shapes, a NaN score (NaN scores in that user's row when compiled), or where the backend
     cannot serve the call.
     """
+    if not hasattr(k, "__index__"):
+        raise ValueError(f"k must be an integer, got {k!r}")
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     exclude = _check_catalogue(search, items, exclude)

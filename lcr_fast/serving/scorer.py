@@ -47,8 +47,8 @@ class Scorer(nn.Module):
         keep_items: bool | None = None,
     ) -> None:
         super().__init__()
-        if n_threads < 1:
-            raise ValueError(f"n_threads must be at least 1, got {n_threads}")
+        if not isinstance(n_threads, int) or n_threads < 1:
+            raise ValueError(f"n_threads must be an integer of at least 1, got {n_threads!r}")
         if dtype not in DTYPES:
             raise ValueError(f"a Scorer computes in float32 or bfloat16, not {dtype}")
         if (why := obstacle(model)) is not None:
