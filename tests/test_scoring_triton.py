@@ -23,7 +23,7 @@ from scoring_cases import (
     catalogue_case,
     check_registered_ops,
 )
-from where import COMPILED, DEVICE, GPU, HALVES, INTERPRETED
+from where import DEVICE, GPU, HALVES, INTERPRETED
 
 triton_installed = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
@@ -337,26 +337,6 @@ def test_triton_names_a_nan_of_the_bonus():
     with pytest.raises(ValueError, match="user 3 of the batch has a NaN score"):
         case.catalogue(ops.score_rank, target, bonus=bonus, backend="triton")
     case.catalogue(ops.score_rank, target * (bonus == 0), bonus=bonus, backend="triton")
-
-
-@on_triton
-@pytest.mark.skipif(INTERPRETED and not COMPILED, reason="the interpreter compiles nothing")
-def test_the_catalogue_is_compiled_once_for_all_requests():
-    """Whatever the users, lengths, excluded items and, up to 32, the length of the list."""
-    catalogue = importlib.import_module("lcr_fast.kernels.scoring.catalogue")
-    compiled = catalogue.score_topk_kernel.device_caches
-    seen = set()
-    for n_users, n_excluded, n_events, k in ((1, 0, 1, 1), (6, 16, 9, 3), (6, 7, 16, 20)):
-        case = exact_case(n_items=40)
-        t, one = case.tensors, slice(0, n_users)
-        exclude = torch.zeros(n_users, n_excluded, dtype=torch.int64, device=DEVICE)
-        ops.score_topk(
-            *(t[s][one, :1].expand(-1, n_events, -1) for s in ("search", "rec")),
-            *(n[one].clamp(max=1) for n in case.lengths), t["table"], t["user"][one], case.weights,
-            k, exclude=exclude, backend="triton",
-        )  # fmt: skip
-        seen.add(sum(len(kernels) for kernels, *_ in compiled.values()))
-    assert len(seen) == 1
 
 
 def test_small_gpus_get_small_tiles():

@@ -19,6 +19,7 @@ from lcr_fast.kernels.scoring.head import (
     user_bwd_kernel,
 )
 from lcr_fast.kernels.scoring.tile import (
+    SIZES,
     load_events,
     load_length,
     load_target_weight,
@@ -90,7 +91,7 @@ def _dkeys(
     return dkeys
 
 
-@kernel(do_not_specialize=["search_size", "rec_size", "first_user"])
+@kernel(do_not_specialize=[*SIZES, "n_rows", "first_user"])
 def candidate_bwd_kernel(
     search,  # Stream
     rec,  # Stream
@@ -151,13 +152,14 @@ def candidate_bwd_kernel(
         _store(ditems_ptr, i, columns, D, de, inside, D)
 
 
-@kernel(do_not_specialize=["size", "first_user"])
+@kernel(do_not_specialize=[*SIZES, "x", "n_rows", "first_user"])
 def state_bwd_kernel(
     stream,  # Stream
+    x,  # which
     size,
     keys_ptr,  # [users of the chunk x C, 3D], at the stream's k
     dz_ptr,  # [R, 3D], at the stream's dz
-    softmax_ptr,  # [3, R]
+    softmax_ptr,  # [2, 3, R]
     dstates_ptr,  # [B, N, L, D]
     n_trajectories,
     n_candidates,
@@ -168,6 +170,7 @@ def state_bwd_kernel(
     CANDIDATES: tl.constexpr,
     EVENTS: tl.constexpr,
 ):
+    softmax_ptr += x.to(tl.int64) * (3 * n_rows)
     n_blocks = tl.cdiv(size, EVENTS)
     pid = tl.program_id(0).to(tl.int64)
     block, bn_local = pid % n_blocks, pid // n_blocks
@@ -281,8 +284,8 @@ def _chunk_bwd(
         n_event_blocks = triton.cdiv(call.sizes[x], of_states["EVENTS"])
         launch(
             state_bwd_kernel, (users * n_trajectories * n_event_blocks,),
-            stream, call.sizes[x], candidates[:, x * dim :], dinputs[:, (1 - x) * dim :],
-            softmax[x], dstates, *numbers, **of_states,
+            stream, x, call.sizes[x], candidates[:, x * dim :], dinputs[:, (1 - x) * dim :],
+            softmax, dstates, *numbers, **of_states,
         )  # fmt: skip
     if call.head.HAS_USER:
         launch(

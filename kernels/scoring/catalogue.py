@@ -33,7 +33,7 @@ _NO_KEY = tl.constexpr(-(1 << 63))  # below the key of every score
 _HIGHEST_KEY = tl.constexpr((1 << 63) - 1)
 _LOWEST_KEY = -(((1 << 31) - 1) << 32)  # at or below the key of every score
 _EXCLUDED = tl.constexpr(128)  # ids that are compared at a time
-# Requests differ in them, and must not be compiled for.
+# What requests differ in: not to be compiled for.
 _SIZES = ["search_size", "rec_size", "n_rows", "n_excluded", "n_users", "tiles_per_split"]
 
 

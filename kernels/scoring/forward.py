@@ -17,6 +17,7 @@ from lcr_fast.kernels.scoring.call import ScoreCall, score_call, tiles
 from lcr_fast.kernels.scoring.config import PROGRAMS
 from lcr_fast.kernels.scoring.head import Rows, output_kernel
 from lcr_fast.kernels.scoring.tile import (
+    SIZES,
     attend,
     load_length,
     load_vectors,
@@ -25,7 +26,7 @@ from lcr_fast.kernels.scoring.tile import (
 )
 
 
-@kernel(do_not_specialize=["search_size", "rec_size", "n_run", "threshold"])
+@kernel(do_not_specialize=[*SIZES, "ids_stride", "n_run", "threshold"])
 def score_fwd_kernel(
     search,  # Stream
     rec,  # Stream

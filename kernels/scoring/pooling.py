@@ -5,7 +5,7 @@ import triton.language as tl
 
 from lcr_fast.kernels.core.product import store_operand
 from lcr_fast.kernels.ptxas import kernel
-from lcr_fast.kernels.scoring.tile import attend, load_length, load_vectors, target_keys
+from lcr_fast.kernels.scoring.tile import SIZES, attend, load_length, load_vectors, target_keys
 
 
 @triton.jit
@@ -14,7 +14,7 @@ def _store_softmax(softmax_ptr, r, top, inverse, inside, n_rows):
     tl.store(softmax_ptr + n_rows + r, inverse, mask=inside)
 
 
-@kernel(do_not_specialize=["search_size", "rec_size", "n_rows", "n_run", "first_user"])
+@kernel(do_not_specialize=[*SIZES, "ids_stride", "n_rows", "n_run", "first_user"])
 def pool_kernel(
     search,  # Stream
     rec,  # Stream

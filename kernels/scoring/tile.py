@@ -20,6 +20,8 @@ from lcr_fast.kernels.core.product import (
     whole,
 )
 
+# What batches and requests differ in: not to be compiled for.
+SIZES = ["search_size", "rec_size", "size", "n_candidates"]
 HEAD_SITES = tl.constexpr(1 << 14)  # of lcr_fast.ops.noise; a kernel knows nothing of the ops
 
 
