@@ -101,6 +101,16 @@ class _JsonConfig:
         return type(self).from_dict({**self.to_dict(), **changes})
 
 
+def with_defaults(config: type[_JsonConfig], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Give what was saved before some fields were there, with their defaults, as JSON has them."""
+    defaults = {
+        f.name: f.default
+        for f in dataclasses.fields(config)  # type: ignore[arg-type]
+        if f.default is not dataclasses.MISSING
+    }
+    return {**json.loads(json.dumps(defaults)), **saved}
+
+
 def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 

@@ -35,7 +35,6 @@ from lcr_fast.weights import REC, SEARCH, EncoderWeights, ReasoningWeights, Scor
 
 _KIND = "model"
 _TABLE_BLOCK = 1 << 16  # items whose text is projected at once
-_MOST_K = 2**31 - 1
 
 
 class LCRSER(nn.Module):
@@ -632,10 +631,10 @@ class LCRSER(nn.Module):
                     f"the model has layers that torch {kind}, which cannot be saved, extended or "
                     "projected: do so before"
                 )
-        if other := sorted(state.keys() ^ _shapes(self.config).keys()):
+        if missing := sorted(_shapes(LCRSER, self.config).keys() - state.keys()):
             raise ValueError(
-                f"the model's tensors are not those of its config, such as {other[0]!r}, so it "
-                "cannot be saved, extended or projected: remove pruning and parametrizations before"
+                f"the model has no tensor {missing[0]!r}, so it cannot be saved, extended or "
+                "projected: remove pruning and parametrizations before"
             )
         return state
 
@@ -711,7 +710,7 @@ class LCRSER(nn.Module):
             ]:
                 raise ValueError("its exits are of another width or number of steps")
             fingerprint = info["data"]
-            expected = _shapes(config)
+            expected = _shapes(cls, config)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         except (AttributeError, KeyError, TypeError) as error:
@@ -738,14 +737,14 @@ class LCRSER(nn.Module):
         return model.to(device).eval()
 
 
-def _shapes(config: LCRConfig) -> dict[str, tuple[int, ...]]:
+def _shapes(cls: type[LCRSER], config: LCRConfig) -> dict[str, tuple[int, ...]]:
     """Give the shapes of a model's tensors, without memory for them.
 
     ValueError where they are beyond what a tensor can hold.
     """
     try:
         with torch.device("meta"):
-            state = LCRSER(config).state_dict()
+            state = cls(config).state_dict()
     except RuntimeError as error:
         raise ValueError(f"its config asks for tensors that are too large ({error})") from None
     return {name: tuple(t.shape) for name, t in state.items()}
@@ -767,19 +766,9 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-def check_k(k: int) -> None:
-    """Raise ValueError for a length of lists that :meth:`LCRSER.recommend` cannot make."""
-    if not hasattr(k, "__index__"):
-        raise ValueError(f"k must be an integer, got {k!r}")
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
-    if k > _MOST_K:
-        raise ValueError(f"k must be at most {_MOST_K}, got {k}")
-
-
 def check_recommendation(batch: Batch, k: int, exclude: Tensor | None) -> None:
     """Raise ValueError for a ``k`` or ``exclude`` that :meth:`LCRSER.recommend` cannot take."""
-    check_k(k)
+    scoring.check_k(k)
     B = batch.user.shape[0]
     if exclude is None:
         return

@@ -57,7 +57,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     if path.is_symlink():
-        path = path.resolve()
+        try:
+            path = path.resolve()
+        except RuntimeError:  # as Python says before 3.13
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from None
     mode = None
     if path.exists():
         mode = path.stat().st_mode
@@ -71,7 +74,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(path.parent, f".{path.name}.*{_PARTIAL}")
     try:
-        handle, temporary = _create(path)
+        # Beside an old file nobody else may read the new one before it has that one's permissions.
+        handle, temporary = _create(path, 0o666 if mode is None else 0o600)
     except OSError as error:
         error.filename = str(path)
         raise
@@ -90,12 +94,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.close(handle)
 
 
-def _create(path: Path) -> tuple[int, Path]:
+def _create(path: Path, mode: int) -> tuple[int, Path]:
     """Create a temporary file beside ``path``, locked as long as its handle is open."""
     while True:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
         try:  # not by tempfile: its files are for the owner alone, whatever the umask
-            handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
         except FileExistsError:
             continue
         with contextlib.suppress(OSError):  # not every file system has locks

@@ -1,4 +1,7 @@
-"""No size that batches or requests differ in is compiled into a kernel: none waits for another."""
+"""What batches and requests of one class of lengths differ in is compiled into no kernel.
+
+Classes are powers of two, here 17 to 32 events and up to 16 candidates.
+"""
 
 import json
 import os

@@ -243,6 +243,25 @@ def test_it_finds_what_is_planted_around_tensor_memory(line, instead, fault):
         run_product(PRODUCT.replace(line, instead))
 
 
+@pytest.mark.parametrize("warp", [0, 3])
+def test_it_finds_stores_into_a_sum_that_is_not_waited_for(warp):
+    """Of other warps than the one that multiplies, which comes first or last."""
+    store = """ld.shared.b32 %r10, [%r2]; shr.u32 %r14, %r1, 5; shl.b32 %r14, %r14, 21;
+    add.s32 %r14, %r14, %r10;
+    tcgen05.st.sync.aligned.16x32bx2.x4.b32 [%r14 + 0], 4, {%r6, %r7, %r8, %r9};
+    tcgen05.wait::st.sync.aligned;
+    """
+    ptx = PRODUCT.replace("ld.shared.b32   %r10, [%r2];", store)
+    ptx = ptx.replace(
+        "setp.lt.u32     %p1, %r1, 32;", f"shr.u32 %r14, %r1, 5; setp.eq.u32 %p1, %r14, {warp};"
+    )
+    fault = "the sum of a product under way" if warp == 0 else "two warps write different values"
+    with pytest.raises(FaultError, match=fault):
+        run_product(ptx)
+    y, expected = run_product(ptx.replace("@!%p1 bra", "bar.sync 0; @!%p1 bra"))
+    assert torch.equal(y, expected)
+
+
 def test_it_knows_how_many_operands_an_instruction_has():
     """The third of a maximum, and of an addition, which has none."""
     largest = "max.f32 %r7, %r7, %r7, 0f7F800000; add.s64         %rd5"

@@ -181,6 +181,16 @@ def test_compiles_as_one_graph():
     assert torch.equal(*gradients)
 
 
+def test_compiles_for_every_k():
+    case = catalogue_case(40)
+    compiled = torch.compile(
+        lambda k: case.catalogue(ops.score_topk, k), fullgraph=True, backend="aot_eager"
+    )
+    for k in (3, 5, 7):
+        for a, b in zip(compiled(k), case.catalogue(ops.score_topk, k), strict=True):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
 @pytest.mark.parametrize("copies", [False, True])
 @pytest.mark.parametrize("n_items", [1, 13, 112, 1009, 2300])
@@ -329,7 +339,10 @@ def test_refusals():
         (ValueError, "one entry a layer, got 3 and 2", lambda: unbiased.catalogue(
             ops.score_topk, 1)),
         (ValueError, "k must be at least 1", lambda: case.catalogue(ops.score_topk, 0)),
-        (ValueError, "k must be an integer, got 2.5", lambda: case.catalogue(ops.score_topk, 2.5)),
+        *(
+            (ValueError, "k must be an integer", lambda k=k: case.catalogue(ops.score_topk, k))
+            for k in (2.5, torch.tensor(2.5), "3")
+        ),
         (ValueError, "exclude must be", lambda: case.catalogue(
             ops.score_topk, 1, exclude=EXCLUDED[:2])),
         (ValueError, r"target must be ids in 0\.\.20, got 21", lambda: case.catalogue(

@@ -283,6 +283,9 @@ def test_permissions_are_the_umasks_or_the_old_files(model, path):
     model.save(path)
     modes = [stat.S_IMODE(p.stat().st_mode) for p in (path.with_name("new"), path)]
     assert modes == [0o640, 0o600]
+    with replacing(path) as temporary:  # while it is written, too
+        assert stat.S_IMODE(temporary.stat().st_mode) == 0o600
+        temporary.write_bytes(path.read_bytes())
 
 
 def test_a_link_stays_one_and_what_is_no_file_is_left_alone(model, path):
@@ -299,6 +302,23 @@ def test_a_link_stays_one_and_what_is_no_file_is_left_alone(model, path):
             model.save(other)
         assert error.value.filename == str(other)
     assert pipe.is_fifo()
+    link.unlink()
+    link.symlink_to(link)
+    with pytest.raises(OSError, match="symbolic links"):
+        model.save(link)
+
+
+class Larger(LCRSER):
+    def __init__(self, config):
+        super().__init__(config)
+        self.extra = torch.nn.Parameter(torch.ones(3))
+
+
+def test_a_subclass_with_tensors_of_its_own_is_saved_and_loaded(path):
+    Larger(CONFIG).save(path)
+    assert torch.equal(Larger.load(path).extra, torch.ones(3))
+    with pytest.raises(ValueError, match="tensor 'extra' should have shape None"):
+        LCRSER.load(path)
 
 
 @pytest.mark.parametrize("change", [prune_it, parametrize_it])
@@ -306,7 +326,7 @@ def test_what_would_not_load_is_not_saved(model, path, change):
     before = path.read_bytes()
     change(model.encoder)
     for function in (model.save, lambda _: model.extended(10, 2, 4, 4)):
-        with pytest.raises(ValueError, match="not those of its config, such as 'encoder"):
+        with pytest.raises(ValueError, match="the model has no tensor 'encoder"):
             function(path)
     assert path.read_bytes() == before
 

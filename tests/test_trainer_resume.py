@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import shutil
 import signal
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from lcr_fast.data.prepared import PreparedData
 from lcr_fast.model import LCRSER
-from lcr_fast.storage import load_tensors
+from lcr_fast.storage import load_tensors, save_tensors
 from lcr_fast.training import trainer as module
 from lcr_fast.training.evaluation import rank_targets
 from lcr_fast.training.objective import OBJECTIVES
@@ -167,6 +168,19 @@ def test_resume_refuses_another_run(prepared, make_model, whole, objective, trai
             whole / "supervised",
             resume=True,
         )
+
+
+def test_a_run_from_before_a_field_was_there_resumes(prepared, make_model, whole, tmp_path):
+    """It is as if the field had had its default."""
+    out = tmp_path / "run"
+    shutil.copytree(whole / "supervised", out)
+    tensors, info = load_tensors(out / CHECKPOINT, "checkpoint")
+    for section, field in (("model", "max_terms"), ("train", "silent_groups")):
+        del info[section][field]
+    save_tensors(out / CHECKPOINT, "checkpoint", tensors, info)
+    run(make_model, prepared, "supervised", out, seed=9, resume=True)
+    with pytest.raises(ValueError, match="model config differs in max_terms"):
+        Trainer(make_model(prepared, max_terms=3), prepared, CONFIG, "supervised", out, resume=True)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

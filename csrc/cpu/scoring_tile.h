@@ -24,8 +24,9 @@ constexpr Epilogue kAdd{.add = true};
 
 using Buffer = std::vector<float>;
 
-// Whose histories are folded: kCheaper, those of users for whom it is less work. That goes by a
-// user's own lengths, as its bits must not depend on the batch, to whose longest it is padded.
+// Whose histories are folded: kCheaper, those of users for whom it is less work. That goes by the
+// number of candidates and by a user's own lengths, not by the longest of the batch: its bits must
+// not depend on the others' histories.
 enum class Fold { kNone, kAll, kCheaper };
 
 // One call's weights, and how its histories are folded.

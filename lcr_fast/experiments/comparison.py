@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lcr_fast.config import LCRConfig, TrainConfig
+from lcr_fast.config import LCRConfig, TrainConfig, with_defaults
 from lcr_fast.data.prepared import PreparedData
 from lcr_fast.experiments import plots
 from lcr_fast.experiments.tables import BASE, result_tables, write_results, write_rows, write_tables
@@ -179,9 +179,11 @@ class Job:
         runs = [load_info(path, CHECKPOINT_KIND) for path in checkpoints]
         changed = {
             section: [
-                f for f, value in _plain(job[section]).items() if saved[section].get(f) != value
+                f
+                for f, value in _plain(job[section]).items()
+                if with_defaults(config, saved[section]).get(f) != value
             ]
-            for section in ("model", "train")
+            for section, config in (("model", LCRConfig), ("train", TrainConfig))
         }
         if not runs or not (changed["model"] or changed["train"]):
             return

@@ -256,15 +256,14 @@ class Op:
 
     def _refuse_meta(self, call: Any) -> None:
         """Raise ValueError for tensors without numbers beside others: torch would run the fake."""
-        first = call[0].device
-        if first.type == "meta":
+        if call[0].is_meta:
             return
         for field, part in zip(call._fields, call, strict=True):
             for t in part if isinstance(part, tuple) else (part,):
-                if isinstance(t, Tensor) and t.device.type == "meta":
+                if isinstance(t, Tensor) and t.is_meta:
                     raise ValueError(
                         f"{self.name} got {field} on the meta device, which holds no numbers, and "
-                        f"{call._fields[0]} on {first}"
+                        f"{call._fields[0]} on {call[0].device}"
                     )
 
     def _refuse_batches(self, backend: str, call: Any) -> None:

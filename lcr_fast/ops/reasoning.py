@@ -216,7 +216,7 @@ def _check_stream(names: tuple[str, str], x: Tensor, lengths: Tensor, dim: int) 
     if not x.is_floating_point():
         raise ValueError(f"{name} must be floating point, got {x.dtype}")
     fits = lengths.ndim == x.ndim - 2 and all(
-        n in (1, m) for n, m in zip(lengths.shape, x.shape[:-2], strict=True)
+        n == m or n == 1 for n, m in zip(lengths.shape, x.shape[:-2], strict=True)
     )
     if lengths.dtype not in INTEGERS or not fits:
         raise ValueError(

@@ -11,6 +11,7 @@ limits them is asked of ``SCORE.obstacles``.
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,8 @@ from lcr_fast.ops._triton import triton_obstacle
 from lcr_fast.ops.noise import HEAD_SITES, Dropout, dropout_key
 from lcr_fast.precision import autocasts
 from lcr_fast.weights import ScoringWeights
+
+_MOST_K = 2**31 - 1
 
 # -- who serves -----------------------------------------------------------------------------------
 
@@ -340,6 +343,16 @@ def _reference_score(
     )  # fmt: skip
 
 
+def check_k(k: int) -> None:
+    """Raise ValueError for a length of lists that there is not."""
+    if not isinstance(k, int | torch.SymInt | np.integer):
+        raise ValueError(f"k must be an integer, got {k!r}")
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    if k > _MOST_K:
+        raise ValueError(f"k must be at most {_MOST_K}, got {k}")
+
+
 def _check_catalogue(search: Tensor, items: Tensor, exclude: Tensor | None) -> Tensor:
     """Return ``exclude`` as int64 [B, X]."""
     B = search.shape[0]
@@ -393,10 +406,7 @@ def score_topk(
     other shapes, a NaN score (NaN scores in that user's row when compiled), or where the backend
     cannot serve the call.
     """
-    if not hasattr(k, "__index__"):
-        raise ValueError(f"k must be an integer, got {k!r}")
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+    check_k(k)
     exclude = _check_catalogue(search, items, exclude)
     _check(search, rec, search_lengths, rec_lengths, items, user, weights)
     chosen = _choose(SCORE_TOPK, backend, search, weights)

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 
 from lcr_fast.capture import CapturedRecommender
 from lcr_fast.data.prepared import PreparedData
-from lcr_fast.model import LCRSER, check_k
+from lcr_fast.model import LCRSER
+from lcr_fast.ops.scoring import check_k
 from lcr_fast.serving.engine import Engine, RecommendRequest
 from lcr_fast.training import distributed
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lcr_fast.capture import CudaGraph, Graph
-from lcr_fast.config import TrainConfig
+from lcr_fast.config import LCRConfig, TrainConfig, with_defaults
 from lcr_fast.data.prepared import PreparedData
 from lcr_fast.model import LCRSER
 from lcr_fast.profiling import range_
@@ -115,7 +115,7 @@ def resume_conflicts(info: dict[str, Any], train: dict[str, Any]) -> list[str]:
     as long as it lies ahead and no learning rate depends on it.
     """
     phase = phase_of(info["objective"])
-    saved, progress = info["train"], Progress(**info["progress"])
+    saved, progress = with_defaults(TrainConfig, info["train"]), Progress(**info["progress"])
     if phase == 1:
         saved, train = phase_1_fields(saved), phase_1_fields(train)
     fields = sorted((saved.keys() | train.keys()) - set(_HOW))
@@ -523,7 +523,8 @@ class Trainer:
             )
         if not any_data and info["data"] != self.model.data_fingerprint:
             raise ValueError(f"{path}: cannot resume, {OTHER_DATA}")
-        saved, ours = info["model"], json.loads(self._given.to_json())
+        saved = with_defaults(LCRConfig, info["model"])
+        ours = json.loads(self._given.to_json())
         changed = {"model": [f for f in sorted(ours) if saved.get(f) != ours[f]]}
         changed["train"] = resume_conflicts(info, json.loads(self.config.to_json()))
         for key, names in changed.items():

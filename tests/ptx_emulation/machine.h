@@ -60,7 +60,10 @@ struct Touched {
   uint32_t write_when = 0, read_when = 0;
   uint32_t write_fences = 0;  // of the writer so far
   int8_t write_warp = kNobody, read_warp = kNobody;
-  uint8_t write_lane = 0, value = 0;
+  uint8_t write_lane = 0;
+  uint64_t value = 0;
+
+  static constexpr uint64_t kUnknown = ~0ull;  // equals no value
 };
 
 class Span {  // an argument's memory
@@ -241,12 +244,12 @@ struct Machine {
     touch_bytes(address, kArrivalsSize, access, nullptr);
   }
 
-  void touch_tensor(int cell, Access access, uint32_t value = 0) {
+  void touch_tensor(int cell, Access access, uint64_t value = 0) {
     Touched& t = tensor.touched[cell];
     bool is_anew = t.write_program != program_number;
     if (is_anew && !access.writes) throw Fault("it reads tensor memory that nobody wrote");
     if (is_anew) t = Touched{};
-    touch(t, access, uint8_t(value));
+    touch(t, access, value);
   }
 
   // Index of a cell, whose address has the lane in the upper half.
@@ -331,7 +334,7 @@ struct Machine {
     throw Fault("global memory outside of every argument" + near);
   }
 
-  void touch(Touched& t, const Access& access, uint8_t value) {
+  void touch(Touched& t, const Access& access, uint64_t value) {
     bool written = t.write_program == program_number && t.write_when == when;
     bool read = t.read_program == program_number && t.read_when == when;
     auto race = [&](const char* what) {
@@ -339,7 +342,7 @@ struct Machine {
     };
     if (access.writes) {
       if (read && t.read_warp != access.warp) race("it writes what another warp reads");
-      if (written && t.value != value) {
+      if (written && (t.value != value || value == Touched::kUnknown)) {
         if (t.write_warp != access.warp) race("two warps write different values");
         bool at_once = t.write_instruction == counts.instructions;
         if (at_once && t.write_lane != access.lane) race("two lanes write different values");

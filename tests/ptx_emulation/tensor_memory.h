@@ -201,7 +201,7 @@ void issue_product(Warp& w, const Instruction& i) {
     for (int n = 0; n < p.n; ++n) {
       int cell = m.cell_at(to + (shape.lane(row) << 16) + n);
       if (p.adds) m.touch_tensor(cell, {w.index, 0, false, false});
-      m.touch_tensor(cell, {w.index, 0, true, false}, m.tensor.cells[cell]);
+      m.touch_tensor(cell, {w.index, 0, true, false}, Touched::kUnknown);
       ++m.tensor.n_sums[cell];
     }
   }
