@@ -128,9 +128,6 @@ class Scorer(nn.Module):
         return f"{how}; {kept} kept of the items' first layer"
 
 
-_EVERYWHERE = torch.nn.modules.module  # hooks of all modules
-
-
 def fastest(model: LCRSER, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Take a Scorer where one can serve the model, else the model itself.
 
@@ -150,13 +147,10 @@ def obstacle(model: LCRSER) -> str | None:
         return "its users leave the reasoning early"
     if type(model) is not LCRSER:
         return f"its class {type(model).__name__} may compute something else than LCRSER"
-    if (
-        _EVERYWHERE._global_forward_hooks
-        or _EVERYWHERE._global_forward_pre_hooks
-        or any(
-            part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part)
-            for part in model.modules()
-        )
+    # Hooks of all modules at once are those of profilers, which look on.
+    if any(
+        part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part)
+        for part in model.modules()
     ):
         return "it has hooks, which one call would not run"
     weight = model.head.target_weight

@@ -554,7 +554,7 @@ int ptx_run(void* machine, const uint32_t* grid, int n_warps, int shared_bytes,
     m.spans.clear();
     return m.at;
   }
-  m.spans.clear();  // 24 bytes for each that was touched
+  m.spans.clear();  // some 40 bytes for each that was touched
   std::memcpy(counts, &m.counts, sizeof m.counts);
   return -1;
 }
