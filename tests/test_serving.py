@@ -175,6 +175,7 @@ def test_bad_requests_get_a_sentence(engine, url, path, body, status, sentence):
 def test_other_methods(url):
     assert httpx.get(f"{url}/score").status_code == 405
     assert httpx.post(f"{url}/health").status_code == 405
+    assert httpx.post(f"{url}/score/", json={}).status_code == 404  # no way to somewhere else
 
 
 def test_a_body_without_end_is_cut_off(url):
