@@ -13,6 +13,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 from lcr_fast.metrics import parse_reward
 
 Backend = Literal["auto", "reference", "triton", "cpp"]
+Update = Literal["jacobi", "search_first", "rec_first"]
+CrossMemory = Literal["post_msa", "step_input", "initial"]
 _Config = TypeVar("_Config", bound="_JsonConfig")
 _MOST_COUNT = 2**31 - 1
 
@@ -148,10 +150,8 @@ class LCRConfig(_JsonConfig):
     step_ffn: bool = _option(True, "FFN at the end of each reasoning step")
     share_steps: bool = _option(True, "the K steps share one set of weights")
     step_embedding: bool = _option(False, "add a learned vector per step (ReaRec)")
-    update: Literal["jacobi", "search_first", "rec_first"] = _option(
-        "jacobi", "both streams at once, or one after the other"
-    )
-    cross_memory: Literal["post_msa", "step_input", "initial"] = _option(
+    update: Update = _option("jacobi", "both streams at once, or one after the other")
+    cross_memory: CrossMemory = _option(
         "post_msa", "the state of the other stream that cross-attention reads"
     )
     score: Literal["mlp", "dot", "mlp_dot"] = _option(

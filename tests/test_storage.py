@@ -344,7 +344,10 @@ EXITS = {"rule": "", "weight": [0.0] * 10, "bias": [0.0] * 2}
         ({**INFO, "config": []}, "it does not describe a model"),
         ({"config": INFO["config"]}, "it does not describe a model"),
         ({**INFO, "exits": 3}, "it does not describe a model"),
-        ({**INFO, "exits": {**EXITS, "bias": [0.0] * 3}}, "exits are of another width or number"),
+        (
+            {**INFO, "exits": {**EXITS, "bias": [0.0] * 3}},
+            r"exits must hold a weight \[10\] and a bias \[2\], got \[10\] and \[3\]",
+        ),
         ({**INFO, "exits": {**EXITS, "weight": [math.nan] * 10}}, "a list of finite numbers"),
         ({**INFO, "exits": {**EXITS, "weight": "ab"}}, "it does not describe a model"),
     ],

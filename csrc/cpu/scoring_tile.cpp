@@ -148,10 +148,10 @@ bool ScoringNet::folds_keys(int64_t b) const {
 }
 
 bool ScoringNet::folds_layer(int64_t b) const {
-  if (!mlp || fold_ != Fold::kCheaper) return mlp && fold_ == Fold::kAll;
   const int64_t events = length(kSearch, b) + length(kRec, b);
   const int64_t folded = events * dim * hidden + n_candidates_ * events * hidden;
-  return folded < n_candidates_ * events * dim + n_candidates_ * 2 * dim * hidden;
+  const int64_t unfolded = n_candidates_ * events * dim + n_candidates_ * 2 * dim * hidden;
+  return mlp && (fold_ == Fold::kAll || (fold_ == Fold::kCheaper && folded < unfolded));
 }
 
 MatrixA ScoringNet::history(int x, int64_t b, int64_t n, const float* folded) const {

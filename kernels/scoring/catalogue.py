@@ -18,6 +18,7 @@ from lcr_fast.kernels.scoring.config import (
     prepare,
 )
 from lcr_fast.kernels.scoring.tile import (
+    SIZES,
     Mlp,
     Stream,
     attend,
@@ -33,8 +34,7 @@ _NO_KEY = tl.constexpr(-(1 << 63))  # below the key of every score
 _HIGHEST_KEY = tl.constexpr((1 << 63) - 1)
 _LOWEST_KEY = -(((1 << 31) - 1) << 32)  # at or below the key of every score
 _EXCLUDED = tl.constexpr(128)  # ids that are compared at a time
-# What requests differ in: not to be compiled for.
-_SIZES = ["search_size", "rec_size", "n_rows", "n_excluded", "n_users", "tiles_per_split"]
+_SIZES = [*SIZES, "n_rows", "n_excluded", "n_users", "tiles_per_split"]
 
 
 @triton.jit

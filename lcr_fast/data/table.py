@@ -84,7 +84,7 @@ def read_table(
             row, field = first["row"], next(name for name in fields if first[_flag_of(name)])
             got = _value(parts, field, row)
             error = field_error(path, row, field, fields[field].expected, got)
-            raise ValueError(f"{error}{_reason(path, got)}")
+            raise ValueError(f"{error}{_reason(path, fields[field].expected, got)}")
         for name in texts:
             _refuse_rows_within(table, name, names, fields, nullable, path, separator)
     table = table if keep is None else table.filter(keep)
@@ -233,8 +233,10 @@ def _holds_rows(text: str) -> str:
     return f"holds other rows, {_shown(text)}: a quote was probably opened and not closed"
 
 
-def _reason(path: Path, got: object) -> str:
-    """Say what a value with a tab or line break comes of."""
+def _reason(path: Path, expected: str, got: object) -> str:
+    """Say what a time with a date, or a value with a tab or line break, comes of."""
+    if expected.startswith("a time in") and re.match(r"\d{4}-\d\d-\d\d", str(got)):
+        return "; times with a date are read from Parquet, as a column of datetimes"
     values = got.to_list() if isinstance(got, pl.Series) else [got]
     if not any(isinstance(value, str) and re.search(BREAK, value) for value in values):
         return ""
@@ -302,8 +304,6 @@ def field_error(
     if isinstance(got, pl.Series):
         got = got.to_list()
     shown = "nothing" if got is None else _shown(got)
-    if expected.startswith("a time in") and re.match(r"\d{4}-\d\d-\d\d", str(got)):
-        shown += "; times with a date are read from Parquet, as a column of datetimes"
     return ValueError(
         f"{Path(path).name}, row {row}, field {field}: expected {expected}, got {shown}"
     )

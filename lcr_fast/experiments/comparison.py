@@ -175,15 +175,13 @@ class Job:
         """
         if not self.any_data and saved["data"] != job["data"]:
             raise ValueError(f"{self.out}: cannot resume, {OTHER_DATA}")
+        configs = {"model": LCRConfig, "train": TrainConfig}
+        before = {name: with_defaults(config, saved[name]) for name, config in configs.items()}
         checkpoints = sorted(self.out.rglob(CHECKPOINT))
         runs = [load_info(path, CHECKPOINT_KIND) for path in checkpoints]
         changed = {
-            section: [
-                f
-                for f, value in _plain(job[section]).items()
-                if with_defaults(config, saved[section]).get(f) != value
-            ]
-            for section, config in (("model", LCRConfig), ("train", TrainConfig))
+            section: [f for f, value in _plain(job[section]).items() if values.get(f) != value]
+            for section, values in before.items()
         }
         if not runs or not (changed["model"] or changed["train"]):
             return
@@ -196,7 +194,7 @@ class Job:
         if refused:
             names = ", ".join(dict.fromkeys(refused))
             raise ValueError(f"{self.out / JOB}: cannot resume, the config differs in {names}")
-        changes = ", ".join(f"{f} {saved['train'].get(f)} -> {value}" for f, value in now.items())
+        changes = ", ".join(f"{f} {before['train'].get(f)} -> {value}" for f, value in now.items())
         kept = ", ".join(str(path.parent.relative_to(self.out)) for path in checkpoints)
         self.report(f"resuming with {changes}; kept and gone on from: {kept}")
 

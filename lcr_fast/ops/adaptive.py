@@ -85,11 +85,7 @@ def adaptive_reasoning(
     dim, K = search.shape[-1], steps.n_steps
     if search.ndim != 3:
         raise ValueError(f"search and rec must be [B, L, {dim}], got {list(search.shape)}")
-    if exits.weight.shape != (2 * dim + 2,) or exits.bias.shape != (K,):
-        raise ValueError(
-            f"exits must hold a weight [{2 * dim + 2}] and a bias [{K}], got "
-            f"{list(exits.weight.shape)} and {list(exits.bias.shape)}"
-        )
+    exits.check(dim, K)
     case = case_of(search, rec, weights, steps)
     # Who serves the steps alone takes them one at a time.
     whole = backend in ("auto", *ADAPTIVE_REASONING.implementations)

@@ -8,12 +8,13 @@ reference.
 """
 
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from lcr_fast import reference
+from lcr_fast.config import CrossMemory, Update
 from lcr_fast.ops._op import INTEGERS, Backend, Op, kernel
 from lcr_fast.ops._triton import current_gpu, triton_obstacle
 from lcr_fast.ops.noise import (
@@ -27,7 +28,6 @@ from lcr_fast.ops.noise import (
 )
 from lcr_fast.precision import autocasts
 from lcr_fast.reference import States, Steps, Streams
-from lcr_fast.reference.reasoning import CROSS_MEMORIES, UPDATES
 from lcr_fast.weights import REC, SEARCH, EncoderWeights, ReasoningWeights
 
 # -- who serves -----------------------------------------------------------------------------------
@@ -333,9 +333,9 @@ def check_reasoning(
         raise ValueError(
             f"n_steps must be 0..{n_sets} for {n_sets} sets of weights, got {steps.n_steps}"
         )
-    for name, choices in (("update", UPDATES), ("cross_memory", CROSS_MEMORIES)):
-        if (choice := getattr(steps, name)) not in choices:
-            raise ValueError(f"{name} must be {' or '.join(choices)}, got {choice!r}")
+    for name, kind in (("update", Update), ("cross_memory", CrossMemory)):
+        if (choice := getattr(steps, name)) not in get_args(kind):
+            raise ValueError(f"{name} must be {' or '.join(get_args(kind))}, got {choice!r}")
     if steps.embedding is not None and (
         steps.embedding.ndim != 3
         or len(steps.embedding) < steps.n_steps

@@ -19,6 +19,14 @@ class Exits(NamedTuple):
         """Give plain values, as :meth:`from_dict` reads them, of float32 tensors."""
         return {"rule": self.rule, "weight": self.weight.tolist(), "bias": self.bias.tolist()}
 
+    def check(self, dim: int, n_steps: int) -> None:
+        """Raise ValueError where the rule is not one for K = ``n_steps`` of width D = ``dim``."""
+        if self.weight.shape != (2 * dim + 2,) or self.bias.shape != (n_steps,):
+            raise ValueError(
+                f"exits must hold a weight [{2 * dim + 2}] and a bias [{n_steps}], got "
+                f"{list(self.weight.shape)} and {list(self.bias.shape)}"
+            )
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Exits":
         """Build from plain values. Raises ValueError for other than lists of finite numbers."""

@@ -18,9 +18,6 @@ from lcr_fast.reference.transformer import (
 )
 from lcr_fast.weights import REC, SEARCH, ReasoningWeights
 
-UPDATES = ("jacobi", "search_first", "rec_first")
-CROSS_MEMORIES = ("post_msa", "step_input", "initial")
-
 
 class Steps(NamedTuple):
     """How the reasoning runs."""
@@ -28,8 +25,8 @@ class Steps(NamedTuple):
     n_steps: int  # K
     n_heads: int
     embedding: Tensor | None = None  # [K, 2, D]
-    update: str = "jacobi"  # one of UPDATES
-    cross_memory: str = "post_msa"  # one of CROSS_MEMORIES
+    update: str = "jacobi"  # one of config.Update
+    cross_memory: str = "post_msa"  # one of config.CrossMemory
 
     def step(self, k: int) -> "Steps":
         """Step k alone, from 0, as a reasoning of its own.

@@ -95,9 +95,9 @@ class _Service:
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        async with self._scoring, self._recommending:
-            yield
-        self._thread.shutdown()
+        with self._thread:
+            async with self._scoring, self._recommending:
+                yield
 
     def _timed(
         self, answer: Callable[[Request], Awaitable[Response]]

@@ -58,15 +58,15 @@ class Scorer(nn.Module):
         self.dtype, pairs = dtype, dtype == torch.bfloat16
         empty = model.search_position.detach().new_empty(0)
 
-        def ready(tensors) -> tuple[Tensor, ...]:
-            return tuple(t.detach().contiguous() for t in tensors)
+        def ready(t: Tensor) -> Tensor:
+            return t.detach().contiguous()
 
-        items, queries = ready((model.item_table(), model.query_embedding.weight))
+        items, queries = ready(model.item_table()), ready(model.query_embedding.weight)
         query_text = empty
         if config.query_encoder == "id":
-            (queries,) = ready([model.query_table()])
+            queries = ready(model.query_table())
         elif config.query_text_dim:
-            (query_text,) = ready([model.query_table()])
+            query_text = ready(model.query_table())
         users = model.user_embedding
         bonus = model.head.seen_bonus
         reasoning = model.reasoning.weights() if config.steps else ()
@@ -83,16 +83,16 @@ class Scorer(nn.Module):
             "item_layer": kept,
             "queries": queries,
             "query_text": query_text,
-            "users": empty if users is None else users.weight.detach().contiguous(),
-            "search_position": model.search_position.detach().contiguous(),
-            "rec_position": model.rec_position.detach().contiguous(),
+            "users": empty if users is None else ready(users.weight),
+            "search_position": ready(model.search_position),
+            "rec_position": ready(model.rec_position),
             "seen_bonus": empty if bonus is None else bonus.detach() * config.dim,
             "weights": pack_weights(
-                ready(model.encoder.weights()),
-                ready(reasoning),
+                tuple(map(ready, model.encoder.weights())),
+                tuple(map(ready, reasoning)),
                 head.target_weight.detach(),
-                ready(head.mlp_weights),
-                ready(head.mlp_biases),
+                tuple(map(ready, head.mlp_weights)),
+                tuple(map(ready, head.mlp_biases)),
                 config.n_heads,
                 pairs,
             ),

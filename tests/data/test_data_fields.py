@@ -490,6 +490,11 @@ def test_ids_that_are_decimals_and_times_that_are_days(tables, tmp_path):
             "clicks.parquet, row 1, field time: expected a time in ms, not before its search's",
         ),
         ("clicks", {"time": pl.lit(None)}, "row 1, field time: expected a time in ms, got nothing"),
+        (
+            "events",
+            {"time": pl.lit("2023-11-16 22:39:43")},
+            "got '2023-11-16 22:39:43'; times with a date are read from Parquet, as a column of",
+        ),
     ],
 )
 def test_frames_of_wrong_types_are_one_sentence(tables, tmp_path, name, change, message):

@@ -108,8 +108,8 @@ struct Cell {  // of tensor memory
 
 struct Product {  // a tcgen05.mma under way, with what it read when it was issued
   int warp, m, n;
-  int sum;  // its first cell
   bool adds;
+  std::vector<int> sums;      // [m, n] cells
   std::vector<float> a, b;    // [m, kDepth], [kDepth, n]
   std::vector<Piece> shared;  // that a and b came from
   std::vector<Cell> cells;    // that a came from

@@ -192,14 +192,13 @@ void issue_product(Warp& w, const Instruction& i) {
   Machine& m = *w.machine;
   ProductShape shape(uint32_t(w.lanes(i.operand[kBehind])[lane]));
   uint32_t to = address_of(w, i.operand, lane);
-  Product p{
-      w.index, shape.m, shape.n, m.cell_at(to), w.lanes(i.operand[kBehind + 1])[lane] != 0, {},
-      {},      {},      {}};
+  bool adds = w.lanes(i.operand[kBehind + 1])[lane] != 0;
+  Product p{w.index, shape.m, shape.n, adds, {}, {}, {}, {}, {}};
   auto read = shape.is_bf16 ? read_operands<Bf16, kAShared> : read_operands<_Float16, kAShared>;
   read(w, i.operand + 2, lane, shape, p);
   for (int row = 0; row < p.m; ++row) {
     for (int n = 0; n < p.n; ++n) {
-      int cell = m.cell_at(to + (shape.lane(row) << 16) + n);
+      int cell = p.sums.emplace_back(m.cell_at(to + (shape.lane(row) << 16) + n));
       if (p.adds) m.touch_tensor(cell, {w.index, 0, false, false});
       m.touch_tensor(cell, {w.index, 0, true, false}, Touched::kUnknown);
       ++m.tensor.n_sums[cell];
@@ -217,9 +216,8 @@ inline void finish(Machine& m, const Product& p) {
     }
   }
   for (int row = 0; row < p.m; ++row) {
-    int lane = p.m == 64 ? row / 16 * 32 + row % 16 : row;
     for (int n = 0; n < p.n; ++n) {
-      int cell = p.sum + lane * kTensorColumns + n;
+      int cell = p.sums[row * p.n + n];
       double sum = p.adds ? as<float>(m.tensor.cells[cell]) : 0.0;
       for (int k = 0; k < Product::kDepth; ++k) {
         sum += double(p.a[row * Product::kDepth + k]) * p.b[k * p.n + n];
