@@ -385,7 +385,7 @@ def test_a_result_for_each_request():
             assert [str(error) for error in errors] == ["1 results for 2 requests"] * 2
             assert await batcher.submit(3) == 3
 
-    asyncio.run(scenario())
+    asyncio.run(asyncio.wait_for(scenario(), 5))  # who is forgotten waits for ever
 
 
 def test_both_kinds_of_requests_share_one_thread(prepared, make_model, monkeypatch):
